@@ -1,0 +1,63 @@
+"""geoscope: what post-training did to the weights.
+
+>>> import geoscope
+>>> report = geoscope.compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
+
+`compare` is what the commands call; `read_report` opens what they wrote. The names below are
+loaded when they are first used, so that `geoscope --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geoscope.analysis import Interrupted, Options, Progress, compare
+    from geoscope.errors import GeoscopeError
+    from geoscope.metrics import METRICS
+    from geoscope.records import LayerRecord, Report, Status
+    from geoscope.report import read as read_report
+    from geoscope.report import write as write_report
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "METRICS",
+    "GeoscopeError",
+    "Interrupted",
+    "LayerRecord",
+    "Options",
+    "Progress",
+    "Report",
+    "Status",
+    "compare",
+    "read_report",
+    "write_report",
+]
+
+# public name → where it lives
+_HOMES = {
+    "METRICS": ("geoscope.metrics", "METRICS"),
+    "GeoscopeError": ("geoscope.errors", "GeoscopeError"),
+    "Interrupted": ("geoscope.analysis", "Interrupted"),
+    "LayerRecord": ("geoscope.records", "LayerRecord"),
+    "Options": ("geoscope.analysis", "Options"),
+    "Progress": ("geoscope.analysis", "Progress"),
+    "Report": ("geoscope.records", "Report"),
+    "Status": ("geoscope.records", "Status"),
+    "compare": ("geoscope.analysis", "compare"),
+    "read_report": ("geoscope.report", "read"),
+    "write_report": ("geoscope.report", "write"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'geoscope' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,34 @@
+"""What is on disk and on the Hub: references, readers, and which tensors correspond.
+
+base, tuned = open_checkpoint("org/base"), open_checkpoint("runs/step 100")
+pairing = pair(base, tuned, Selection())
+weight = tuned.read(pairing.matrices[0].tuned.name)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.local import open_local
+from geoscope.checkpoints.pairing import pair
+from geoscope.checkpoints.reference import LocalReference, parse_reference
+
+__all__ = ["Checkpoint", "open_checkpoint", "pair"]
+
+
+def open_checkpoint(
+    reference: str, *, on_progress: Callable[[str, int, int], None] | None = None
+) -> Checkpoint:
+    """The checkpoint that `reference` names, from its headers; no tensor data is read.
+
+    `reference` is a folder, a file, `org/name[@revision]` or `hf://org/name[@rev][/sub/folder]`; an
+    existing path wins. Downloads report to `on_progress(file, bytes done, bytes in all)`.
+    Raises CheckpointError, or OptionError for a reference that is no such thing.
+    """
+    parsed = parse_reference(reference)
+    if isinstance(parsed, LocalReference):
+        return open_local(parsed)
+    from geoscope.checkpoints.hub import open_hub  # local paths need no huggingface_hub
+
+    return open_hub(parsed, on_progress)

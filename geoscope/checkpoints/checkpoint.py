@@ -1,0 +1,78 @@
+"""What is a checkpoint to the rest of geoscope? Headers now, one tensor at a time on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from geoscope.checkpoints.container import Container
+from geoscope.errors import CheckpointError
+from geoscope.records import ModelRef, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "Source"]
+
+
+class Source(Protocol):
+    """Where the weight files come from: a folder of this disk, or the Hub and its cache."""
+
+    def bytes_to_fetch(self, files: Collection[str]) -> int: ...
+
+    def fetch(self, files: Collection[str]) -> None: ...
+
+    def open(self, file: str) -> Container:
+        """The file, opened; it is fetched first when it is not here yet."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A set of weights, known by its headers. Made by `open_checkpoint`.
+
+    tensors: every stored tensor, sorted by name; shapes are (out, in).
+    tied_to: name → the tensor that it repeats (tied embeddings, shared storage); a name that is not
+    stored at all may stand there, too. notes: one-line remarks for the user.
+    """
+
+    ref: ModelRef
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...]
+    tied_to: Mapping[str, str]
+    source: Source = field(repr=False)
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Names that only repeat another tensor."""
+        return tuple(self.tied_to)
+
+    def bytes_to_fetch(self, names: Iterable[str]) -> int:
+        """Bytes of the files that hold these tensors and are not on this disk yet."""
+        return self.source.bytes_to_fetch(self._files(names))
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Download the files that hold these tensors, and no others."""
+        self.source.fetch(self._files(names))
+
+    def read(self, name: str, *, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor in its storage dtype, shape (out, in).
+
+        With `buffer` (1-D uint8, at least `nbytes` long) the bytes are read into it and the result
+        is a view of it; without one, memory of its own. A weight that is stored (in, out) comes
+        back as a strided view.
+        """
+        info = self._info(name)
+        tensor = self.source.open(info.source).read(name, buffer)
+        return tensor.T if info.transposed else tensor
+
+    def _files(self, names: Iterable[str]) -> list[str]:
+        return sorted({self._info(name).source for name in names})
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.ref.given}: holds no tensor {name}")
+        return info

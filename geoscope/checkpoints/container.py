@@ -1,0 +1,57 @@
+"""What does every reader of a file of tensors offer, whatever the format?
+
+A header (names, shapes, storage dtypes; no data) and one tensor at a time. A new format is one
+more file with a class of this form, and one line in `readers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from geoscope.records import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Container", "FileHeader", "byte_view"]
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """The tensors of one file as they are stored.
+
+    shared: name → name of the tensor in the same file whose storage it repeats.
+    notes: one-line remarks for the user.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    shared: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
+
+
+class Container(Protocol):
+    """One file of tensors that lies on this disk."""
+
+    @property
+    def header(self) -> FileHeader: ...
+
+    def read(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
+        """The tensor in its storage dtype and shape, inside `buffer` when one is given."""
+        ...
+
+
+def byte_view(nbytes: int, buffer: torch.Tensor | None) -> torch.Tensor:
+    """The first `nbytes` of the caller's buffer, or of a new one: uint8, (nbytes,)."""
+    import torch
+
+    if buffer is None:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
+        raise ValueError(f"buffer is {buffer.dtype}, {tuple(buffer.shape)}; needs 1-D uint8")
+    if buffer.device.type != "cpu" or buffer.numel() < nbytes:
+        raise ValueError(
+            f"buffer holds {buffer.numel()} bytes on {buffer.device}; needs {nbytes} on the CPU"
+        )
+    return buffer[:nbytes]

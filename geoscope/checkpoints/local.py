@@ -1,0 +1,200 @@
+"""How is a checkpoint on this disk opened: a folder, or one file of tensors?
+
+No network, and nothing outside of the folder: a shard that is a link to elsewhere is refused,
+except into the `blobs` of a Hub cache, which is how that cache stores its snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.container import Container, FileHeader
+from geoscope.checkpoints.layout import choose_layout, is_other_copy, shard_count
+from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
+from geoscope.checkpoints.readers import open_container
+from geoscope.checkpoints.reference import LocalReference
+from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
+from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
+from geoscope.names import in_natural_order
+
+__all__ = ["LocalFolder", "open_local"]
+
+# Where trainers put the weights below the folder that a user would name, in the order of search.
+_BELOW = (
+    "actor",
+    "lora_adapter",
+    "actor/lora_adapter",
+    "huggingface",
+    "actor/huggingface",
+    "hf_model",
+    "policy/weights",
+    "policy/weights/model",
+    "pytorch_model_fsdp_0",
+    "actor/dist_ckpt",
+    "dist_ckpt",
+)
+_NO_CONFIG = (
+    "one file, no config at hand: Conv1D layers and tied embeddings are told by names and shapes"
+)
+
+
+def open_local(reference: LocalReference) -> Checkpoint:
+    """The checkpoint at an existing path. Raises CheckpointError."""
+    path, given = reference.path, reference.given
+    if path.is_dir():
+        resolved = path.resolve()
+        return open_folder(LocalFolder(resolved, given), Identity(given, str(resolved)))
+    # Links stay: the name in a Hub cache has a suffix, the blob that it points to has none.
+    return _open_file(path.parent.resolve() / path.name, given)
+
+
+def _open_file(path: Path, given: str) -> Checkpoint:
+    if not path.is_file():
+        raise CheckpointNotFound(f"{given}: neither a file nor a folder")
+    if is_never_opened(path.name):
+        raise CheckpointError(
+            f"{given}: holds the state of a trainer and no weights; it is never opened. "
+            "Give the folder or file of the weights"
+        )
+    refused = by_files((path.name,))
+    if refused is not None:
+        raise refusal(given, refused)
+    container = open_container(path, given)
+    folder = LocalFolder(path.parent, given, opened={path.name: container})
+    notes = [_NO_CONFIG]
+    if shard_count(path.name) > 1:
+        notes.append(f"{path.name} is one of {shard_count(path.name)} shards; only it is read")
+    headers = {path.name: container.header}
+    return assemble(Identity(given, str(path)), folder, {}, headers, {}, tuple(notes))
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of this disk. `cached_as` is org/name@commit for a snapshot in the Hub's cache."""
+
+    path: Path
+    given: str
+    cached_as: str | None = None
+    opened: dict[str, Container] = field(default_factory=dict[str, Container], repr=False)
+
+    @property
+    def label(self) -> str:
+        return (self.cached_as or self.given).rstrip("/")
+
+    def names(self) -> Collection[str]:
+        return _file_names(self.path, self.given)
+
+    def text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.label}/{name}: cannot be read: {error}") from None
+
+    def headers(self, names: Sequence[str]) -> Mapping[str, FileHeader]:
+        return {name: self.open(name).header for name in names}
+
+    def open(self, file: str) -> Container:
+        if file not in self.opened:
+            path = self.path / file
+            _refuse_link_to_elsewhere(path, self.label)
+            self.opened[file] = open_container(path, f"{self.label}/{file}")
+        return self.opened[file]
+
+    def bytes_to_fetch(self, files: Collection[str]) -> int:
+        return 0
+
+    def fetch(self, files: Collection[str]) -> None:
+        return None
+
+    def absent(self, shard: str, count: int) -> CheckpointError:
+        if self.cached_as is not None:
+            return CheckpointNotFound(f"offline, and {shard} of {self.cached_as} is not cached.")
+        return CheckpointError(
+            f"`{self.label}`: the index names {shard}, which is not there ({count} tensors); "
+            "the checkpoint is still being written, or was cut: copy the shard"
+        )
+
+    def no_weights(self) -> CheckpointError:
+        if self.cached_as is not None:
+            return CheckpointNotFound(
+                f"offline, and model.safetensors of {self.cached_as} is not cached."
+            )
+        found = sorted(self.names())
+        below = _weights_below(self.path)
+        if below:
+            return self._elsewhere(below)
+        if CONFIG in found:
+            return _configuration_only(self.path, self.label)
+        copies = [name for name in found if is_other_copy(name)]
+        if copies:
+            return CheckpointError(
+                f"`{self.label}`: only {first_names(copies)}, in the publisher's own layout; "
+                "give that file itself, or a folder with model.safetensors"
+            )
+        return CheckpointError(
+            f"`{self.label}`: no weights geoscope can read; found: "
+            f"{first_names(found) or 'no files'}. It needs model*.safetensors or pytorch_model*.bin"
+        )
+
+    def _elsewhere(self, below: Mapping[str, Refused | None]) -> CheckpointError:
+        readable = [f"{folder}/" for folder, refused in below.items() if refused is None]
+        if readable:
+            return CheckpointError(
+                f"`{self.label}`: no weights here, but in {first_names(readable)}; "
+                "give the folder that is meant"
+            )
+        folder, refused = next((folder, what) for folder, what in below.items() if what is not None)
+        return refusal(f"{self.label}/{folder}", refused)
+
+
+def _file_names(path: Path, given: str) -> frozenset[str]:
+    try:
+        return frozenset(entry.name for entry in path.iterdir() if entry.is_file())
+    except OSError as error:
+        raise CheckpointError(f"{given}: cannot be listed: {error.strerror or error}") from None
+
+
+def _weights_below(path: Path) -> dict[str, Refused | None]:
+    """Folders below that hold weights, in the usual places and right here, → why not to be read."""
+    usual = [folder for folder in _BELOW if (path / folder).is_dir()]
+    others = in_natural_order(entry.name for entry in path.iterdir() if entry.is_dir())
+    found: dict[str, Refused | None] = {}
+    for folder in dict.fromkeys([*usual, *others]):
+        try:
+            names = _file_names(path / folder, folder)
+            readable, refused = choose_layout(names, folder) is not None, by_files(names)
+        except CheckpointError:
+            continue
+        if readable or refused is not None:
+            found[folder] = None if readable else refused
+    return found
+
+
+def _configuration_only(path: Path, label: str) -> CheckpointError:
+    beside: Refused | None = by_files(_file_names(path.parent, label))
+    if beside is not None and "FSDP" in beside.format:
+        hint = beside.hint.replace("{ref}", str(path.parent))
+        return CheckpointError(
+            f"`{path.name}/` holds configuration only; weights are in the FSDP shards beside it. "
+            f"{hint}"
+        )
+    return CheckpointError(
+        f"`{label}` holds configuration only (config.json); geoscope needs model*.safetensors "
+        "or pytorch_model*.bin beside it"
+    )
+
+
+def _refuse_link_to_elsewhere(path: Path, label: str) -> None:
+    target = path.resolve()
+    if target.is_relative_to(path.parent.resolve()):
+        return
+    blobs = next((parent for parent in target.parents if parent.name == "blobs"), None)
+    if blobs is not None and (blobs.parent / "snapshots").is_dir():
+        return
+    raise CheckpointError(
+        f"`{label}`: {path.name} is a link to {target}, outside of the folder; "
+        "give the folder that holds the file itself"
+    )

@@ -1,0 +1,223 @@
+"""Which tensor of the tuned model is which tensor of the base? On headers alone.
+
+First the exact name, then the canonical name; never by position, never by substring. Only tensors
+of equal shape are compared. Everything that is left is listed with its reason, and matrices in
+scope that lack a comparison are called missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.scope import MATRIX, VECTOR, Scope
+from geoscope.errors import PairingError, first_names
+from geoscope.names import Selection, canonical, in_natural_order, layer_index, module_kind
+from geoscope.records import Pairing, Rename, ShapeMismatch, Skipped, TensorInfo, WeightPair
+
+__all__ = ["pair"]
+
+BASE = "base"
+TUNED = "tuned"
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
+    """The correspondence of two checkpoints under a selection of names.
+
+    Raises PairingError when two names of one side mean the same tensor, or when nothing is left to
+    compare.
+    """
+    for side in (base, tuned):
+        _refuse_repeats(side)
+    matching = _match(base.tensors, tuned.tensors)
+    scope = Scope.of(selection, (*base.tensors.values(), *tuned.tensors.values()))
+    ledger = _Ledger(scope, _tied(base, tuned))
+    for one, other in matching.pairs:
+        ledger.enter_pair(one, other)
+    for info in matching.base_only:
+        ledger.enter_alone(info, BASE)
+    for info in matching.tuned_only:
+        ledger.enter_alone(info, TUNED)
+    pairing = ledger.pairing()
+    if not pairing.matrices and not (selection.include and pairing.vectors):
+        raise _nothing(base, tuned, matching, pairing, selection)
+    return pairing
+
+
+def _refuse_repeats(checkpoint: Checkpoint) -> None:
+    seen: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        if name in checkpoint.tied_to:
+            continue
+        other = seen.setdefault(canonical(name)[0], name)
+        if other != name:
+            raise PairingError(
+                f"{checkpoint.ref.given}: {other} and {name} mean the same tensor "
+                f"({canonical(name)[0]}); keep one of them"
+            )
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Matching:
+    """Pairs of stored tensors, and what is left on each side; sorted by name."""
+
+    pairs: tuple[tuple[TensorInfo, TensorInfo], ...]
+    base_only: tuple[TensorInfo, ...]
+    tuned_only: tuple[TensorInfo, ...]
+
+
+def _match(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> _Matching:
+    partners = {name: name for name in base if name in tuned}
+    left = {canonical(name)[0]: name for name in tuned if name not in partners}
+    for name in base:
+        if name not in partners and canonical(name)[0] in left:
+            partners[name] = left.pop(canonical(name)[0])
+    taken = set(partners.values())
+    return _Matching(
+        pairs=tuple((base[name], tuned[partners[name]]) for name in in_natural_order(partners)),
+        base_only=tuple(base[name] for name in in_natural_order(base) if name not in partners),
+        tuned_only=tuple(tuned[name] for name in in_natural_order(tuned) if name not in taken),
+    )
+
+
+def _rename(base: str, tuned: str) -> Rename:
+    """The rules that made one name of the two; what both share made no difference."""
+    mine, theirs = canonical(base)[1], canonical(tuned)[1]
+    rules = [rule for rule in (*mine, *theirs) if (rule in mine) != (rule in theirs)]
+    return Rename(base, tuned, ", ".join(rules or dict.fromkeys((*mine, *theirs))))
+
+
+def _tied(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """canonical name → why it is left out, for a tensor that repeats another one on either side."""
+    sides = [
+        {canonical(name)[0]: kept for name, kept in side.tied_to.items()} for side in (base, tuned)
+    ]
+    reasons: dict[str, str] = {}
+    for mine, theirs, side in ((sides[0], sides[1], BASE), (sides[1], sides[0], TUNED)):
+        for name, kept in mine.items():
+            if name in theirs:
+                reasons[name] = f"tied to {sides[0][name]}: counted once"
+            else:
+                reasons[name] = f"tied to {kept} in {side}: no counterpart of its own"
+    return reasons
+
+
+# --- scope --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Ledger:
+    """Takes the pairs and the left-over tensors one by one and enters each in one list."""
+
+    scope: Scope
+    tied: Mapping[str, str]
+    pairs: dict[str, list[WeightPair]] = field(default_factory=lambda: {MATRIX: [], VECTOR: []})
+    alone: dict[str, list[str]] = field(default_factory=lambda: {BASE: [], TUNED: []})
+    mismatches: list[ShapeMismatch] = field(default_factory=list[ShapeMismatch])
+    skipped: list[Skipped] = field(default_factory=list[Skipped])
+    renamed: list[Rename] = field(default_factory=list[Rename])
+    missing: list[str] = field(default_factory=list[str])
+
+    def enter_pair(self, base: TensorInfo, tuned: TensorInfo) -> None:
+        if self._skip_tied(base):
+            return
+        if base.name != tuned.name:
+            self.renamed.append(_rename(base.name, tuned.name))
+        if base.shape != tuned.shape:
+            self.mismatches.append(ShapeMismatch(base.name, base.shape, tuned.shape))
+            if self.scope.wants_matrix(base) or self.scope.wants_matrix(tuned):
+                self.missing.append(base.name)
+            return
+        place = self.scope.place_pair(base, tuned)
+        if not isinstance(place, Skipped):
+            self.pairs[place].append(_weight_pair(base, tuned))
+            return
+        self.skipped.append(place)
+        if place.missing:
+            self.missing.append(place.name)
+
+    def enter_alone(self, info: TensorInfo, side: str) -> None:
+        if self._skip_tied(info):
+            return
+        self.alone[side].append(info.name)
+        if self.scope.wants_matrix(info):
+            self.missing.append(info.name)
+
+    def _skip_tied(self, info: TensorInfo) -> bool:
+        reason = self.tied.get(canonical(info.name)[0])
+        if reason is not None:
+            self.skipped.append(Skipped(info.name, reason))
+        return reason is not None
+
+    def pairing(self) -> Pairing:
+        return Pairing(
+            matrices=tuple(self.pairs[MATRIX]),
+            vectors=tuple(self.pairs[VECTOR]),
+            base_only=tuple(self.alone[BASE]),
+            tuned_only=tuple(self.alone[TUNED]),
+            shape_mismatch=tuple(self.mismatches),
+            skipped=tuple(self.skipped),
+            renamed=tuple(self.renamed),
+            missing=tuple(self.missing),
+        )
+
+
+def _weight_pair(base: TensorInfo, tuned: TensorInfo) -> WeightPair:
+    name = base.name
+    return WeightPair(name, layer_index(name), module_kind(name), base.shape, base, tuned)
+
+
+# --- nothing to compare -------------------------------------------------------------------------
+
+
+def _nothing(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    matching: _Matching,
+    pairing: Pairing,
+    selection: Selection,
+) -> PairingError:
+    """Why no matrix is left: no common names, other shapes, or a selection that takes none."""
+    if not matching.pairs:
+        return PairingError(
+            f"nothing to compare: no tensor of {base.ref.given} has a partner in "
+            f"{tuned.ref.given}; names are {_examples(base.tensors)} against "
+            f"{_examples(tuned.tensors)}. Are they the same architecture?"
+        )
+    reshaped = [item for item in pairing.shape_mismatch if item.name in pairing.missing]
+    if reshaped:
+        first = reshaped[0]
+        return PairingError(
+            f"nothing to compare: {len(reshaped)} matrices in scope differ in shape, first "
+            f"{first.name}: base {first.base}, tuned {first.tuned}. geoscope compares tensors of "
+            "equal shape; give the base that was trained"
+        )
+    matrices = [info.name for info, _ in matching.pairs if len(info.shape) == 2]
+    if pairing.missing:
+        return PairingError(
+            f"nothing to compare: {len(pairing.missing)} weights in scope have no partner that can "
+            f"be read, first {pairing.missing[0]}; names look like "
+            f"{_examples(matrices or base.tensors)}"
+        )
+    return PairingError(
+        f"nothing to compare: no matrix passes {_selected(selection)}; names look like "
+        f"{_examples(matrices or base.tensors)}"
+    )
+
+
+def _examples(names: Iterable[str]) -> str:
+    ordered = in_natural_order(names)
+    inside = [name for name in ordered if layer_index(name) is not None]
+    return first_names(inside or ordered)
+
+
+def _selected(selection: Selection) -> str:
+    options = [f"--include {pattern!r}" for pattern in selection.include]
+    options += [f"--exclude {pattern!r}" for pattern in selection.exclude]
+    if selection.layers is not None:
+        options.append("--layers " + ",".join(str(layer) for layer in sorted(selection.layers)))
+    return " ".join(options) or "the default scope (2-D weights but embeddings and output head)"

@@ -1,0 +1,123 @@
+"""What does the user's argument name: something on this disk, or a model on the Hub?
+
+    path/to/dir · file.safetensors                an existing path wins over every other reading
+    org/name[@revision]                           Hub model: branch, tag, commit or refs/pr/7
+    hf://org/name[@revision][/sub/folder]         the same with a sub-folder; %2F for a slash in
+                                                  a branch, refs/pr/N and refs/convert/* keep theirs
+
+A name without a slash is only ever a path. Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
+
+__all__ = ["GRAMMAR", "HubReference", "LocalReference", "parse_reference"]
+
+GRAMMAR = "write PATH, org/name[@revision] or hf://org/name[@revision][/sub/folder]"
+
+_HUB = "hf://"
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+_REPO = re.compile(rf"{_PART}/{_PART}")
+_SPECIAL_REVISION = re.compile(r"refs/(?:pr|convert)/[^/]+")
+# What git forbids in the name of a reference, and a path that would climb out of a folder.
+_NO_REVISION = re.compile(r"\.\.|[\s~^:?*\[\\\x00-\x1f]|^/|/$|//")
+_OTHER_REPOS = ("datasets", "spaces", "kernels", "buckets")
+
+
+@dataclass(frozen=True)
+class LocalReference:
+    """An existing file or folder."""
+
+    given: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """A model on the Hub; `revision` None is the main branch, `folder` "" the root."""
+
+    given: str
+    repo: str
+    revision: str | None = None
+    folder: str = ""
+
+
+def parse_reference(reference: str) -> LocalReference | HubReference:
+    """What `reference` names. Raises OptionError (grammar) or CheckpointNotFound (no such path)."""
+    if not reference.strip():
+        raise OptionError(f"the reference to a model is empty; {GRAMMAR}")
+    if reference.startswith(_HUB):
+        return _hub_uri(reference)
+    path = Path(reference).expanduser()
+    if _exists(path):
+        return LocalReference(reference, path)
+    if _looks_like_a_path(reference):
+        raise CheckpointNotFound(f"{reference}: no such file or folder")
+    return _hub_name(reference)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, a NUL byte, a folder without access
+        return False
+
+
+def _looks_like_a_path(reference: str) -> bool:
+    return reference.startswith((".", "/", "~")) or "\\" in reference or reference.endswith("/")
+
+
+def _hub_name(reference: str) -> HubReference:
+    """`org/name[@revision]`; the revision may hold slashes."""
+    if "://" in reference:
+        raise OptionError(f"{reference}: a URL is no reference to a model; {GRAMMAR}")
+    if reference.count("@") > 1:
+        raise OptionError(f"{reference}: more than one @; {GRAMMAR}")
+    repo, at, revision = reference.partition("@")
+    if "/" not in repo:
+        raise CheckpointNotFound(
+            f"{reference}: no such file or folder, and no Hub id either: {GRAMMAR}"
+        )
+    if "+" in repo and all(part.strip("./~") for part in repo.split("+")):
+        raise UnsupportedFormat(
+            f"{reference}: base+adapter is not read yet; merge the adapter into its base "
+            "(PeftModel.merge_and_unload) and give the merged folder"
+        )
+    if repo.count("/") > 1 and not at:
+        raise CheckpointNotFound(
+            f"{reference}: no such file or folder; a sub-folder on the Hub is written "
+            "hf://org/name/sub/folder"
+        )
+    return _hub_reference(reference, repo, revision if at else None, "")
+
+
+def _hub_uri(reference: str) -> HubReference:
+    body = reference.removeprefix(_HUB).strip("/")
+    kind = body.split("/", 1)[0]
+    if kind in _OTHER_REPOS:
+        raise OptionError(f"{reference}: {kind} hold no models; {GRAMMAR}")
+    repo, at, rest = body.partition("@")
+    if not at or repo.count("/") > 1:  # an @ behind the repository is part of a folder's name
+        org, _, rest = body.partition("/")
+        name, _, folder = rest.partition("/")
+        return _hub_reference(reference, f"{org}/{name}", None, folder)
+    special = _SPECIAL_REVISION.match(rest)
+    revision = special.group() if special else rest.partition("/")[0]
+    folder = rest[len(revision) :].strip("/")
+    return _hub_reference(reference, repo, unquote(revision), folder)
+
+
+def _hub_reference(reference: str, repo: str, revision: str | None, folder: str) -> HubReference:
+    if not _REPO.fullmatch(repo):
+        raise OptionError(f"{reference}: {repo!r} is no org/name; {GRAMMAR}")
+    if revision is not None and (not revision or "@" in revision or _NO_REVISION.search(revision)):
+        raise OptionError(f"{reference}: {revision!r} is no revision; {GRAMMAR}")
+    if any(part in ("", ".", "..") for part in folder.split("/")) and folder:
+        raise OptionError(f"{reference}: {folder!r} is no sub-folder; {GRAMMAR}")
+    return HubReference(reference, repo, revision, folder)

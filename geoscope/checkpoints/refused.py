@@ -1,0 +1,249 @@
+"""Which weights are refused, by what sign are they known, and what should the user do instead?
+
+The signs are looked at in this order: the quantisation method of config.json, the names and dtypes
+of the tensors, the names of the files. Each refusal is one line: what was found, what is needed,
+what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from geoscope.errors import UnsupportedFormat, first_names
+from geoscope.records import TensorInfo
+
+__all__ = [
+    "Refused",
+    "by_config",
+    "by_files",
+    "by_tensors",
+    "is_adapter_file",
+    "is_never_opened",
+    "refusal",
+]
+
+_PRECISIONS = "geoscope reads fp32, fp16 and bf16."
+_WHOLE = "geoscope compares whole weights."
+_FILES = "geoscope reads safetensors and pytorch_model*.bin."
+
+_SOURCE = "Use the checkpoint it was quantised from."
+_BITSANDBYTES = "Merge the adapter into the bf16 base; for QLoRA that is the unquantised base."
+_COMPRESSED = "Use the source checkpoint."
+_BF16 = "Use a bf16 conversion."
+_CONVERT = "Convert it to safetensors."
+_MERGE = "Merge it into its base (PeftModel.merge_and_unload) and give the merged folder."
+_MERGE_LORA = "Merge it into its base and give the merged weights."
+_FSDP = (
+    "Run `python -m verl.model_merger merge --backend fsdp --local_dir {ref} --target_dir OUT` "
+    "(it casts to bf16) and give OUT."
+)
+_MEGATRON = (
+    "Export it with the framework's own converter, for verl `python -m verl.model_merger merge "
+    "--backend megatron --local_dir … --target_dir OUT`, and give OUT."
+)
+_DEEPSPEED = "Run `zero_to_fp32.py` in that folder, or save with `--save_hf_ckpt`."
+_DCP = (
+    "Run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {ref} OUT.pt` "
+    "and give OUT.pt."
+)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A format that is refused, the sign it was known by, and the way out."""
+
+    format: str
+    evidence: str
+    hint: str
+    needs: str = _PRECISIONS
+
+
+def refusal(reference: str, refused: Refused) -> UnsupportedFormat:
+    """The one line for the user."""
+    hint = refused.hint.replace("{ref}", reference)
+    return UnsupportedFormat(
+        f"`{reference}`: weights are {refused.format} ({refused.evidence}). {refused.needs} {hint}"
+    )
+
+
+# --- config.json --------------------------------------------------------------------------------
+
+# quant_method → (how it is called, what to do). Every other name is refused under its own name.
+_METHODS = {
+    "gptq": ("GPTQ", _SOURCE),
+    "awq": ("AWQ", _SOURCE),
+    "compressed-tensors": ("compressed-tensors", _COMPRESSED),
+    "mxfp4": ("MXFP4", _BF16),
+    "mxfp8": ("MXFP8", _BF16),
+    "nvfp4": ("NVFP4", _BF16),
+    "fp8": ("FP8", _BF16),
+    "fbgemm_fp8": ("FP8", _BF16),
+}
+
+
+def by_config(config: Mapping[str, Any]) -> Refused | None:
+    """What `quantization_config` says, here or in the text part of a multimodal model."""
+    text = config.get("text_config")
+    for where in (config, text if isinstance(text, Mapping) else {}):
+        quantization = where.get("quantization_config")
+        if isinstance(quantization, Mapping) and quantization:
+            return _by_method(quantization)
+    return None
+
+
+def _by_method(quantization: Mapping[str, Any]) -> Refused:
+    bits = {4: quantization.get("load_in_4bit"), 8: quantization.get("load_in_8bit")}
+    name = quantization.get("quant_method")
+    if name is None:
+        name = "bitsandbytes" if any(bits.values()) else "quantised"
+    evidence = f"quant_method {str(name)!r} in config.json"
+    if name == "bitsandbytes":
+        width = 8 if bits[8] and not bits[4] else 4
+        return Refused(f"bitsandbytes {width}-bit", evidence, _BITSANDBYTES)
+    called, hint = _METHODS.get(str(name), (str(name), _SOURCE))
+    return Refused(called, evidence, hint)
+
+
+# --- names and dtypes of tensors ----------------------------------------------------------------
+
+
+def by_tensors(tensors: Mapping[str, TensorInfo]) -> Refused | None:
+    """What the tensors themselves show. They come sorted by name: the first one is the evidence."""
+    for test in (_packed_integers, _bitsandbytes, _packed_floats, _adapter):
+        refused = test(tensors)
+        if refused is not None:
+            return refused
+    return None
+
+
+def _packed_integers(tensors: Mapping[str, TensorInfo]) -> Refused | None:
+    qweight = _first(tensors, lambda name: name.endswith(".qweight"))
+    if qweight is not None:
+        group = _first(tensors, lambda name: name.endswith(".g_idx"))
+        return Refused("AWQ" if group is None else "GPTQ", f"tensor {qweight}", _SOURCE)
+    packed = _first(tensors, lambda name: name.endswith(".weight_packed"))
+    if packed is not None:
+        return Refused("compressed-tensors", f"tensor {packed}", _COMPRESSED)
+    return None
+
+
+def _bitsandbytes(tensors: Mapping[str, TensorInfo]) -> Refused | None:
+    four = _first(tensors, lambda name: ".quant_state." in name or name.endswith(".absmax"))
+    if four is not None:
+        return Refused("bitsandbytes 4-bit", f"tensor {four}", _BITSANDBYTES)
+    eight = _first(tensors, lambda name: name.endswith(".SCB"))
+    if eight is not None:
+        return Refused("bitsandbytes 8-bit", f"tensor {eight}", _BITSANDBYTES)
+    return None
+
+
+def _packed_floats(tensors: Mapping[str, TensorInfo]) -> Refused | None:
+    blocks = _first(
+        tensors,
+        lambda name: (
+            name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors
+        ),
+    )
+    if blocks is not None:
+        return Refused("MXFP4", f"tensor {blocks}", _BF16)
+    for suffix, called in (
+        (".weight_scale_2", "NVFP4"),
+        (".weight_scale_inv", "FP8"),
+        (".weight_scale", "FP8"),
+    ):
+        scale = _first(tensors, lambda name, suffix=suffix: name.endswith(suffix))
+        if scale is not None:
+            return Refused(called, f"tensor {scale}", _BF16)
+    narrow = _first(
+        tensors, lambda name: tensors[name].dtype.startswith(("float8", "float6", "float4"))
+    )
+    if narrow is not None:
+        dtype = tensors[narrow].dtype
+        called = "FP8" if dtype.startswith("float8") else "packed floats"
+        return Refused(called, f"tensor {narrow} is {dtype}", _BF16)
+    return None
+
+
+_ADAPTER_TENSOR = re.compile(
+    r"(?:^|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)"
+)
+_KOHYA_TENSOR = re.compile(r"^lora_(?:unet|te\d?)_|\.lora_(?:down|up)\.weight$")
+
+
+def _adapter(tensors: Mapping[str, TensorInfo]) -> Refused | None:
+    kohya = _first(tensors, lambda name: _KOHYA_TENSOR.search(name) is not None)
+    if kohya is not None:
+        return Refused("a kohya or diffusers LoRA", f"tensor {kohya}", _MERGE_LORA, _WHOLE)
+    factor = _first(tensors, lambda name: _ADAPTER_TENSOR.search(name) is not None)
+    if factor is not None:
+        return Refused("a PEFT adapter", f"tensor {factor}", _MERGE, _WHOLE)
+    return None
+
+
+def _first(names: Collection[str], test: Callable[[str], bool]) -> str | None:
+    return next((name for name in names if test(name)), None)
+
+
+# --- names of files -----------------------------------------------------------------------------
+
+_NEVER = re.compile(
+    r"(?:optimizer|scheduler|scaler)\.(?:pt|bin)$|optim_|extra_state_|rng_state|training_args\.bin$"
+)
+_ADAPTER_FILE = re.compile(r"adapter_model(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
+_FRAMEWORKS = (
+    # Megatron's torch_dist is DCP with two files of its own, so it comes first.
+    (
+        re.compile(r"(?:common\.pt|model_optim_rng\.pt|distrib_optim\.pt)$"),
+        "a Megatron checkpoint",
+        _MEGATRON,
+        _PRECISIONS,
+    ),
+    (re.compile(r"model_world_size_\d+_rank_\d+\.pt$"), "verl FSDP shards", _FSDP, _FILES),
+    (
+        re.compile(
+            r"(?:.*mp_rank_\d+_model_states\.pt|.*zero_pp_rank_\d+_.*\.pt|zero_to_fp32\.py)$"
+        ),
+        "DeepSpeed ZeRO shards",
+        _DEEPSPEED,
+        _PRECISIONS,
+    ),
+    (re.compile(r"(?:\.metadata|.*\.distcp)$"), "a DCP checkpoint", _DCP, _FILES),
+)
+_SUFFIXES = {
+    ".gguf": "GGUF",
+    ".msgpack": "Flax",
+    ".h5": "TensorFlow",
+    ".onnx": "ONNX",
+}
+
+
+def is_never_opened(name: str) -> bool:
+    """Whether a file holds the state of a trainer (optimizer, scheduler, RNG) and no weights."""
+    return _NEVER.match(name) is not None
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether a file holds the factors of a PEFT adapter."""
+    return _ADAPTER_FILE.match(name) is not None
+
+
+def by_files(names: Collection[str]) -> Refused | None:
+    """What the names of files show, for a folder without weights that can be read."""
+    ordered = sorted(names)
+    adapter = [name for name in ordered if is_adapter_file(name)]
+    if adapter or "adapter_config.json" in names:
+        evidence = [name for name in ordered if name == "adapter_config.json"] + adapter
+        return Refused("a PEFT adapter", ", ".join(evidence[:2]), _MERGE, _WHOLE)
+    for pattern, called, hint, needs in _FRAMEWORKS:
+        found = [name for name in ordered if pattern.match(name)]
+        if found:
+            return Refused(called, first_names(found, 1), hint, needs)
+    for name in ordered:
+        suffix = PurePosixPath(name).suffix
+        if suffix in _SUFFIXES:
+            return Refused(_SUFFIXES[suffix], name, _CONVERT)
+    return None

@@ -1,0 +1,56 @@
+"""The command line: thin commands over the library. Heavy imports happen inside command bodies."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from geoscope import __version__
+from geoscope.cli import demo, pairs, reading
+
+__all__ = ["app"]
+
+_EPILOG = (
+    "Exit codes: 0 done, findings included; 1 error, nothing compared, or incomplete under "
+    "--strict; 2 usage; 3 a --fail-on condition holds; 130 interrupted; 143 terminated."
+)
+
+app = typer.Typer(
+    name="geoscope",
+    help="What RLVR post-training did to the weights: anisotropy, alignment, spectral collapse.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"geoscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (
+    pairs.inspect,
+    pairs.collapse,
+    pairs.anisotropy,
+    pairs.alignment,
+    pairs.compare,
+    reading.show,
+    reading.metrics,
+    demo.demo,
+):
+    app.command(epilog=_EPILOG)(_command)

@@ -1,0 +1,121 @@
+"""Where words go: data to standard output, talk to standard error; both know what a terminal is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geoscope import report as reports
+from geoscope.records import Report
+
+if TYPE_CHECKING:
+    from geoscope.analysis import Prepared, Progress
+
+__all__ = ["data", "emit", "progress", "say"]
+
+
+def data(text: str) -> None:
+    """Text on standard output, one line end at its end."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """A remark on standard error."""
+    if not quiet:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def emit(report: Report, options: dict[str, Any]) -> None:
+    """The report on standard output, and into each file of `--out`."""
+    if options["as_json"]:
+        data(report.dumps())
+    else:
+        data(
+            reports.render_text(
+                report,
+                width=_width(),
+                colour=_colour(),
+                verbose=options["verbose"],
+                explain=options.get("explain", False),
+            )
+        )
+    for path in options["out"] or ():
+        reports.write(report, path)
+        say(f"wrote {path}", quiet=options["quiet"])
+
+
+def check_outputs(paths: list[Path] | None, *, force: bool) -> None:
+    """Refuses what could not be written later. Raises OptionError or ReportError."""
+    for path in paths or ():
+        reports.check_output(path, force=force)
+
+
+def _width() -> int:
+    """Columns of the terminal; 80 in a pipe."""
+    return min(shutil.get_terminal_size((80, 24)).columns, 140) if sys.stdout.isatty() else 80
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Progress]:
+    """A progress bar with the time left, on a terminal only; elsewhere one line a model."""
+    from geoscope.analysis import Progress
+
+    def plan(prepared: Prepared) -> None:
+        say(_plan_line(prepared), quiet=quiet)
+        for note in (*prepared.base.notes, *prepared.tuned.notes):
+            say(f"note: {note}", quiet=quiet)
+
+    if quiet or not sys.stderr.isatty():
+        yield Progress(on_plan=plan)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+
+    def download(file: str, done: int, total: int) -> None:
+        if file not in tasks:
+            tasks[file] = bar.add_task(f"fetching {file}", total=total)
+        bar.update(tasks[file], completed=done, total=total, visible=done < total)
+
+    def planned(prepared: Prepared) -> None:
+        bar.stop()
+        plan(prepared)
+        bar.start()
+        total = len(prepared.pairing.matrices)
+        tasks["matrices"] = bar.add_task("matrices", total=total)
+
+    def paired(done: int, _total: int, _name: str) -> None:
+        bar.update(tasks["matrices"], completed=done)
+
+    with bar:
+        yield Progress(on_download=download, on_plan=planned, on_pair=paired)
+
+
+def _plan_line(prepared: Prepared) -> str:
+    pairing = prepared.pairing
+    what = f"comparing {len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
+    where = f"with {prepared.base.ref.given} on {prepared.device}"
+    if prepared.bytes_to_fetch:
+        where += f", fetching {prepared.bytes_to_fetch / 1e6:.0f} MB"
+    return f"{what} {where}"

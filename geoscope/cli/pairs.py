@@ -1,0 +1,158 @@
+"""The commands that compare a base with tuned models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from geoscope.cli import options as opt
+from geoscope.cli import output
+from geoscope.cli.fail_on import Condition, holding, parse_fail_on
+from geoscope.errors import OptionError, first_names
+
+if TYPE_CHECKING:
+    from geoscope.analysis import Options
+    from geoscope.records import Report
+
+__all__ = ["alignment", "anisotropy", "collapse", "compare", "inspect"]
+
+Base = Annotated[str, typer.Argument(help="Base model: folder, file or org/name[@revision].")]
+Tuned = Annotated[str, typer.Argument(help="Tuned model, spelled likewise.")]
+SeveralTuned = Annotated[list[str], typer.Argument(help="One or more tuned models.")]
+
+
+@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.VERDICT, opt.CURVES, opt.COMPUTE)
+def collapse(base: Base, tuned: Tuned, **options: Any) -> None:
+    """Spectral collapse: shift, ranks, intruders, verdict."""
+    _run("collapse", base, [tuned], options)
+
+
+@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.COMPUTE)
+def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
+    """Update anisotropy: how many directions it uses."""
+    _run("anisotropy", base, [tuned], options)
+
+
+@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.MASKS, opt.CURVES, opt.COMPUTE)
+def alignment(base: Base, tuned: SeveralTuned, **options: Any) -> None:
+    """On or off the base's principal directions?"""
+    _run("alignment", base, tuned, options)
+
+
+@opt.with_options(
+    opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.VERDICT, opt.MASKS, opt.CURVES, opt.COMPUTE
+)
+def compare(base: Base, tuned: SeveralTuned, **options: Any) -> None:
+    """All of these in one pass, with the verdict."""
+    _run("compare", base, tuned, options)
+
+
+@opt.with_options({name: opt.OUTPUT[name] for name in ("as_json", "verbose", "debug")}, opt.SELECT)
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, file or org/name[@revision].")],
+    tuned: Annotated[str | None, typer.Argument(help="A tuned model to pair it with.")] = None,
+    **options: Any,
+) -> None:
+    """Tensors, pairing and plan, from headers alone."""
+    from geoscope.analysis import Options
+
+    chosen = Options(**_selection(options), device="cpu")
+    _survey(model, tuned, chosen, options)
+
+
+def _run(kind: str, base: str, tuned: list[str], options: dict[str, Any]) -> None:
+    """One comparison: refuse early, compute, show, decide the exit code."""
+    from geoscope.analysis import Interrupted
+    from geoscope.analysis import compare as run
+
+    chosen = _options(options)
+    conditions = _conditions(kind, chosen, options.get("fail_on"))
+    output.check_outputs(options["out"], force=options["force"])
+    if options["dry_run"]:
+        for one in tuned:
+            _survey(base, one, chosen, options)
+        return
+    try:
+        with output.progress(quiet=options["quiet"]) as progress:
+            report = run(
+                base,
+                *tuned,
+                kind=kind,
+                options=chosen,
+                anchor=options.get("anchor"),
+                progress=progress,
+            )
+    except Interrupted as stop:
+        if stop.report is not None:
+            output.emit(stop.report, options)
+        output.say(f"geoscope: {stop}; the report is partial")
+        raise typer.Exit(128 + stop.signum) from None
+    output.emit(report, options)
+    raise typer.Exit(_exit_code(report, conditions, options))
+
+
+def _exit_code(report: Report, conditions: tuple[Condition, ...], options: dict[str, Any]) -> int:
+    coverage = report.coverage
+    if not coverage.matched:
+        output.say("geoscope: no matrix could be compared; the report says why for each")
+        return 1
+    if options["strict"] and coverage.missing:
+        output.say(
+            f"geoscope: --strict: {len(coverage.missing)} matrices not compared: "
+            f"{first_names(coverage.missing)}"
+        )
+        return 1
+    if met := holding(conditions, report):
+        output.say(f"geoscope: --fail-on: {', '.join(met)}")
+        return 3
+    return 0
+
+
+def _conditions(kind: str, chosen: Options, text: str | None) -> tuple[Condition, ...]:
+    from geoscope.analysis import VERDICT_KINDS, ids_of
+    from geoscope.metrics import CODES
+
+    codes = CODES if kind in VERDICT_KINDS else ()
+    return parse_fail_on(text, kind=kind, codes=codes, ids=ids_of(kind, chosen))
+
+
+def _survey(base: str, tuned: str | None, chosen: Options, options: dict[str, Any]) -> None:
+    """Headers, pairing and plan on standard output."""
+    from geoscope.analysis import prepare, survey
+    from geoscope.report.survey import render_survey
+
+    prepared = prepare(base, base if tuned is None else tuned, chosen)
+    found = survey(prepared, paired=tuned is not None)
+    text = found.dumps() if options["as_json"] else render_survey(found, verbose=options["verbose"])
+    output.data(text)
+
+
+def _selection(options: dict[str, Any]) -> dict[str, Any]:
+    from geoscope.names import parse_layers
+
+    return {
+        "include": tuple(options["include"] or ()),
+        "exclude": tuple(options["exclude"] or ()),
+        "layers": parse_layers(options["layers"]) if options["layers"] else None,
+    }
+
+
+def _options(options: dict[str, Any]) -> Options:
+    from geoscope.analysis import Options
+
+    same = ("device", "dtype", "solver", "max_memory", "jobs", "seed")
+    return Options(
+        **_selection(options),
+        **{name: options[name] for name in same},
+        ks=_dimensions(options["k"]),
+        curves=options.get("curves", False),
+        masks=options.get("masks", False),
+    )
+
+
+def _dimensions(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise OptionError(f"--k {text!r}: write whole numbers such as 8,64") from None

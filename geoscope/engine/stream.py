@@ -1,0 +1,184 @@
+"""Batches through a pipeline: a read-ahead thread, worker threads, a bound on what is in flight.
+
+torch releases the interpreter lock inside its kernels, so worker threads keep the cores busy; each
+keeps to one BLAS thread, which makes the numbers independent of the number of workers.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from geoscope.engine.plan import Batch
+from geoscope.linalg.blas import one_thread
+from geoscope.records import WeightPair
+
+__all__ = ["Outcome", "one_blas_thread", "stream"]
+
+T = TypeVar("T")
+Read = Callable[[WeightPair], tuple[Tensor, Tensor]]
+Work = Callable[[Batch, Tensor, Tensor], Sequence[T]]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """One finished pair; `note` says when it had to be computed elsewhere than planned."""
+
+    pair: WeightPair
+    result: T
+    note: str | None = None
+
+
+class _Gate:
+    """Lets batches in while their working bytes fit; one batch alone always fits."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._used = capacity, 0
+        self._free = threading.Condition()
+        self.closed = False
+
+    def enter(self, amount: int) -> None:
+        with self._free:
+            self._free.wait_for(
+                lambda: self.closed or self._used == 0 or self._used + amount <= self._capacity
+            )
+            self._used += amount
+
+    def leave(self, amount: int) -> None:
+        with self._free:
+            self._used -= amount
+            self._free.notify_all()
+
+    def close(self) -> None:
+        with self._free:
+            self.closed = True
+            self._free.notify_all()
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One BLAS thread a worker for the duration, then as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with one_thread():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def stream(
+    batches: Sequence[Batch],
+    *,
+    read: Read,
+    work: Work[T],
+    device: torch.device,
+    workers: int,
+    memory: int,
+) -> Iterator[Outcome[T]]:
+    """Outcome of every pair, in the order in which they finish.
+
+    read: the stored tensors of a pair, called on one thread. work: the results of a stack, one a
+    pair; called on `workers` threads with tensors on `device`. memory: bytes of batches in flight.
+    An exception of either is raised here, after the threads have stopped; so is KeyboardInterrupt.
+    """
+    gate = _Gate(memory)
+    # At most one batch waits beyond those in work: that is the read-ahead.
+    ready: queue.Queue[tuple[Batch, Tensor, Tensor] | None] = queue.Queue(maxsize=1)
+    done: queue.Queue[list[Outcome[T]] | BaseException] = queue.Queue()
+    stop = threading.Event()
+
+    def reader() -> None:
+        try:
+            for batch in batches:
+                gate.enter(batch.working_bytes)
+                if stop.is_set():
+                    break
+                stacks = _load(batch, read, device)
+                ready.put((batch, *stacks))
+        except BaseException as error:
+            done.put(error)
+        finally:
+            for _ in range(workers):
+                ready.put(None)
+
+    def worker() -> None:
+        while (item := ready.get()) is not None:
+            batch, base, tuned = item
+            del item
+            if not stop.is_set():
+                try:
+                    done.put(_attempt(batch, base, tuned, work))
+                except BaseException as error:
+                    done.put(error)
+            del base, tuned
+            gate.leave(batch.working_bytes)
+
+    threads = [threading.Thread(target=reader, daemon=True)]
+    threads += [threading.Thread(target=worker, daemon=True) for _ in range(workers)]
+    with one_blas_thread():
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in batches:
+                item = done.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield from item
+        finally:
+            stop.set()
+            gate.close()
+            while any(thread.is_alive() for thread in threads):
+                _drain(ready)
+                for thread in threads:
+                    thread.join(timeout=0.05)
+
+
+def _drain(ready: queue.Queue[tuple[Batch, Tensor, Tensor] | None]) -> None:
+    """Makes room for a reader that waits; end marks go back, for the workers need them."""
+    try:
+        item = ready.get_nowait()
+    except queue.Empty:
+        return
+    if item is None:
+        ready.put(None)
+
+
+def _load(batch: Batch, read: Read, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The stacks (b, m, n) of a batch on the device, in storage dtypes."""
+    sides = [read(pair) for pair in batch.pairs]
+    base, tuned = (
+        torch.stack([side[i] for side in sides]) if len(sides) > 1 else sides[0][i].unsqueeze(0)
+        for i in (0, 1)
+    )
+    return base.to(device), tuned.to(device)
+
+
+def _attempt(batch: Batch, base: Tensor, tuned: Tensor, work: Work[T]) -> list[Outcome[T]]:
+    """The batch; in halves when the device runs out of memory, and at last on the CPU."""
+    try:
+        results = work(batch, base, tuned)
+        return [Outcome(pair, one) for pair, one in zip(batch.pairs, results, strict=True)]
+    except torch.OutOfMemoryError:
+        pass  # outside of the handler the failed attempt's tensors are free
+    if len(batch.pairs) > 1:
+        half = len(batch.pairs) // 2
+        parts = (slice(None, half), slice(half, None))
+        return [
+            outcome
+            for part in parts
+            for outcome in _attempt(
+                replace(batch, pairs=batch.pairs[part]), base[part], tuned[part], work
+            )
+        ]
+    device = base.device.type
+    (result,) = work(batch, base.cpu(), tuned.cpu())
+    note = f"computed on the CPU: {device} ran out of memory"
+    return [Outcome(batch.pairs[0], result, note)]

@@ -1,0 +1,83 @@
+"""What can go wrong, as one tree; the command line catches `GeoscopeError` in one place.
+
+GeoscopeError
+  + CheckpointError        a path, file or Hub id cannot be used
+    - CheckpointNotFound   nothing there, or not for us (private, gated, offline)
+    - UnsupportedFormat    there, but in a format that is refused by name
+  + PairingError           two checkpoints do not correspond
+  + NumericsError          no method converged
+  + OptionError            an option, or a combination of options, makes no sense
+  + ReportError            a report cannot be read, written or rendered
+Stopped                    not an error: a signal asks to stop (Ctrl-C, SIGTERM)
+
+Every message is one line: what was found, what was needed, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointNotFound",
+    "GeoscopeError",
+    "NumericsError",
+    "OptionError",
+    "PairingError",
+    "ReportError",
+    "Stopped",
+    "UnsupportedFormat",
+    "first_names",
+]
+
+
+class GeoscopeError(Exception):
+    """Base of every error that geoscope raises on purpose."""
+
+
+class CheckpointError(GeoscopeError):
+    """A path, file or Hub id cannot be used."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """Nothing is there, or it may not be read (private, gated, offline)."""
+
+
+class UnsupportedFormat(CheckpointError):
+    """The weights are there, in a format that geoscope refuses by name."""
+
+
+class PairingError(GeoscopeError):
+    """Two checkpoints do not correspond."""
+
+
+class NumericsError(GeoscopeError):
+    """No method converged."""
+
+
+class OptionError(GeoscopeError):
+    """An option, or a combination of options, makes no sense."""
+
+
+class ReportError(GeoscopeError):
+    """A report cannot be read, written or rendered."""
+
+
+class Stopped(BaseException):
+    """A signal asks to stop; like KeyboardInterrupt, it passes through `except Exception`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+def first_names(names: Sequence[str], limit: int = 3) -> str:
+    """The first few of a list of offenders, with the count of the rest: "a, b, c and 9 more"."""
+    shown = ", ".join(names[:limit])
+    rest = len(names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown

@@ -1,0 +1,19 @@
+"""Tensors in, tensors out: the only place that factorises. Knows nothing of files or reports."""
+
+from geoscope.linalg.angles import orthonormalise, principal_angles
+from geoscope.linalg.operand import Operand
+from geoscope.linalg.quantile import quantile
+from geoscope.linalg.storage import FORMATS, FloatFormat, effective_format
+from geoscope.linalg.svd import Factors, factorise
+
+__all__ = [
+    "FORMATS",
+    "Factors",
+    "FloatFormat",
+    "Operand",
+    "effective_format",
+    "factorise",
+    "orthonormalise",
+    "principal_angles",
+    "quantile",
+]

@@ -1,0 +1,183 @@
+"""SciPy's own BLAS and LAPACK on CPU tensors, without copies and without the interpreter lock.
+
+SciPy ships OpenBLAS and publishes the addresses of its routines for Cython; calling them through
+ctypes releases the interpreter lock, so that worker threads keep all cores busy, and it reaches
+what neither torch nor SciPy's wrappers offer: one tridiagonalisation that serves all eigenvalues
+and a few eigenvectors. On CPUs with AVX-512 OpenBLAS multiplies two to three times as fast as the
+MKL that torch brings (docs/benchmarks.md). Tensors here are fp64, on the CPU, with unit stride in
+the last axis.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import scipy
+import torch
+from scipy.linalg import cython_blas, cython_lapack  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
+
+from geoscope.errors import NumericsError
+
+__all__ = [
+    "eigenvalues",
+    "eigenvectors",
+    "gemm",
+    "one_thread",
+    "symmetric_times",
+    "tridiagonalise",
+]
+
+_capsule_name = ctypes.pythonapi.PyCapsule_GetName
+_capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+@cache
+def _routine(module: Any, name: str, count: int) -> Callable[..., None]:
+    """The Fortran routine `name` with `count` arguments, all passed by address."""
+    capsule = module.__pyx_capi__[name]
+    address = _capsule_pointer(capsule, _capsule_name(capsule))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
+
+
+def _call(module: Any, name: str, *arguments: Tensor | int | float | bytes | ctypes.c_int) -> None:
+    """Calls a routine: tensors by their memory, scalars by address."""
+    scalars: list[Any] = []
+
+    def address(value: Tensor | int | float | bytes | ctypes.c_int) -> int:
+        if isinstance(value, Tensor):
+            return value.data_ptr()
+        kinds = {int: ctypes.c_int, float: ctypes.c_double, bytes: ctypes.c_char}
+        scalar = value if isinstance(value, ctypes.c_int) else kinds[type(value)](value)
+        scalars.append(scalar)
+        return ctypes.addressof(scalar)
+
+    _routine(module, name, len(arguments))(*[address(one) for one in arguments])
+
+
+def gemm(
+    A: Tensor, B: Tensor, out: Tensor, *, add: bool = False, At: bool = False, Bt: bool = False
+) -> Tensor:
+    """out = op(A)·op(B), or out += with `add`; op transposes with `At`, `Bt`. 2-D, unit stride."""
+    m, k = (A.shape[1], A.shape[0]) if At else A.shape
+    n = B.shape[0] if Bt else B.shape[1]
+    flags = {True: b"T", False: b"N"}
+    # Fortran sees row-major matrices transposed: outᵀ = op(B)ᵀ·op(A)ᵀ.
+    _call(
+        cython_blas, "dgemm",
+        flags[Bt], flags[At], n, m, k,
+        1.0, B, _leading(B), A, _leading(A), 1.0 if add else 0.0, out, _leading(out),
+    )  # fmt: skip
+    return out
+
+
+def _leading(A: Tensor) -> int:
+    return max(A.stride(0), 1)
+
+
+def tridiagonalise(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """QᵀGQ = T for symmetric G (n, n), of which the upper triangle is read.
+
+    That triangle and the diagonal are overwritten by Q's reflectors; below them G stays.
+    Returns T's diagonal (n,), its off-diagonal (n − 1,), and the reflectors' scales (n − 1,).
+    """
+    n = len(G)
+    d, e, tau = (torch.empty(max(size, 1), dtype=torch.float64) for size in (n, n - 1, n - 1))
+    work = torch.empty(64 * n, dtype=torch.float64)
+    info = ctypes.c_int()
+    # The upper triangle in rows is the lower one in columns.
+    _call(cython_lapack, "dsytrd", b"L", n, G, n, d, e, tau, work, len(work), info)
+    _check("dsytrd", info)
+    return d, e[: n - 1], tau[: n - 1]
+
+
+def eigenvalues(d: Tensor, e: Tensor) -> Tensor:
+    """All eigenvalues of the tridiagonal matrix, descending (n,)."""
+    values, side = d.clone(), torch.cat([e, e.new_zeros(1)])
+    info = ctypes.c_int()
+    _call(cython_lapack, "dsterf", len(values), values, side, info)
+    _check("dsterf", info)
+    return values.flip(0)
+
+
+def eigenvectors(G: Tensor, d: Tensor, e: Tensor, tau: Tensor, ranks: range) -> Tensor:
+    """Eigenvectors by the rank of their eigenvalue (0 = largest), as rows (len(ranks), n).
+
+    G, d, e, tau as `tridiagonalise` left them; ranks ascends by 1. Relatively robust
+    representations of the tridiagonal matrix, then the reflectors.
+    """
+    n, k = len(d), len(ranks)
+    main, side = d.clone(), torch.cat([e, e.new_zeros(1)])
+    values, vectors = torch.empty(n, dtype=torch.float64), torch.zeros(k, n, dtype=torch.float64)
+    support = torch.zeros(2 * max(k, 1), dtype=torch.int32)
+    work = torch.empty(18 * n, dtype=torch.float64)
+    integers = torch.empty(10 * n, dtype=torch.int32)
+    found, robust, info = ctypes.c_int(), ctypes.c_int(1), ctypes.c_int()
+    # LAPACK counts from 1 and from the smallest.
+    _call(
+        cython_lapack, "dstemr",
+        b"V", b"I", n, main, side, 0.0, 0.0, n - ranks[-1], n - ranks[0],
+        found, values, vectors, n, k, support, robust,
+        work, len(work), integers, len(integers), info,
+    )  # fmt: skip
+    _check("dstemr", info)
+    if n > 1:
+        scratch = torch.empty(64 * n, dtype=torch.float64)
+        _call(
+            cython_lapack, "dormtr",
+            b"L", b"L", b"N", n, k, G, n, tau, vectors, n, scratch, len(scratch), info,
+        )  # fmt: skip
+        _check("dormtr", info)
+    return vectors.flip(0)
+
+
+def symmetric_times(G: Tensor, X: Tensor) -> Tensor:
+    """X·G for symmetric G (n, n) of which the lower triangle and diagonal are given; X: (k, n)."""
+    out = torch.empty_like(X)
+    n, k = len(G), len(X)
+    # Rows seen as columns: (X·G)ᵀ = G·Xᵀ, and the lower triangle becomes the upper one.
+    _call(cython_blas, "dsymm", b"L", b"U", n, k, 1.0, G, n, X, n, 0.0, out, n)
+    return out
+
+
+def _check(name: str, info: ctypes.c_int) -> None:
+    if info.value != 0:
+        raise NumericsError(f"LAPACK's {name} failed with code {info.value}")
+
+
+@lru_cache(maxsize=1)
+def _thread_setters() -> tuple[Callable[[int], None], Callable[[], int]] | None:
+    """OpenBLAS's own switch for its threads; None where SciPy came with another BLAS."""
+    package = Path(scipy.__file__).parent
+    for folder in (package.parent / "scipy.libs", package / ".dylibs"):
+        for library in sorted(folder.glob("*openblas*")) if folder.is_dir() else ():
+            loaded = ctypes.CDLL(str(library))
+            for prefix in ("scipy_", ""):
+                name = f"{prefix}openblas_set_num_threads"
+                if hasattr(loaded, name):
+                    getter = getattr(loaded, name.replace("set", "get"))
+                    getter.restype = ctypes.c_int
+                    return getattr(loaded, name), getter
+    return None
+
+
+class one_thread:
+    """Keeps SciPy's BLAS to one thread a caller, then as before."""
+
+    def __enter__(self) -> None:
+        setters = _thread_setters()
+        self._before = setters[1]() if setters else None
+        if setters:
+            setters[0](1)
+
+    def __exit__(self, *_: object) -> None:
+        setters = _thread_setters()
+        if setters and self._before is not None:
+            setters[0](self._before)

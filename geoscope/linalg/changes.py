@@ -1,0 +1,187 @@
+"""One elementwise pass over a pair of stored matrices: norms, rounding noise, what stayed the same.
+
+For the 16-bit formats everything that depends on one side alone comes from a histogram of its
+65 536 codes, which is exact and costs one pass; so does the expectation of the changed fraction
+under an isotropic update (METHODS §2.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geoscope.linalg.storage import (
+    FORMATS,
+    FloatFormat,
+    bf16_bounds,
+    effective_format,
+    normal_cdf,
+    round_to,
+    rounding_cell,
+    squared_spacing,
+)
+
+__all__ = [
+    "Side",
+    "Unchanged",
+    "changed_mask",
+    "expected_unchanged",
+    "nonfinite_entries",
+    "side",
+    "unchanged",
+    "unchanged_probability",
+]
+
+# |ΔW| ≤ 1e-5 counts as unchanged in 2505.11711.
+ABSOLUTE_TOLERANCE = 1e-5
+# |a − b| ≤ η·max(|a|, |b|) counts as unchanged in 2511.08567 and 2606.07082.
+RELATIVE_TOLERANCE = 1e-3
+
+_BF16 = FORMATS[torch.bfloat16]
+# Entries of one step: stays in the cache of one core.
+_BLOCK = 1 << 16
+# Of a wider base a regular sample of this size serves the expectation of the changed fraction;
+# its standard error is below 5e-4.
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Side:
+    """One stored matrix: Frobenius norm, rounding noise, format, and its values.
+
+    `noise` is √(Σulp²/12), the Frobenius norm of the rounding error that storing it made.
+    """
+
+    norm: float
+    noise: float
+    fmt: FloatFormat
+    levels: Tensor
+    counts: Tensor
+
+
+def side(weight: Tensor) -> Side:
+    """Norm, rounding noise and the values of one finite stored matrix (any shape and dtype).
+
+    `levels` and `counts` list its distinct values for 16-bit formats, a regular sample of its
+    entries (with equal counts) for wider ones.
+    """
+    fmt = effective_format(weight)
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        levels, counts = _histogram(weight)
+        counts = counts.double()
+        norm = torch.dot(counts, levels.square()).sqrt()
+        noise = (torch.dot(counts, squared_spacing(levels, fmt)) / 12).sqrt()
+        return Side(float(norm), float(noise), fmt, levels, counts)
+    flat = weight.reshape(-1)
+    squares = noise_squares = 0.0
+    for block in flat.split(_BLOCK):
+        values = block.double()
+        squares += float(values.square().sum())
+        noise_squares += float(squared_spacing(values, fmt).sum())
+    sample = flat[:: -(-flat.numel() // _SAMPLE)].double()
+    return Side(
+        squares**0.5,
+        (noise_squares / 12) ** 0.5,
+        fmt,
+        sample,
+        torch.full_like(sample, flat.numel() / sample.numel()),
+    )
+
+
+def _histogram(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct values of a 16-bit tensor (fp64) and how often each stands there."""
+    codes = weight.contiguous().view(torch.int16).reshape(-1)
+    # int16 codes as 0 … 65535, in the order of the two's complement
+    counts = sum(
+        torch.bincount(block.to(torch.int32) + 32768, minlength=65536)
+        for block in codes.split(16 * _BLOCK)
+    )
+    assert isinstance(counts, Tensor)
+    present = counts.nonzero().squeeze(-1)
+    levels = (present - 32768).to(torch.int16).view(weight.dtype).double()
+    return levels, counts[present]
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """Shares of entries that did not move: by the relative rule, the absolute rule, and exactly."""
+
+    relative: float
+    absolute: float
+    exact: float
+
+
+def nonfinite_entries(weight: Tensor) -> int:
+    """Number of NaN and Inf entries."""
+    flat = weight.reshape(-1)
+    return flat.numel() - sum(int(torch.isfinite(block).sum()) for block in flat.split(_BLOCK))
+
+
+def unchanged(base: Tensor, tuned: Tensor) -> Unchanged:
+    """The three shares of METHODS §2.1. base, tuned: equal shape, storage dtypes."""
+    relative = absolute = exact = 0
+    for before, after in _blocks(base, tuned):
+        same = before == after if before.dtype == after.dtype else before.double() == after.double()
+        exact += int(same.sum())
+        before32, after32 = _through_bf16(before), _through_bf16(after)
+        distance = (before32 - after32).abs_()
+        absolute += int((distance <= ABSOLUTE_TOLERANCE).sum())
+        scale = torch.maximum(before32.abs_(), after32.abs_())
+        relative += int((distance <= RELATIVE_TOLERANCE * scale).sum())
+    total = base.numel()
+    return Unchanged(relative / total, absolute / total, exact / total)
+
+
+def changed_mask(base: Tensor, tuned: Tensor) -> Tensor:
+    """Entries that moved by the relative rule, bool, shape of `base`."""
+    parts = []
+    for before, after in _blocks(base, tuned):
+        before32, after32 = _through_bf16(before), _through_bf16(after)
+        distance = (before32 - after32).abs_()
+        parts.append(distance > RELATIVE_TOLERANCE * torch.maximum(before32.abs_(), after32.abs_()))
+    return torch.cat(parts).reshape(base.shape)
+
+
+def _blocks(base: Tensor, tuned: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    return zip(base.reshape(-1).split(_BLOCK), tuned.reshape(-1).split(_BLOCK), strict=True)
+
+
+def _through_bf16(block: Tensor) -> Tensor:
+    return block.to(torch.bfloat16).to(torch.float32)
+
+
+def expected_unchanged(base: Side, tuned_format: FloatFormat, spread: float) -> Unchanged:
+    """What `unchanged` gives on average for an isotropic update of entry sd `spread`.
+
+    ΔW_ij ~ N(0, spread²) added to this very base and rounded to the tuned format: the probability
+    that it stays in the rounding cell, averaged over the entries of the base.
+    """
+    if spread == 0:
+        return Unchanged(1.0, 1.0, 1.0)
+    levels, counts = base.levels, base.counts
+    total = float(counts.sum())
+
+    def mean(probability: Tensor) -> float:
+        return float(torch.dot(counts, probability)) / total
+
+    stored = round_to(levels, tuned_format)
+    on_grid = stored == levels
+    low, high = rounding_cell(levels, tuned_format)
+    exact = torch.where(on_grid, _between(levels, low, high, spread), 0.0)
+    low, high = bf16_bounds(round_to(levels, _BF16), ABSOLUTE_TOLERANCE)
+    return Unchanged(
+        relative=mean(unchanged_probability(levels, spread)),
+        absolute=mean(_between(levels, low, high, spread)),
+        exact=mean(exact),
+    )
+
+
+def unchanged_probability(weight: Tensor, spread: float) -> Tensor:
+    """P(an entry rounds to the same bf16 number after N(0, spread²) is added); fp64, same shape."""
+    return _between(weight, *rounding_cell(weight, _BF16), spread)
+
+
+def _between(centre: Tensor, low: Tensor, high: Tensor, spread: float) -> Tensor:
+    return normal_cdf((high - centre) / spread) - normal_cdf((low - centre) / spread)

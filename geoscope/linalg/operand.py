@@ -1,0 +1,129 @@
+"""A matrix as it is stored, multiplied in fp64 without ever being held in fp64 as a whole.
+
+`Operand(base)` is W0, `Operand(tuned, base)` the update W1 − W0: upcast first, subtracted second,
+block by block on the CPU, so that a pair in work costs its stored bytes and little more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geoscope.linalg import blas
+
+__all__ = ["Operand"]
+
+# Rows or columns of the longer side in one fp64 block: long enough for the products to run at
+# full speed, short enough to stay near the cache.
+_BLOCK = 512
+# Column blocks of the Gram matrix; only those on and above the diagonal are computed.
+_GRAM_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Operand:
+    """plus − minus, or plus alone: a stack (b, m, n) of stored matrices of one shape."""
+
+    plus: Tensor
+    minus: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.plus.shape[-2], self.plus.shape[-1]
+
+    @property
+    def is_tall(self) -> bool:
+        """Whether rows are at least as many as columns; the Gram matrix is of the shorter side."""
+        return self.plus.shape[-2] >= self.plus.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.plus)
+
+    def row(self, i: int) -> Operand:
+        """The i-th matrix, as a stack of one."""
+        minus = None if self.minus is None else self.minus[i : i + 1]
+        return Operand(self.plus[i : i + 1], minus)
+
+    def dense(self) -> Tensor:
+        """The stack in fp64, (b, m, n)."""
+        whole = self.plus.to(torch.float64, copy=True)
+        return whole if self.minus is None else whole.sub_(self.minus)
+
+    def norm(self) -> Tensor:
+        """Frobenius norms, (b,)."""
+        if self.plus.device.type != "cpu":
+            return torch.linalg.vector_norm(self.dense(), dim=(-2, -1))
+        squares = [
+            sum(float(torch.linalg.vector_norm(block)) ** 2 for _, block in self._blocks(i))
+            for i in range(len(self))
+        ]
+        return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+    def gram(self) -> Tensor:
+        """Gram matrices of the shorter side, (b, q, q): AᵀA if tall, AAᵀ if wide."""
+        if self.plus.device.type != "cpu":
+            A = self.dense()
+            return A.mT @ A if self.is_tall else A @ A.mT
+        return torch.stack([self._gram(i) for i in range(len(self))])
+
+    def _gram(self, i: int) -> Tensor:
+        q = min(self.shape)
+        gram = torch.zeros(q, q, dtype=torch.float64)
+        for _, block in self._blocks(i):
+            for start in range(0, q, _GRAM_BLOCK):
+                stop = min(start + _GRAM_BLOCK, q)
+                out = gram[start:stop, start:]
+                if self.is_tall:
+                    blas.gemm(block[:, start:stop], block[:, start:], out, add=True, At=True)
+                else:
+                    blas.gemm(block[start:stop], block[start:], out, add=True, Bt=True)
+        for start in range(0, q, _GRAM_BLOCK):  # mirror what stands right of each diagonal block
+            stop = min(start + _GRAM_BLOCK, q)
+            gram[stop:, start:stop] = gram[start:stop, stop:].T
+        return gram
+
+    def right(self, X: Tensor) -> Tensor:
+        """X·Aᵀ for rows X (b, k, n): the images A·x as rows, (b, k, m)."""
+        if self.plus.device.type != "cpu":
+            return X @ self.dense().mT
+        out = X.new_zeros(*X.shape[:-1], self.shape[0])
+        for i, rows in enumerate(X):
+            for part, block in self._blocks(i):
+                if self.is_tall:  # block holds rows of A
+                    blas.gemm(rows, block, out[i][:, part], Bt=True)
+                else:  # block holds columns of A
+                    blas.gemm(rows[:, part], block, out[i], add=True, Bt=True)
+        return out
+
+    def left(self, Y: Tensor) -> Tensor:
+        """Y·A for rows Y (b, k, m): the images Aᵀ·y as rows, (b, k, n)."""
+        if self.plus.device.type != "cpu":
+            return Y @ self.dense()
+        out = Y.new_zeros(*Y.shape[:-1], self.shape[1])
+        for i, rows in enumerate(Y):
+            for part, block in self._blocks(i):
+                if self.is_tall:
+                    blas.gemm(rows[:, part], block, out[i], add=True)
+                else:
+                    blas.gemm(rows, block, out[i][:, part])
+        return out
+
+    def _blocks(self, i: int) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide."""
+        plus, minus = self.plus[i], None if self.minus is None else self.minus[i]
+        axis = 0 if self.is_tall else 1
+        length = plus.shape[axis]
+        size = (_BLOCK, plus.shape[1]) if self.is_tall else (plus.shape[0], _BLOCK)
+        buffer = torch.empty(size, dtype=torch.float64)
+        scratch = torch.empty_like(buffer) if minus is not None else None
+        for start in range(0, length, _BLOCK):
+            count = min(_BLOCK, length - start)
+            block = buffer.narrow(axis, 0, count)
+            block.copy_(plus.narrow(axis, start, count))
+            if minus is not None and scratch is not None:
+                other = scratch.narrow(axis, 0, count)
+                block.sub_(other.copy_(minus.narrow(axis, start, count)))
+            yield slice(start, start + count), block

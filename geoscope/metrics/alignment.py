@@ -1,0 +1,95 @@
+"""Does the update work on the principal directions of the base, and did those directions turn?
+
+Captured energy is measured against two baselines: what an isotropic update would have there
+(`lift`), and the base's own energy there (`versus_base`). The same update can be far below the
+second and above the first.
+
+Inputs are energies along the base's singular directions, so that one product serves all k:
+right_j = ‖ΔW v_j‖², left_j = ‖u_jᵀΔW‖², core_ij = (u_iᵀΔW v_j)².
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "captured_area",
+    "energy_left",
+    "energy_right",
+    "energy_two_sided",
+    "gap",
+    "largest_angle",
+    "lift",
+    "mean_angle",
+    "outside_span",
+    "versus_base",
+]
+
+
+def energy_right(right: Tensor, update_norm: Tensor, *, k: int) -> Tensor:
+    """C_R(k) = ‖ΔW V_k‖_F²/‖ΔW‖_F², in [0, 1].   right: (..., K ≥ k) → (...,)."""
+    return _share(right[..., :k].sum(-1), update_norm)
+
+
+def energy_left(left: Tensor, update_norm: Tensor, *, k: int) -> Tensor:
+    """C_L(k) = ‖U_kᵀΔW‖_F²/‖ΔW‖_F², in [0, 1].   left: (..., K ≥ k) → (...,)."""
+    return _share(left[..., :k].sum(-1), update_norm)
+
+
+def energy_two_sided(core: Tensor, update_norm: Tensor, *, k: int) -> Tensor:
+    """C_LR(k) = ‖U_kᵀΔW V_k‖_F²/‖ΔW‖_F², in [0, 1].   core: (..., K, K) → (...,)."""
+    return _share(core[..., :k, :k].sum((-2, -1)), update_norm)
+
+
+def lift(core: Tensor, update_norm: Tensor, *, k: int, shape: tuple[int, int]) -> Tensor:
+    """C_LR(k) over its isotropic value k²/(mn)."""
+    m, n = shape
+    return energy_two_sided(core, update_norm, k=k) * (m * n / k**2)
+
+
+def versus_base(core: Tensor, update_norm: Tensor, base_S: Tensor, *, k: int) -> Tensor:
+    """C_LR(k) over the base's own share E_k = Σ_{i≤k}σ²/Σσ²."""
+    energy = base_S.square()
+    own = energy[..., :k].sum(-1) / energy.sum(-1)
+    return energy_two_sided(core, update_norm, k=k) / own
+
+
+def outside_span(
+    left: Tensor, right: Tensor, update_norm: Tensor, *, shape: tuple[int, int]
+) -> Tensor:
+    """Share of the update outside the base's span on its longer side; NaN for a square matrix.
+
+    1 − C_L(q) for m > n, 1 − C_R(q) for n > m.
+    """
+    m, n = shape
+    if m == n:
+        return torch.full_like(update_norm, torch.nan)
+    inside = left if m > n else right
+    return (1 - _share(inside.sum(-1), update_norm)).clamp_min(0)
+
+
+def captured_area(energies: Tensor, update_norm: Tensor) -> Tensor:
+    """(1/q)Σ_{k≤q}C(k), the area under the captured-energy curve.   (..., q) → (...,)."""
+    return _share(energies.cumsum(-1).mean(-1), update_norm)
+
+
+def mean_angle(angles: Tensor) -> Tensor:
+    """Mean principal angle between the leading subspaces of base and tuned, radians."""
+    return angles.mean(-1)
+
+
+def largest_angle(angles: Tensor) -> Tensor:
+    """Largest principal angle, radians; fragile where σ_k ≈ σ_{k+1}."""
+    return angles[..., -1]
+
+
+def gap(base_S: Tensor, *, k: int) -> Tensor:
+    """(σ_k − σ_{k+1})/σ_k of the base, in [0, 1], σ_{q+1} = 0; NaN where σ_k = 0."""
+    kept = base_S[..., k - 1]
+    dropped = base_S[..., k] if k < base_S.shape[-1] else torch.zeros_like(kept)
+    return torch.where(kept > 0, (kept - dropped) / kept, torch.nan)
+
+
+def _share(energy: Tensor, update_norm: Tensor) -> Tensor:
+    return torch.where(update_norm > 0, energy / update_norm.square(), torch.nan)

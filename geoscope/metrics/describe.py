@@ -1,0 +1,125 @@
+"""METRICS in words: for `geoscope metrics` and for the reference page of the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from geoscope.errors import OptionError
+from geoscope.metrics.metric import ROLES, Metric
+from geoscope.metrics.precision import FLOORS
+from geoscope.metrics.table import FAMILIES, METRICS
+
+__all__ = ["describe", "find", "listing", "reference_page"]
+
+_FAMILY_WORDS = {
+    "size": "Size and precision: how large is the update, and how much of it is rounding?",
+    "spectrum": "Spectrum of base, tuned and update: how many directions?",
+    "update_alignment": "Alignment of the update: on or off the base's principal directions?",
+    "base_alignment": "Alignment of base and tuned: did the leading subspaces turn?",
+    "collapse": "Collapse: did the singular values change, or only the frames?",
+    "masks": "Masks: which weights visibly moved?",
+}
+_FLOOR_WORDS = {
+    "angle": "below what rounding alone turns: BELOW_RESOLUTION",
+    **{
+        name: f"{name}-weighted: OK to ν = {fine:g}, CAUTION to {usable:g}, then BELOW_RESOLUTION"
+        for name, (fine, usable) in FLOORS.items()
+    },
+}
+_FLOOR_WORDS["amplitude"] = _FLOOR_WORDS["amplitude"].replace("ν", "ν·√(q/PR)")
+_RULE_WORDS = {
+    "mean": "unweighted mean",
+    "sum": "sum",
+    "max": "maximum",
+    "root_sum_square": "√Σ of squares",
+    "parameters": "weighted by parameters",
+    "energy": "weighted by ‖ΔW‖²",
+    "changed": "weighted by changed entries",
+    "relative_update": "√(Σ‖ΔW‖²/Σ‖W0‖²) over changed matrices",
+    "precision_ratio": "√(Σnoise²/Σ‖ΔW‖²)",
+    "lift": "ratio of the aggregated energies to their aggregated nulls",
+    "versus_base": "ratio of the aggregated energies to the aggregated E_k",
+}
+
+
+def find(text: str) -> Metric:
+    """The metric of an id, however much of it is filled in: `lift`, `lift@64`, `update.k90`.
+
+    Raises OptionError with near names.
+    """
+    role, _, rest = text.partition(".")
+    bare = rest if role in ROLES and rest else text
+    for one in METRICS:
+        if bare == one.id or bare.partition("@")[0] == one.id.removesuffix("@k"):
+            return one
+    near = [one.id for one in METRICS if bare.partition("@")[0] in one.id][:5]
+    hint = f"near: {', '.join(near)}" if near else "`geoscope metrics` lists them all"
+    raise OptionError(f"no metric {text!r}; {hint}")
+
+
+def listing() -> str:
+    """Every metric in a line, by family."""
+    width = max(len(_shown_id(one)) for one in METRICS)
+    lines: list[str] = []
+    for family in FAMILIES:
+        lines += ["", _FAMILY_WORDS[family]]
+        lines += [
+            f"  {_shown_id(one):<{width}}  {one.formula}" for one in METRICS if one.family == family
+        ]
+    lines += ["", "ROLE is base, tuned or update. `geoscope metrics ID` shows one whole."]
+    return "\n".join(lines[1:])
+
+
+def _shown_id(metric: Metric) -> str:
+    return f"ROLE.{metric.id}" if metric.per_role else metric.id
+
+
+def describe(metric: Metric) -> str:
+    """One metric, whole, as text."""
+    width = max(len(label) for label, _ in _facts(metric))
+    lines = [_shown_id(metric)]
+    lines += [f"  {label:<{width}}  {text}" for label, text in _facts(metric)]
+    return "\n".join(lines)
+
+
+def _facts(metric: Metric) -> Sequence[tuple[str, str]]:
+    facts = [
+        ("formula", metric.formula),
+        ("range", metric.range + (f" {metric.unit}" if metric.unit else "")),
+        ("null", metric.null.text if metric.null else "–"),
+        ("reading", metric.reading),
+        ("do not conclude", metric.caution),
+        ("precision", _FLOOR_WORDS[metric.floor] if metric.floor else "no floor"),
+        ("over matrices", _RULE_WORDS[metric.aggregate]),
+        ("source", metric.source),
+    ]
+    if metric.option:
+        facts.append(("only with", f"--{metric.option}"))
+    return facts
+
+
+def reference_page() -> str:
+    """The metric reference of the docs, Markdown; a test keeps the file equal to this."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `METRICS` (`geoscope/metrics/table.py`); do not edit by hand. W0 is the "
+        "base, W1 the tuned weight, ΔW = W1 − W0 the update; (m, n) = (out, in), q = min(m, n), "
+        "M = max(m, n), β = q/M, ρ the relative update, ν the rounding-noise ratio. `@k` stands "
+        "for a subspace dimension, ROLE for base, tuned or update.",
+        "",
+        "Precision floors concern quantities of the update; a number below its floor is null with "
+        "the status `BELOW_RESOLUTION` and kept under `raw`.",
+    ]
+    for family in FAMILIES:
+        lines += ["", f"## {_FAMILY_WORDS[family]}"]
+        for one in METRICS:
+            if one.family != family:
+                continue
+            lines += ["", f"### `{_shown_id(one)}`", ""]
+            lines += [f"- **{label}**: {_escape(text)}" for label, text in _facts(one)]
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")

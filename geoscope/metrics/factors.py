@@ -1,0 +1,294 @@
+"""From a pair of stored matrices to the factors that metrics take; each is computed once.
+
+The vocabulary (b = stack of matrices of one shape, K = largest subspace dimension asked for):
+
+    base.S, tuned.S, update.S               (b, q)     singular values, descending
+    base.norm, tuned.norm, update.norm      (b,)       Frobenius norms, from the entries
+    base.noise, tuned.noise                 (b,)       √(Σulp²/12): what storing them rounded away
+    base.eps, tuned.eps                     (b,)       spacing at 1 of the storage format
+    unchanged.relative|absolute|exact       (b,)       shares of entries that did not move
+    isotropic.relative|absolute|exact       (b,)       the same, expected of an isotropic update
+    cross.right, cross.left                 (b, K)     ‖ΔW v_j‖², ‖u_jᵀΔW‖²
+    cross.core                              (b, K, K)  (u_iᵀΔW v_j)²
+    angles.left@k, angles.right@k           (b, k)     principal angles base/tuned
+    intruders.left, intruders.right         (b, ≤10)   max_i |⟨u_j(W1), u_i(W0)⟩|
+    masks.low|principal|control             (b,)       overlaps; .density and .matched behind
+    bulk_median                             ()         median of the Marchenko-Pastur law
+
+Nothing is held in fp64 as a whole on the CPU: products are taken block by block from the stored
+entries (`Operand`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope.linalg import Factors, Operand, factorise, principal_angles
+from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
+from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
+from geoscope.metrics.masks import MASK_RANK, mask_overlaps
+from geoscope.metrics.nulls import marchenko_pastur_median
+
+__all__ = ["PairFactors", "Settings", "pair_factors"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers, apart from the weights.
+
+    ks: subspace dimensions asked for. curves: take the base's whole basis. solver: `auto` or
+    `exact`. dtype: `float64`, or `float32` for spectra of devices without fp64.
+    """
+
+    ks: tuple[int, ...] = (8, 64)
+    solver: str = "auto"
+    dtype: str = "float64"
+    curves: bool = False
+    masks: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PairFactors:
+    """Factors of a stack of pairs, and how each was got (one mapping a matrix)."""
+
+    shape: tuple[int, int]
+    values: Mapping[str, Tensor]
+    methods: tuple[Mapping[str, Mapping[str, Any]], ...]
+    notes: tuple[tuple[str, ...], ...]
+
+
+@dataclass
+class _Work:
+    """The factors under construction; `base` keeps the base's vectors while they are needed."""
+
+    settings: Settings
+    values: dict[str, Tensor] = field(default_factory=dict)
+    methods: dict[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    base: Factors | None = None
+
+    def factorise(
+        self, name: str, A: Operand, *, vectors: int = 0, cuts: Sequence[int] = ()
+    ) -> Factors:
+        """The factors of A, with how they were got kept under `name`."""
+        dtype = torch.float64 if self.settings.dtype == "float64" else torch.float32
+        factors = factorise(A, vectors=vectors, cuts=cuts, solver=self.settings.solver, dtype=dtype)
+        self.methods[name] = factors.methods
+        return factors
+
+
+def pair_factors(
+    base: Tensor,
+    tuned: Tensor,
+    *,
+    takes: frozenset[str],
+    ks: Sequence[int],
+    settings: Settings,
+) -> PairFactors:
+    """All factors named in `takes` of a stack of pairs.
+
+    base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation. ks: the
+    dimensions of this shape, the verdict's among them.
+    """
+    work = _Work(settings)
+    m, n = base.shape[-2:]
+    q = min(m, n)
+    inside = sorted({k for k in ks if k <= q})
+    sides = _from_storage(work, base, tuned, takes)
+    W0, update = Operand(base), Operand(tuned, base)
+    _spectra(work, W0, Operand(tuned), takes, inside)
+    work.values["update.norm"] = update.norm()
+    _isotropic(work, sides, (m, n), takes)
+    if "update.S" in takes:
+        work.values["update.S"] = work.factorise("update.S", update).S
+    if any(name.startswith("cross.") for name in takes):
+        _cross(work, update)
+    if "masks.low" in takes:
+        _masks(work, base, tuned)
+    work.values["bulk_median"] = torch.tensor(
+        marchenko_pastur_median(q / max(m, n)), dtype=torch.float64, device=base.device
+    )
+    return PairFactors(
+        shape=(m, n),
+        values=work.values,
+        methods=tuple(
+            {name: methods[i] for name, methods in work.methods.items()} for i in range(len(base))
+        ),
+        notes=tuple(_notes(base, tuned, *pair) for pair in sides),
+    )
+
+
+def _from_storage(
+    work: _Work, base: Tensor, tuned: Tensor, takes: frozenset[str]
+) -> list[tuple[Side, Side]]:
+    """Norms, rounding noise and changed shares, straight from the stored entries."""
+    sides = [(side(before), side(after)) for before, after in zip(base, tuned, strict=True)]
+
+    def column(numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=base.device)
+
+    for role, which in (("base", 0), ("tuned", 1)):
+        work.values[f"{role}.norm"] = column([pair[which].norm for pair in sides])
+        work.values[f"{role}.noise"] = column([pair[which].noise for pair in sides])
+        work.values[f"{role}.eps"] = column([pair[which].fmt.eps for pair in sides])
+    if "unchanged.relative" in takes:
+        shares = [unchanged(before, after) for before, after in zip(base, tuned, strict=True)]
+        for rule in ("relative", "absolute", "exact"):
+            work.values[f"unchanged.{rule}"] = column([getattr(one, rule) for one in shares])
+    return sides
+
+
+def _isotropic(
+    work: _Work, sides: list[tuple[Side, Side]], shape: tuple[int, int], takes: frozenset[str]
+) -> None:
+    """Changed shares expected of an isotropic update of the same norm."""
+    if "isotropic.relative" not in takes:
+        return
+    norms = work.values["update.norm"]
+    entries = (shape[0] * shape[1]) ** 0.5
+    shares = [
+        expected_unchanged(before, after.fmt, float(norm) / entries)
+        for (before, after), norm in zip(sides, norms, strict=True)
+    ]
+    for rule in ("relative", "absolute", "exact"):
+        work.values[f"isotropic.{rule}"] = norms.new_tensor([getattr(one, rule) for one in shares])
+
+
+def _spectra(
+    work: _Work, W0: Operand, W1: Operand, takes: frozenset[str], ks: Sequence[int]
+) -> None:
+    """Spectra and leading subspaces of base and tuned; angles and intruders between them."""
+    angles = any(name.startswith("angles.") for name in takes)
+    base_vectors, tuned_vectors = _vectors(work.settings, min(W0.shape), takes, ks)
+    cuts = ks if base_vectors else ()
+    work.base = base = work.factorise("base.S", W0, vectors=base_vectors, cuts=cuts)
+    work.values["base.S"] = base.S
+    if "tuned.S" not in takes and not tuned_vectors:
+        return
+    cuts = ks if angles else ()
+    tuned = work.factorise("tuned.S", W1, vectors=tuned_vectors, cuts=cuts)
+    work.values["tuned.S"] = tuned.S
+    if angles:
+        _angles(work, base, tuned, ks)
+    if "intruders.left" in takes:
+        _intruders(work, W0, base, tuned)
+
+
+def _vectors(
+    settings: Settings, q: int, takes: frozenset[str], ks: Sequence[int]
+) -> tuple[int, int]:
+    """How many leading triplets of base and of tuned are needed."""
+    angles = any(name.startswith("angles.") for name in takes)
+    crossing = any(name.startswith("cross.") for name in takes)
+    leading = max(ks, default=0)
+    base = leading if crossing or angles else 0
+    tuned = leading if angles else 0
+    if crossing and settings.curves:
+        base = q
+    if "intruders.left" in takes:
+        base, tuned = (max(one, min(q, INTRUDER_DIRECTIONS)) for one in (base, tuned))
+    if "masks.low" in takes and q >= MASK_RANK:
+        base = max(base, MASK_RANK)
+    return base, tuned
+
+
+def _angles(work: _Work, base: Factors, tuned: Factors, ks: Sequence[int]) -> None:
+    """Principal angles of the leading subspaces; NaN for a complete basis or a zero matrix."""
+    U0, V0 = _both(base)
+    U1, V1 = _both(tuned)
+    defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
+    for k in ks:
+        for which, before, after in (("left", U0, U1), ("right", V0.mT, V1.mT)):
+            angles = principal_angles(before[..., :k], after[..., :k])
+            partial = k < before.shape[-2]
+            work.values[f"angles.{which}@{k}"] = torch.where(defined & partial, angles, torch.nan)
+
+
+def _both(factors: Factors) -> tuple[Tensor, Tensor]:
+    """U and Vh of factors that were asked for with vectors."""
+    if factors.U is None or factors.Vh is None:
+        raise ValueError("these factors hold no vectors")
+    return factors.U, factors.Vh
+
+
+def _intruders(work: _Work, W0: Operand, base: Factors, tuned: Factors) -> None:
+    """Largest |cos| of each leading tuned vector with any thin singular vector of the base.
+
+    The leading base vectors mostly settle it: either one of them reaches ½, or they leave so
+    little of the tuned vector unexplained that no other can. Otherwise the whole basis is taken.
+    """
+    k = min(INTRUDER_DIRECTIONS, base.S.shape[-1])
+    U1, V1 = _both(tuned)
+    left, right = U1[..., :k].mT, V1[..., :k, :]
+    cosines = _cosines(left, right, base)
+    if len(base.S[0]) > _both(base)[1].shape[-2] and not all(map(_settled, cosines)):
+        whole = work.factorise("base.basis", W0, vectors=base.S.shape[-1])
+        cosines = _cosines(left, right, whole)
+    defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
+    for which, found in zip(("left", "right"), cosines, strict=True):
+        work.values[f"intruders.{which}"] = torch.where(defined, found.amax(-1), torch.nan)
+
+
+def _cosines(left: Tensor, right: Tensor, base: Factors) -> tuple[Tensor, Tensor]:
+    U, Vh = _both(base)
+    return (left @ U).abs(), (right @ Vh.mT).abs()
+
+
+def _settled(cosines: Tensor) -> bool:
+    """Whether the vectors seen decide for each row if its largest |cos| reaches the threshold."""
+    found = cosines.amax(-1) >= INTRUDER_COSINE
+    unexplained = 1 - cosines.square().sum(-1)
+    return bool((found | (unexplained < INTRUDER_COSINE**2)).all())
+
+
+def _cross(work: _Work, update: Operand) -> None:
+    """Energies of the update along the base's singular directions."""
+    assert work.base is not None
+    U, Vh = _both(work.base)
+    defined = work.base.S[..., 0] > 0
+    right = update.right(Vh)  # (b, K, m): ΔW v_j as rows
+    left = update.left(U.mT.contiguous())  # (b, K, n): u_jᵀΔW as rows
+    for name, energies in (
+        ("right", right.square().sum(-1)),
+        ("left", left.square().sum(-1)),
+        ("core", (right @ U).mT.square()),
+    ):
+        known = defined.reshape(-1, *[1] * (energies.ndim - 1))
+        work.values[f"cross.{name}"] = torch.where(known, energies, torch.nan)
+
+
+def _masks(work: _Work, base: Tensor, tuned: Tensor) -> None:
+    """Overlaps of the changed mask with the base's masks, and their matched nulls."""
+    assert work.base is not None
+    results = []
+    for i, (before, after) in enumerate(zip(base, tuned, strict=True)):
+        reconstruction = None
+        if min(before.shape) >= MASK_RANK:
+            U, Vh = _both(work.base)
+            scaled = work.base.S[i, :MASK_RANK, None] * Vh[i, :MASK_RANK]
+            reconstruction = U[i, :, :MASK_RANK] @ scaled
+        results.append(mask_overlaps(before.double(), reconstruction, changed_mask(before, after)))
+
+    def column(numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=base.device)
+
+    for key in ("low", "principal", "control"):
+        for name, attribute in (("", "overlap"), (".density", "density"), (".matched", "matched")):
+            numbers = [getattr(one, attribute).get(key, float("nan")) for one in results]
+            work.values[f"masks.{key}{name}"] = column(numbers)
+    work.values["masks.changed"] = column([float(one.changed) for one in results])
+
+
+def _notes(base: Tensor, tuned: Tensor, before: Side, after: Side) -> tuple[str, ...]:
+    """Remarks on the storage of one pair."""
+    notes = []
+    for role, weight, one in (("base", base, before), ("tuned", tuned, after)):
+        stored = str(weight.dtype).removeprefix("torch.")
+        if stored != one.fmt.name:
+            notes.append(f"{role} is stored as {stored} and holds only {one.fmt.name} numbers")
+    return tuple(notes)

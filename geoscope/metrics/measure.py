@@ -1,0 +1,173 @@
+"""From factors to numbers: each metric's value, null and status for each matrix of a stack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from geoscope.metrics.factors import PairFactors
+from geoscope.metrics.metric import Instance
+from geoscope.metrics.nulls import angle_rms, iid_spectra
+from geoscope.metrics.precision import floor_status
+from geoscope.metrics.spectrum import participation_ratio, top_share
+from geoscope.records import Status
+
+__all__ = ["Measured", "measure", "measure_nothing", "verdict_dimension"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of one matrix, and the weights by which it enters an aggregate.
+
+    floors: id → the angle that rounding alone gives, where a measured angle is below it.
+    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `changed` |M|, and
+    `share@k` E_k of the base.
+    """
+
+    values: dict[str, float | int | None] = field(default_factory=dict)
+    nulls: dict[str, float] = field(default_factory=dict)
+    status: dict[str, Status] = field(default_factory=dict)
+    raw: dict[str, float] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def verdict_dimension(shape: tuple[int, int], rank: int = 0) -> int:
+    """k_v = max(1, min(max(64, r), ⌊q/8⌋)): small enough that the nulls stay small."""
+    return max(1, min(max(64, rank), min(shape) // 8))
+
+
+def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) -> list[Measured]:
+    """Value, null and status of every selected instance, for each matrix of the stack."""
+    values = {name: tensor.cpu() for name, tensor in factors.values.items()}
+    if any("iid.S" in one.metric.null.takes for one in selected if one.metric.null):
+        values["iid.S"] = iid_spectra(*factors.shape, seed)
+    count = len(values["update.norm"])
+    rows = [Measured(weights=_weights(values, selected, factors.shape, i)) for i in range(count)]
+    floors = _Floors(values, factors.shape)
+    for instance in selected:
+        if instance.k is not None and instance.k > min(factors.shape):
+            for i, row in enumerate(rows):
+                zero = instance.of_update and floors.zero[i]
+                _mark(row, instance.id, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
+            continue
+        numbers = instance.call(values, factors.shape)
+        _add_nulls(rows, instance, values, factors.shape)
+        for i, row in enumerate(rows):
+            _add_value(row, instance, float(numbers[i]), floors, i)
+    return rows
+
+
+def measure_nothing(
+    selected: Iterable[Instance], shape: tuple[int, int], status: Status, *, seed: int
+) -> Measured:
+    """A matrix that could not be computed: every id null with one status, nulls of the shape."""
+    row = Measured(weights={"parameters": float(shape[0] * shape[1])})
+    known: dict[str, Tensor] = {"iid.S": iid_spectra(*shape, seed)}
+    for instance in selected:
+        _mark(row, instance.id, status)
+        if instance.k is None or instance.k <= min(shape):
+            _add_nulls([row], instance, known, shape)
+    return row
+
+
+def _weights(
+    values: Mapping[str, Tensor], selected: Iterable[Instance], shape: tuple[int, int], i: int
+) -> dict[str, float]:
+    weights = {
+        "parameters": float(shape[0] * shape[1]),
+        "update": float(values["update.norm"][i]) ** 2,
+        "base": float(values["base.norm"][i]) ** 2,
+        "noise": float(values["tuned.noise"][i]) ** 2,
+    }
+    if "masks.changed" in values:
+        weights["changed"] = float(values["masks.changed"][i])
+    for instance in selected:
+        k = instance.k
+        if instance.metric.id == "versus_base@k" and k is not None and k <= min(shape):
+            weights[f"share@{k}"] = float(top_share(values["base.S"][i], k=k))
+    return weights
+
+
+@dataclass(frozen=True)
+class _Floors:
+    """What decides the status of the numbers of a stack."""
+
+    values: Mapping[str, Tensor]
+    shape: tuple[int, int]
+
+    @property
+    def zero(self) -> list[bool]:
+        return (self.values["update.norm"] == 0).tolist()
+
+    def of(self, instance: Instance, i: int) -> Status:
+        """The precision status of one number of the update."""
+        if instance.floor is None:
+            return Status.OK
+        norm = float(self.values["update.norm"][i])
+        noise_ratio = float(self.values["tuned.noise"][i]) / norm if norm > 0 else math.nan
+        spread = math.nan
+        if instance.floor == "amplitude":
+            spread = float(participation_ratio(self.values["update.S"][i]))
+        return floor_status(instance.floor, noise_ratio, spread, min(self.shape))
+
+    def angle(self, instance: Instance, i: int) -> float | None:
+        """What rounding alone turns the subspace by, where less than that was measured."""
+        assert instance.k is not None
+        side = "left" if "angle_left" in instance.id else "right"
+        angles = self.values[f"angles.{side}@{instance.k}"][i]
+        floor = angle_rms(
+            self.values["base.S"][i],
+            self.values["tuned.noise"][i],
+            k=instance.k,
+            side=side,
+            shape=self.shape,
+        )
+        return float(floor) if float(angles.mean()) < float(floor) else None
+
+
+def _add_value(row: Measured, instance: Instance, value: float, floors: _Floors, i: int) -> None:
+    if math.isnan(value):
+        zero = instance.of_update and floors.zero[i]
+        _mark(row, instance.id, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
+        return
+    if instance.floor == "angle":
+        # The same matrix twice has angle 0; what is computed there is rounding of the angle.
+        value = 0.0 if floors.zero[i] else value
+        floor = None if floors.zero[i] else floors.angle(instance, i)
+        status = Status.OK if floor is None else Status.BELOW_RESOLUTION
+        if floor is not None:
+            row.floors[instance.id] = floor
+    else:
+        status = floors.of(instance, i)
+    number = round(value) if instance.metric.integer else value
+    if status.is_null:
+        _mark(row, instance.id, status)
+        row.raw[instance.id] = number
+        return
+    row.values[instance.id] = number
+    if status is not Status.OK:
+        row.status[instance.id] = status
+
+
+def _mark(row: Measured, key: str, status: Status) -> None:
+    row.values[key] = None
+    row.status[key] = status
+
+
+def _add_nulls(
+    rows: Sequence[Measured],
+    instance: Instance,
+    values: Mapping[str, Tensor],
+    shape: tuple[int, int],
+) -> None:
+    null = instance.null(values, shape)
+    if null is None:
+        return
+    for row, number in zip(rows, torch.broadcast_to(null, (len(rows),)).tolist(), strict=True):
+        if math.isfinite(number):
+            row.nulls[instance.id] = number

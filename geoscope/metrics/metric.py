@@ -1,0 +1,135 @@
+"""What a metric is: a pure function of factors, with its null, its floor and its words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["ROLES", "Instance", "Metric", "Null", "instances"]
+
+ROLES = ("base", "tuned", "update")
+
+
+@dataclass(frozen=True)
+class Null:
+    """What noise of the same shape and size gives.
+
+    fn of the factors in `takes` → (b,) or (); with `iid.S` among them (draws, q) the mean over the
+    draws is taken. `wants` and `params` as in Metric.
+    """
+
+    text: str
+    fn: Callable[..., Tensor]
+    takes: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quantity: its function, what it takes, its null, and how to read it.
+
+    id: `@k` stands for a subspace dimension; with `per_role` the id is prefixed by base, tuned and
+    update, and `role` in `takes` likewise.
+    takes: factors (see factors.py), the arguments of fn in this order. wants: what is passed by
+    keyword, of `k` and `shape`. params: constant keyword arguments.
+    floor: how storage rounding hurts it (METHODS §1): top, energy, amplitude, angle, or None;
+    for `per_role` metrics it concerns the update alone.
+    aggregate: the rule of METHODS §2 by which matrices combine. of_update: undefined for a zero
+    update. option: shown only with this command-line option.
+    """
+
+    id: str
+    fn: Callable[..., Tensor]
+    takes: tuple[str, ...]
+    family: str
+    formula: str
+    range: str
+    reading: str
+    caution: str
+    source: str
+    null: Null | None = None
+    wants: tuple[str, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+    per_role: bool = False
+    floor: str | None = None
+    aggregate: str = "mean"
+    of_update: bool = False
+    unit: str = ""
+    integer: bool = False
+    option: str | None = None
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A metric with its id, role and dimension filled in."""
+
+    metric: Metric
+    id: str
+    takes: tuple[str, ...]
+    role: str | None
+    k: int | None
+
+    @property
+    def floor(self) -> str | None:
+        """The precision class of this instance."""
+        return self.metric.floor if self.role in (None, "update") else None
+
+    @property
+    def of_update(self) -> bool:
+        return self.metric.of_update if self.role is None else self.role == "update"
+
+    def call(self, factors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """The value, (b,); NaN where undefined."""
+        metric = self.metric
+        keywords = _keywords(metric.wants, metric.params, self.k, shape)
+        return metric.fn(*(factors[name] for name in self.takes), **keywords)
+
+    def null(self, factors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+        """The null, (b,) or (); None when there is none, or a factor of it is absent."""
+        null = self.metric.null
+        if null is None:
+            return None
+        takes = [_fill(name, self.role, self.k) for name in null.takes]
+        if any(name not in factors for name in takes):
+            return None
+        keywords = _keywords(null.wants, null.params, self.k, shape)
+        value = null.fn(*(factors[name] for name in takes), **keywords)
+        return value.mean(0) if "iid.S" in takes else value
+
+
+def _keywords(
+    wants: tuple[str, ...], params: Mapping[str, Any], k: int | None, shape: tuple[int, int]
+) -> dict[str, Any]:
+    available = {"k": k, "shape": shape}
+    return {**params, **{name: available[name] for name in wants}}
+
+
+def _fill(name: str, role: str | None, k: int | None) -> str:
+    name = name.replace("role", role) if role else name
+    return name.replace("@k", f"@{k}")
+
+
+def instances(metric: Metric, ks: Iterable[int]) -> list[Instance]:
+    """All ids of a metric: over the roles and over the dimensions `ks` where it has them."""
+    roles = ROLES if metric.per_role else (None,)
+    dimensions = tuple(ks) if "@k" in metric.id else (None,)
+    return [
+        Instance(
+            metric,
+            _fill(f"{role}.{metric.id}" if role else metric.id, role, k),
+            tuple(_fill(name, _noise_role(name, role), k) for name in metric.takes),
+            role,
+            k,
+        )
+        for role in roles
+        for k in dimensions
+    ]
+
+
+def _noise_role(name: str, role: str | None) -> str | None:
+    """The update's rounding is that of the tuned file, which is what was stored."""
+    return "tuned" if role == "update" and name in ("role.noise", "role.eps") else role

@@ -1,0 +1,475 @@
+"""One word for what was seen, by rules that can be read and overridden (METHODS §3).
+
+Per matrix the first rule that matches decides; the model takes the code that holds at least half
+of the update's energy. A verdict says what a pattern is consistent with, never what training did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from geoscope.metrics.measure import Measured
+from geoscope.records import Status, Verdict
+
+__all__ = ["CODES", "THRESHOLDS", "VERDICT_IDS", "Judged", "Threshold", "judge", "judge_model"]
+
+CODES = (
+    "NO_UPDATE",
+    "INIT_MISMATCH",
+    "UNDETERMINED",
+    "RANK_COLLAPSE",
+    "ON_PRINCIPAL",
+    "SPECTRUM_DISTORTED",
+    "OFF_PRINCIPAL",
+    "MIXED",
+)
+# Codes that ask for attention; the others are either benign or without a number.
+FLAGGED = ("INIT_MISMATCH", "RANK_COLLAPSE", "ON_PRINCIPAL", "SPECTRUM_DISTORTED")
+
+# What the rules take, so that a report with a verdict holds every number behind it.
+VERDICT_IDS = (
+    "relative_update",
+    "precision_ratio",
+    "update.stable_rank",
+    "update.top_share@1",
+    "energy_right@k",
+    "energy_left@k",
+    "energy_two_sided@k",
+    "lift@k",
+    "versus_base@k",
+    "angle_left_mean@k",
+    "angle_right_mean@k",
+    "gap@k",
+    "nss",
+    "spectral_share",
+    "spectral_lift",
+    "rank_ratio",
+)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A limit of the rules: default and where it comes from."""
+
+    value: float
+    standing: str
+
+
+THRESHOLDS: Mapping[str, Threshold] = {
+    "init_mismatch.relative_update": Threshold(0.2, "ours, algebra"),
+    "init_mismatch.spectral_share": Threshold(0.9, "ours, algebra"),
+    "init_mismatch.versus_base": Threshold(1.2, "ours, algebra"),
+    "undetermined.precision_ratio": Threshold(0.6, "ours, METHODS §1"),
+    "rank_collapse.top_share": Threshold(0.9, "ours"),
+    "on_principal.energy_two_sided": Threshold(0.5, "ours; PiSSA ≈ .98, GeoRA ≤ .02"),
+    "on_principal.spectral_share": Threshold(0.3, "ours"),
+    "on_principal.spectral_lift": Threshold(10.0, "ours"),
+    "on_principal.versus_base": Threshold(0.5, "ours"),
+    "distorted.nss": Threshold(5e-2, "ours"),
+    "distorted.rank_ratio": Threshold(0.9, "ours"),
+    "distorted.angle": Threshold(math.radians(10), "2606.07082"),
+    "distorted.angle_over_null": Threshold(1.5, "ours"),
+    "off_principal.energy_two_sided": Threshold(0.05, "ours"),
+    "off_principal.versus_base": Threshold(0.2, "ours"),
+    "off_principal.energy_one_sided": Threshold(0.5, "ours"),
+    "off_principal.angle": Threshold(math.radians(1), "2606.07082"),
+    "off_principal.angle_over_null": Threshold(1.5, "ours"),
+    "words.spectral_lift": Threshold(0.5, "ours"),
+    "words.enriched": Threshold(2.0, "ours"),
+    "words.avoids": Threshold(0.5, "ours"),
+}
+
+
+def default_limits() -> dict[str, float]:
+    """The thresholds' values."""
+    return {key: threshold.value for key, threshold in THRESHOLDS.items()}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdict on one matrix; `checks` holds every condition that was looked at."""
+
+    code: str
+    k: int
+    clause: str
+    words: str
+    checks: tuple[_Check, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {"code": self.code, "k": self.k}
+        if self.clause:
+            entry["clause"] = self.clause
+        if self.words:
+            entry["words"] = self.words
+        return entry
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One condition: `value` on the stated side of `limit`. value None: no number.
+
+    `left_out`: the number does not apply to this matrix (METHODS §3), so the condition is dropped
+    from its rule; a condition on any other missing number does not hold.
+    """
+
+    code: str
+    name: str
+    value: float | None
+    sign: str
+    limit: float
+    standing: str
+    left_out: bool = False
+
+    @property
+    def holds(self) -> bool:
+        if self.value is None:
+            return self.left_out
+        return _SIGNS[self.sign](self.value, self.limit)
+
+
+_SIGNS: dict[str, Callable[[float, float], bool]] = {
+    ">": lambda value, limit: value > limit,
+    "<": lambda value, limit: value < limit,
+    "≥": lambda value, limit: value >= limit,
+    "≤": lambda value, limit: value <= limit,
+}
+
+
+class _Numbers:
+    """The numbers of one matrix, as the rules see them."""
+
+    def __init__(self, row: Measured, k: int, limits: Mapping[str, float]) -> None:
+        self.row, self.k, self.limits = row, k, limits
+
+    def value(self, key: str) -> float | None:
+        return self.row.values.get(key)
+
+    def check(self, rule: str, name: str, key: str, sign: str, threshold: str) -> _Check:
+        return _Check(
+            code=rule,
+            name=name,
+            value=self.value(key),
+            sign=sign,
+            limit=self.limits[threshold],
+            standing=THRESHOLDS[threshold].standing,
+            left_out=self.row.status.get(key) is Status.NOT_APPLICABLE,
+        )
+
+    def angle(self, rule: str, sign: str, threshold: str) -> _Check:
+        """Larger of the left and right mean angle, against the larger of limit and null."""
+        sides = [f"angle_{side}_mean@{self.k}" for side in ("left", "right")]
+        known = [(value, key) for key in sides if (value := self.value(key)) is not None]
+        if sign == "≤":
+            # An angle below resolution is smaller than what rounding alone turns: that bounds it.
+            known += [(self.row.floors[key], key) for key in sides if key in self.row.floors]
+        value, side = max(known, default=(None, ""))
+        null = self.row.nulls.get(side, 0.0)
+        applies = [self.row.status.get(key) is not Status.NOT_APPLICABLE for key in sides]
+        return _Check(
+            code=rule,
+            name="mean angle",
+            value=value,
+            sign=sign,
+            limit=max(self.limits[threshold], self.limits[f"{threshold}_over_null"] * null),
+            standing=THRESHOLDS[threshold].standing,
+            left_out=not any(applies),
+        )
+
+
+def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> Judged:
+    """The verdict on one matrix, `k` = k_v of its shape."""
+    numbers = _Numbers(row, k, limits or default_limits())
+    if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
+        return Judged("NO_UPDATE", k, "", "", ())
+    for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
+        if status in row.status.values():
+            return Judged("UNDETERMINED", k, status.value, "", ())
+    seen: list[_Check] = []
+    for code, alternatives in _rules(numbers):
+        fired = None
+        for conditions in alternatives:
+            seen.extend(conditions)
+            usable = [check for check in conditions if not check.left_out]
+            if fired is None and usable and all(check.holds for check in usable):
+                fired = _clause(usable)
+        if fired is not None:
+            words = _words(numbers) if code == "OFF_PRINCIPAL" else ""
+            return Judged(code, k, fired, words, tuple(seen))
+    return Judged("MIXED", k, "no rule matched", _words(numbers), tuple(seen))
+
+
+def _rules(numbers: _Numbers) -> list[tuple[str, list[list[_Check]]]]:
+    """The rules in order: code → alternatives, each a conjunction of conditions."""
+    k = numbers.k
+    two_sided, versus = f"energy_two_sided@{k}", f"versus_base@{k}"
+    c_lr, over_base = f"C_LR({k})", f"C_LR/E_{k}"
+
+    def on(rule: str) -> Callable[..., _Check]:
+        return lambda name, key, sign, threshold: numbers.check(rule, name, key, sign, threshold)
+
+    init, undetermined = on("INIT_MISMATCH"), on("UNDETERMINED")
+    rank, principal = on("RANK_COLLAPSE"), on("ON_PRINCIPAL")
+    distorted, off = on("SPECTRUM_DISTORTED"), on("OFF_PRINCIPAL")
+    one_sided = [
+        off(f"C_{letter}({k})", f"energy_{side}@{k}", "≤", "off_principal.energy_one_sided")
+        for letter, side in (("L", "left"), ("R", "right"))
+    ]
+    return [
+        (
+            "INIT_MISMATCH",
+            [
+                [
+                    init("ρ", "relative_update", ">", "init_mismatch.relative_update"),
+                    init("NSS/ρ", "spectral_share", ">", "init_mismatch.spectral_share"),
+                    init(over_base, versus, ">", "init_mismatch.versus_base"),
+                ]
+            ],
+        ),
+        (
+            "UNDETERMINED",
+            [[undetermined("ν", "precision_ratio", ">", "undetermined.precision_ratio")]],
+        ),
+        (
+            "RANK_COLLAPSE",
+            [[rank("top share", "update.top_share@1", ">", "rank_collapse.top_share")]],
+        ),
+        (
+            "ON_PRINCIPAL",
+            [
+                [principal(c_lr, two_sided, "≥", "on_principal.energy_two_sided")],
+                [
+                    principal("NSS/ρ", "spectral_share", "≥", "on_principal.spectral_share"),
+                    principal("NSS lift", "spectral_lift", "≥", "on_principal.spectral_lift"),
+                    principal(over_base, versus, "≥", "on_principal.versus_base"),
+                ],
+            ],
+        ),
+        (
+            "SPECTRUM_DISTORTED",
+            [
+                [distorted("NSS", "nss", "≥", "distorted.nss")],
+                [distorted("rank ratio", "rank_ratio", "<", "distorted.rank_ratio")],
+                [numbers.angle("SPECTRUM_DISTORTED", ">", "distorted.angle")],
+            ],
+        ),
+        (
+            "OFF_PRINCIPAL",
+            [
+                [
+                    off(c_lr, two_sided, "≤", "off_principal.energy_two_sided"),
+                    off(over_base, versus, "≤", "off_principal.versus_base"),
+                    *one_sided,
+                    numbers.angle("OFF_PRINCIPAL", "≤", "off_principal.angle"),
+                ]
+            ],
+        ),
+    ]
+
+
+def _clause(checks: Sequence[_Check]) -> str:
+    return " and ".join(
+        f"{check.name} {_number(check.value)} {check.sign} {_number(check.limit)}"
+        for check in checks
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _words(numbers: _Numbers) -> str:
+    """The words appended to OFF_PRINCIPAL and MIXED."""
+    stable = numbers.value("update.stable_rank")
+    null = numbers.row.nulls.get("update.stable_rank")
+    return appended_words(
+        spectral_lift=numbers.value("spectral_lift"),
+        lift=numbers.value(f"lift@{numbers.k}"),
+        stable_over_null=stable / null if stable is not None and null else None,
+        limits=numbers.limits,
+    )
+
+
+def appended_words(
+    *,
+    spectral_lift: float | None,
+    lift: float | None,
+    stable_over_null: float | None,
+    limits: Mapping[str, float],
+) -> str:
+    """What else is seen: rotation, enrichment, avoidance, isotropy."""
+    words = []
+    rotates = spectral_lift is not None and spectral_lift < limits["words.spectral_lift"]
+    if rotates:
+        words.append("rotates the singular frames, keeps the singular values")
+    if lift is not None and lift > limits["words.enriched"]:
+        words.append(f"enriched {lift:.2g}× over isotropic")
+    elif rotates or lift is None:
+        pass
+    elif lift < limits["words.avoids"]:
+        words.append("avoids the leading directions")
+    elif stable_over_null is not None and 0.5 <= stable_over_null <= 2:
+        words.append("indistinguishable from isotropic")
+    elif stable_over_null is not None:
+        words.append("isotropic in direction, but on few directions")
+    return "; ".join(words)
+
+
+_SENTENCES = {
+    "NO_UPDATE": "no weight in scope changed",
+    "INIT_MISMATCH": "pattern consistent with an initial factor counted twice, as when an adapter "
+    "that started from the SVD of the base is added to the original base",
+    "UNDETERMINED": "storage rounding is as large as the update; the adapter itself or the fp32 "
+    "master weights would settle it",
+    "RANK_COLLAPSE": "pattern consistent with an update that works in a single direction",
+    "ON_PRINCIPAL": "pattern consistent with an update on the principal directions of the base",
+    "SPECTRUM_DISTORTED": "pattern consistent with a distorted spectrum: singular values or "
+    "leading subspaces moved further than an update of this size explains",
+    "OFF_PRINCIPAL": "pattern consistent with an update off the principal directions of the base",
+    "MIXED": "no single pattern: parts of the update lie on the principal directions, or turn them",
+}
+
+
+def judge_model(
+    names: Sequence[str],
+    modules: Sequence[str],
+    rows: Sequence[Measured],
+    judged: Sequence[Judged],
+    limits: Mapping[str, float] | None = None,
+) -> Verdict:
+    """The verdict on a model: the code with at least half of Σ‖ΔW‖², else MIXED."""
+    limits = limits or default_limits()
+    energy = [row.weights.get("update", 0.0) for row in rows]
+    total = math.fsum(energy)
+    counts = {code: sum(one.code == code for one in judged) for code in CODES}
+    shares = _shares(energy, judged) if total > 0 else {}
+    code, share = _model_code(judged, shares)
+    flagged = _flagged(names, energy, judged)
+    text = _sentence(code, judged, rows, limits) + _flag_text(names, modules, judged, flagged)
+    return Verdict(
+        code=code,
+        share=share,
+        shares=shares,
+        flagged=flagged,
+        counts={code: number for code, number in counts.items() if number},
+        text=text,
+        thresholds=dict(limits),
+        explain=_explain(judged),
+    )
+
+
+def _shares(energy: Sequence[float], judged: Sequence[Judged]) -> dict[str, float]:
+    """Share of the update's energy that each code holds, in the order of the rules."""
+    total = math.fsum(energy)
+    held = {
+        code: [e for e, one in zip(energy, judged, strict=True) if one.code == code]
+        for code in CODES
+    }
+    return {code: math.fsum(part) / total for code, part in held.items() if part}
+
+
+def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[str, float | None]:
+    if not shares:
+        # Without any energy: nothing changed, or nothing could be computed.
+        unchanged = [one for one in judged if one.code == "NO_UPDATE"]
+        return ("NO_UPDATE" if unchanged else "UNDETERMINED"), None
+    code, share = max(shares.items(), key=lambda item: item[1])
+    return (code, share) if share >= 0.5 else ("MIXED", shares.get("MIXED", 0.0))
+
+
+def _flagged(
+    names: Sequence[str], energy: Sequence[float], judged: Sequence[Judged]
+) -> tuple[str, ...]:
+    """Names of the matrices that ask for attention, most energy first."""
+    found = [
+        (-e, name)
+        for name, e, one in zip(names, energy, judged, strict=True)
+        if one.code in FLAGGED
+    ]
+    return tuple(name for _, name in sorted(found))
+
+
+def _sentence(
+    code: str, judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+) -> str:
+    sentence = _SENTENCES[code]
+    if code in ("OFF_PRINCIPAL", "MIXED"):
+        words = _model_words(judged, rows, limits)
+        sentence += f"; {words}" if words else ""
+    intruders = sum(row.values.get("intruders") or 0 for row in rows)
+    if intruders:
+        sentence += f"; {intruders} intruder dimensions (the count is not causal)"
+    return sentence
+
+
+def _model_words(
+    judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+) -> str:
+    """The appended words from sums over the model: captured energy over expected energy."""
+    pairs = [(row, one.k) for row, one in zip(rows, judged, strict=True)]
+    captured = expected = 0.0
+    for row, k in pairs:
+        lift = row.values.get(f"lift@{k}")
+        null = row.nulls.get(f"energy_two_sided@{k}")
+        if lift is not None and null is not None:
+            captured += lift * null * row.weights["update"]
+            expected += null * row.weights["update"]
+    ratios = [
+        value / row.nulls["update.stable_rank"]
+        for row, _ in pairs
+        if (value := row.values.get("update.stable_rank")) is not None
+    ]
+    lifts = [v for row, _ in pairs if (v := row.values.get("spectral_lift")) is not None]
+    return appended_words(
+        spectral_lift=math.fsum(lifts) / len(lifts) if lifts else None,
+        lift=captured / expected if expected > 0 else None,
+        stable_over_null=math.fsum(ratios) / len(ratios) if ratios else None,
+        limits=limits,
+    )
+
+
+def _flag_text(
+    names: Sequence[str],
+    modules: Sequence[str],
+    judged: Sequence[Judged],
+    flagged: Sequence[str],
+) -> str:
+    if not flagged:
+        return f". Flagged 0 of {len(names)} matrices."
+    kinds: dict[str, int] = {}
+    for name, module in zip(names, modules, strict=True):
+        if name in flagged:
+            kinds[module] = kinds.get(module, 0) + 1
+    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    unknown = sum(one.code == "UNDETERMINED" for one in judged)
+    rest = f"; {unknown} without a verdict" if unknown else ""
+    return (
+        f". Flagged {len(flagged)} of {len(names)} matrices ({listed}), worst: {flagged[0]}{rest}."
+    )
+
+
+def _explain(judged: Sequence[Judged]) -> tuple[dict[str, Any], ...]:
+    """Each condition of the rules once, with how often it held and the range of what it met."""
+    groups: dict[tuple[str, str, str, str], list[_Check]] = {}
+    for one in judged:
+        for check in one.checks:
+            name = check.name.replace(f"({one.k})", "(k)").replace(f"E_{one.k}", "E_k")
+            groups.setdefault((check.code, name, check.sign, check.standing), []).append(check)
+    entries = []
+    for (code, name, sign, standing), checks in groups.items():
+        met = [check.value for check in checks if check.value is not None]
+        entries.append(
+            {
+                "code": code,
+                "condition": f"{name} {sign}",
+                "threshold": min(check.limit for check in checks),
+                "standing": standing,
+                "holds": sum(check.holds and not check.left_out for check in checks),
+                "of": len(checks),
+                "least": min(met, default=None),
+                "largest": max(met, default=None),
+            }
+        )
+    return tuple(entries)

@@ -1,0 +1,186 @@
+"""Parameter names: block index, module kind, canonical form, selection.
+
+Framework wrappers leave their marks in names (`module.`, `_orig_mod.`, FSDP, PEFT), and one model
+has several spellings across library versions (`model.language_model.layers…` and
+`language_model.model.layers…`). `canonical` removes both kinds of difference and says which rule
+did it, so that a report can list each rename. Everything here works on strings alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from geoscope.errors import OptionError
+
+__all__ = [
+    "Selection",
+    "canonical",
+    "in_natural_order",
+    "is_embedding",
+    "is_output_head",
+    "layer_index",
+    "module_kind",
+    "parse_layers",
+]
+
+# Removed wherever they stand, in this order.
+_WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "base_model.model.",
+    ".base_layer",
+    "._checkpoint_wrapped_module",
+)
+
+# Spellings of one model across versions of transformers (issue 38627 there, 2574 in peft), then
+# the optional prefix of the bare backbone.
+_SPELLINGS = (
+    (re.compile(r"^(?:model\.language_model|language_model\.model)\.(?=.)"), "vlm backbone"),
+    (re.compile(r"^language_model\.(?=lm_head\.)"), "vlm head"),
+    (re.compile(r"^(?:model|transformer)\.(?=.)"), "backbone prefix"),
+)
+
+_BLOCK = re.compile(
+    r"(?:^|\.)(?:layers?|h|blocks?|resblocks|encoder_layers?|decoder_layers?)\.(\d+)\."
+)
+_EMBEDDING = re.compile(
+    r"(?:^|[._])(?:embed\w*|wte|wpe|tok_embeddings|word_embeddings|position_embeddings"
+    r"|token_type_embeddings|relative_attention_bias|shared)(?:\.|$)"
+)
+_OUTPUT_HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier)\.(?:weight|bias)$"
+)
+_PARAMETER = re.compile(r"\.(?:weight|bias)$")
+
+
+def canonical(name: str) -> tuple[str, tuple[str, ...]]:
+    """The name without wrapper marks and version spellings, and the rules that were used.
+
+    >>> canonical("_orig_mod.model.layers.0.mlp.up_proj.weight")
+    ('layers.0.mlp.up_proj.weight', ('wrapper _orig_mod.', 'backbone prefix'))
+    """
+    rules: list[str] = []
+    for mark in _WRAPPERS:
+        stripped = _strip_wrapper(name, mark)
+        if stripped != name:
+            rules.append(f"wrapper {mark}")
+            name = stripped
+    for pattern, rule in _SPELLINGS:
+        shorter = pattern.sub("", name, count=1)
+        if shorter != name:
+            rules.append(rule)
+            name = shorter
+    return name, tuple(rules)
+
+
+def _strip_wrapper(name: str, mark: str) -> str:
+    if mark.startswith("."):
+        return re.sub(re.escape(mark) + r"(?=\.|$)", "", name)
+    # Only a whole path part: `submodule.` must not lose its tail.
+    return re.sub(r"(?:(?<=\.)|^)" + re.escape(mark), "", name)
+
+
+def layer_index(name: str) -> int | None:
+    """Index of the numbered block that holds a parameter, None outside of blocks.
+
+    >>> layer_index("model.layers.12.self_attn.q_proj.weight")
+    12
+    """
+    match = _BLOCK.search(name)
+    return int(match.group(1)) if match else None
+
+
+def module_kind(name: str) -> str:
+    """The kind of module: the last path part that is a word, e.g. `q_proj`.
+
+    Experts keep a mark, so that a router and an expert's projection never share a kind; parts of
+    BERT-like blocks that are all called `dense` keep their path inside the block.
+
+    >>> module_kind("model.layers.3.mlp.experts.7.gate_proj.weight")
+    'experts.gate_proj'
+    >>> module_kind("encoder.layer.0.attention.output.dense.weight")
+    'attention.output.dense'
+    """
+    bare = _PARAMETER.sub("", name)
+    words = [part for part in bare.split(".") if part and not part.isdigit()]
+    if not words:
+        return name
+    kind = words[-1]
+    block = _BLOCK.search(bare)
+    if kind in ("dense", "linear", "proj") and block is not None:
+        return bare[block.end() :]
+    if "experts" in words[:-1]:
+        kind = f"experts.{kind}"
+    return kind
+
+
+def is_embedding(name: str) -> bool:
+    """Whether the parameter is a token, position or type embedding."""
+    return _EMBEDDING.search(name) is not None
+
+
+def is_output_head(name: str) -> bool:
+    """Whether the parameter is the output head (vocabulary or classes)."""
+    return layer_index(name) is None and _OUTPUT_HEAD.search(name) is not None
+
+
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """Sorted with numbers as numbers: layer 2 before layer 10."""
+    return sorted(names, key=_natural_key)
+
+
+def _natural_key(name: str) -> tuple[tuple[int, str], ...]:
+    parts = re.split(r"([0-9]+)", name)  # words and numbers in turn
+    return tuple((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts))
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Block indices of `--layers`: `0-3,7` → {0, 1, 2, 3, 7}. Raises OptionError."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise OptionError(f"--layers {text!r}: {part!r} is no index or range; write 0-3,7")
+        first = int(match.group(1))
+        last = int(match.group(2) or first)
+        if last < first:
+            raise OptionError(f"--layers {text!r}: range {part.strip()} runs backwards")
+        chosen.update(range(first, last + 1))
+    return frozenset(chosen)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which names are looked at: `--include`, `--exclude` (`re.search`), `--layers`."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise OptionError(
+                        f"{option} {pattern!r} is no regular expression: {error}"
+                    ) from None
+
+    def reason_against(self, name: str, *, in_default_scope: bool, scope_reason: str) -> str | None:
+        """Why `name` is left out, or None when it is looked at."""
+        layer = layer_index(name)
+        if _any_matches(self.exclude, name):
+            return "excluded by --exclude"
+        if self.layers is not None and layer not in self.layers:
+            return "not in --layers"
+        if self.include:
+            return None if _any_matches(self.include, name) else "not matched by --include"
+        return None if in_default_scope else scope_reason
+
+
+def _any_matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -1,0 +1,73 @@
+"""`--explain`: every condition of the verdict's rules, its limit, its origin, and what it met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from geoscope.records import Verdict
+from geoscope.report.grids import MATRIX, VERDICT, code_cell
+from geoscope.report.numbers import degrees, number
+from geoscope.report.page import Block, Cell, Grid, Head
+from geoscope.report.sections import Section
+
+__all__ = ["explain_blocks"]
+
+
+def explain_blocks(section: Section) -> list[Block]:
+    """Rules, thresholds in force, and the clause that decided on each matrix."""
+    verdict = section.verdict
+    if verdict is None:
+        return []
+    return [
+        Block(
+            "rules in order: each condition, its limit, and the values it met",
+            grid=_rules(verdict),
+        ),
+        Block("thresholds in force", grid=_thresholds(verdict)),
+        Block("what decided", grid=_clauses(section)),
+    ]
+
+
+def _rules(verdict: Verdict) -> Grid:
+    """Per code its conditions: on how many matrices each held, and the range that it met."""
+    heads = (Head("", is_words=True), Head("limit"), Head("held"), Head("least"), Head("largest"))
+    rows: list[tuple[Cell, ...]] = []
+    for entry in verdict.explain:
+        head = (Cell(str(entry["code"])),)
+        rows += [_rule(entry)] if head in rows else [head, _rule(entry)]
+    return Grid((*heads, Head("origin", is_words=True)), tuple(rows))
+
+
+def _rule(entry: Mapping[str, Any]) -> tuple[Cell, ...]:
+    condition = str(entry["condition"])
+    limit, *met = (_limit(condition, entry[key]) for key in ("threshold", "least", "largest"))
+    held = f"{entry['holds']} of {entry['of']}"
+    texts = (condition, limit, held, *met, str(entry["standing"]))
+    return tuple(Cell(text) for text in texts)
+
+
+def _thresholds(verdict: Verdict) -> Grid:
+    rows = [(Cell(key), Cell(_limit(key, limit))) for key, limit in verdict.thresholds.items()]
+    heads = (Head("threshold", is_words=True), Head("limit"))
+    return Grid(heads, tuple(sorted(rows, key=lambda row: row[0].text)))
+
+
+def _limit(name: str, value: float | None) -> str:
+    """Angles are radians in the report and degrees for people."""
+    is_angle = name.startswith("mean angle") or name.endswith(".angle")
+    return degrees(value) if is_angle else number(value)
+
+
+def _clauses(section: Section) -> Grid:
+    rows = [
+        (
+            Cell(layer.name),
+            code_cell(layer.verdict),
+            Cell(number(layer.verdict.get("k"))),
+            Cell(str(layer.verdict.get("clause") or "")),
+        )
+        for layer in section.layers
+        if layer.verdict
+    ]
+    return Grid((MATRIX, VERDICT, Head("k"), Head("clause", is_words=True)), tuple(rows))

@@ -1,0 +1,101 @@
+"""Reports as files: the suffix says the format, and a file is there complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+from geoscope.errors import OptionError, ReportError
+from geoscope.records import Report
+
+__all__ = ["SUFFIXES", "check_output", "read", "write"]
+
+SUFFIXES = (".json", ".csv", ".md", ".png", ".svg", ".pdf")
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse an output before the work: unknown suffix, no folder, a file that is already there.
+
+    Raises OptionError for what another option mends, ReportError for what the disk says.
+    """
+    _check_suffix(path)
+    folder = path.parent
+    if not folder.is_dir():
+        raise ReportError(f"{path}: folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ReportError(f"{path}: folder {folder} is not writable; choose another place")
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder; name a file in it")
+    if path.exists() and not force:
+        raise OptionError(f"{path} exists; use --force to overwrite it, or another name")
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise OptionError(f"{path}: suffix {path.suffix!r} is no report format; use one of {known}")
+
+
+def write(report: Report, path: Path) -> None:
+    """Write a report in the format of the suffix. Nothing half-written stays behind."""
+    _check_suffix(path)
+    content = _rendered(report, path.suffix.lower())
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _rendered(report: Report, suffix: str) -> bytes:
+    match suffix:
+        case ".json":
+            return _encoded(_json(report))
+        case ".csv":
+            from geoscope.report.csvs import render_csv
+
+            return _encoded(render_csv(report))
+        case ".md":
+            from geoscope.report.markdown import render_markdown
+
+            return _encoded(render_markdown(report))
+        case _:
+            from geoscope.report.figures import render_figure
+
+            return render_figure(report, suffix)
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; a path byte that is none becomes its escape, which JSON reads back as it was."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def _json(report: Report) -> str:
+    try:
+        return report.dumps() + "\n"
+    except ValueError as error:
+        raise ReportError(f"the report is no strict JSON: {error}") from None
+
+
+def read(path: Path) -> Report:
+    """Read a JSON report. Raises ReportError, one line, on anything else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ReportError(f"{path} is no text; name the .json file of a report") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ReportError(f"{path} cannot be read: {reason}; name a report.json") from None
+    try:
+        return Report.loads(text)
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from None

@@ -1,0 +1,64 @@
+"""The report as GitHub Markdown: the content of the text, with full names and every column."""
+
+from __future__ import annotations
+
+import re
+
+from geoscope.records import Report
+from geoscope.report.content import page
+from geoscope.report.page import Block, Cell, Grid, Head
+
+__all__ = ["render_markdown"]
+
+
+# An underscore inside a word is no mark.
+_MARKS = re.compile(r"[\\`*|<#~]|(?<!\w)_|_(?!\w)")
+
+
+def render_markdown(report: Report) -> str:
+    """The blocks of the page, the first as title."""
+    first, *rest = page(report)
+    parts = [f"# {_escaped(first.title)}", *_prose(first)]
+    for block in rest:
+        parts += [f"## {_escaped(block.title)}"] if block.title else []
+        parts += _prose(block)
+        parts += [_table(block.grid)] if block.grid is not None else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _prose(block: Block) -> list[str]:
+    return [_escaped(line) for line in block.lines]
+
+
+def _table(grid: Grid) -> str:
+    kept = [index for index in range(len(grid.heads)) if _has_text(grid, index)]
+    heads = [grid.heads[index] for index in kept]
+    lines = [
+        _row([_escaped(head.text) for head in heads]),
+        _row([":--" if head.is_words else "--:" for head in heads]),
+    ]
+    for row in grid.rows:
+        if len(row) == 1:
+            lines.append(_row([f"**{_escaped(row[0].text)}**", *([""] * (len(kept) - 1))]))
+        else:
+            lines.append(_row([_cell(grid.heads[index], row[index]) for index in kept]))
+    return "\n".join(lines)
+
+
+def _has_text(grid: Grid, index: int) -> bool:
+    return any(row[index].text for row in grid.rows if len(row) > 1)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(head: Head, cell: Cell) -> str:
+    if head.is_name:
+        return f"`{cell.text}`"
+    return " ".join(_escaped(text) for text in (cell.text, cell.null) if text)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    return _MARKS.sub(r"\\\g<0>", text)

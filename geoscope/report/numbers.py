@@ -1,0 +1,100 @@
+"""How numbers and names are printed for people: three digits, degrees, –, and names that fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["DASH", "degrees", "number", "percent", "shorten", "shorten_all", "times"]
+
+DASH = "–"
+_ELLIPSIS = "…"
+
+
+def number(value: float | int | None) -> str:
+    """Three significant digits, counts whole, – for no number.
+
+    >>> [number(x) for x in (0.03134, 58.23, 1240.4, 1.2e-5, 7, None)]
+    ['.0313', '58.2', '1240', '1.2e-5', '7', '–']
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    return str(value) if isinstance(value, int) else _significant(value, 3)
+
+
+def times(value: float | None) -> str:
+    """A ratio, two significant digits: `5.0×`."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{_significant(float(value), 2)}×"
+
+
+def degrees(radians: float | None) -> str:
+    """An angle in degrees: `1.23°`."""
+    return DASH if radians is None else f"{number(math.degrees(radians))}°"
+
+
+def percent(share: float) -> str:
+    """A share as a whole percentage, with `<` and `>` where rounding would claim none or all."""
+    if 0 < share < 0.005:
+        return "<1 %"
+    if 0.995 <= share < 1:
+        return ">99 %"
+    return f"{100 * share:.0f} %"
+
+
+def _significant(value: float, digits: int) -> str:
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-3 or size >= 1e6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    if size >= 10**digits - 0.5:
+        return f"{value:.0f}"
+    text = f"{value:#.{digits}g}".rstrip(".")
+    return text.replace("0.", ".", 1) if size < 1 and text.lstrip("-").startswith("0.") else text
+
+
+def shorten(name: str, limit: int) -> str:
+    """A parameter name within `limit` characters, cut in the middle; numbers and the end stay.
+
+    >>> shorten("model.layers.12.self_attn.q_proj.weight", 27)
+    'model.layers.12…q_proj'
+    """
+    if len(name) <= limit:
+        return name
+    parts = name.removesuffix(".weight").split(".")
+    kept: list[str | None] = list(parts)
+    for index in reversed(range(len(parts) - 1)):
+        text = _joined(kept)
+        if len(text) <= limit:
+            return text
+        if not parts[index].isdigit():
+            kept[index] = None
+    text = _joined(kept)
+    return text if len(text) <= limit else _cut(name, limit)
+
+
+def _joined(parts: Sequence[str | None]) -> str:
+    """Parts with dots between; a run of parts left out becomes one ellipsis."""
+    text = ""
+    for part in parts:
+        if part is None:
+            text = text if text.endswith(_ELLIPSIS) else text + _ELLIPSIS
+        else:
+            text += part if not text or text.endswith(_ELLIPSIS) else f".{part}"
+    return text
+
+
+def _cut(text: str, limit: int) -> str:
+    tail = limit // 2
+    return text[: limit - tail - 1] + _ELLIPSIS + text[-tail:]
+
+
+def shorten_all(names: Sequence[str], limit: int) -> list[str]:
+    """Each name within `limit`; where cutting the middle makes two alike, the ends are kept."""
+    short = [shorten(name, limit) for name in names]
+    if len(set(short)) == len(set(names)):
+        return short
+    return [name if len(name) <= limit else _ELLIPSIS + name[1 - limit :] for name in names]

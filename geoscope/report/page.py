@@ -1,0 +1,43 @@
+"""The nouns between content and rendering: a page is blocks of lines and tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Block", "Cell", "Grid", "Head"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of a table, with the null that stands beside a number. `code` asks for a colour."""
+
+    text: str = ""
+    null: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Head of a column. Words stand left, numbers right; a name may be cut in the middle."""
+
+    text: str
+    is_words: bool = False
+    is_name: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table; columns are in order of importance. A row of one cell heads a group."""
+
+    heads: tuple[Head, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A titled part of the page: lines of prose, then a table. `code` colours the title."""
+
+    title: str
+    lines: tuple[str, ...] = ()
+    grid: Grid | None = None
+    code: str = ""

@@ -1,0 +1,153 @@
+"""A report cut into one section per tuned model, and what the tables and figures ask of a section.
+
+Nothing depends on the order of a mapping, so that a report renders the same fresh and read back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from geoscope.records import LayerRecord, ModelRef, Report, Status, Values, Verdict
+from geoscope.report.numbers import shorten
+
+__all__ = [
+    "Section",
+    "Subject",
+    "base_label",
+    "dimension",
+    "dimensions",
+    "sections",
+    "with_dimension",
+]
+
+# The order of a transformer block; other kinds follow as they come.
+_MODULES = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one row is about: numbers, their nulls, and the matrices that they come from."""
+
+    values: Values
+    nulls: Mapping[str, float]
+    layers: tuple[LayerRecord, ...]
+
+    @cached_property
+    def k(self) -> int | None:
+        """The subspace dimension shown for this row: the one most of its matrices have."""
+        found = Counter(k for layer in self.layers if (k := dimension(layer)) is not None)
+        return min(found, key=lambda k: (-found[k], k)) if found else None
+
+    def is_cautioned(self, key: str) -> bool:
+        """Whether a number that went into `key` is marked CAUTION."""
+        return any(layer.status_of(key) is Status.CAUTION for layer in self.layers)
+
+    def numbered(self, key: str) -> int:
+        """How many of the matrices have a number for `key`."""
+        return sum(layer.values.get(key) is not None for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One tuned model, numbered as in `provenance.refs`: its aggregates and its matrices."""
+
+    tuned: int
+    label: str
+    whole: Subject
+    modules: Mapping[str, Subject]
+    verdict: Verdict | None
+
+    @property
+    def layers(self) -> tuple[LayerRecord, ...]:
+        return self.whole.layers
+
+
+def sections(report: Report) -> tuple[Section, ...]:
+    """One section, or one for each of several tuned models."""
+    summary = report.summary
+    if not summary.runs:
+        whole = Subject(summary.model, summary.nulls, report.layers)
+        modules = _modules(report.layers, summary.modules, summary.module_nulls)
+        return (Section(1, _tuned_label(report, 1), whole, modules, summary.verdict),)
+    found: list[Section] = []
+    for run in summary.runs:
+        layers = tuple(layer for layer in report.layers if layer.tuned == run.tuned)
+        modules = _modules(layers, run.modules, {})
+        whole = Subject(run.model, run.nulls, layers)
+        label = _tuned_label(report, run.tuned)
+        found.append(Section(run.tuned, label, whole, modules, run.verdict))
+    return tuple(found)
+
+
+def _modules(
+    layers: tuple[LayerRecord, ...],
+    values: Mapping[str, Values],
+    nulls: Mapping[str, Mapping[str, float]],
+) -> dict[str, Subject]:
+    """A subject for each module kind, in the order of a block."""
+    order = dict.fromkeys(layer.module for layer in layers)
+    order.update(dict.fromkeys(sorted(values)))
+    known = [module for module in _MODULES if module in order]
+    subjects: dict[str, Subject] = {}
+    for module in [*known, *(module for module in order if module not in known)]:
+        own = tuple(layer for layer in layers if layer.module == module)
+        null = nulls[module] if module in nulls else _mean_nulls(own)
+        subjects[module] = Subject(values.get(module, {}), null, own)
+    return subjects
+
+
+def _mean_nulls(layers: tuple[LayerRecord, ...]) -> dict[str, float]:
+    """Nulls of a module kind where the report has none (runs): exact for equal shapes."""
+    keys = {key for layer in layers for key in layer.nulls}
+    found: dict[str, float] = {}
+    for key in keys:
+        numbers = [layer.nulls[key] for layer in layers if key in layer.nulls]
+        found[key] = sum(numbers) / len(numbers)
+    return found
+
+
+def base_label(report: Report) -> str:
+    """The base by a short name."""
+    refs = report.provenance.refs
+    return _label(refs[0]) if refs else "base"
+
+
+def _tuned_label(report: Report, tuned: int) -> str:
+    refs = report.provenance.refs
+    return _label(refs[tuned]) if 0 <= tuned < len(refs) else f"tuned {tuned}"
+
+
+def _label(ref: ModelRef) -> str:
+    """The last two parts of a path or Hub id: enough to tell models apart."""
+    parts = [part for part in ref.given.replace("\\", "/").split("/") if part not in ("", ".")]
+    return shorten("/".join(parts[-2:]) or ref.given, 40)
+
+
+def dimension(layer: LayerRecord) -> int | None:
+    """The k of a matrix: that of its verdict, else the largest with k ≤ q/8, else the smallest.
+
+    q/8 is the verdict's own rule (METHODS §3): beyond it the isotropic values are no longer small.
+    """
+    if layer.verdict is not None and layer.verdict.get("k") is not None:
+        return int(layer.verdict["k"])
+    found = dimensions(layer.values)
+    small = [k for k in found if k <= min(layer.shape) // 8]
+    return max(small) if small else min(found, default=None)
+
+
+def dimensions(keys: Iterable[str], stem: str = r"(?:energy|angle|lift|gap)\w*") -> list[int]:
+    """The k's of all ids `stem@k`, ascending."""
+    pattern = re.compile(rf"{stem}@(\d+)")
+    return sorted({int(match[1]) for key in keys if (match := pattern.fullmatch(key))})
+
+
+def with_dimension(key: str, k: int | None) -> str:
+    """The id of a quantity at k: `lift@k` → `lift@64`; other ids as they are."""
+    return f"{key.removesuffix('@k')}@{k}" if key.endswith("@k") else key

@@ -1,0 +1,278 @@
+"""Which quantities each kind of report shows, and how they are called: the one place for both.
+
+An id that ends in `@k` stands for every k in the report. `QUANTITIES` names what can be shown,
+`KINDS` says which of them a kind shows, most important first: what does not fit a narrow terminal
+is left out from the right. A new kind is one entry in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from geoscope.errors import ReportError
+
+__all__ = ["KINDS", "QUANTITIES", "Kind", "Quantity", "kind_of"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How one id is shown. `ratio` is the id that holds value over null, where there is one."""
+
+    id: str
+    head: str
+    label: str
+    reading: str
+    unit: str = ""
+    ratio: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one kind of report shows.
+
+    model: groups of ids of the model block. columns: ids of the tables. worst: the id that orders
+    the matrices where no verdict flags any. sentence: the id and the words of the headline where
+    there is no verdict. panels: rows of panels of the figure (geoscope.report.panels).
+    """
+
+    title: str
+    model: tuple[tuple[str, tuple[str, ...]], ...]
+    columns: tuple[str, ...]
+    worst: str
+    sentence: tuple[str, str]
+    panels: tuple[tuple[str, ...], ...]
+
+
+_TABLE = (
+    Quantity("relative_update", "ρ", "relative update ρ", "size of the update over the base's"),
+    Quantity("precision_ratio", "ν", "rounding noise ν", "storage rounding over the update's size"),
+    Quantity("update_sparsity", "unchanged", "unchanged entries", "share of entries equal in bf16"),
+    Quantity("update.stable_rank", "stable rank", "stable rank", "energy over that of σ1"),
+    Quantity(
+        "update.participation_ratio",
+        "particip.",
+        "participation ratio",
+        "directions with an even share",
+    ),
+    Quantity("update.entropy_rank", "entropy rank", "entropy rank", "directions, by energy"),
+    Quantity("update.effective_rank", "eff. rank", "effective rank", "directions, by amplitude"),
+    Quantity("update.top_share@1", "top share", "top-1 share", "energy on σ1"),
+    Quantity("update.top_share@8", "top-8", "top-8 share", "energy on σ1 … σ8"),
+    Quantity("update.k90", "k90", "k90", "directions that hold 90 % of the energy"),
+    Quantity("update.k99", "k99", "k99", "directions that hold 99 % of the energy"),
+    Quantity("update.signal_rank", "signal", "signal rank", "σ above the noise edge"),
+    Quantity(
+        "energy_two_sided@k",
+        "C_LR({k})",
+        "captured C_LR({k})",
+        "update's energy in the base's top {k} × {k}",
+        ratio="lift@k",
+    ),
+    Quantity(
+        "energy_right@k", "C_R({k})", "captured C_R({k})", "the same, base's top {k} on the right"
+    ),
+    Quantity(
+        "energy_left@k", "C_L({k})", "captured C_L({k})", "the same, base's top {k} on the left"
+    ),
+    Quantity("lift@k", "lift({k})", "lift of C_LR({k})", "C_LR over its isotropic value"),
+    Quantity(
+        "versus_base@k", "C_LR/E_{k}", "C_LR({k}) over base's E_{k}", "1: as the base's own energy"
+    ),
+    Quantity("outside_span", "outside", "outside the base's span", "share of energy"),
+    Quantity("auc_right", "AUC right", "area under C_R", "mean of C_R over all k"),
+    Quantity("auc_left", "AUC left", "area under C_L", "mean of C_L over all k"),
+    Quantity(
+        "angle_left_mean@k",
+        "angle L({k})",
+        "mean angle left, k = {k}",
+        "base's top {k} to tuned's",
+        unit="rad",
+    ),
+    Quantity(
+        "angle_right_mean@k",
+        "angle R({k})",
+        "mean angle right, k = {k}",
+        "base's top {k} to tuned's",
+        unit="rad",
+    ),
+    Quantity("gap@k", "gap({k})", "gap of the base at {k}", "small: the angles are fragile"),
+    Quantity("nss", "NSS", "spectral shift NSS", "change of σ over the base's σ"),
+    Quantity(
+        "spectral_share",
+        "NSS/ρ",
+        "spectral share NSS/ρ",
+        "part of the update that changes σ",
+        ratio="spectral_lift",
+    ),
+    Quantity("spectral_lift", "spec. lift", "spectral lift", "NSS/ρ over its isotropic value"),
+    Quantity("rank_ratio", "rank ratio", "effective rank ratio", "tuned over base"),
+    Quantity("stable_rank_ratio", "st. ratio", "stable rank ratio", "tuned over base"),
+    Quantity("intruders", "intruders", "intruders left", "new leading directions; not causal"),
+    Quantity("intruder_energy", "intr. energy", "energy of intruders left", "of the leading ten"),
+    Quantity("intruders_right", "intr. right", "intruders right", "as above, right side"),
+    Quantity("mask_overlap_low", "mask low", "mask overlap, low", "changed entries on small ones"),
+    Quantity("mask_lift_low", "lift low", "mask lift, low", "over its matched null"),
+    Quantity(
+        "mask_overlap_principal",
+        "mask princ.",
+        "mask overlap, principal",
+        "changed entries on principal ones",
+    ),
+    Quantity("mask_lift_principal", "lift princ.", "mask lift, principal", "over its matched null"),
+)
+
+QUANTITIES = {quantity.id: quantity for quantity in _TABLE}
+
+_SIZE = ("size and storage", ("relative_update", "precision_ratio", "update_sparsity"))
+_SPECTRUM = (
+    "spectrum of the update",
+    (
+        "update.stable_rank",
+        "update.entropy_rank",
+        "update.effective_rank",
+        "update.participation_ratio",
+        "update.top_share@1",
+        "update.top_share@8",
+        "update.k90",
+        "update.k99",
+        "update.signal_rank",
+    ),
+)
+_SPECTRUM_BRIEF = (
+    "spectrum of the update",
+    ("update.stable_rank", "update.entropy_rank", "update.effective_rank", "update.top_share@1"),
+)
+_ALIGNMENT = (
+    "alignment with the base",
+    (
+        "energy_two_sided@k",
+        "versus_base@k",
+        "energy_right@k",
+        "energy_left@k",
+        "outside_span",
+        "auc_right",
+        "auc_left",
+        "angle_left_mean@k",
+        "angle_right_mean@k",
+        "gap@k",
+    ),
+)
+_ALIGNMENT_BRIEF = (
+    "alignment with the base",
+    ("energy_two_sided@k", "versus_base@k", "angle_left_mean@k", "angle_right_mean@k"),
+)
+_COLLAPSE = (
+    "collapse of the spectrum",
+    (
+        "nss",
+        "spectral_share",
+        "rank_ratio",
+        "stable_rank_ratio",
+        "intruders",
+        "intruder_energy",
+        "intruders_right",
+    ),
+)
+_MASKS = (
+    "masks",
+    ("mask_overlap_low", "mask_lift_low", "mask_overlap_principal", "mask_lift_principal"),
+)
+
+KINDS = {
+    "collapse": Kind(
+        title="Spectral collapse",
+        model=(_SIZE, _COLLAPSE, _SPECTRUM_BRIEF, _ALIGNMENT_BRIEF),
+        columns=(
+            "relative_update",
+            "spectral_share",
+            "rank_ratio",
+            "nss",
+            "energy_two_sided@k",
+            "update.stable_rank",
+            "intruders",
+            "angle_left_mean@k",
+            "angle_right_mean@k",
+        ),
+        worst="spectral_lift",
+        sentence=(
+            "spectral_share",
+            "{value} of the update's size changes singular values (NSS/ρ); "
+            "of an isotropic update {null}.",
+        ),
+        panels=(("lift_map", "capture"),),
+    ),
+    "anisotropy": Kind(
+        title="Anisotropy of the update",
+        model=(_SIZE, _SPECTRUM),
+        columns=(
+            "relative_update",
+            "precision_ratio",
+            "update.stable_rank",
+            "update.entropy_rank",
+            "update.top_share@1",
+            "update.effective_rank",
+            "update.participation_ratio",
+            "update.k90",
+        ),
+        worst="relative_update",
+        sentence=(
+            "update.stable_rank",
+            "The update uses {value} directions (stable rank); "
+            "an isotropic update of the same shape and size {null}.",
+        ),
+        panels=(("spectra_by_module",),),
+    ),
+    "alignment": Kind(
+        title="Alignment with the base",
+        model=(_SIZE, _ALIGNMENT, _MASKS),
+        columns=(
+            "relative_update",
+            "energy_two_sided@k",
+            "angle_left_mean@k",
+            "angle_right_mean@k",
+            "versus_base@k",
+            "energy_right@k",
+            "energy_left@k",
+            "gap@k",
+        ),
+        worst="lift@k",
+        sentence=(
+            "energy_two_sided@k",
+            "{value} of the update's energy lies within the base's leading {k} directions on both "
+            "sides; of an isotropic update {null}.",
+        ),
+        panels=(("angles_by_module",), ("capture", "angles")),
+    ),
+    "compare": Kind(
+        title="Base and tuned compared",
+        model=(_SIZE, _SPECTRUM_BRIEF, _ALIGNMENT_BRIEF, _COLLAPSE, _MASKS),
+        columns=(
+            "relative_update",
+            "update.stable_rank",
+            "energy_two_sided@k",
+            "spectral_share",
+            "angle_left_mean@k",
+            "angle_right_mean@k",
+            "rank_ratio",
+            "nss",
+            "precision_ratio",
+        ),
+        worst="relative_update",
+        sentence=(
+            "update.stable_rank",
+            "The update uses {value} directions (stable rank); "
+            "an isotropic update of the same shape and size {null}.",
+        ),
+        panels=(("lift_map", "capture"), ("spectra", "angles")),
+    ),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The table of a kind. Raises ReportError for a kind that has none."""
+    if name not in KINDS:
+        raise ReportError(
+            f"a report of kind {name!r} has no table here (known: {', '.join(sorted(KINDS))}); "
+            "write .json or .csv"
+        )
+    return KINDS[name]

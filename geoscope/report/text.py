@@ -1,0 +1,179 @@
+"""A report for people at a terminal: aligned columns, no box drawing, colour only where asked for.
+
+Columns stand in order of importance; those that do not fit the width are left out from the right.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from geoscope.records import Report
+from geoscope.report.content import page
+from geoscope.report.numbers import shorten_all
+from geoscope.report.page import Block, Cell, Grid, Head
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["render_text"]
+
+_NARROWEST = 40
+_GAP = 2
+_CODE_STYLES = {
+    "OFF_PRINCIPAL": "green",
+    "NO_UPDATE": "dim",
+    "UNDETERMINED": "magenta",
+    "MIXED": "yellow",
+    "SPECTRUM_DISTORTED": "yellow",
+    "ON_PRINCIPAL": "red",
+    "RANK_COLLAPSE": "red",
+    "INIT_MISMATCH": "red",
+    "PARTIAL": "red",
+}
+
+
+def render_text(
+    report: Report, *, width: int, colour: bool, verbose: bool = False, explain: bool = False
+) -> str:
+    """The report as text within `width` columns (40 at least), ending in a newline."""
+    width = max(width, _NARROWEST)
+    lines: list[Text] = []
+    for block in page(report, verbose=verbose, explain=explain):
+        lines += _block_lines(block, width)
+    return _printed(lines[:-1], width, colour=colour)
+
+
+def _printed(lines: list[Text], width: int, *, colour: bool) -> str:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=width,
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        no_color=not colour,
+        legacy_windows=False,
+    )
+    for line in lines:
+        line.rstrip()
+        console.print(line, soft_wrap=True)
+    return stream.getvalue()
+
+
+def _block_lines(block: Block, width: int) -> list[Text]:
+    """Title, prose, table, and an empty line."""
+    from rich.text import Text
+
+    style = f"bold {_CODE_STYLES.get(block.code, '')}".strip()
+    lines = [Text(line, style=style) for line in textwrap.wrap(block.title, width)]
+    for words in block.lines:
+        wrapped = textwrap.wrap(words, width, subsequent_indent="  ")
+        lines += [Text(line) for line in wrapped]
+    if block.grid is not None:
+        lines += _grid_lines(block.grid, width)
+    return [*lines, Text("")]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column whose cells are set: values end at one place, nulls begin at one place."""
+
+    head: Head
+    cells: tuple[Cell, ...]
+
+    @property
+    def value_width(self) -> int:
+        return max((len(cell.text) for cell in self.cells), default=0)
+
+    @property
+    def null_width(self) -> int:
+        return max((len(cell.null) for cell in self.cells), default=0)
+
+    @property
+    def width(self) -> int:
+        beside = 1 + self.null_width if self.null_width else 0
+        return max(len(self.head.text), self.value_width + beside)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(cell.text for cell in self.cells)
+
+
+def _grid_lines(grid: Grid, width: int) -> list[Text]:
+    from rich.text import Text
+
+    columns = _fitting(_columns(grid, width), width)
+    lines: list[Text] = []
+    if any(column.head.text for column in columns):
+        lines.append(_line([_set_head(column) for column in columns]))
+    at = 0
+    for row in grid.rows:
+        if len(row) == 1:
+            lines.append(Text(row[0].text, style="italic"))
+            continue
+        lines.append(_line([_set_cell(column, column.cells[at]) for column in columns]))
+        at += 1
+    return lines
+
+
+def _columns(grid: Grid, width: int) -> list[_Column]:
+    rows = [row for row in grid.rows if len(row) > 1]
+    columns: list[_Column] = []
+    for index, head in enumerate(grid.heads):
+        cells = [row[index] for row in rows]
+        if head.is_name:
+            names = shorten_all([cell.text for cell in cells], max(20, width * 2 // 5))
+            cells = [Cell(name) for name in names]
+        if index == 0 and len(rows) < len(grid.rows):
+            cells = [Cell(f"  {cell.text}") for cell in cells]  # below the heads of their groups
+        columns.append(_Column(head, _marked(cells)))
+    return [column for column in columns if not column.is_empty]
+
+
+def _marked(cells: list[Cell]) -> tuple[Cell, ...]:
+    """Where a number carries a mark behind it, the others get a space: digits stay aligned."""
+    if not any(cell.text.endswith("~") for cell in cells):
+        return tuple(cells)
+    return tuple(
+        cell if cell.text.endswith("~") else Cell(f"{cell.text} ", cell.null) for cell in cells
+    )
+
+
+def _fitting(columns: list[_Column], width: int) -> list[_Column]:
+    used, kept = 0, []
+    for column in columns:
+        used += column.width + (_GAP if kept else 0)
+        if used > width:
+            break
+        kept.append(column)
+    return kept
+
+
+def _set_head(column: _Column) -> Text:
+    from rich.text import Text
+
+    text = column.head.text
+    text = text.ljust(column.width) if column.head.is_words else text.rjust(column.width)
+    return Text(text, style="bold")
+
+
+def _set_cell(column: _Column, cell: Cell) -> Text:
+    from rich.text import Text
+
+    if column.head.is_words:
+        return Text(cell.text.ljust(column.width), style=_CODE_STYLES.get(cell.code, ""))
+    text = Text(cell.text.rjust(column.value_width))
+    if column.null_width:
+        text.append(f" {cell.null.ljust(column.null_width)}", style="dim")
+    text.pad_left(column.width - len(text))
+    return text
+
+
+def _line(parts: list[Text]) -> Text:
+    from rich.text import Text
+
+    return Text(" " * _GAP).join(parts)

@@ -1,0 +1,415 @@
+"""Synthetic reports that look like real ones: any number of layers, mixed statuses, curves.
+
+The numbers follow the formulas of the quantities roughly; they are for rendering, not for reading.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from geoscope.records import (
+    Coverage,
+    LayerRecord,
+    ModelRef,
+    Overlap,
+    Provenance,
+    Rename,
+    Report,
+    Run,
+    Skipped,
+    Status,
+    Summary,
+    Verdict,
+)
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION = MODULES[:4]
+_THRESHOLDS = {
+    "distorted.nss": 0.05,
+    "distorted.angle": 0.1745329,
+    "distorted.angle_over_null": 1.5,
+}
+
+
+def example(
+    kind: str = "compare",
+    *,
+    layers: int = 4,
+    modules: Sequence[str] = MODULES,
+    ks: Sequence[int] = (8, 64),
+    hidden: int = 192,
+    rho: float = 0.02,
+    runs: int = 1,
+    seed: int = 0,
+    partial: bool = False,
+) -> Report:
+    """A report of `layers` blocks; `rho` decides how much is below the resolution of bfloat16."""
+    generator = random.Random(seed)
+    records = [
+        _matrix(generator, kind, layer, module, hidden, ks, rho, run if runs > 1 else None)
+        for run in range(1, runs + 1)
+        for layer in range(layers)
+        for module in modules
+    ]
+    if partial and records:
+        records[-1] = _not_finite(records[-1])
+    missing = (records[-1].name,) if partial and records else ()
+    return Report(
+        kind=kind,
+        provenance=_provenance(runs),
+        coverage=_coverage(records, missing),
+        layers=tuple(records),
+        summary=_summary(kind, records, runs),
+        vectors=_vectors(layers),
+        overlaps=_overlaps(records) if runs > 1 else (),
+    )
+
+
+def all_null(report: Report) -> Report:
+    """The same report when nothing changed: every number null, and so every aggregate."""
+    layers = tuple(
+        replace(
+            layer,
+            values=dict.fromkeys(layer.values),
+            status=dict.fromkeys(layer.values, Status.ZERO_UPDATE),
+            curves={},
+        )
+        for layer in report.layers
+    )
+    summary = replace(
+        report.summary,
+        model=dict.fromkeys(report.summary.model),
+        modules={name: dict.fromkeys(row) for name, row in report.summary.modules.items()},
+    )
+    return replace(report, layers=layers, summary=summary)
+
+
+def _shape(module: str, hidden: int) -> tuple[int, int]:
+    narrow, wide = hidden // 3, hidden * 8 // 3
+    shapes = {"k_proj": (narrow, hidden), "v_proj": (narrow, hidden), "down_proj": (hidden, wide)}
+    shapes |= dict.fromkeys(("gate_proj", "up_proj"), (wide, hidden))
+    return shapes.get(module, (hidden, hidden))
+
+
+def _matrix(
+    generator: random.Random,
+    kind: str,
+    layer: int,
+    module: str,
+    hidden: int,
+    ks: Sequence[int],
+    rho: float,
+    tuned: int | None,
+) -> LayerRecord:
+    m, n = _shape(module, hidden)
+    size = rho * math.exp(generator.gauss(0, 0.4))
+    k_v = max(1, min(64, min(m, n) // 8))
+    values, nulls = _numbers(generator, m, n, size, sorted({*ks, k_v}))
+    wanted = [key for key in values if _belongs(key, kind)]
+    status, raw = _statuses(values, wanted, m, n, sorted({*ks, k_v}))
+    parent = "self_attn" if module in _ATTENTION else "mlp"
+    has_verdict = kind in ("collapse", "compare")
+    return LayerRecord(
+        name=f"model.layers.{layer}.{parent}.{module}.weight",
+        layer=layer,
+        module=module,
+        shape=(m, n),
+        values={k: None if status.get(k, Status.OK).is_null else values[k] for k in wanted},
+        nulls={key: nulls[key] for key in wanted if key in nulls},
+        status=status,
+        raw=raw,
+        verdict=_matrix_verdict(values, k_v) if has_verdict else None,
+        method={"base.U": {"how": "svd", "bound": None, "fallback": layer == 1}},
+        curves=_curves(generator, m, n, values, ks),
+        notes=("stored as float32, holds only bfloat16 numbers",) if module == "o_proj" else (),
+        tuned=tuned,
+    )
+
+
+def _belongs(key: str, kind: str) -> bool:
+    """Whether a report of this kind holds the id."""
+    spectrum = key.startswith(("update.", "base.", "tuned."))
+    aligned = key.startswith(("energy_", "lift", "versus", "angle", "gap"))
+    size = key in ("relative_update", "precision_ratio", "update_sparsity")
+    shown = {
+        "collapse": key != "gap@8" and (not spectrum or key == "update.stable_rank"),
+        "anisotropy": size or spectrum,
+        "alignment": size or aligned,
+        "compare": True,
+    }
+    return shown[kind]
+
+
+def _numbers(
+    generator: random.Random, m: int, n: int, size: float, ks: Iterable[int]
+) -> tuple[dict[str, float | int], dict[str, float]]:
+    q, wide = min(m, n), max(m, n)
+    isotropic = wide * q / (math.sqrt(m) + math.sqrt(n)) ** 2
+    share = generator.uniform(0.05, 0.35)
+    stable = generator.uniform(2, 6)
+    values: dict[str, float | int] = {
+        "relative_update": size,
+        "precision_ratio": 1.66e-3 / size,
+        "update_sparsity": min(0.99, 1.7e-3 / size),
+        "update.stable_rank": stable,
+        "update.entropy_rank": 4 * stable,
+        "update.effective_rank": 0.4 * q,
+        "update.top_share@1": 1 / stable,
+        "base.stable_rank": 9.1,
+        "tuned.stable_rank": 9.0,
+        "nss": share * size,
+        "spectral_share": share,
+        "spectral_lift": share * math.sqrt(wide),
+        "rank_ratio": generator.gauss(1, 0.01),
+        "intruders": int(generator.random() < 0.25),
+    }
+    nulls = {
+        "update_sparsity": min(0.99, 1.6e-3 / size),
+        "update.stable_rank": isotropic,
+        "update.entropy_rank": 0.7 * q,
+        "update.effective_rank": 0.85 * q,
+        "update.top_share@1": 1 / isotropic,
+        "nss": size / math.sqrt(wide),
+        "spectral_share": 1 / math.sqrt(wide),
+        "spectral_lift": 1.0,
+        "rank_ratio": 1.0,
+    }
+    for k in ks:
+        _aligned(generator, m, n, size, k, values, nulls)
+    return values, nulls
+
+
+def _aligned(
+    generator: random.Random,
+    m: int,
+    n: int,
+    size: float,
+    k: int,
+    values: dict[str, float | int],
+    nulls: dict[str, float],
+) -> None:
+    lift = generator.uniform(2, 9)
+    null = min(1.0, k * k / (m * n))
+    captured = null**0.6 if k >= min(m, n) else min(0.9, null * lift)
+    values[f"energy_two_sided@{k}"], nulls[f"energy_two_sided@{k}"] = captured, null
+    values[f"energy_right@{k}"], nulls[f"energy_right@{k}"] = captured**0.5, min(1.0, k / n)
+    values[f"energy_left@{k}"], nulls[f"energy_left@{k}"] = captured**0.6, min(1.0, k / m)
+    values[f"lift@{k}"], nulls[f"lift@{k}"] = captured / null, 1.0
+    values[f"versus_base@{k}"] = captured / min(1.0, k / min(m, n)) ** 0.5
+    values[f"gap@{k}"] = generator.uniform(0.01, 0.1)
+    for side in ("left", "right"):
+        values[f"angle_{side}_mean@{k}"] = size * generator.uniform(1, 2)
+        values[f"angle_{side}_max@{k}"] = size * generator.uniform(3, 9)
+        nulls[f"angle_{side}_mean@{k}"] = size * 1.4
+
+
+def _statuses(
+    values: dict[str, float | int], wanted: Sequence[str], m: int, n: int, ks: Iterable[int]
+) -> tuple[dict[str, Status], dict[str, float]]:
+    """The table of METHODS §1 in short, and what has no meaning at this k."""
+    noise = values["precision_ratio"]
+    status: dict[str, Status] = {}
+    top = ("update.stable_rank", "update.top_share@1", "nss", "spectral_share", "spectral_lift")
+    top += tuple(key for key in wanted if key.startswith(("energy_", "lift", "versus")))
+    for keys, caution, below in (
+        (top, 0.2, 0.6),
+        (("update.entropy_rank",), 0.1, 0.2),
+        (("update.effective_rank",), 0.02, 0.08),
+    ):
+        level = Status.BELOW_RESOLUTION if noise > below else Status.CAUTION
+        status |= dict.fromkeys(keys, level) if noise > caution else {}
+    raw = {k: float(values[k]) for k, s in status.items() if s.is_null and k in wanted}
+    for k in ks:
+        if k >= min(m, n):
+            side = "left" if m <= n else "right"
+            keys = (f"angle_{side}_mean@{k}", f"angle_{side}_max@{k}")
+            status |= dict.fromkeys(keys, Status.NOT_APPLICABLE)
+    return {key: status[key] for key in wanted if key in status}, raw
+
+
+def _matrix_verdict(values: dict[str, float | int], k: int) -> dict[str, object]:
+    if values["precision_ratio"] > 0.6:
+        return {"code": "UNDETERMINED", "k": k, "clause": "nu"}
+    captured = values[f"energy_two_sided@{k}"]
+    if captured > 0.13:
+        return {"code": "ON_PRINCIPAL", "k": k, "clause": "C_LR"}
+    code = "OFF_PRINCIPAL" if captured < 0.05 else "MIXED"
+    return {"code": code, "k": k, "clause": "C_LR, angle"}
+
+
+def _curves(
+    generator: random.Random, m: int, n: int, values: dict[str, float | int], ks: Sequence[int]
+) -> dict[str, tuple[tuple[float, float], ...]]:
+    q = min(m, n)
+    points = sorted({round(q ** (i / 63)) for i in range(64)})
+    scale = float(values["relative_update"]) * math.sqrt(m * n) * 0.02
+    edge = 0.3 * scale / math.sqrt(q)
+    slope = generator.uniform(0.5, 0.9)
+    curves = {
+        "update.S": [(i, scale * i**-slope + edge * (1 - i / (q + 1))) for i in points],
+        "base.S": [(i, 30 * i**-0.4) for i in points],
+        "update.S_null": [(i, 1.9 * scale / math.sqrt(q) * (1 - 0.9 * i / q)) for i in points],
+        "update.S_floor": [(1, edge), (q, edge)],
+        "energy_right_null": [(k, k / n) for k in points],
+        "energy_left_null": [(k, k / m) for k in points],
+        "energy_right": [(k, (k / n) ** 0.7) for k in points],
+        "energy_left": [(k, (k / m) ** 0.8) for k in points],
+        "energy_base": [(k, (k / q) ** 0.4) for k in points],
+    }
+    for side in ("left", "right"):
+        for k in ks:
+            if values.get(f"angle_{side}_mean@{k}") is not None and k < q:
+                mean = float(values[f"angle_{side}_mean@{k}"])
+                curves[f"angles_{side}@{k}"] = [(i, 2 * mean * i / k) for i in range(1, k + 1)]
+    return {key: tuple((float(x), y) for x, y in curve) for key, curve in curves.items()}
+
+
+def _not_finite(layer: LayerRecord) -> LayerRecord:
+    return replace(
+        layer,
+        values=dict.fromkeys(layer.values),
+        status=dict.fromkeys(layer.values, Status.NON_FINITE),
+        verdict=None if layer.verdict is None else {"code": "UNDETERMINED", "k": None},
+        curves={},
+    )
+
+
+def _provenance(runs: int) -> Provenance:
+    refs = [ModelRef("runs/tiny/base", "runs/tiny/base", None, "bfloat16")]
+    refs += [
+        ModelRef(f"runs/tiny/grpo/checkpoint-{240 * run}", "as given", None, "bfloat16")
+        for run in range(1, runs + 1)
+    ]
+    return Provenance(
+        tool_version="0.1.0",
+        argv=("geoscope", "compare", "base", "tuned"),
+        refs=tuple(refs),
+        device="cpu",
+        compute_dtype="float64",
+        seed=0,
+        parameters={"k": [8, 64]},
+        seconds=1.5,
+    )
+
+
+def _coverage(records: Sequence[LayerRecord], missing: tuple[str, ...]) -> Coverage:
+    skipped = (
+        Skipped("model.embed_tokens.weight", "embedding"),
+        Skipped("lm_head.weight", "output head"),
+    )
+    bad = tuple(Skipped(name, "holds 3 NaN", missing=True) for name in missing)
+    return Coverage(
+        matched=tuple(dict.fromkeys(record.name for record in records)),
+        skipped=skipped + bad,
+        renamed=(Rename("model.norm.weight", "_orig_mod.model.norm.weight", "wrapper _orig_mod."),),
+        missing=missing,
+    )
+
+
+def _vectors(layers: int) -> tuple[LayerRecord, ...]:
+    return tuple(
+        LayerRecord(
+            name=f"model.layers.{layer}.input_layernorm.weight",
+            layer=layer,
+            module="input_layernorm",
+            shape=(192,),
+            values={"relative_update": 1e-4},
+        )
+        for layer in range(layers)
+    )
+
+
+def _summary(kind: str, records: Sequence[LayerRecord], runs: int) -> Summary:
+    if runs == 1:
+        modules, module_nulls = _by_module(records)
+        verdict = _verdict(kind, records)
+        return Summary(*_mean(records), modules, module_nulls, verdict)
+    parts = [
+        _run(kind, run, [record for record in records if record.tuned == run])
+        for run in range(1, runs + 1)
+    ]
+    return Summary({}, {}, {}, {}, runs=tuple(parts))
+
+
+def _run(kind: str, run: int, records: Sequence[LayerRecord]) -> Run:
+    return Run(run, *_mean(records), _by_module(records)[0], _verdict(kind, records))
+
+
+def _by_module(
+    records: Sequence[LayerRecord],
+) -> tuple[dict[str, dict[str, float | None]], dict[str, dict[str, float]]]:
+    kinds = dict.fromkeys(record.module for record in records)
+    means = {kind: _mean([r for r in records if r.module == kind]) for kind in kinds}
+    return {k: mean[0] for k, mean in means.items()}, {k: mean[1] for k, mean in means.items()}
+
+
+def _mean(records: Sequence[LayerRecord]) -> tuple[dict[str, float | None], dict[str, float]]:
+    keys = sorted({key for record in records for key in record.values})
+    values: dict[str, float | None] = {}
+    nulls: dict[str, float] = {}
+    for key in keys:
+        found = [v for record in records if (v := record.values.get(key)) is not None]
+        values[key] = _total(key, found) if found else None
+        null = [record.nulls[key] for record in records if key in record.nulls]
+        nulls |= {key: sum(null) / len(null)} if null else {}
+    return values, nulls
+
+
+def _total(key: str, found: Sequence[float]) -> float:
+    return sum(found) if key == "intruders" else sum(found) / len(found)
+
+
+def _verdict(kind: str, records: Sequence[LayerRecord]) -> Verdict | None:
+    if kind not in ("collapse", "compare"):
+        return None
+    codes = [record.verdict["code"] for record in records if record.verdict]
+    counts = {code: codes.count(code) for code in sorted(set(codes))}
+    shares = {code: count / len(codes) for code, count in counts.items()}
+    code = max(shares, key=lambda code: shares[code], default="UNDETERMINED")
+    flagged = [r.name for r in records if r.verdict and r.verdict["code"] == "ON_PRINCIPAL"]
+    return Verdict(
+        code=code,
+        share=shares.get(code),
+        shares=shares,
+        flagged=tuple(flagged),
+        counts=counts,
+        text=(
+            "pattern consistent with an update that is enriched 5× over isotropic on the base's "
+            "leading directions but does not live there (clauses C_LR, angle)"
+        ),
+        thresholds=_THRESHOLDS,
+        explain=_explained(len(codes)),
+    )
+
+
+def _explained(count: int) -> tuple[dict[str, Any], ...]:
+    rows = (
+        ("ON_PRINCIPAL", "C_LR(k) ≥", 0.5, (0.01, 0.1)),
+        ("ON_PRINCIPAL", "NSS/ρ ≥", 0.3, (None, None)),
+        ("OFF_PRINCIPAL", "mean angle ≤", math.radians(1), (0.01, 0.1)),
+    )
+    return tuple(
+        {
+            "code": code,
+            "condition": condition,
+            "threshold": limit,
+            "standing": "ours",
+            "holds": 1,
+            "of": count,
+            "least": met[0],
+            "largest": met[1],
+        }
+        for code, condition, limit, met in rows
+    )
+
+
+def _overlaps(records: Sequence[LayerRecord]) -> tuple[Overlap, ...]:
+    names = dict.fromkeys(record.name for record in records)
+    return tuple(
+        Overlap(name, 1, 2, {"update_cosine": 0.31, "phi_left@8,8": None}, {"update_cosine": 0.0})
+        for name in names
+    )
