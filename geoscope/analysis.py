@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -53,11 +54,13 @@ from geoscope.metrics import (
     verdict_dimension,
 )
 from geoscope.metrics.curves import curves
+from geoscope.metrics.overlaps import overlap
 from geoscope.names import Selection
 from geoscope.records import (
     Coverage,
     Curve,
     LayerRecord,
+    Overlap,
     Pairing,
     Provenance,
     Report,
@@ -91,6 +94,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "compare": ("size", "spectrum", "update_alignment", "base_alignment", "collapse", "masks"),
 }
 VERDICT_KINDS = ("collapse", "compare")
+# With several tuned models these also hold the overlaps of their updates.
+OVERLAP_KINDS = ("alignment", "compare")
 
 
 @dataclass(frozen=True)
@@ -274,9 +279,10 @@ def compare(
     if not tuned:
         raise OptionError("one tuned model is needed beside the base")
     started = time.perf_counter()
+    pairs = combinations(range(1, len(tuned) + 1), 2)
     prepared = [prepare(os.fspath(base), os.fspath(one), options, progress) for one in tuned]
     beside = prepare(os.fspath(base), os.fspath(anchor), options, progress) if anchor else None
-    runs = []
+    runs: list[_Run] = []
     for one in prepared:
         progress.on_plan(one)
         runs.append(_run(one, kind, options, progress))
@@ -286,7 +292,11 @@ def compare(
     if beside is not None and not runs[-1].interrupted:
         progress.on_plan(beside)
         reference = _run(beside, kind, options, progress)
+    overlaps: tuple[Overlap, ...] = ()
+    if kind in OVERLAP_KINDS and len(runs) == len(prepared) and not runs[-1].interrupted:
+        overlaps = tuple(chain.from_iterable(_overlaps(prepared, a, b, options) for a, b in pairs))
     report = _report(prepared, runs, kind, options, argv, time.perf_counter() - started)
+    report = replace(report, overlaps=overlaps)
     if reference is not None:
         ratios = _anchored(runs[0], reference, os.fspath(anchor or ""))
         report = replace(report, summary=replace(report.summary, anchor=ratios))
@@ -506,6 +516,42 @@ def _vector(prepared: Prepared, one: WeightPair) -> LayerRecord:
         if not base_norm:
             status["relative_update"] = Status.NOT_APPLICABLE
     return LayerRecord(one.name, one.layer, one.module, one.shape, values, status=status)
+
+
+# --- several tuned models -----------------------------------------------------------------------
+
+
+def _overlaps(prepared: Sequence[Prepared], a: int, b: int, options: Options) -> Iterator[Overlap]:
+    """Overlaps of the updates of the tuned models number a and b, matrix by matrix."""
+    first, second = prepared[a - 1], prepared[b - 1]
+    other = {one.base.name: one.tuned.name for one in second.pairing.matrices}
+    common = [one for one in first.pairing.matrices if one.base.name in other]
+
+    def read(one: WeightPair) -> tuple[Tensor, Tensor, Tensor]:
+        base, tuned = first.base.read(one.base.name), first.tuned.read(one.tuned.name)
+        return base, tuned, second.tuned.read(other[one.base.name])
+
+    def work(batch: Batch, *stacks: Tensor) -> list[tuple[Any, dict[str, float]] | None]:
+        return [
+            None
+            if any(nonfinite_entries(one[i]) for one in stacks)
+            else overlap(*(one[i : i + 1] for one in stacks), ks=options.ks, solver=options.solver)
+            for i in range(len(batch.pairs))
+        ]
+
+    found = stream(
+        plan(common, memory=first.memory, stack=first.device.type != "cpu"),
+        read=read,
+        work=work,
+        device=first.device,
+        workers=first.workers,
+        memory=first.memory,
+    )
+    results = {outcome.pair.name: outcome.result for outcome in found}
+    for one in common:
+        result = results[one.name]
+        if result is not None:
+            yield Overlap(one.name, a, b, *result)
 
 
 # --- the report ---------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def story(folder: Path, steps: Sequence[Path], report: Report) -> str:
             "  its numbers are resolved. In a large model's bf16 pair they often are not.",
             f"  It uses few directions: stable rank {_of(model, 'update.stable_rank'):.1f}, where "
             f"isotropic noise has {nulls['update.stable_rank']:.0f}.",
-            f"  The effective rank of the weights kept {_of(model, 'rank_ratio'):.1%} of its value: "
-            "no spectrum",
+            f"  The weights kept {_of(model, 'rank_ratio'):.1%} of their effective rank: no "
+            "spectrum",
             "  collapsed. Small models at large learning rates move more on the base's",
             "  principal directions than large ones do: read no claim about those here.",
             "",
@@ -45,7 +45,7 @@ def story(folder: Path, steps: Sequence[Path], report: Report) -> str:
 
 def _of(values: object, key: str) -> float:
     """A number that the demo's report always has."""
-    assert isinstance(values, dict)  # noqa: S101
+    assert isinstance(values, dict)
     return float(values[key])
 
 

@@ -23,8 +23,9 @@ from geoscope.records import WeightPair
 __all__ = ["Outcome", "one_blas_thread", "stream"]
 
 T = TypeVar("T")
-Read = Callable[[WeightPair], tuple[Tensor, Tensor]]
-Work = Callable[[Batch, Tensor, Tensor], Sequence[T]]
+Read = Callable[[WeightPair], tuple[Tensor, ...]]
+Work = Callable[..., Sequence[T]]
+_Item = tuple[Batch, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,14 @@ def stream(
 ) -> Iterator[Outcome[T]]:
     """Outcome of every pair, in the order in which they finish.
 
-    read: the stored tensors of a pair, called on one thread. work: the results of a stack, one a
-    pair; called on `workers` threads with tensors on `device`. memory: bytes of batches in flight.
+    read: the stored tensors of a pair, called on one thread. work(batch, *stacks): the results, one
+    a pair; called on `workers` threads with the stacks on `device`. memory: bytes of batches in
+    flight.
     An exception of either is raised here, after the threads have stopped; so is KeyboardInterrupt.
     """
     gate = _Gate(memory)
     # At most one batch waits beyond those in work: that is the read-ahead.
-    ready: queue.Queue[tuple[Batch, Tensor, Tensor] | None] = queue.Queue(maxsize=1)
+    ready: queue.Queue[_Item | None] = queue.Queue(maxsize=1)
     done: queue.Queue[list[Outcome[T]] | BaseException] = queue.Queue()
     stop = threading.Event()
 
@@ -101,8 +103,7 @@ def stream(
                 gate.enter(batch.working_bytes)
                 if stop.is_set():
                     break
-                stacks = _load(batch, read, device)
-                ready.put((batch, *stacks))
+                ready.put((batch, _load(batch, read, device)))
         except BaseException as error:
             done.put(error)
         finally:
@@ -111,14 +112,14 @@ def stream(
 
     def worker() -> None:
         while (item := ready.get()) is not None:
-            batch, base, tuned = item
+            batch, stacks = item
             del item
             if not stop.is_set():
                 try:
-                    done.put(_attempt(batch, base, tuned, work))
+                    done.put(_attempt(batch, stacks, work))
                 except BaseException as error:
                     done.put(error)
-            del base, tuned
+            del stacks
             gate.leave(batch.working_bytes)
 
     threads = [threading.Thread(target=reader, daemon=True)]
@@ -141,7 +142,7 @@ def stream(
                     thread.join(timeout=0.05)
 
 
-def _drain(ready: queue.Queue[tuple[Batch, Tensor, Tensor] | None]) -> None:
+def _drain(ready: queue.Queue[_Item | None]) -> None:
     """Makes room for a reader that waits; end marks go back, for the workers need them."""
     try:
         item = ready.get_nowait()
@@ -151,34 +152,29 @@ def _drain(ready: queue.Queue[tuple[Batch, Tensor, Tensor] | None]) -> None:
         ready.put(None)
 
 
-def _load(batch: Batch, read: Read, device: torch.device) -> tuple[Tensor, Tensor]:
+def _load(batch: Batch, read: Read, device: torch.device) -> tuple[Tensor, ...]:
     """The stacks (b, m, n) of a batch on the device, in storage dtypes."""
-    sides = [read(pair) for pair in batch.pairs]
-    base, tuned = (
-        torch.stack([side[i] for side in sides]) if len(sides) > 1 else sides[0][i].unsqueeze(0)
-        for i in (0, 1)
-    )
-    return base.to(device), tuned.to(device)
+    rows = [read(pair) for pair in batch.pairs]
+    if len(rows) == 1:
+        return tuple(one.unsqueeze(0).to(device) for one in rows[0])
+    return tuple(torch.stack([row[i] for row in rows]).to(device) for i in range(len(rows[0])))
 
 
-def _attempt(batch: Batch, base: Tensor, tuned: Tensor, work: Work[T]) -> list[Outcome[T]]:
+def _attempt(batch: Batch, stacks: tuple[Tensor, ...], work: Work[T]) -> list[Outcome[T]]:
     """The batch; in halves when the device runs out of memory, and at last on the CPU."""
     try:
-        results = work(batch, base, tuned)
+        results = work(batch, *stacks)
         return [Outcome(pair, one) for pair, one in zip(batch.pairs, results, strict=True)]
     except torch.OutOfMemoryError:
         pass  # outside of the handler the failed attempt's tensors are free
     if len(batch.pairs) > 1:
         half = len(batch.pairs) // 2
-        parts = (slice(None, half), slice(half, None))
-        return [
-            outcome
-            for part in parts
-            for outcome in _attempt(
-                replace(batch, pairs=batch.pairs[part]), base[part], tuned[part], work
-            )
-        ]
-    device = base.device.type
-    (result,) = work(batch, base.cpu(), tuned.cpu())
+        outcomes = []
+        for part in (slice(None, half), slice(half, None)):
+            smaller = replace(batch, pairs=batch.pairs[part])
+            outcomes += _attempt(smaller, tuple(one[part] for one in stacks), work)
+        return outcomes
+    result = next(iter(work(batch, *(one.cpu() for one in stacks))))
+    device = next(iter(stacks)).device.type
     note = f"computed on the CPU: {device} ran out of memory"
     return [Outcome(batch.pairs[0], result, note)]

@@ -57,7 +57,7 @@ class Operand:
         if self.plus.device.type != "cpu":
             return torch.linalg.vector_norm(self.dense(), dim=(-2, -1))
         squares = [
-            sum(float(torch.linalg.vector_norm(block)) ** 2 for _, block in self._blocks(i))
+            sum(float(torch.linalg.vector_norm(block)) ** 2 for _, block in self.blocks(i))
             for i in range(len(self))
         ]
         return torch.tensor(squares, dtype=torch.float64).sqrt()
@@ -72,7 +72,7 @@ class Operand:
     def _gram(self, i: int) -> Tensor:
         q = min(self.shape)
         gram = torch.zeros(q, q, dtype=torch.float64)
-        for _, block in self._blocks(i):
+        for _, block in self.blocks(i):
             for start in range(0, q, _GRAM_BLOCK):
                 stop = min(start + _GRAM_BLOCK, q)
                 out = gram[start:stop, start:]
@@ -91,7 +91,7 @@ class Operand:
             return X @ self.dense().mT
         out = X.new_zeros(*X.shape[:-1], self.shape[0])
         for i, rows in enumerate(X):
-            for part, block in self._blocks(i):
+            for part, block in self.blocks(i):
                 if self.is_tall:  # block holds rows of A
                     blas.gemm(rows, block, out[i][:, part], Bt=True)
                 else:  # block holds columns of A
@@ -104,14 +104,14 @@ class Operand:
             return Y @ self.dense()
         out = Y.new_zeros(*Y.shape[:-1], self.shape[1])
         for i, rows in enumerate(Y):
-            for part, block in self._blocks(i):
+            for part, block in self.blocks(i):
                 if self.is_tall:
                     blas.gemm(rows[:, part], block, out[i], add=True)
                 else:
                     blas.gemm(rows, block, out[i][:, part])
         return out
 
-    def _blocks(self, i: int) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, i: int) -> Iterator[tuple[slice, Tensor]]:
         """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide."""
         plus, minus = self.plus[i], None if self.minus is None else self.minus[i]
         axis = 0 if self.is_tall else 1

@@ -111,7 +111,7 @@ def label_starts(area: SubFigure, axes: Axes, labels: Sequence[EndLabel], x: flo
     Room is made by stretching the logarithmic x axis to the left.
     """
     longest = max(len(label.text) for label in labels)
-    room = min(0.5, (0.15 + 0.07 * longest) * area.dpi / area.bbox.width)
+    room = min(0.5, (0.25 + 0.07 * longest) * area.dpi / area.bbox.width)
     right = axes.get_xlim()[1]
     axes.set_xlim(x * (x / right) ** (room / (1 - room)), right)
     low, high = axes.get_ylim()

@@ -53,7 +53,7 @@ def draw_spectra(area: SubFigure, section: Section) -> None:
     if not labels:
         nothing(axes, _EMPTY)
         return
-    labels += _baselines(axes, layers)
+    _name_baselines(axes, _baselines(axes, layers))
     _set_axes(axes, layers)
     axes.set(xlabel="index i", ylabel=_scale_words(layers))
     label_starts(area, axes, labels, 1)
@@ -127,12 +127,14 @@ def _name_baselines(axes: Axes, labels: Sequence[EndLabel]) -> None:
         axes.annotate(label.text, **at, va="top", fontsize=8, color=label.colour)
 
 
-def _set_axes(axes: Axes, layers: Iterable[LayerRecord]) -> None:
-    """Limits from all matrices, so that panels compare; a tail of exact zeros is cut off."""
-    found = [_scaled(layer, key) for layer in layers for key in (_UPDATE, _NULL, _FLOOR)]
+def _set_axes(axes: Axes, layers: Sequence[LayerRecord]) -> None:
+    """Limits from all matrices, so that panels compare; far below the noise edge all is cut off."""
+    found = [_scaled(layer, key) for layer in layers for key in (_UPDATE, _NULL)]
     curves = [curve for curve in found if curve is not None]
+    edges = [curve[1][0] for layer in layers if (curve := _scaled(layer, _FLOOR)) is not None]
     top = max(float(y.max()) for _, y in curves)
-    bottom = max(min(float(y.min()) for _, y in curves), 1e-4 * top)
+    shown = float(min(edges)) / 5 if edges else 1e-4 * top
+    bottom = max(min(float(y.min()) for _, y in curves), min(shown, 0.1 * top))
     log_axis(axes, "x", 1, max(2.0, *(float(x.max()) for x, _ in curves)))
     log_axis(axes, "y", 0.7 * bottom, 1.6 * top)
 

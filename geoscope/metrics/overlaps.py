@@ -1,0 +1,113 @@
+"""Do two tuned models move the same weights in the same directions? (METHODS §2.7)
+
+Taken from the updates ΔW_a, ΔW_b themselves, never from adapter factors alone: these are only
+defined up to a change of basis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from geoscope.linalg import Operand, factorise, principal_angles
+from geoscope.linalg.changes import changed_mask
+
+__all__ = ["PHI_DIMENSIONS", "overlap"]
+
+PHI_DIMENSIONS = (1, 8, 16)
+
+Values = dict[str, float | int | None]
+
+
+def overlap(
+    base: Tensor, a: Tensor, b: Tensor, *, ks: Sequence[int], solver: str = "auto"
+) -> tuple[Values, dict[str, float]]:
+    """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes.
+
+    A quantity that is undefined (an update is zero, k exceeds q) is None.
+    """
+    m, n = base.shape[-2:]
+    q = min(m, n)
+    values: Values = {}
+    nulls: dict[str, float] = {}
+    first, second = Operand(a, base), Operand(b, base)
+    both = float(first.norm()) > 0 and float(second.norm()) > 0
+    values["update_cosine"] = update_cosine(first, second) if both else None
+    nulls["update_cosine"] = 0.0
+    _masks(values, nulls, base[0], a[0], b[0])
+    inside = [k for k in (*ks, *PHI_DIMENSIONS) if k <= q]
+    left = right = None
+    if both and inside:
+        U0, V0 = _leading(first, inside, solver)
+        U1, V1 = _leading(second, inside, solver)
+        left, right = (U0, U1), (V0, V1)
+    _subspaces(values, nulls, "left", left, (m, q), ks)
+    _subspaces(values, nulls, "right", right, (n, q), ks)
+    return values, nulls
+
+
+def _leading(update: Operand, cuts: Sequence[int], solver: str) -> tuple[Tensor, Tensor]:
+    """Leading left and right vectors of an update, as columns."""
+    factors = factorise(update, vectors=max(cuts), cuts=cuts, solver=solver)
+    assert factors.U is not None and factors.Vh is not None
+    return factors.U[0], factors.Vh[0].mT
+
+
+def _subspaces(
+    values: Values,
+    nulls: dict[str, float],
+    side: str,
+    bases: tuple[Tensor, Tensor] | None,
+    sizes: tuple[int, int],
+    ks: Sequence[int],
+) -> None:
+    """Captures φ(i, j) and mean angles between the leading subspaces of the two updates."""
+    dimension, q = sizes
+    for i, j in product(PHI_DIMENSIONS, repeat=2):
+        key = f"phi_{side}@{i},{j}"
+        values[key] = None
+        if max(i, j) <= q:
+            nulls[key] = max(i, j) / dimension
+            if bases is not None:
+                values[key] = subspace_capture(bases[0][:, :i], bases[1][:, :j])
+    for k in ks:
+        key = f"update_angle_{side}_mean@{k}"
+        values[key] = None
+        if k <= q and k < dimension:
+            # E cos² between random subspaces is k/dimension.
+            nulls[key] = math.acos(math.sqrt(k / dimension))
+            if bases is not None:
+                angles = principal_angles(bases[0][:, :k], bases[1][:, :k])
+                values[key] = float(angles.mean())
+
+
+def update_cosine(first: Operand, second: Operand) -> float:
+    """⟨ΔW_a, ΔW_b⟩/(‖ΔW_a‖‖ΔW_b‖), in [−1, 1]; null 0, sd 1/√(mn).   Stacks of one matrix."""
+    inner = 0.0
+    for (_, x), (_, y) in zip(first.blocks(0), second.blocks(0), strict=True):
+        inner += float((x * y).sum())
+    return inner / (float(first.norm()) * float(second.norm()))
+
+
+def subspace_capture(Q0: Tensor, Q1: Tensor) -> float:
+    """φ(i, j) = ‖Q0ᵀQ1‖_F²/min(i, j), in [0, 1]; null max(i, j)/d.   (d, i), (d, j) [2106.09685]"""
+    return float((Q0.mT @ Q1).square().sum()) / min(Q0.shape[1], Q1.shape[1])
+
+
+def _masks(values: Values, nulls: dict[str, float], base: Tensor, a: Tensor, b: Tensor) -> None:
+    """Jaccard index of the changed masks, and opposite signs among jointly changed entries."""
+    first, second = changed_mask(base, a), changed_mask(base, b)
+    joint = first & second
+    union = int((first | second).sum())
+    both = int(joint.sum())
+    values["mask_jaccard"] = both / union if union else None
+    p, r = float(first.double().mean()), float(second.double().mean())
+    if p + r > 0:
+        nulls["mask_jaccard"] = p * r / (p + r - p * r)
+    rises = torch.gt(a, base) != torch.gt(b, base)
+    values["sign_conflict"] = int((rises & joint).sum()) / both if both else None
+    nulls["sign_conflict"] = 0.5
