@@ -401,6 +401,7 @@ class Run:
     model: Values
     nulls: Mapping[str, float]
     modules: Mapping[str, Values]
+    module_nulls: Mapping[str, Mapping[str, float]]
     verdict: Verdict | None
 
     def to_json(self) -> Json:
@@ -409,6 +410,7 @@ class Run:
             "model": dict(self.model),
             "nulls": dict(self.nulls),
             "modules": {key: dict(value) for key, value in self.modules.items()},
+            "module_nulls": {key: dict(value) for key, value in self.module_nulls.items()},
             "verdict": None if self.verdict is None else self.verdict.to_json(),
         }
 
@@ -420,6 +422,7 @@ class Run:
             model=data["model"],
             nulls=data["nulls"],
             modules=data["modules"],
+            module_nulls=data["module_nulls"],
             verdict=None if verdict is None else Verdict.from_json(verdict),
         )
 
@@ -428,7 +431,8 @@ class Run:
 class Summary:
     """Aggregates over the model and over each module kind (METHODS §2), with their nulls.
 
-    `anchor`, with `--anchor`: {"ref", "ratios": {id: ratio}, "spectrum_preserving": bool|None}.
+    `anchor`, with `--anchor`: {"ref": as in `provenance.refs`, "ratios": {id: ratio},
+    "spectrum_preserving": bool|None}.
     """
 
     model: Values

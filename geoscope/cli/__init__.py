@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from geoscope import __version__
-from geoscope.cli import demo, pairs, reading
+from geoscope.cli import cache, demo, pairs, reading
 
 __all__ = ["app"]
 
@@ -54,3 +54,4 @@ for _command in (
     demo.demo,
 ):
     app.command(epilog=_EPILOG)(_command)
+app.add_typer(cache.app, name="cache")

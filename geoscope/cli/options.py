@@ -52,6 +52,12 @@ COMPUTE: dict[str, _Spec] = {
     ),
     "jobs": (int | None, None, ("--jobs", "-j"), "Worker threads on the CPU; default one a core."),
     "seed": (int, 0, ("--seed",), "Seed of the sampled nulls."),
+    "resume": (
+        bool,
+        True,
+        ("--resume/--no-resume",),
+        "Use and keep the result of each matrix (geoscope cache), so that a rerun continues.",
+    ),
 }
 
 OUTPUT: dict[str, _Spec] = {

@@ -76,8 +76,11 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
         for note in (*prepared.base.notes, *prepared.tuned.notes):
             say(f"note: {note}", quiet=quiet)
 
+    def recalled(count: int, total: int) -> None:
+        say(f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet)
+
     if quiet or not sys.stderr.isatty():
-        yield Progress(on_plan=plan)
+        yield Progress(on_plan=plan, on_recalled=recalled)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -109,7 +112,7 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
         bar.update(tasks["matrices"], completed=done)
 
     with bar:
-        yield Progress(on_download=download, on_plan=planned, on_pair=paired)
+        yield Progress(on_download=download, on_plan=planned, on_pair=paired, on_recalled=recalled)
 
 
 def _plan_line(prepared: Prepared) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
+from geoscope.cli.cache import results_folder
 from geoscope.cli.fail_on import Condition, holding, parse_fail_on
 from geoscope.errors import OptionError, first_names
 
@@ -148,6 +149,7 @@ def _options(options: dict[str, Any]) -> Options:
         ks=_dimensions(options["k"]),
         curves=options.get("curves", False),
         masks=options.get("masks", False),
+        cache=results_folder() if options["resume"] else None,
     )
 
 

@@ -177,4 +177,4 @@ def _attempt(batch: Batch, stacks: tuple[Tensor, ...], work: Work[T]) -> list[Ou
     result = next(iter(work(batch, *(one.cpu() for one in stacks))))
     device = next(iter(stacks)).device.type
     note = f"computed on the CPU: {device} ran out of memory"
-    return [Outcome(batch.pairs[0], result, note)]
+    return [Outcome(next(iter(batch.pairs)), result, note)]

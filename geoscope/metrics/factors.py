@@ -106,9 +106,9 @@ def pair_factors(
     _isotropic(work, sides, (m, n), takes)
     if "update.S" in takes:
         work.values["update.S"] = work.factorise("update.S", update).S
-    if any(name.startswith("cross.") for name in takes):
+    if _any(takes, "cross."):
         _cross(work, update)
-    if "masks.low" in takes:
+    if _any(takes, "masks."):
         _masks(work, base, tuned)
     work.values["bulk_median"] = torch.tensor(
         marchenko_pastur_median(q / max(m, n)), dtype=torch.float64, device=base.device
@@ -121,6 +121,11 @@ def pair_factors(
         ),
         notes=tuple(_notes(base, tuned, *pair) for pair in sides),
     )
+
+
+def _any(takes: frozenset[str], prefix: str) -> bool:
+    """Whether a factor of this kind is taken; the factors of a kind come together."""
+    return any(name.startswith(prefix) for name in takes)
 
 
 def _from_storage(
@@ -136,7 +141,7 @@ def _from_storage(
         work.values[f"{role}.norm"] = column([pair[which].norm for pair in sides])
         work.values[f"{role}.noise"] = column([pair[which].noise for pair in sides])
         work.values[f"{role}.eps"] = column([pair[which].fmt.eps for pair in sides])
-    if "unchanged.relative" in takes:
+    if _any(takes, "unchanged."):
         shares = [unchanged(before, after) for before, after in zip(base, tuned, strict=True)]
         for rule in ("relative", "absolute", "exact"):
             work.values[f"unchanged.{rule}"] = column([getattr(one, rule) for one in shares])
@@ -147,7 +152,7 @@ def _isotropic(
     work: _Work, sides: list[tuple[Side, Side]], shape: tuple[int, int], takes: frozenset[str]
 ) -> None:
     """Changed shares expected of an isotropic update of the same norm."""
-    if "isotropic.relative" not in takes:
+    if not _any(takes, "isotropic."):
         return
     norms = work.values["update.norm"]
     entries = (shape[0] * shape[1]) ** 0.5
@@ -163,7 +168,7 @@ def _spectra(
     work: _Work, W0: Operand, W1: Operand, takes: frozenset[str], ks: Sequence[int]
 ) -> None:
     """Spectra and leading subspaces of base and tuned; angles and intruders between them."""
-    angles = any(name.startswith("angles.") for name in takes)
+    angles = _any(takes, "angles.")
     base_vectors, tuned_vectors = _vectors(work.settings, min(W0.shape), takes, ks)
     cuts = ks if base_vectors else ()
     work.base = base = work.factorise("base.S", W0, vectors=base_vectors, cuts=cuts)
@@ -175,7 +180,7 @@ def _spectra(
     work.values["tuned.S"] = tuned.S
     if angles:
         _angles(work, base, tuned, ks)
-    if "intruders.left" in takes:
+    if _any(takes, "intruders."):
         _intruders(work, W0, base, tuned)
 
 
@@ -183,16 +188,16 @@ def _vectors(
     settings: Settings, q: int, takes: frozenset[str], ks: Sequence[int]
 ) -> tuple[int, int]:
     """How many leading triplets of base and of tuned are needed."""
-    angles = any(name.startswith("angles.") for name in takes)
-    crossing = any(name.startswith("cross.") for name in takes)
+    angles = _any(takes, "angles.")
+    crossing = _any(takes, "cross.")
     leading = max(ks, default=0)
     base = leading if crossing or angles else 0
     tuned = leading if angles else 0
     if crossing and settings.curves:
         base = q
-    if "intruders.left" in takes:
+    if _any(takes, "intruders."):
         base, tuned = (max(one, min(q, INTRUDER_DIRECTIONS)) for one in (base, tuned))
-    if "masks.low" in takes and q >= MASK_RANK:
+    if _any(takes, "masks.") and q >= MASK_RANK:
         base = max(base, MASK_RANK)
     return base, tuned
 

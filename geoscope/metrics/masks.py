@@ -51,7 +51,7 @@ def mask_overlaps(
 
     base: (m, n) fp64; reconstruction: its rank-64 part, None where the rank exceeds q; changed:
     (m, n) bool. The control is M_principal without M_low. Ties at the quantile are kept, so the
-    achieved density is returned.
+    achieved density is returned. NaN where nothing changed, or the base is zero.
     """
     masks = {"low": base.abs() <= quantile(base.abs(), density)}
     if reconstruction is not None:
@@ -59,7 +59,7 @@ def mask_overlaps(
         masks["principal"] = size >= quantile(size, 1 - density)
         masks["control"] = masks["principal"] & ~masks["low"]
     count = int(changed.sum())
-    if count == 0:
+    if count == 0 or not bool(base.any()):  # a zero base has no small and no principal weights
         nothing = dict.fromkeys(masks, float("nan"))
         return MaskOverlaps(nothing, _densities(masks), nothing, 0)
     visible = _matched_probability(base, count / base.numel())

@@ -79,7 +79,7 @@ def sections(report: Report) -> tuple[Section, ...]:
     found: list[Section] = []
     for run in summary.runs:
         layers = tuple(layer for layer in report.layers if layer.tuned == run.tuned)
-        modules = _modules(layers, run.modules, {})
+        modules = _modules(layers, run.modules, run.module_nulls)
         whole = Subject(run.model, run.nulls, layers)
         label = _tuned_label(report, run.tuned)
         found.append(Section(run.tuned, label, whole, modules, run.verdict))
@@ -98,19 +98,8 @@ def _modules(
     subjects: dict[str, Subject] = {}
     for module in [*known, *(module for module in order if module not in known)]:
         own = tuple(layer for layer in layers if layer.module == module)
-        null = nulls[module] if module in nulls else _mean_nulls(own)
-        subjects[module] = Subject(values.get(module, {}), null, own)
+        subjects[module] = Subject(values.get(module, {}), nulls.get(module, {}), own)
     return subjects
-
-
-def _mean_nulls(layers: tuple[LayerRecord, ...]) -> dict[str, float]:
-    """Nulls of a module kind where the report has none (runs): exact for equal shapes."""
-    keys = {key for layer in layers for key in layer.nulls}
-    found: dict[str, float] = {}
-    for key in keys:
-        numbers = [layer.nulls[key] for layer in layers if key in layer.nulls]
-        found[key] = sum(numbers) / len(numbers)
-    return found
 
 
 def base_label(report: Report) -> str:

@@ -336,7 +336,7 @@ def _summary(kind: str, records: Sequence[LayerRecord], runs: int) -> Summary:
 
 
 def _run(kind: str, run: int, records: Sequence[LayerRecord]) -> Run:
-    return Run(run, *_mean(records), _by_module(records)[0], _verdict(kind, records))
+    return Run(run, *_mean(records), *_by_module(records), _verdict(kind, records))
 
 
 def _by_module(

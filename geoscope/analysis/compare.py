@@ -1,0 +1,72 @@
+"""`compare`: the whole path in one function."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from geoscope.analysis.assemble import anchored, assemble
+from geoscope.analysis.options import Interrupted, Options, Progress
+from geoscope.analysis.prepare import prepare
+from geoscope.analysis.run import TunedRun, run_one
+from geoscope.analysis.selection import KINDS, OVERLAP_KINDS
+from geoscope.analysis.several import overlaps_of
+from geoscope.errors import OptionError
+from geoscope.records import Report
+
+__all__ = ["compare"]
+
+
+def compare(
+    base: str | os.PathLike[str],
+    *tuned: str | os.PathLike[str],
+    kind: str = "compare",
+    options: Options | None = None,
+    anchor: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] = (),
+) -> Report:
+    """What training changed between a base and one or more tuned models.
+
+    base, tuned: folders, files or Hub ids (`org/name[@revision]`). kind: `collapse`, `anisotropy`,
+    `alignment` or `compare` (all families). anchor: another tuned model of the same base; the
+    summary then holds each number as a ratio to the anchor's. Raises GeoscopeError: Interrupted
+    with the partial report on Ctrl-C, others before anything is computed.
+
+    >>> report = compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
+    >>> report.summary.verdict.code  # doctest: +SKIP
+    'OFF_PRINCIPAL'
+    """
+    options, progress = options or Options(), progress or Progress()
+    if kind not in KINDS:
+        raise OptionError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    if not tuned:
+        raise OptionError("one tuned model is needed beside the base")
+    started = time.perf_counter()
+    prepared = [prepare(os.fspath(base), os.fspath(one), options, progress) for one in tuned]
+    beside = prepare(os.fspath(base), os.fspath(anchor), options, progress) if anchor else None
+    runs: list[TunedRun] = []
+    for one in prepared:
+        progress.on_plan(one)
+        runs.append(run_one(one, kind, options, progress))
+        if runs[-1].interrupted:
+            break
+    reference = None
+    if beside is not None and not runs[-1].interrupted:
+        progress.on_plan(beside)
+        reference = run_one(beside, kind, options, progress)
+    report = assemble(prepared, runs, kind, options, argv, time.perf_counter() - started)
+    if kind in OVERLAP_KINDS and len(runs) == len(prepared) and not runs[-1].interrupted:
+        pairs = combinations(range(1, len(tuned) + 1), 2)
+        overlaps = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
+        report = replace(report, overlaps=tuple(overlaps))
+    if reference is not None:
+        ratios = anchored(runs[0], reference, os.fspath(anchor or ""))
+        report = replace(report, summary=replace(report.summary, anchor=ratios))
+    for run in (*runs, reference):
+        if run is not None and run.interrupted is not None:
+            raise Interrupted(report if report.layers else None, run.interrupted)
+    return report

@@ -1,0 +1,95 @@
+"""What may be chosen, and who is told what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geoscope.errors import GeoscopeError, OptionError
+from geoscope.metrics import Settings
+from geoscope.names import Selection
+from geoscope.records import Report
+
+if TYPE_CHECKING:
+    from geoscope.analysis.prepare import Prepared
+
+__all__ = ["Interrupted", "Options", "Progress"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be chosen; every field is an option of the command line.
+
+    ks: subspace dimensions of the @k columns. solver: `auto`, or `exact` for LAPACK's SVD of every
+    matrix. max_memory: such as `8GB`; default 4 × the largest pair in fp32 + 500 MB. jobs: worker
+    threads on the CPU; default one a core. limits: thresholds of the verdict, by their names.
+    cache: folder in which results are kept and found again; None keeps nothing.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+    ks: tuple[int, ...] = (8, 64)
+    device: str = "auto"
+    dtype: str = "float64"
+    solver: str = "auto"
+    max_memory: str | None = None
+    jobs: int | None = None
+    seed: int = 0
+    curves: bool = False
+    masks: bool = False
+    limits: Mapping[str, float] | None = None
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ks or any(k < 1 for k in self.ks):
+            raise OptionError(f"--k {list(self.ks)}: subspace dimensions are whole numbers from 1")
+        if self.solver not in ("auto", "exact"):
+            raise OptionError(f"--solver {self.solver!r} is not one of auto, exact")
+        if self.jobs is not None and self.jobs < 1:
+            raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.include, self.exclude, self.layers)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(
+            ks=self.ks,
+            solver=self.solver,
+            dtype=self.dtype,
+            curves=self.curves,
+            masks=self.masks,
+            seed=self.seed,
+        )
+
+
+def _ignore(*_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Who is told what happens; by default nobody.
+
+    on_download(file, bytes done, bytes in all); on_plan(prepared); on_pair(done, total, name);
+    on_recalled(count, total): so many results of a model came from the cache.
+    """
+
+    on_download: Callable[[str, int, int], None] = _ignore
+    on_plan: Callable[[Prepared], None] = _ignore
+    on_pair: Callable[[int, int, str], None] = _ignore
+    on_recalled: Callable[[int, int], None] = _ignore
+
+
+class Interrupted(GeoscopeError):
+    """Stopped by a signal; `report` holds what was finished until then (None: nothing was)."""
+
+    def __init__(self, report: Report | None, signum: int) -> None:
+        done = len(report.layers) if report else 0
+        super().__init__(f"interrupted after {done} matrices")
+        self.report = report
+        self.signum = signum

@@ -1,0 +1,118 @@
+"""One tuned model beside its base: fetch, stream, measure, judge."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from geoscope.analysis.matrices import Matrix, two_sides, worker
+from geoscope.analysis.options import Options, Progress
+from geoscope.analysis.prepare import Prepared
+from geoscope.analysis.selection import VERDICT_KINDS, all_selected
+from geoscope.engine import Outcome, stream
+from geoscope.engine.cache import ResultCache
+from geoscope.errors import Stopped
+from geoscope.linalg.changes import nonfinite_entries, side, unchanged
+from geoscope.metrics import Instance, judge_model
+from geoscope.records import LayerRecord, Status, Verdict, WeightPair
+
+__all__ = ["TunedRun", "run_one"]
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """One tuned model: its matrices in the order of the pairing, and its norms and biases."""
+
+    prepared: Prepared
+    matrices: tuple[Matrix, ...]
+    vectors: tuple[LayerRecord, ...]
+    selected: tuple[Instance, ...]
+    verdict: Verdict | None
+    interrupted: int | None  # the signal, when one stopped it
+
+
+def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
+    """Downloads what is needed, and measures and judges every matrix; stops early on a signal."""
+    pairing = prepared.pairing
+    prepared.base.fetch([one.base.name for one in (*pairing.matrices, *pairing.vectors)])
+    prepared.tuned.fetch([one.tuned.name for one in (*pairing.matrices, *pairing.vectors)])
+    found: dict[str, Matrix] = {}
+    interrupted = None
+    outcomes = stream(
+        prepared.batches,
+        read=_reader(prepared),
+        work=worker(kind, options, _cache(options)),
+        device=prepared.device,
+        workers=prepared.workers,
+        memory=prepared.memory,
+    )
+    try:
+        for outcome in outcomes:
+            matrix = _with_note(outcome)
+            found[matrix.pair.name] = matrix
+            progress.on_pair(len(found), len(pairing.matrices), matrix.pair.name)
+        vectors = tuple(_vector_record(prepared, one) for one in pairing.vectors)
+    except (KeyboardInterrupt, Stopped) as stop:
+        interrupted, vectors = getattr(stop, "signum", int(signal.SIGINT)), ()
+    if recalled := sum(one.recalled for one in found.values()):
+        progress.on_recalled(recalled, len(pairing.matrices))
+    matrices = tuple(found[one.name] for one in pairing.matrices if one.name in found)
+    return TunedRun(
+        prepared=prepared,
+        matrices=matrices,
+        vectors=vectors,
+        selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
+        verdict=_verdict(matrices, options) if kind in VERDICT_KINDS and matrices else None,
+        interrupted=interrupted,
+    )
+
+
+def _cache(options: Options) -> ResultCache | None:
+    return None if options.cache is None else ResultCache(options.cache)
+
+
+def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, Tensor]]:
+    def read(one: WeightPair) -> tuple[Tensor, Tensor]:
+        return prepared.base.read(one.base.name), prepared.tuned.read(one.tuned.name)
+
+    return read
+
+
+def _with_note(outcome: Outcome[Matrix]) -> Matrix:
+    matrix = outcome.result
+    return matrix if outcome.note is None else replace(matrix, notes=(*matrix.notes, outcome.note))
+
+
+def _vector_record(prepared: Prepared, one: WeightPair) -> LayerRecord:
+    """Norm of change and changed share of a 1-D tensor; never part of a spectral summary."""
+    before = prepared.base.read(one.base.name)
+    after = prepared.tuned.read(one.tuned.name)
+    values: dict[str, float | int | None]
+    status: dict[str, Status] = {}
+    ids = ("relative_update", "update.frobenius_norm", "update_sparsity", "update_sparsity_exact")
+    if nonfinite_entries(before) + nonfinite_entries(after):
+        values = dict.fromkeys(ids)
+        status = dict.fromkeys(ids, Status.NON_FINITE)
+    else:
+        size = float(torch.linalg.vector_norm(after.double() - before.double()))
+        base_norm = side(before).norm
+        shares = unchanged(before, after)
+        numbers = (size / base_norm if base_norm else None, size, shares.relative, shares.exact)
+        values = dict(zip(ids, numbers, strict=True))
+        if not base_norm:
+            status["relative_update"] = Status.NOT_APPLICABLE
+    return LayerRecord(one.name, one.layer, one.module, one.shape, values, status=status)
+
+
+def _verdict(matrices: Sequence[Matrix], options: Options) -> Verdict:
+    return judge_model(
+        [one.pair.name for one in matrices],
+        [one.pair.module for one in matrices],
+        [one.row for one in matrices],
+        [one.judged for one in matrices if one.judged is not None],
+        options.limits,
+    )
