@@ -18,6 +18,7 @@ from geoscope.errors import ReportError
 __all__ = [
     "SCHEMA",
     "Coverage",
+    "Curve",
     "LayerRecord",
     "ModelRef",
     "Overlap",
@@ -31,6 +32,7 @@ __all__ = [
     "Status",
     "Summary",
     "TensorInfo",
+    "Values",
     "Verdict",
     "WeightPair",
 ]

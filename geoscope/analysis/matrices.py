@@ -9,7 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from geoscope.analysis.options import Options
-from geoscope.analysis.selection import VERDICT_KINDS, dimensions, selected, takes_of
+from geoscope.analysis.selection import (
+    VERDICT_KINDS,
+    dimensions,
+    selected,
+    takes_of,
+    verdict_k,
+)
 from geoscope.engine import Batch
 from geoscope.engine.cache import ResultCache, content_of
 from geoscope.errors import NumericsError
@@ -21,7 +27,6 @@ from geoscope.metrics import (
     measure,
     measure_nothing,
     pair_factors,
-    verdict_dimension,
 )
 from geoscope.metrics.curves import curves
 from geoscope.records import Curve, Status, WeightPair
@@ -159,7 +164,7 @@ def _measured(
 def _judged(row: Measured, shape: tuple[int, int], kind: str, options: Options) -> Judged | None:
     if kind not in VERDICT_KINDS:
         return None
-    return judge(row, verdict_dimension(shape), options.limits)
+    return judge(row, verdict_k(options, shape), options.limits)
 
 
 def two_sides(shape: tuple[int, ...]) -> tuple[int, int]:

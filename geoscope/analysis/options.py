@@ -22,9 +22,10 @@ __all__ = ["Interrupted", "Options", "Progress"]
 class Options:
     """What may be chosen; every field is an option of the command line.
 
-    ks: subspace dimensions of the @k columns. solver: `auto`, or `exact` for LAPACK's SVD of every
-    matrix. max_memory: such as `8GB`; default 4 × the largest pair in fp32 + 500 MB. jobs: worker
-    threads on the CPU; default one a core. limits: thresholds of the verdict, by their names.
+    ks: subspace dimensions of the @k columns. quick: leading triplets only; what needs a whole
+    spectrum is then not applicable. solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
+    max_memory: such as `8GB`; default 4 × the largest pair in fp32 + 500 MB. jobs: worker threads
+    on the CPU; default one a core. limits: thresholds of the verdict, by their names.
     cache: folder in which results are kept and found again; None keeps nothing.
     """
 
@@ -40,6 +41,7 @@ class Options:
     seed: int = 0
     curves: bool = False
     masks: bool = False
+    quick: bool = False
     limits: Mapping[str, float] | None = None
     cache: Path | None = None
 
@@ -48,6 +50,10 @@ class Options:
             raise OptionError(f"--k {list(self.ks)}: subspace dimensions are whole numbers from 1")
         if self.solver not in ("auto", "exact"):
             raise OptionError(f"--solver {self.solver!r} is not one of auto, exact")
+        if self.quick and self.curves:
+            raise OptionError(
+                "--quick takes leading directions only; --curves needs the whole basis"
+            )
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
 
@@ -63,6 +69,7 @@ class Options:
             dtype=self.dtype,
             curves=self.curves,
             masks=self.masks,
+            quick=self.quick,
             seed=self.seed,
         )
 

@@ -16,6 +16,7 @@ __all__ = [
     "ids_of",
     "selected",
     "takes_of",
+    "verdict_k",
 ]
 
 # kind of report → families of METRICS in it
@@ -32,7 +33,13 @@ OVERLAP_KINDS = ("alignment", "compare")
 
 def dimensions(options: Options, shape: tuple[int, int]) -> tuple[int, ...]:
     """The dimensions of the @k ids of one shape, the verdict's among them."""
-    return tuple(sorted({*options.ks, verdict_dimension(shape)}))
+    return tuple(sorted({*options.ks, verdict_k(options, shape)}))
+
+
+def verdict_k(options: Options, shape: tuple[int, int]) -> int:
+    """k_v of a shape; with `quick` no larger than the largest dimension asked for."""
+    k = verdict_dimension(shape)
+    return min(k, max(options.ks)) if options.quick else k
 
 
 def selected(kind: str, options: Options, shape: tuple[int, int]) -> list[Instance]:

@@ -21,7 +21,7 @@ from geoscope.checkpoints.tied import tied_names
 from geoscope.errors import CheckpointError, first_names
 from geoscope.records import ModelRef, TensorInfo
 
-__all__ = ["Folder", "Identity", "assemble", "open_folder"]
+__all__ = ["CONFIG", "Folder", "Identity", "assemble", "open_folder"]
 
 CONFIG = "config.json"
 _NO_CONFIG = (

@@ -104,6 +104,15 @@ MASKS: dict[str, _Spec] = {
     "masks": (bool, False, ("--masks",), "Also the overlap of changed weights with masks."),
 }
 
+QUICK: dict[str, _Spec] = {
+    "quick": (
+        bool,
+        False,
+        ("--quick",),
+        "Leading directions only: minutes become seconds, full-spectrum numbers are left out.",
+    ),
+}
+
 CURVES: dict[str, _Spec] = {
     "curves": (
         bool,

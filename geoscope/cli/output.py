@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -16,13 +17,26 @@ from geoscope.records import Report
 if TYPE_CHECKING:
     from geoscope.analysis import Prepared, Progress
 
-__all__ = ["data", "emit", "progress", "say"]
+__all__ = ["check_outputs", "data", "document", "emit", "progress", "say"]
 
 
 def data(text: str) -> None:
     """Text on standard output, one line end at its end."""
-    sys.stdout.write(text.rstrip("\n") + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away (`| head`): files are written all the same, the exit code stands.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def document(text: str) -> None:
+    """A JSON document on standard output, in ASCII where the locale cannot show all of it."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), sort_keys=True)
+    data(text)
 
 
 def say(text: str, *, quiet: bool = False) -> None:
@@ -35,7 +49,7 @@ def say(text: str, *, quiet: bool = False) -> None:
 def emit(report: Report, options: dict[str, Any]) -> None:
     """The report on standard output, and into each file of `--out`."""
     if options["as_json"]:
-        data(report.dumps())
+        document(report.dumps())
     else:
         data(
             reports.render_text(

@@ -23,26 +23,37 @@ Tuned = Annotated[str, typer.Argument(help="Tuned model, spelled likewise.")]
 SeveralTuned = Annotated[list[str], typer.Argument(help="One or more tuned models.")]
 
 
-@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.VERDICT, opt.CURVES, opt.COMPUTE)
+@opt.with_options(
+    opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.VERDICT, opt.CURVES, opt.QUICK, opt.COMPUTE
+)
 def collapse(base: Base, tuned: Tuned, **options: Any) -> None:
     """Spectral collapse: shift, ranks, intruders, verdict."""
     _run("collapse", base, [tuned], options)
 
 
-@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.COMPUTE)
+@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.QUICK, opt.COMPUTE)
 def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
     """Update anisotropy: how many directions it uses."""
     _run("anisotropy", base, [tuned], options)
 
 
-@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.MASKS, opt.CURVES, opt.COMPUTE)
+@opt.with_options(
+    opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.MASKS, opt.CURVES, opt.QUICK, opt.COMPUTE
+)
 def alignment(base: Base, tuned: SeveralTuned, **options: Any) -> None:
     """On or off the base's principal directions?"""
     _run("alignment", base, tuned, options)
 
 
 @opt.with_options(
-    opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.VERDICT, opt.MASKS, opt.CURVES, opt.COMPUTE
+    opt.OUTPUT,
+    opt.SELECT,
+    opt.FAIL_ON,
+    opt.VERDICT,
+    opt.MASKS,
+    opt.CURVES,
+    opt.QUICK,
+    opt.COMPUTE,
 )
 def compare(base: Base, tuned: SeveralTuned, **options: Any) -> None:
     """All of these in one pass, with the verdict."""
@@ -125,8 +136,10 @@ def _survey(base: str, tuned: str | None, chosen: Options, options: dict[str, An
 
     prepared = prepare(base, base if tuned is None else tuned, chosen)
     found = survey(prepared, paired=tuned is not None)
-    text = found.dumps() if options["as_json"] else render_survey(found, verbose=options["verbose"])
-    output.data(text)
+    if options["as_json"]:
+        output.document(found.dumps())
+    else:
+        output.data(render_survey(found, verbose=options["verbose"]))
 
 
 def _selection(options: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +161,7 @@ def _options(options: dict[str, Any]) -> Options:
         **{name: options[name] for name in same},
         ks=_dimensions(options["k"]),
         curves=options.get("curves", False),
+        quick=options["quick"],
         masks=options.get("masks", False),
         cache=results_folder() if options["resume"] else None,
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from geoscope.errors import OptionError
 
 __all__ = ["resolve_device", "resolve_dtype"]
+
+_DEVICE = re.compile(r"cpu|mps|cuda(?::(?P<index>0|[1-9][0-9]*))?")
 
 
 def resolve_device(given: str) -> torch.device:
@@ -16,16 +20,16 @@ def resolve_device(given: str) -> torch.device:
     """
     if given == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = given.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+    match = _DEVICE.fullmatch(given)
+    if match is None:
         raise OptionError(f"--device {given!r} is not one of auto, cpu, cuda, cuda:N, mps")
-    if kind == "cuda":
+    if given.startswith("cuda"):
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(index or 0) >= present:
+        if int(match["index"] or 0) >= present:
             raise OptionError(
                 f"--device {given}: this machine has {present} CUDA devices; use --device cpu"
             )
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if given == "mps" and not torch.backends.mps.is_available():
         raise OptionError("--device mps: no MPS device on this machine; use --device cpu")
     return torch.device(given)
 

@@ -40,9 +40,12 @@ def parse_memory(text: str) -> int:
     number = text.strip().upper().rstrip("BKMG")
     unit = text.strip().upper()[len(number) :]
     try:
-        return int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
-        raise OptionError(f"--max-memory {text!r}: write a size such as 8GB or 500M") from None
+        size = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = -1
+    if size < 0:
+        raise OptionError(f"--max-memory {text!r}: write a size such as 8GB or 500M")
+    return size
 
 
 def plan(pairs: Sequence[WeightPair], *, memory: int, stack: bool) -> tuple[Batch, ...]:

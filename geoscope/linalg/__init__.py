@@ -4,7 +4,7 @@ from geoscope.linalg.angles import orthonormalise, principal_angles
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.quantile import quantile
 from geoscope.linalg.storage import FORMATS, FloatFormat, effective_format
-from geoscope.linalg.svd import Factors, factorise
+from geoscope.linalg.svd import Factors, factorise, factorise_leading
 
 __all__ = [
     "FORMATS",
@@ -13,6 +13,7 @@ __all__ = [
     "Operand",
     "effective_format",
     "factorise",
+    "factorise_leading",
     "orthonormalise",
     "principal_angles",
     "quantile",

@@ -47,17 +47,19 @@ def _routine(module: Any, name: str, count: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
 
 
-def _call(module: Any, name: str, *arguments: Tensor | int | float | bytes | ctypes.c_int) -> None:
-    """Calls a routine: tensors by their memory, scalars by address."""
+_SCALARS = {int: ctypes.c_int, float: ctypes.c_double, bytes: ctypes.c_char}
+
+
+def _call(module: Any, name: str, *arguments: Any) -> None:
+    """Calls a routine: tensors by their memory; numbers, flags and ctypes scalars by address."""
     scalars: list[Any] = []
 
-    def address(value: Tensor | int | float | bytes | ctypes.c_int) -> int:
+    def address(value: Any) -> int:
         if isinstance(value, Tensor):
             return value.data_ptr()
-        kinds = {int: ctypes.c_int, float: ctypes.c_double, bytes: ctypes.c_char}
-        scalar = value if isinstance(value, ctypes.c_int) else kinds[type(value)](value)
-        scalars.append(scalar)
-        return ctypes.addressof(scalar)
+        convert = _SCALARS.get(type(value))
+        scalars.append(value if convert is None else convert(value))
+        return ctypes.addressof(scalars[-1])
 
     _routine(module, name, len(arguments))(*[address(one) for one in arguments])
 
@@ -65,15 +67,20 @@ def _call(module: Any, name: str, *arguments: Tensor | int | float | bytes | cty
 def gemm(
     A: Tensor, B: Tensor, out: Tensor, *, add: bool = False, At: bool = False, Bt: bool = False
 ) -> Tensor:
-    """out = op(A)·op(B), or out += with `add`; op transposes with `At`, `Bt`. 2-D, unit stride."""
+    """out = op(A)·op(B), or out += with `add`; op transposes with `At`, `Bt`. 2-D, unit stride.
+
+    All three fp64, or all three fp32.
+    """
     m, k = (A.shape[1], A.shape[0]) if At else A.shape
     n = B.shape[0] if Bt else B.shape[1]
     flags = {True: b"T", False: b"N"}
+    double = out.dtype == torch.float64
+    kind = ctypes.c_double if double else ctypes.c_float
     # Fortran sees row-major matrices transposed: outᵀ = op(B)ᵀ·op(A)ᵀ.
     _call(
-        cython_blas, "dgemm",
+        cython_blas, "dgemm" if double else "sgemm",
         flags[Bt], flags[At], n, m, k,
-        1.0, B, _leading(B), A, _leading(A), 1.0 if add else 0.0, out, _leading(out),
+        kind(1.0), B, _leading(B), A, _leading(A), kind(1.0 if add else 0.0), out, _leading(out),
     )  # fmt: skip
     return out
 

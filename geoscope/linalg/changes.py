@@ -40,6 +40,7 @@ ABSOLUTE_TOLERANCE = 1e-5
 RELATIVE_TOLERANCE = 1e-3
 
 _BF16 = FORMATS[torch.bfloat16]
+_EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 # Entries of one step: stays in the cache of one core.
 _BLOCK = 1 << 16
 # Of a wider base a regular sample of this size serves the expectation of the changed fraction;
@@ -116,7 +117,12 @@ class Unchanged:
 def nonfinite_entries(weight: Tensor) -> int:
     """Number of NaN and Inf entries."""
     flat = weight.reshape(-1)
-    return flat.numel() - sum(int(torch.isfinite(block).sum()) for block in flat.split(_BLOCK))
+    exponent = _EXPONENT_BITS.get(weight.dtype)
+    if exponent is None:
+        return flat.numel() - sum(int(torch.isfinite(block).sum()) for block in flat.split(_BLOCK))
+    # All exponent bits set: on integers this is ten times as fast as isfinite on 16-bit floats.
+    codes = weight.contiguous().view(torch.int16).reshape(-1)
+    return sum(int((block & exponent).eq_(exponent).sum()) for block in codes.split(_BLOCK))
 
 
 def unchanged(base: Tensor, tuned: Tensor) -> Unchanged:

@@ -67,12 +67,14 @@ class Operand:
         if self.plus.device.type != "cpu":
             A = self.dense()
             return A.mT @ A if self.is_tall else A @ A.mT
+        if len(self) == 1:
+            return self._gram(0)[None]
         return torch.stack([self._gram(i) for i in range(len(self))])
 
-    def _gram(self, i: int) -> Tensor:
+    def _gram(self, i: int, dtype: torch.dtype = torch.float64) -> Tensor:
         q = min(self.shape)
-        gram = torch.zeros(q, q, dtype=torch.float64)
-        for _, block in self.blocks(i):
+        gram = torch.zeros(q, q, dtype=dtype)
+        for _, block in self.blocks(i, dtype):
             for start in range(0, q, _GRAM_BLOCK):
                 stop = min(start + _GRAM_BLOCK, q)
                 out = gram[start:stop, start:]
@@ -84,6 +86,23 @@ class Operand:
             stop = min(start + _GRAM_BLOCK, q)
             gram[stop:, start:stop] = gram[start:stop, stop:].T
         return gram
+
+    def gram32(self) -> Tensor:
+        """The Gram matrix of the shorter side of one matrix in fp32 (q, q), on the CPU.
+
+        Good to 1e-7·σ1² or so: for a Krylov space, never for values.
+        """
+        return self._gram(0, dtype=torch.float32)
+
+    def single(self) -> Tensor:
+        """One matrix in fp32 (m, n): upcast (or subtracted in fp64) first, rounded second."""
+        if self.minus is None:
+            return self.plus[0].to(torch.float32)
+        whole = torch.empty(self.shape, dtype=torch.float32)
+        axis = 0 if self.is_tall else 1
+        for part, block in self.blocks(0):
+            whole.narrow(axis, part.start, part.stop - part.start).copy_(block)
+        return whole
 
     def right(self, X: Tensor) -> Tensor:
         """X·Aᵀ for rows X (b, k, n): the images A·x as rows, (b, k, m)."""
@@ -111,14 +130,18 @@ class Operand:
                     blas.gemm(rows, block, out[i][:, part])
         return out
 
-    def blocks(self, i: int) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide."""
+    def blocks(self, i: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide.
+
+        With another dtype they are rounded to it after the subtraction.
+        """
         plus, minus = self.plus[i], None if self.minus is None else self.minus[i]
         axis = 0 if self.is_tall else 1
         length = plus.shape[axis]
         size = (_BLOCK, plus.shape[1]) if self.is_tall else (plus.shape[0], _BLOCK)
         buffer = torch.empty(size, dtype=torch.float64)
         scratch = torch.empty_like(buffer) if minus is not None else None
+        rounded = None if dtype == torch.float64 else torch.empty(size, dtype=dtype)
         for start in range(0, length, _BLOCK):
             count = min(_BLOCK, length - start)
             block = buffer.narrow(axis, 0, count)
@@ -126,4 +149,8 @@ class Operand:
             if minus is not None and scratch is not None:
                 other = scratch.narrow(axis, 0, count)
                 block.sub_(other.copy_(minus.narrow(axis, start, count)))
-            yield slice(start, start + count), block
+            part = slice(start, start + count)
+            if rounded is None:
+                yield part, block
+            else:
+                yield part, rounded.narrow(axis, 0, count).copy_(block)

@@ -19,6 +19,7 @@ __all__ = [
     "bf16_bounds",
     "effective_format",
     "normal_cdf",
+    "round_to",
     "rounding_cell",
     "squared_spacing",
 ]

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
+from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
 
-__all__ = ["Factors", "factorise"]
+__all__ = ["Factors", "factorise", "factorise_leading"]
 
 _EPS = 2.0**-53
 
@@ -42,6 +43,9 @@ SUBSPACE_TOLERANCE = 4e-9
 # A cut between singular values closer than this (relative) is too ill-defined to pay for an exact
 # SVD; such a subspace is flagged by its gap instead.
 LEAST_GAP = 1e-6
+
+# Up to this part of q the leading triplets alone are cheaper than the whole spectrum.
+_LEADING_PART = 0.08
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,39 @@ def factorise(
             )
         ]
     )
+
+
+def factorise_leading(
+    A: Operand, k: int, *, cuts: Sequence[int] = (), seed: int = 0, budget: int | None = None
+) -> Factors:
+    """The leading k triplets of A alone; S (b, k).
+
+    Certified block Lanczos on the CPU where k is small beside q. A matrix on which it does not
+    converge within the budget (a flat spectrum, mostly) goes through its Gram matrix instead, and
+    its `fallback` says so.
+    """
+    parts = [_leading_one(A.row(i), k, cuts, seed, budget) for i in range(len(A))]
+    return parts[0] if len(parts) == 1 else _cat(parts)
+
+
+def _leading_one(A: Operand, k: int, cuts: Sequence[int], seed: int, budget: int | None) -> Factors:
+    reason = None
+    if A.plus.device.type == "cpu" and k <= _LEADING_PART * min(A.shape):
+        found = leading_triplets(A, k, seed=seed, budget=budget)
+        if found.converged:
+            method = {
+                "how": f"block-lanczos-{found.dimension}",
+                "bound": found.residual,
+                "subspace_bound": found.sine,
+                "fallback": None,
+            }
+            return Factors(found.S[None], found.U.T[None], found.Vh[None], (method,))
+        reason = f"block Lanczos reached residual {found.residual:.1e} only: a flat spectrum"
+    whole = factorise(A, vectors=k, cuts=[cut for cut in cuts if cut <= k])
+    methods = tuple(
+        {**method, "fallback": method["fallback"] or reason} for method in whole.methods
+    )
+    return replace(whole, S=whole.S[..., :k], methods=methods)
 
 
 # --- one matrix on the CPU ----------------------------------------------------------------------

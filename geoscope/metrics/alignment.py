@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoscope.metrics.spectrum import top_share
+
 __all__ = [
     "captured_area",
     "energy_left",
@@ -48,11 +50,11 @@ def lift(core: Tensor, update_norm: Tensor, *, k: int, shape: tuple[int, int]) -
     return energy_two_sided(core, update_norm, k=k) * (m * n / k**2)
 
 
-def versus_base(core: Tensor, update_norm: Tensor, base_S: Tensor, *, k: int) -> Tensor:
+def versus_base(
+    core: Tensor, update_norm: Tensor, base_top: Tensor, base_norm: Tensor, *, k: int
+) -> Tensor:
     """C_LR(k) over the base's own share E_k = Σ_{i≤k}σ²/Σσ²."""
-    energy = base_S.square()
-    own = energy[..., :k].sum(-1) / energy.sum(-1)
-    return energy_two_sided(core, update_norm, k=k) / own
+    return energy_two_sided(core, update_norm, k=k) / top_share(base_top, base_norm, k=k)
 
 
 def outside_span(
@@ -84,10 +86,10 @@ def largest_angle(angles: Tensor) -> Tensor:
     return angles[..., -1]
 
 
-def gap(base_S: Tensor, *, k: int) -> Tensor:
+def gap(base_top: Tensor, *, k: int, shape: tuple[int, int]) -> Tensor:
     """(σ_k − σ_{k+1})/σ_k of the base, in [0, 1], σ_{q+1} = 0; NaN where σ_k = 0."""
-    kept = base_S[..., k - 1]
-    dropped = base_S[..., k] if k < base_S.shape[-1] else torch.zeros_like(kept)
+    kept = base_top[..., k - 1]
+    dropped = base_top[..., k] if k < min(shape) else torch.zeros_like(kept)
     return torch.where(kept > 0, (kept - dropped) / kept, torch.nan)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from geoscope.metrics.spectrum import effective_rank, stable_rank
 
 __all__ = [
+    "INTRUDER_COSINE",
+    "INTRUDER_DIRECTIONS",
     "intruder_count",
     "intruder_energy",
     "nss",
@@ -58,9 +60,11 @@ def rank_ratio(base_S: Tensor, tuned_S: Tensor) -> Tensor:
     return effective_rank(tuned_S) / effective_rank(base_S)
 
 
-def stable_rank_ratio(base_S: Tensor, tuned_S: Tensor) -> Tensor:
+def stable_rank_ratio(
+    base_top: Tensor, base_norm: Tensor, tuned_top: Tensor, tuned_norm: Tensor
+) -> Tensor:
     """Stable rank of the tuned matrix over that of the base."""
-    return stable_rank(tuned_S) / stable_rank(base_S)
+    return stable_rank(tuned_top, tuned_norm) / stable_rank(base_top, base_norm)
 
 
 def intruder_count(cosines: Tensor) -> Tensor:
@@ -73,8 +77,8 @@ def intruder_count(cosines: Tensor) -> Tensor:
     return torch.where(cosines.isnan().any(-1), torch.nan, count)
 
 
-def intruder_energy(cosines: Tensor, tuned_S: Tensor) -> Tensor:
+def intruder_energy(cosines: Tensor, tuned_top: Tensor) -> Tensor:
     """Σ_{intruders}σ_j²/Σ_{j≤10}σ_j² of the tuned matrix, in [0, 1]."""
-    energy = tuned_S[..., : cosines.shape[-1]].square()
+    energy = tuned_top[..., : cosines.shape[-1]].square()
     share = (energy * (cosines < INTRUDER_COSINE)).sum(-1) / energy.sum(-1)
     return torch.where(cosines.isnan().any(-1), torch.nan, share)

@@ -47,11 +47,11 @@ def _energy(values: Mapping[str, Tensor], shape: tuple[int, int], i: int) -> dic
     if bool(values["cross.right"][i].isnan().any()):
         return {}
     total = values["update.norm"][i].square()
-    energy = values["base.S"][i].square()
+    energy = values["base.top"][i].square()
     right = values["cross.right"][i].cumsum(-1) / total
     left = values["cross.left"][i].cumsum(-1) / total
     m, n = shape
-    base = (energy.cumsum(-1) / energy.sum())[: len(right)]
+    base = energy.cumsum(-1)[: len(right)] / values["base.norm"][i].square()
     ks = _positions(len(right))
     return {
         "energy_right": _at(right, ks),

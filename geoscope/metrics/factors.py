@@ -2,7 +2,8 @@
 
 The vocabulary (b = stack of matrices of one shape, K = largest subspace dimension asked for):
 
-    base.S, tuned.S, update.S               (b, q)     singular values, descending
+    base.S, tuned.S, update.S               (b, q)     singular values, descending; not with `quick`
+    base.top@j, tuned.top@j, update.top@j   (b, ≥ j)   the leading ones: at least j of them
     base.norm, tuned.norm, update.norm      (b,)       Frobenius norms, from the entries
     base.noise, tuned.noise                 (b,)       √(Σulp²/12): what storing them rounded away
     base.eps, tuned.eps                     (b,)       spacing at 1 of the storage format
@@ -28,7 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoscope.linalg import Factors, Operand, factorise, principal_angles
+from geoscope.linalg import (
+    Factors,
+    Operand,
+    factorise,
+    factorise_leading,
+    principal_angles,
+)
 from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
@@ -42,7 +49,8 @@ class Settings:
     """What decides the numbers, apart from the weights.
 
     ks: subspace dimensions asked for. curves: take the base's whole basis. solver: `auto` or
-    `exact`. dtype: `float64`, or `float32` for spectra of devices without fp64.
+    `exact`. dtype: `float64`, or `float32` for spectra of devices without fp64. quick: leading
+    triplets only; what needs a whole spectrum is then not applicable.
     """
 
     ks: tuple[int, ...] = (8, 64)
@@ -50,6 +58,7 @@ class Settings:
     dtype: str = "float64"
     curves: bool = False
     masks: bool = False
+    quick: bool = False
     seed: int = 0
 
 
@@ -73,12 +82,30 @@ class _Work:
     base: Factors | None = None
 
     def factorise(
-        self, name: str, A: Operand, *, vectors: int = 0, cuts: Sequence[int] = ()
+        self, role: str, A: Operand, *, takes: frozenset[str], vectors: int = 0, cuts: Sequence[int]
     ) -> Factors:
-        """The factors of A, with how they were got kept under `name`."""
-        dtype = torch.float64 if self.settings.dtype == "float64" else torch.float32
-        factors = factorise(A, vectors=vectors, cuts=cuts, solver=self.settings.solver, dtype=dtype)
-        self.methods[name] = factors.methods
+        """The factors of A: its whole spectrum where that is taken, else the leading triplets.
+
+        They are kept as `role`.S and `role`.top@j; how they were got under `role`.S.
+        """
+        q = min(A.shape)
+        values = max(_leading_values(takes, role), vectors)
+        whole = f"{role}.S" in takes and not self.settings.quick
+        if whole or self.settings.solver == "exact":
+            dtype = torch.float64 if self.settings.dtype == "float64" else torch.float32
+            factors = factorise(
+                A, vectors=vectors, cuts=cuts, solver=self.settings.solver, dtype=dtype
+            )
+        else:
+            # One more than is taken, for the gap behind the last.
+            factors = factorise_leading(A, min(values + 1, q), cuts=cuts, seed=self.settings.seed)
+        self.methods[f"{role}.S"] = factors.methods
+        if whole:
+            self.values[f"{role}.S"] = factors.S
+        self.values[f"{role}.top"] = factors.S
+        for name in takes:
+            if name.startswith(f"{role}.top@"):
+                self.values[name] = factors.S
         return factors
 
 
@@ -104,8 +131,8 @@ def pair_factors(
     _spectra(work, W0, Operand(tuned), takes, inside)
     work.values["update.norm"] = update.norm()
     _isotropic(work, sides, (m, n), takes)
-    if "update.S" in takes:
-        work.values["update.S"] = work.factorise("update.S", update).S
+    if "update.S" in takes or _any(takes, "update.top@"):
+        work.factorise("update", update, takes=takes, cuts=())
     if _any(takes, "cross."):
         _cross(work, update)
     if _any(takes, "masks."):
@@ -121,6 +148,12 @@ def pair_factors(
         ),
         notes=tuple(_notes(base, tuned, *pair) for pair in sides),
     )
+
+
+def _leading_values(takes: frozenset[str], role: str) -> int:
+    """How many leading singular values of a role are taken."""
+    prefix = f"{role}.top@"
+    return max((int(name[len(prefix) :]) for name in takes if name.startswith(prefix)), default=0)
 
 
 def _any(takes: frozenset[str], prefix: str) -> bool:
@@ -170,14 +203,14 @@ def _spectra(
     """Spectra and leading subspaces of base and tuned; angles and intruders between them."""
     angles = _any(takes, "angles.")
     base_vectors, tuned_vectors = _vectors(work.settings, min(W0.shape), takes, ks)
+    if not (base_vectors or "base.S" in takes or _any(takes, "base.top@")):
+        return
     cuts = ks if base_vectors else ()
-    work.base = base = work.factorise("base.S", W0, vectors=base_vectors, cuts=cuts)
-    work.values["base.S"] = base.S
-    if "tuned.S" not in takes and not tuned_vectors:
+    work.base = base = work.factorise("base", W0, takes=takes, vectors=base_vectors, cuts=cuts)
+    if not (tuned_vectors or "tuned.S" in takes or _any(takes, "tuned.top@")):
         return
     cuts = ks if angles else ()
-    tuned = work.factorise("tuned.S", W1, vectors=tuned_vectors, cuts=cuts)
-    work.values["tuned.S"] = tuned.S
+    tuned = work.factorise("tuned", W1, takes=takes, vectors=tuned_vectors, cuts=cuts)
     if angles:
         _angles(work, base, tuned, ks)
     if _any(takes, "intruders."):
@@ -225,14 +258,18 @@ def _intruders(work: _Work, W0: Operand, base: Factors, tuned: Factors) -> None:
     """Largest |cos| of each leading tuned vector with any thin singular vector of the base.
 
     The leading base vectors mostly settle it: either one of them reaches ½, or they leave so
-    little of the tuned vector unexplained that no other can. Otherwise the whole basis is taken.
+    little of the tuned vector unexplained that no other can. Otherwise the whole basis is taken;
+    with `quick` the intruders are then left open.
     """
-    k = min(INTRUDER_DIRECTIONS, base.S.shape[-1])
+    k = min(INTRUDER_DIRECTIONS, min(W0.shape))
     U1, V1 = _both(tuned)
     left, right = U1[..., :k].mT, V1[..., :k, :]
     cosines = _cosines(left, right, base)
-    if len(base.S[0]) > _both(base)[1].shape[-2] and not all(map(_settled, cosines)):
-        whole = work.factorise("base.basis", W0, vectors=base.S.shape[-1])
+    if min(W0.shape) > _both(base)[1].shape[-2] and not all(map(_settled, cosines)):
+        if work.settings.quick:
+            return
+        whole = factorise(W0, vectors=min(W0.shape), solver=work.settings.solver)
+        work.methods["base.basis"] = whole.methods
         cosines = _cosines(left, right, whole)
     defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
     for which, found in zip(("left", "right"), cosines, strict=True):

@@ -50,13 +50,15 @@ def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) ->
     rows = [Measured(weights=_weights(values, selected, factors.shape, i)) for i in range(count)]
     floors = _Floors(values, factors.shape)
     for instance in selected:
-        if instance.k is not None and instance.k > min(factors.shape):
+        inside = instance.k is None or instance.k <= min(factors.shape)
+        if inside:
+            _add_nulls(rows, instance, values, factors.shape)
+        if not inside or not instance.known(values):
             for i, row in enumerate(rows):
                 zero = instance.of_update and floors.zero[i]
                 _mark(row, instance.id, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
             continue
         numbers = instance.call(values, factors.shape)
-        _add_nulls(rows, instance, values, factors.shape)
         for i, row in enumerate(rows):
             _add_value(row, instance, float(numbers[i]), floors, i)
     return rows
@@ -89,7 +91,8 @@ def _weights(
     for instance in selected:
         k = instance.k
         if instance.metric.id == "versus_base@k" and k is not None and k <= min(shape):
-            weights[f"share@{k}"] = float(top_share(values["base.S"][i], k=k))
+            share = top_share(values["base.top"][i], values["base.norm"][i], k=k)
+            weights[f"share@{k}"] = float(share)
     return weights
 
 
@@ -121,13 +124,28 @@ class _Floors:
         side = "left" if "angle_left" in instance.id else "right"
         angles = self.values[f"angles.{side}@{instance.k}"][i]
         floor = angle_rms(
-            self.values["base.S"][i],
+            self._spectrum(i),
             self.values["tuned.noise"][i],
             k=instance.k,
             side=side,
             shape=self.shape,
         )
         return float(floor) if float(angles.mean()) < float(floor) else None
+
+    def _spectrum(self, i: int) -> Tensor:
+        """The base's spectrum; from leading values alone one that turns at least as far.
+
+        Angles grow with the energy next to the cut, and the energy that is not known lies below
+        the last known value: as many values as it allows are put there, the rest is 0.
+        """
+        if "base.S" in self.values:
+            return self.values["base.S"][i]
+        top, norm = self.values["base.top"][i], self.values["base.norm"][i]
+        rest = max(min(self.shape) - len(top), 0)
+        energy = float((norm.square() - top.square().sum()).clamp_min(0))
+        last = float(top[-1])
+        count = min(rest, math.ceil(energy / last**2)) if last > 0 else 0
+        return torch.cat([top, top.new_full((count,), last), top.new_zeros(rest - count)])
 
 
 def _add_value(row: Measured, instance: Instance, value: float, floors: _Floors, i: int) -> None:

@@ -82,6 +82,10 @@ class Instance:
     def of_update(self) -> bool:
         return self.metric.of_update if self.role is None else self.role == "update"
 
+    def known(self, factors: Mapping[str, Tensor]) -> bool:
+        """Whether all that the metric takes is there."""
+        return all(name in factors for name in self.takes)
+
     def call(self, factors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """The value, (b,); NaN where undefined."""
         metric = self.metric

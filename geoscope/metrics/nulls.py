@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 
-@lru_cache(maxsize=64)
 def iid_spectra(m: int, n: int, seed: int) -> Tensor:
     """Singular values of max(4, ⌈4096/q⌉) Gaussian m×n matrices: (draws, q), descending.
 
@@ -45,7 +44,11 @@ def iid_spectra(m: int, n: int, seed: int) -> Tensor:
     independent entries χ_M, …, χ_{M−q+1} on the diagonal and χ_{q−1}, …, χ_1 below it.
     [Dumitriu & Edelman, math-ph/0206043]
     """
-    q, M = min(m, n), max(m, n)
+    return _iid_spectra(min(m, n), max(m, n), seed)
+
+
+@lru_cache(maxsize=64)
+def _iid_spectra(q: int, M: int, seed: int) -> Tensor:
     generator = np.random.default_rng((seed, q, M))
     draws = max(4, math.ceil(4096 / q))
     spectra = np.empty((draws, q))

@@ -4,7 +4,8 @@
 its value for an isotropic matrix of the same shape. With p_i = σ_i²/Σσ² and p̃_i = σ_i/Σσ, the
 Rényi chain holds: stable rank ≤ participation ratio ≤ entropy rank ≤ effective rank ≤ rank.
 
-S: (..., q), descending → (...,). A zero matrix gives NaN.
+S: (..., q), descending → (...,). A zero matrix gives NaN. Functions that take a `norm` need only
+the leading values in S; without one the norm is that of S, which then has to be whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = [
     "effective_rank",
     "energy_rank",
     "entropy_rank",
-    "frobenius_norm",
+    "noise_edge",
     "nuclear_ratio",
     "numerical_rank",
     "participation_ratio",
@@ -31,19 +32,14 @@ __all__ = [
 _LEVEL_SLACK = 1e-12
 
 
-def frobenius_norm(S: Tensor) -> Tensor:
-    """Frobenius norm √Σσ²."""
-    return S.square().sum(-1).sqrt()
-
-
 def spectral_norm(S: Tensor) -> Tensor:
     """Spectral norm σ1."""
     return S[..., 0]
 
 
-def stable_rank(S: Tensor) -> Tensor:
-    """Stable rank Σσ²/σ1², in [1, q].   [Rudelson & Vershynin 2007]"""
-    return _scaled(S).square().sum(-1)
+def stable_rank(S: Tensor, norm: Tensor | None = None) -> Tensor:
+    """Stable rank ‖A‖_F²/σ1², in [1, q].   [Rudelson & Vershynin 2007]"""
+    return (_norm(S, norm) / S[..., 0]).square()
 
 
 def participation_ratio(S: Tensor) -> Tensor:
@@ -76,12 +72,11 @@ def energy_rank(S: Tensor, *, level: float) -> Tensor:
     return torch.where(S[..., 0] > 0, k.to(S.dtype), torch.nan)
 
 
-def top_share(S: Tensor, *, k: int) -> Tensor:
+def top_share(S: Tensor, norm: Tensor | None = None, *, k: int) -> Tensor:
     """Energy share of the leading k directions, E_k = Σ_{i≤k}σ²/Σσ², in [0, 1]."""
     if k > S.shape[-1]:
         return torch.full_like(S[..., 0], torch.nan)
-    energy = _scaled(S).square()
-    return energy[..., :k].sum(-1) / energy.sum(-1)
+    return (S[..., :k] / _norm(S, norm)[..., None]).square().sum(-1)
 
 
 def signal_rank(S: Tensor, noise: Tensor, bulk_median: Tensor, *, shape: tuple[int, int]) -> Tensor:
@@ -123,6 +118,11 @@ def condition_number(S: Tensor, eps: Tensor, *, shape: tuple[int, int]) -> Tenso
 
 def _rank_tolerance(S: Tensor, eps: Tensor, shape: tuple[int, int]) -> Tensor:
     return max(shape) * eps * S[..., 0]
+
+
+def _norm(S: Tensor, norm: Tensor | None) -> Tensor:
+    """√Σσ²: of all values, or given where S holds only the leading ones."""
+    return S[..., 0] * _scaled(S).square().sum(-1).sqrt() if norm is None else norm
 
 
 def _scaled(S: Tensor) -> Tensor:

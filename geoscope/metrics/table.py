@@ -115,8 +115,8 @@ METRICS: tuple[Metric, ...] = (
     # ---- spectrum -----------------------------------------------------------------------------
     Metric(
         "frobenius_norm",
-        spectrum.frobenius_norm,
-        ("role.S",),
+        size.as_measured,
+        ("role.norm",),
         "spectrum",
         formula="√Σσ²",
         range="≥ 0",
@@ -129,7 +129,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "spectral_norm",
         spectrum.spectral_norm,
-        ("role.S",),
+        ("role.top@1",),
         "spectrum",
         formula="σ1",
         range="≥ 0",
@@ -142,7 +142,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "stable_rank",
         spectrum.stable_rank,
-        ("role.S",),
+        ("role.top@1", "role.norm"),
         "spectrum",
         formula="Σσ²/σ1²",
         range="1…q",
@@ -261,7 +261,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "top_share@1",
         spectrum.top_share,
-        ("role.S",),
+        ("role.top@1", "role.norm"),
         "spectrum",
         formula="σ1²/Σσ²",
         range="1/q…1",
@@ -276,7 +276,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "top_share@8",
         spectrum.top_share,
-        ("role.S",),
+        ("role.top@8", "role.norm"),
         "spectrum",
         formula="Σ_{i≤8}σ²/Σσ²",
         range="8/q…1",
@@ -402,7 +402,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "versus_base@k",
         alignment.versus_base,
-        ("cross.core", "update.norm", "base.S"),
+        ("cross.core", "update.norm", "base.top@k", "base.norm"),
         "update_alignment",
         formula="C_LR(k)/E_k(W0)",
         range="≥ 0",
@@ -523,14 +523,14 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "gap@k",
         alignment.gap,
-        ("base.S",),
+        ("base.top@k",),
         "base_alignment",
         formula="(σ_k − σ_{k+1})/σ_k of the base",
         range="0…1",
         reading="how well the subspace at k is defined; below 1e-6 it is not",
         caution="anything about the update",
         source="METHODS §2.3",
-        wants=("k",),
+        wants=("k", "shape"),
     ),
     # ---- collapse -----------------------------------------------------------------------------
     Metric(
@@ -590,7 +590,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "stable_rank_ratio",
         collapse.stable_rank_ratio,
-        ("base.S", "tuned.S"),
+        ("base.top@1", "base.norm", "tuned.top@1", "tuned.norm"),
         "collapse",
         formula="stable rank of W1 over that of W0",
         range="> 0",
@@ -616,7 +616,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "intruder_energy",
         collapse.intruder_energy,
-        ("intruders.left", "tuned.S"),
+        ("intruders.left", "tuned.top@10"),
         "collapse",
         formula="Σ_{intruders}σ_j²/Σ_{j≤10}σ_j²",
         range="0…1",
@@ -643,7 +643,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "intruder_energy_right",
         collapse.intruder_energy,
-        ("intruders.right", "tuned.S"),
+        ("intruders.right", "tuned.top@10"),
         "collapse",
         formula="Σ_{intruders, right}σ_j²/Σ_{j≤10}σ_j²",
         range="0…1",

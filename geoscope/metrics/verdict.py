@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from geoscope.errors import OptionError, first_names
 from geoscope.metrics.measure import Measured
 from geoscope.records import Status, Verdict
 
@@ -83,9 +84,12 @@ THRESHOLDS: Mapping[str, Threshold] = {
 }
 
 
-def default_limits() -> dict[str, float]:
-    """The thresholds' values."""
-    return {key: threshold.value for key, threshold in THRESHOLDS.items()}
+def limits_in_force(given: Mapping[str, float] | None) -> dict[str, float]:
+    """The thresholds' values, with those of `given` in place. Raises OptionError for others."""
+    unknown = [key for key in given or () if key not in THRESHOLDS]
+    if unknown:
+        raise OptionError(f"no threshold {first_names(unknown)}; they are {', '.join(THRESHOLDS)}")
+    return {key: threshold.value for key, threshold in THRESHOLDS.items()} | dict(given or {})
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,8 @@ class _Numbers:
 
 
 def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> Judged:
-    """The verdict on one matrix, `k` = k_v of its shape."""
-    numbers = _Numbers(row, k, limits or default_limits())
+    """The verdict on one matrix, `k` = k_v of its shape; `limits` override THRESHOLDS by name."""
+    numbers = _Numbers(row, k, limits_in_force(limits))
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
         return Judged("NO_UPDATE", k, "", "", ())
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
@@ -305,7 +309,8 @@ def appended_words(
     if rotates:
         words.append("rotates the singular frames, keeps the singular values")
     if lift is not None and lift > limits["words.enriched"]:
-        words.append(f"enriched {lift:.2g}× over isotropic")
+        times = f"{lift:.2g}" if lift < 99.5 else f"{lift:.0f}"  # no 1.2e+02
+        words.append(f"enriched {times}× over isotropic")
     elif rotates or lift is None:
         pass
     elif lift < limits["words.avoids"]:
@@ -340,7 +345,7 @@ def judge_model(
     limits: Mapping[str, float] | None = None,
 ) -> Verdict:
     """The verdict on a model: the code with at least half of Σ‖ΔW‖², else MIXED."""
-    limits = limits or default_limits()
+    limits = limits_in_force(limits)
     energy = [row.weights.get("update", 0.0) for row in rows]
     total = math.fsum(energy)
     counts = {code: sum(one.code == code for one in judged) for code in CODES}
@@ -436,15 +441,15 @@ def _flag_text(
     judged: Sequence[Judged],
     flagged: Sequence[str],
 ) -> str:
+    unknown = sum(one.code == "UNDETERMINED" for one in judged)
+    rest = f"; {unknown} without a verdict" if unknown else ""
     if not flagged:
-        return f". Flagged 0 of {len(names)} matrices."
+        return f". Flagged 0 of {len(names)} matrices{rest}."
     kinds: dict[str, int] = {}
     for name, module in zip(names, modules, strict=True):
         if name in flagged:
             kinds[module] = kinds.get(module, 0) + 1
     listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    unknown = sum(one.code == "UNDETERMINED" for one in judged)
-    rest = f"; {unknown} without a verdict" if unknown else ""
     return (
         f". Flagged {len(flagged)} of {len(names)} matrices ({listed}), worst: {flagged[0]}{rest}."
     )

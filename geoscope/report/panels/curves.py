@@ -9,7 +9,7 @@ import numpy as np
 
 from geoscope.records import LayerRecord
 
-__all__ = ["Middle", "middle_of", "points"]
+__all__ = ["Middle", "Points", "middle_of", "points"]
 
 Points = tuple[np.ndarray, np.ndarray]
 

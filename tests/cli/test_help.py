@@ -1,0 +1,124 @@
+"""Help is complete, and free of heavy imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+import geoscope
+from geoscope.cli import app
+
+from .running import process, run
+
+# What help may not wait for: seconds each.
+HEAVY = {"torch", "numpy", "scipy", "matplotlib", "safetensors", "huggingface_hub"}
+IMPORTED = """
+import json, sys
+sys.argv = ["geoscope", *json.loads(sys.argv[1])]
+from geoscope.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file=sys.stderr)
+"""
+
+
+def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with its path, groups included."""
+
+    def walk(path: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+        yield path, command
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk((*path, name), child)
+
+    yield from walk((), get_command(app))
+
+
+COMMANDS = dict(commands())
+every_command = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["compare", "--help"], ["cache", "--help"], ["demo", "-h"]],
+    ids=" ".join,
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(json.loads(done.stderr))
+    assert "typer" in loaded  # the probe sees what is there
+    assert not HEAVY & loaded
+
+
+@every_command
+def test_every_command_and_option_is_explained(path: tuple[str, ...]) -> None:
+    command = COMMANDS[path]
+    assert command.help
+    assert command.help.strip()[-1] in ".?"
+    for parameter in command.params:
+        if parameter.name == "help" or getattr(parameter, "hidden", False):
+            continue
+        text = getattr(parameter, "help", None)
+        assert text, f"{path}: {parameter.name} has no help"
+        assert text.rstrip().endswith("."), f"{path}: {parameter.name}: {text!r}"
+
+
+@every_command
+def test_every_command_answers_help(path: tuple[str, ...]) -> None:
+    long, short = run(*path, "--help"), run(*path, "-h")
+    assert (long.code, long.err) == (0, "")
+    assert short == long
+    assert "\x1b" not in long.out
+    for parameter in COMMANDS[path].params:
+        for option in getattr(parameter, "opts", ()):
+            if option.startswith("-"):
+                assert option in long.out
+
+
+def test_the_front_page_lists_every_command_and_the_exit_codes() -> None:
+    page = " ".join(run("--help").out.split())
+    for path in COMMANDS:
+        if path:
+            assert path[0] in page
+    for meaning in ("0 done", "1 error", "2 usage", "3 a --fail-on", "130 interrupted", "143"):
+        assert meaning in page
+
+
+@pytest.mark.parametrize("path", [one for one in COMMANDS if one and one[0] != "cache"])
+def test_every_command_tells_the_exit_codes(path: tuple[str, ...]) -> None:
+    assert "Exit codes: 0 done" in run(*path, "--help").out
+
+
+def test_no_argument_shows_the_front_page() -> None:
+    done = run()
+    assert done.code == 2
+    assert "Usage:" in done.out + done.err
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert run("--version").out == f"geoscope {geoscope.__version__}\n"
+    assert process("--version").out == f"geoscope {geoscope.__version__}\n"
+
+
+def test_one_option_means_the_same_everywhere() -> None:
+    """The same words, letters and text wherever an option occurs."""
+    meanings: dict[str, set[tuple[str, ...]]] = {}
+    for path, command in COMMANDS.items():
+        for parameter in command.params:
+            opts: tuple[str, ...] = tuple(getattr(parameter, "opts", ()))
+            if opts and opts[0].startswith("--") and path:
+                meanings.setdefault(opts[0], set()).add((*opts, parameter.help or ""))
+    assert len(meanings) > 15
+    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}

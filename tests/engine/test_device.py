@@ -1,0 +1,100 @@
+"""Which device and precision computes, and what is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from geoscope.engine import resolve_device, resolve_dtype
+from geoscope.errors import OptionError
+
+CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """A machine with so many CUDA devices, and with or without MPS."""
+
+    def build(*, cuda: int = 0, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    build()
+    return build
+
+
+def refusal(given: str) -> str:
+    with pytest.raises(OptionError) as caught:
+        resolve_device(given)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "--device" in message
+    return message
+
+
+def test_auto_takes_cuda_where_there_is_one_else_the_cpu(machine) -> None:
+    assert resolve_device("auto") == CPU
+    machine(cuda=1)
+    assert resolve_device("auto") == CUDA
+
+
+def test_auto_never_takes_mps_for_it_has_no_fp64(machine) -> None:
+    machine(mps=True)
+    assert resolve_device("auto") == CPU
+    assert resolve_device("mps") == MPS
+
+
+def test_the_cpu_is_always_there(machine) -> None:
+    machine(cuda=2, mps=True)
+    assert resolve_device("cpu") == CPU
+
+
+def test_cuda_is_taken_by_number(machine) -> None:
+    machine(cuda=2)
+    assert resolve_device("cuda") == CUDA
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("given", "present"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
+def test_cuda_that_is_not_there_is_refused_with_the_count(machine, given, present) -> None:
+    machine(cuda=present)
+    message = refusal(given)
+    assert f"{present} CUDA devices" in message
+    assert "--device cpu" in message  # what to do
+
+
+def test_mps_that_is_not_there_is_refused(machine) -> None:
+    assert "no MPS device" in refusal("mps")
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "gpu", "CPU", "cpu:0", "cpu:", "mps:0", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cuda:0:1"],
+)
+def test_what_is_no_device_is_refused_even_where_all_are_there(machine, given: str) -> None:
+    machine(cuda=4, mps=True)
+    message = refusal(given)
+    assert repr(given) in message
+    for choice in ("auto", "cpu", "cuda", "cuda:N", "mps"):
+        assert choice in message
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_cpu_and_cuda_compute_in_either_precision(device: torch.device, dtype: str) -> None:
+    assert resolve_dtype(dtype, device) == dtype
+
+
+def test_mps_wants_float32_said_aloud() -> None:
+    assert resolve_dtype("float32", MPS) == "float32"
+    with pytest.raises(OptionError, match="--dtype float32") as caught:
+        resolve_dtype("float64", MPS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["", "bfloat16", "float16", "fp32", "double"])
+def test_other_dtypes_are_refused(given: str) -> None:
+    with pytest.raises(OptionError, match="float64, float32") as caught:
+        resolve_dtype(given, CPU)
+    assert repr(given) in str(caught.value)

@@ -1,0 +1,170 @@
+"""Which pairs are computed together, in which order, and what the memory options mean."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geoscope.engine import default_memory, estimate_seconds, parse_memory, plan
+from geoscope.engine.plan import BASELINE, working_bytes
+from geoscope.errors import OptionError
+from geoscope.records import TensorInfo, WeightPair
+
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+MB = 10**6
+
+
+def pair(
+    name: str, shape: tuple[int, int], base: str = "bfloat16", tuned: str = "bfloat16"
+) -> WeightPair:
+    m, n = shape
+    before, after = (
+        TensorInfo(name, shape, dtype, m * n * BYTES[dtype], "model.safetensors")
+        for dtype in (base, tuned)
+    )
+    return WeightPair(name, 0, "q_proj", shape, before, after)
+
+
+def names(batches: tuple) -> list[list[str]]:
+    return [[one.name for one in batch.pairs] for batch in batches]
+
+
+def room_for(count: int, one: WeightPair) -> int:
+    return BASELINE + count * working_bytes(one)
+
+
+def test_without_stacking_every_batch_holds_one_pair() -> None:
+    pairs = [pair(name, (64, 32)) for name in "abc"]
+    batches = plan(pairs, memory=10**12, stack=False)
+    assert names(batches) == [["a"], ["b"], ["c"]]
+    assert [batch.shape for batch in batches] == [(64, 32)] * 3
+
+
+def test_equal_pairs_are_stacked_as_far_as_the_memory_reaches() -> None:
+    pairs = [pair(name, (64, 32)) for name in "abcde"]
+    assert names(plan(pairs, memory=room_for(2, pairs[0]), stack=True)) == [
+        ["a", "b"],
+        ["c", "d"],
+        ["e"],
+    ]
+    assert names(plan(pairs, memory=room_for(5, pairs[0]), stack=True)) == [list("abcde")]
+    assert len(plan(pairs, memory=room_for(5, pairs[0]) - 1, stack=True)) == 2
+
+
+@pytest.mark.parametrize("memory", [0, 1, BASELINE, -5])
+def test_one_pair_alone_is_always_let_in(memory: int) -> None:
+    pairs = [pair(name, (64, 32)) for name in "ab"]
+    assert names(plan(pairs, memory=memory, stack=True)) == [["a"], ["b"]]
+
+
+def test_shapes_and_dtypes_of_either_side_are_never_mixed_in_a_batch() -> None:
+    pairs = [
+        pair("square", (32, 32)),
+        pair("tall", (64, 32)),
+        pair("wide", (32, 64)),
+        pair("base_wider", (32, 32), base="float32"),
+        pair("tuned_wider", (32, 32), tuned="float32"),
+        pair("square_too", (32, 32)),
+    ]
+    batches = plan(pairs, memory=10**12, stack=True)
+    groups = {frozenset(one) for one in names(batches)}
+    assert groups == {
+        frozenset({"square", "square_too"}),
+        frozenset({"tall"}),
+        frozenset({"wide"}),
+        frozenset({"base_wider"}),
+        frozenset({"tuned_wider"}),
+    }
+
+
+def test_the_longest_work_starts_first_and_equals_keep_their_order() -> None:
+    pairs = [pair("small", (8, 8)), pair("a", (64, 64)), pair("b", (64, 64)), pair("c", (80, 64))]
+    assert names(plan(pairs, memory=0, stack=False)) == [["c"], ["a"], ["b"], ["small"]]
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.sampled_from([2, 16, 300]), st.sampled_from([2, 40])), max_size=12
+    ),
+    extra=st.integers(0, 40 * MB),
+    stack=st.booleans(),
+)
+def test_every_pair_is_planned_once_and_a_batch_of_several_fits(
+    shapes: list[tuple[int, int]], extra: int, stack: bool
+) -> None:
+    pairs = [pair(f"w{i}", shape) for i, shape in enumerate(shapes)]
+    batches = plan(pairs, memory=BASELINE + extra, stack=stack)
+    planned = [one.name for batch in batches for one in batch.pairs]
+    assert sorted(planned) == sorted(one.name for one in pairs)
+    for batch in batches:
+        assert batch.working_bytes == sum(working_bytes(one) for one in batch.pairs)
+        assert len(batch.pairs) == 1 or batch.working_bytes <= extra
+        assert {one.shape for one in batch.pairs} == {batch.shape}
+    sizes = [batch.working_bytes for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_working_bytes_cover_what_is_held() -> None:
+    one = pair("w", (300, 200), base="bfloat16", tuned="float32")
+    stored, gram, leading_vectors = 300 * 200 * (2 + 4), 8 * 200 * 200, 8 * 64 * (300 + 200)
+    assert working_bytes(one) >= stored + gram + 2 * leading_vectors
+    assert working_bytes(one) == working_bytes(pair("w", (200, 300), "bfloat16", "float32"))
+
+
+def test_the_default_memory_is_four_times_the_largest_pair_in_fp32_and_500_mb() -> None:
+    pairs = [pair("small", (8, 8)), pair("large", (1000, 500)), pair("also", (500, 1000))]
+    assert default_memory(pairs) == 4 * (2 * 4 * 1000 * 500) + 500 * MB
+    assert default_memory([]) == 500 * MB
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2000000000", 2 * 10**9),
+        ("8GB", 8 * 10**9),
+        ("8G", 8 * 10**9),
+        ("8gb", 8 * 10**9),
+        (" 8 GB ", 8 * 10**9),
+        ("1.5GB", 1_500_000_000),
+        ("500M", 500 * MB),
+        ("500MB", 500 * MB),
+        ("64K", 64_000),
+        ("64kb", 64_000),
+        ("0", 0),
+    ],
+)
+def test_sizes_are_read_in_decimal_units(text: str, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "8GiB", "8TB", "8MG", "eight", "8GB!", "nan", "inf", "1e400", "-5GB", "-1", "8,5GB"],
+)
+def test_what_is_no_size_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_memory(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"--max-memory {text!r}" in message
+    assert "8GB" in message  # what to write instead
+
+
+def test_the_estimate_adds_up_and_is_shared_by_the_workers() -> None:
+    pairs = [pair("a", (512, 256)), pair("b", (300, 300))]
+    whole = estimate_seconds(pairs, workers=1)
+    assert whole > 0
+    assert estimate_seconds(pairs, workers=4) == pytest.approx(whole / 4)
+    assert whole == pytest.approx(sum(estimate_seconds([one], workers=1) for one in pairs))
+    assert estimate_seconds([], workers=1) == 0
+
+
+def test_the_estimate_grows_with_the_shorter_side_cubed_and_not_with_the_turn() -> None:
+    def seconds(*shape: int) -> float:
+        return estimate_seconds([pair("w", (shape[0], shape[1]))], workers=1)
+
+    assert seconds(1024, 256) == seconds(256, 1024)
+    assert seconds(1024, 1024) == pytest.approx(8 * seconds(512, 512))
+    assert seconds(8192, 256) < 2 * seconds(4096, 256)

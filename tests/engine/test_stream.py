@@ -1,0 +1,429 @@
+"""The pipeline: every pair once, a bound on what is in flight, read-ahead, and a clean end."""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+import torch
+from matrices import gaussian, save_model, updated
+from torch import Tensor
+
+from geoscope import Options, Report, compare
+from geoscope.engine import Batch, Outcome, one_blas_thread, stream
+from geoscope.errors import Stopped
+from geoscope.records import TensorInfo, WeightPair
+
+CPU = torch.device("cpu")
+PATIENCE = 20.0  # seconds that a test waits for a thread before it fails
+
+
+def pair(i: int) -> WeightPair:
+    info = TensorInfo(f"w{i}", (2, 2), "float32", 16, "model.safetensors")
+    return WeightPair(f"w{i}", i, "q_proj", (2, 2), info, info)
+
+
+def batches_of(sizes: Sequence[int], *, pairs: int = 1) -> list[Batch]:
+    """One batch for each number of working bytes, of so many pairs."""
+    return [
+        Batch(tuple(pair(i * pairs + j) for j in range(pairs)), (2, 2), size)
+        for i, size in enumerate(sizes)
+    ]
+
+
+def read(one: WeightPair) -> tuple[Tensor, Tensor]:
+    number = float(one.name[1:])
+    return torch.full((2, 2), number), torch.full((2, 2), number + 0.5)
+
+
+def work(batch: Batch, base: Tensor, tuned: Tensor) -> list[tuple[str, float, float]]:
+    return [
+        (one.name, float(base[i, 0, 0]), float(tuned[i, 0, 0]))
+        for i, one in enumerate(batch.pairs)
+    ]
+
+
+def run(batches: Sequence[Batch], **options: Any) -> Iterator[Outcome[Any]]:
+    chosen: dict[str, Any] = {
+        "read": read,
+        "work": work,
+        "device": CPU,
+        "workers": 2,
+        "memory": 1000,
+    }
+    return stream(batches, **(chosen | options))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Whatever a test does to the pipeline, its threads end with it."""
+    before, threads = set(threading.enumerate()), torch.get_num_threads()
+    yield
+    gc.collect()
+    assert set(threading.enumerate()) <= before
+    assert torch.get_num_threads() == threads
+
+
+# --- every pair, once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_every_pair_comes_out_once_with_its_own_tensors(workers: int, pairs: int) -> None:
+    batches = batches_of([10] * 12, pairs=pairs)
+    outcomes = list(run(batches, workers=workers))
+    assert sorted(one.pair.name for one in outcomes) == sorted(f"w{i}" for i in range(12 * pairs))
+    for one in outcomes:
+        number = float(one.pair.name[1:])
+        assert one.result == (one.pair.name, number, number + 0.5)
+        assert one.note is None
+
+
+def test_nothing_to_do_ends_at_once() -> None:
+    assert list(run([])) == []
+
+
+def test_one_worker_keeps_the_order_of_the_plan() -> None:
+    outcomes = run(batches_of([10] * 8), workers=1)
+    assert [one.pair.name for one in outcomes] == [f"w{i}" for i in range(8)]
+
+
+def test_read_is_called_on_one_thread_and_never_on_the_callers() -> None:
+    seen = set()
+
+    def noted(one: WeightPair) -> tuple[Tensor, Tensor]:
+        seen.add(threading.get_ident())
+        return read(one)
+
+    list(run(batches_of([10] * 6, pairs=2), read=noted, workers=3))
+    assert len(seen) == 1
+    assert threading.get_ident() not in seen
+
+
+def test_work_runs_on_as_many_threads_as_asked_for() -> None:
+    barrier = threading.Barrier(3)
+
+    def together(batch: Batch, *stacks: Tensor) -> list[str]:
+        barrier.wait(PATIENCE)  # breaks unless three are in work at once
+        return [one.name for one in batch.pairs]
+
+    assert len(list(run(batches_of([10] * 6), work=together, workers=3))) == 6
+
+
+def test_workers_keep_to_one_blas_thread_and_the_caller_gets_his_back() -> None:
+    torch.set_num_threads(2)
+    counts = []
+
+    def counted(batch: Batch, *stacks: Tensor) -> list[None]:
+        counts.append(torch.get_num_threads())
+        return [None] * len(batch.pairs)
+
+    try:
+        list(run(batches_of([10] * 4), work=counted))
+        assert set(counts) == {1}
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), one_blas_thread():
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+# --- what is in flight --------------------------------------------------------------------------
+
+
+@dataclass
+class Scale:
+    """Weighs what was read and is not worked off yet."""
+
+    sizes: dict[str, int]
+    now: int = 0
+    count: int = 0
+    heaviest: int = 0
+    most: int = 0
+    together: list[tuple[int, int]] = field(default_factory=list)  # (bytes, batches) at each read
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, one: WeightPair) -> tuple[Tensor, Tensor]:
+        with self.lock:
+            self.now += self.sizes[one.name]
+            self.count += 1
+            self.heaviest = max(self.heaviest, self.now)
+            self.most = max(self.most, self.count)
+            self.together.append((self.now, self.count))
+        return read(one)
+
+    def work(self, batch: Batch, *stacks: Tensor) -> list[str]:
+        time.sleep(0.001)
+        with self.lock:
+            self.now -= sum(self.sizes[one.name] for one in batch.pairs)
+            self.count -= len(batch.pairs)
+        return [one.name for one in batch.pairs]
+
+
+def weighed(sizes: Sequence[int], capacity: int, workers: int) -> Scale:
+    batches = batches_of(sizes)
+    scale = Scale({batch.pairs[0].name: batch.working_bytes for batch in batches})
+    outcomes = run(batches, read=scale.read, work=scale.work, workers=workers, memory=capacity)
+    assert len(list(outcomes)) == len(sizes)
+    return scale
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_in_flight_never_exceeds_the_memory(seed: int, workers: int) -> None:
+    draw = random.Random(seed)
+    sizes = [draw.randint(1, 100) for _ in range(40)]
+    assert weighed(sizes, 150, workers).heaviest <= 150
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_batch_larger_than_the_memory_goes_alone(workers: int) -> None:
+    scale = weighed([5, 500, 5, 700, 5, 5], 100, workers)
+    assert all(count == 1 for size, count in scale.together if size > 100)
+    assert scale.heaviest == 700
+
+
+def test_without_memory_one_batch_at_a_time_still_gets_through() -> None:
+    assert weighed([10] * 6, 0, 3).most == 1
+
+
+def test_ample_memory_is_used() -> None:
+    assert weighed([10] * 30, 10**6, 3).most > 3  # those in work, and what is read ahead
+
+
+def test_memory_is_free_again_after_a_batch_that_was_done_in_halves() -> None:
+    def work_in_halves(batch: Batch, *stacks: Tensor) -> list[str]:
+        if len(batch.pairs) > 1:
+            raise torch.OutOfMemoryError
+        return [one.name for one in batch.pairs]
+
+    batches = batches_of([100] * 5, pairs=4)
+    outcomes = run(batches, work=work_in_halves, memory=100)
+    assert len(list(outcomes)) == 20  # would wait for ever if a half kept its bytes
+
+
+# --- read-ahead ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_next_batch_is_read_while_the_workers_are_busy(workers: int) -> None:
+    was_read = [threading.Event() for _ in range(6)]
+
+    def noted(one: WeightPair) -> tuple[Tensor, Tensor]:
+        was_read[int(one.name[1:])].set()
+        return read(one)
+
+    def waiting(batch: Batch, *stacks: Tensor) -> list[bool]:
+        number = int(batch.pairs[0].name[1:])
+        # Each holds its worker until the batch beyond those in work is read.
+        ahead = min(number + workers, len(was_read) - 1)
+        return [was_read[ahead].wait(PATIENCE)]
+
+    outcomes = run(batches_of([10] * 6), read=noted, work=waiting, workers=workers)
+    assert all(one.result for one in outcomes)
+
+
+def test_reading_does_not_run_far_ahead() -> None:
+    scale = weighed([1] * 60, 10**6, 2)
+    assert scale.most <= 2 + 2  # in work, one that waits, one on the reader's hands
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("at", [0, 4, 9])
+def test_an_exception_of_read_is_raised_to_the_caller(at: int, workers: int) -> None:
+    def failing(one: WeightPair) -> tuple[Tensor, Tensor]:
+        if one.name == f"w{at}":
+            raise Broken(one.name)
+        return read(one)
+
+    seen = []
+    with pytest.raises(Broken, match=f"w{at}"):
+        for one in run(batches_of([10] * 10), read=failing, workers=workers):
+            seen.append(one.pair.name)
+    assert f"w{at}" not in seen
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("error", [Broken, MemoryError, KeyboardInterrupt])
+def test_an_exception_of_work_is_raised_to_the_caller(error: type, workers: int) -> None:
+    def failing(batch: Batch, *stacks: Tensor) -> list[None]:
+        if batch.pairs[0].name == "w4":
+            raise error("w4")
+        return [None]
+
+    with pytest.raises(error, match="w4"):
+        list(run(batches_of([10] * 10), work=failing, workers=workers))
+
+
+def test_after_an_exception_no_further_batch_is_started() -> None:
+    started = []
+
+    def failing(batch: Batch, *stacks: Tensor) -> list[None]:
+        started.append(batch.pairs[0].name)
+        raise Broken
+
+    with pytest.raises(Broken):
+        list(run(batches_of([10] * 200), work=failing, workers=1))
+    assert len(started) < 200
+
+
+def test_too_few_results_are_an_error_and_no_pair_is_lost_without_a_word() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        list(run(batches_of([10], pairs=2), work=lambda batch, *stacks: ["one"]))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Stopped(signal.SIGTERM), Broken()])
+def test_what_the_consumer_raises_ends_the_pipeline(stop: BaseException) -> None:
+    with pytest.raises(type(stop)):
+        for i, _ in enumerate(run(batches_of([10] * 50), workers=3)):
+            if i == 2:
+                raise stop
+
+
+def test_a_consumer_that_loses_interest_ends_the_pipeline() -> None:
+    outcomes = run(batches_of([10] * 50), workers=3)
+    next(outcomes)
+    cast(Any, outcomes).close()
+
+
+def test_ctrl_c_while_waiting_for_a_result_ends_the_pipeline() -> None:
+    release = threading.Event()
+
+    def interrupting(batch: Batch, *stacks: Tensor) -> list[None]:
+        if batch.pairs[0].name == "w3":
+            _thread.interrupt_main()
+            release.wait(0.2)  # the caller meanwhile waits for a result
+        return [None]
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run(batches_of([10] * 50), work=interrupting, workers=1))
+
+
+def test_a_signal_handler_may_stop_the_pipeline() -> None:
+    def handler(signum: int, _: object) -> None:
+        raise Stopped(signum)
+
+    def signalling(batch: Batch, *stacks: Tensor) -> list[None]:
+        if batch.pairs[0].name == "w3":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return [None]
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(Stopped) as caught:
+            list(run(batches_of([10] * 50), work=signalling, workers=1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.exit_code == 143
+
+
+# --- out of memory ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3, 5])
+def test_a_stack_that_does_not_fit_is_halved_until_it_does(fits: int) -> None:
+    tried = []
+
+    def limited(batch: Batch, base: Tensor, tuned: Tensor) -> list[tuple[str, float, float]]:
+        assert len(base) == len(tuned) == len(batch.pairs)
+        tried.append(len(batch.pairs))
+        if len(batch.pairs) > fits:
+            raise torch.OutOfMemoryError("no room")
+        return work(batch, base, tuned)
+
+    outcomes = list(run(batches_of([10], pairs=7), work=limited))
+    assert [one.pair.name for one in outcomes] == [f"w{i}" for i in range(7)]
+    assert all(one.result == (one.pair.name, float(i), i + 0.5) for i, one in enumerate(outcomes))
+    assert tried[0] == 7
+    assert sum(size for size in tried if size <= fits) == 7  # each pair succeeds once
+    assert all(one.note is None for one in outcomes)  # a smaller stack on the same device
+
+
+class Small:
+    """A tensor on a device that has no room: only what is brought to the CPU can be worked on."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def unsqueeze(self, axis: int) -> Small:
+        return Small(self.tensor.unsqueeze(axis))
+
+    def to(self, device: torch.device) -> Small:
+        return self
+
+    def cpu(self) -> Tensor:
+        return self.tensor
+
+
+def test_a_single_pair_that_does_not_fit_is_computed_on_the_cpu_and_says_so() -> None:
+    def on_small_device(one: WeightPair) -> tuple[Any, ...]:
+        return tuple(Small(part) for part in read(one)) if one.name == "w1" else read(one)
+
+    def limited(batch: Batch, base: Any, tuned: Any) -> list[tuple[str, float, float]]:
+        if isinstance(base, Small):
+            raise torch.OutOfMemoryError("no room")
+        return work(batch, base, tuned)
+
+    outcomes = {
+        one.pair.name: one for one in run(batches_of([10] * 3), read=on_small_device, work=limited)
+    }
+    assert {name: one.note for name, one in outcomes.items()} == {
+        "w0": None,
+        "w1": "computed on the CPU: cuda ran out of memory",
+        "w2": None,
+    }
+    assert outcomes["w1"].result == ("w1", 1.0, 1.5)
+
+
+def test_what_does_not_fit_on_the_cpu_either_is_an_error() -> None:
+    def hopeless(batch: Batch, *stacks: Tensor) -> list[None]:
+        raise torch.OutOfMemoryError("no room anywhere")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room anywhere"):
+        list(run(batches_of([10], pairs=4), work=hopeless))
+
+
+# --- the numbers --------------------------------------------------------------------------------
+
+
+def test_a_report_does_not_depend_on_the_number_of_workers(tmp_path) -> None:
+    shapes = [(40, 24), (24, 40), (32, 32)] * 3
+    base = {
+        f"model.layers.{i}.mlp.up_proj.weight": gaussian(m, n, seed=i)
+        for i, (m, n) in enumerate(shapes)
+    }
+    tuned = {
+        name: updated(weight, gaussian(*weight.shape, seed=50 + i), 0.05)
+        for i, (name, weight) in enumerate(base.items())
+    }
+    for folder, weights in (("base", base), ("tuned", tuned)):
+        save_model(tmp_path / folder, {key: one.float() for key, one in weights.items()})
+
+    def report(jobs: int) -> Report:
+        options = Options(jobs=jobs, ks=(4,), masks=True)
+        found = compare(tmp_path / "base", tmp_path / "tuned", options=options)
+        return replace(found, provenance=replace(found.provenance, seconds=0.0))
+
+    alone = report(1).dumps()
+    assert report(2).dumps() == alone
+    assert report(5).dumps() == alone

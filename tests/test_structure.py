@@ -1,0 +1,415 @@
+"""Is the house still built as it was drawn? Read from the source, without running it.
+
+The arrows between the wings, the one place that factorises, the front door's list of names.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import geoscope
+from geoscope import errors
+
+PACKAGE = Path(geoscope.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+every_file = pytest.mark.parametrize(
+    "path", FILES, ids=[path.relative_to(PACKAGE).as_posix() for path in FILES]
+)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_of(path: Path) -> str:
+    """`geoscope/linalg/svd.py` → `geoscope.linalg.svd`."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, at_run_time: bool = False) -> set[str]:
+    """Names of the imported modules; `from a import b` gives `a.b` too.
+
+    at_run_time: without those that only type checkers see.
+    """
+    found: set[str] = set()
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree(path)):
+        if at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(inner for part in node.body for inner in ast.walk(part))
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports here are written in full"
+            assert node.module is not None
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def wing(module: str) -> str:
+    """The part of the house: `geoscope.linalg.svd` → `linalg`, `geoscope` → ``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+# What each wing may import of the others (docs/architecture.md). `` is geoscope/__init__.py, of
+# which only the version is taken.
+FLOOR = {"errors", "records", "names"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "names": {"errors"},
+    "records": {"errors", "names"},
+    "linalg": FLOOR,
+    "engine": {"linalg", *FLOOR},
+    "metrics": {"linalg", *FLOOR},
+    "trajectory": {"linalg", *FLOOR},
+    "adapters": {"linalg", *FLOOR},
+    "checkpoints": FLOOR,
+    "report": FLOOR,
+    "demo": FLOOR,
+    "analysis": {"checkpoints", "engine", "metrics", "trajectory", "adapters", "linalg", *FLOOR},
+    "cli": {"analysis", "report", "demo", *FLOOR},
+    "__main__": {"cli", *FLOOR},
+}
+# Taken across the arrows, each for its reason.
+EXCEPTIONS = {
+    # what inspect and --dry-run hand to the renderer is a report's noun without a metric in it
+    ("analysis", "geoscope.report.survey"),
+    # the commands name metrics and codes without running them
+    ("cli", "geoscope.metrics"),
+    # `geoscope cache` has nothing to compare
+    ("cli", "geoscope.engine.cache"),
+}
+WINGS = {wing(module_of(path)) for path in FILES} - {""}
+
+
+def crossings(path: Path) -> Iterator[str]:
+    """Imports of other wings of the package."""
+    own = wing(module_of(path))
+    for name in imports(path):
+        if name.startswith("geoscope.") and wing(name) in WINGS - {own}:
+            yield name
+
+
+def is_excepted(own: str, name: str) -> bool:
+    return any(
+        own == who and (name == what or name.startswith(f"{what}.")) for who, what in EXCEPTIONS
+    )
+
+
+@every_file
+def test_arrows_point_down_only(path: Path) -> None:
+    own = wing(module_of(path))
+    if own == "":
+        return  # the front door names them all, and loads none: see below
+    wrong = [
+        name
+        for name in crossings(path)
+        if wing(name) not in ALLOWED[own] and not is_excepted(own, name)
+    ]
+    assert wrong == []
+
+
+def test_the_drawing_is_free_of_cycles_and_names_every_wing() -> None:
+    assert set(ALLOWED) >= WINGS
+    height: dict[str, int] = {}
+
+    def climb(name: str, seen: tuple[str, ...] = ()) -> int:
+        assert name not in seen, f"{name} stands above itself: {seen}"
+        if name not in height:
+            below = [climb(one, (*seen, name)) for one in ALLOWED[name]]
+            height[name] = 1 + max(below, default=-1)
+        return height[name]
+
+    for name in ALLOWED:
+        climb(name)
+    assert height["errors"] == 0
+    assert height["__main__"] == max(height.values())
+
+
+def test_every_exception_is_used() -> None:
+    """So that none outlives its reason."""
+    used = {
+        (own, what)
+        for path in FILES
+        for name in crossings(path)
+        for own, what in EXCEPTIONS
+        if own == wing(module_of(path)) and (name == what or name.startswith(f"{what}."))
+    }
+    assert used == EXCEPTIONS
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics", "report"])
+def test_checkpoints_metrics_and_report_do_not_know_one_another(name: str) -> None:
+    others = {"checkpoints", "metrics", "report"} - {name}
+    for path in FILES:
+        if wing(module_of(path)) == name:
+            assert not others & {wing(one) for one in crossings(path)}, path
+
+
+WITHOUT_TORCH = [path for path in FILES if wing(module_of(path)) in {*FLOOR, "report", "cli", ""}]
+
+
+@pytest.mark.parametrize(
+    "path", WITHOUT_TORCH, ids=[path.relative_to(PACKAGE).as_posix() for path in WITHOUT_TORCH]
+)
+def test_nouns_reports_and_commands_know_no_torch(path: Path) -> None:
+    assert not [name for name in imports(path) if name.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("module", ["errors", "records", "names", "report", "cli", "__main__"])
+def test_importing_them_loads_no_torch(module: str) -> None:
+    code = f"import sys, geoscope.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- who factorises, who prints -----------------------------------------------------------------
+
+FACTORISATIONS = {
+    *("svd", "svdvals", "eig", "eigvals", "eigh", "eigvalsh", "qr", "cholesky", "lu", "lu_factor"),
+    *("svd_lowrank", "pca_lowrank", "lobpcg", "matrix_rank", "pinv", "lstsq", "geqrf", "symeig"),
+    *("eigh_tridiagonal", "eigvalsh_tridiagonal"),
+}
+# The iid null: eigenvalues of a tridiagonal matrix that is sampled, never formed from weights.
+SAMPLED = {("metrics/nulls.py", "eigh_tridiagonal")}
+
+
+def factorisations(path: Path) -> set[tuple[str, str]]:
+    """Calls of torch.linalg, numpy.linalg, scipy.linalg and torch that factorise."""
+    where = path.relative_to(PACKAGE).as_posix()
+    found = set()
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Attribute) and node.func.attr in FACTORISATIONS:
+            found.add((where, node.func.attr))
+        if isinstance(node.func, ast.Name) and node.func.id in FACTORISATIONS:
+            found.add((where, node.func.id))
+    return found
+
+
+@every_file
+def test_only_linalg_factorises(path: Path) -> None:
+    if wing(module_of(path)) != "linalg":
+        assert factorisations(path) <= SAMPLED
+
+
+def test_the_probe_sees_factorisations() -> None:
+    seen = {name for path in FILES for _, name in factorisations(path)}
+    assert {"svd", "svdvals", "eigh_tridiagonal"} <= seen
+
+
+@every_file
+def test_nothing_is_printed(path: Path) -> None:
+    """Words leave through cli/output.py and the error boundary alone."""
+    where = path.relative_to(PACKAGE).as_posix()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+            raise AssertionError(f"{where}:{node.lineno} prints")
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+            assert where in ("cli/output.py", "__main__.py"), f"{where}:{node.lineno}"
+
+
+@every_file
+def test_no_switch_is_thrown_at_import(path: Path) -> None:
+    """No logging set-up, global seed, TF32 switch or environment write; a backend is not chosen."""
+    text = path.read_text(encoding="utf-8")
+    for forbidden in (
+        "basicConfig", "torch.manual_seed(", "random.seed(", "allow_tf32", "matplotlib.pyplot",
+        "matplotlib.use(", "os.environ[", "os.putenv", "import click",
+    ):  # fmt: skip
+        assert forbidden not in text, forbidden
+
+
+@every_file
+def test_every_file_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(tree(path))
+
+
+# --- names that may be used ---------------------------------------------------------------------
+
+
+def defined(path: Path) -> tuple[set[str], set[str]]:
+    """Public functions, classes and constants made here; names that are imported here."""
+    made: set[str] = set()
+    taken: set[str] = set()
+    for node in tree(path).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            made.add(node.name)
+        elif isinstance(node, ast.Assign):
+            made.update(
+                one.id
+                for target in node.targets
+                for one in ast.walk(target)
+                if isinstance(one, ast.Name)
+            )
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            made.add(node.target.id)
+        elif isinstance(node, ast.ImportFrom):
+            taken.update(alias.asname or alias.name for alias in node.names)
+    return {name for name in made if not name.startswith("_")}, taken
+
+
+def listed(path: Path) -> list[str] | None:
+    for node in tree(path).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return None
+
+
+def in_order(names: list[str]) -> list[str]:
+    """CONSTANTS, Classes, functions, each by the alphabet, as the linter sorts them."""
+
+    def rank(name: str) -> tuple[int, str]:
+        kind = 0 if name.isupper() else 1 if name[:1].isupper() else 2
+        return kind, name
+
+    return sorted(names, key=rank)
+
+
+@every_file
+def test_every_list_of_public_names_is_sorted_and_exists(path: Path) -> None:
+    names = listed(path)
+    if names is None:
+        made, _ = defined(path)
+        assert not made, f"{path} makes public names and has no __all__"
+        return
+    made, taken = defined(path)
+    assert names == in_order(names)
+    assert len(names) == len(set(names))
+    if module_of(path) != "geoscope":
+        assert set(names) <= made | taken
+
+
+@cache
+def uses() -> set[tuple[str, str]]:
+    """(module, name) of everything that one file of the package takes from another."""
+    found = set()
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("geoscope"):
+                found.update((str(node.module), alias.name) for alias in node.names)
+    return found
+
+
+@every_file
+def test_what_others_import_is_listed(path: Path) -> None:
+    """Complete: a name that another file takes stands in __all__ (submodules need not)."""
+    module = module_of(path)
+    names = set(listed(path) or ())
+    modules = {module_of(one) for one in FILES}
+    taken = {name for where, name in uses() if where == module and f"{where}.{name}" not in modules}
+    assert taken - {"__version__"} <= names
+
+
+PUBLIC = {
+    *("METRICS", "GeoscopeError", "Interrupted", "LayerRecord", "Options", "Progress"),
+    *("Report", "Status", "compare", "read_report", "write_report"),
+}
+
+
+def test_the_front_door_offers_these_names_and_no_others() -> None:
+    assert set(geoscope.__all__) == PUBLIC
+    assert dir(geoscope) == sorted([*PUBLIC, "__version__"])
+    for name in PUBLIC:
+        assert getattr(geoscope, name) is not None
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", geoscope.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'compute'"):
+        _ = geoscope.compute  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_front_door_opens_without_torch() -> None:
+    code = "import sys, geoscope; geoscope.Report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    (block,) = [node for node in tree(PACKAGE / "__init__.py").body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname or alias.name
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == PUBLIC
+    assert (PACKAGE / "py.typed").exists()
+
+
+# --- the tree of errors -------------------------------------------------------------------------
+
+
+def raised_on_purpose() -> dict[str, type[BaseException]]:
+    """Every exception class that the package defines."""
+    found: dict[str, type[BaseException]] = {}
+    for path in FILES:
+        if module_of(path) == "geoscope.__main__":
+            continue
+        names = [node.name for node in tree(path).body if isinstance(node, ast.ClassDef)]
+        module = importlib.import_module(module_of(path)) if names else None
+        for name in names:
+            one = getattr(module, name)
+            if inspect.isclass(one) and issubclass(one, BaseException):
+                found[name] = one
+    return found
+
+
+def test_the_docstring_draws_the_tree_of_errors() -> None:
+    text = errors.__doc__ or ""
+    drawn: dict[str, str] = {}  # name → its parent
+    parents = {0: ""}
+    for line in text.splitlines():
+        match = re.fullmatch(r"( *)(?:[+-] )?([A-Z]\w+?)(?: {2,}.*)?", line)
+        if match is None:
+            continue
+        depth, name = len(match.group(1)), match.group(2)
+        parents[depth] = name
+        drawn[name] = parents[max((one for one in parents if one < depth), default=0)]
+    drawn["GeoscopeError"] = drawn["Stopped"] = ""
+    made = {
+        name: one
+        for name, one in vars(errors).items()
+        if inspect.isclass(one)
+        and issubclass(one, BaseException)
+        and one.__module__ == errors.__name__
+    }
+    assert set(drawn) == set(made)
+    for name, parent in drawn.items():
+        base = made[name].__bases__[0]
+        assert (base.__name__ if parent else base) in (parent, Exception, BaseException)
+        if parent:
+            assert issubclass(made[name], made[parent])
+
+
+def test_every_error_of_the_package_is_a_geoscope_error() -> None:
+    """So that the one boundary of the command line catches it; a signal is no error."""
+    found = raised_on_purpose()
+    assert len(found) >= 9
+    for name, one in found.items():
+        assert issubclass(one, errors.GeoscopeError) != (name == "Stopped"), name
+
+
+@every_file
+def test_no_exception_is_swallowed_without_a_reason(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        assert node.type is not None, f"{path}:{node.lineno}: a bare except"
+        if ast.unparse(node.type) in ("Exception", "BaseException"):
+            text = "".join(ast.unparse(part) for part in node.body)
+            passed_on = "raise" in text or "done.put" in text
+            assert passed_on or "#" in lines[node.lineno - 1], f"{path}:{node.lineno}"
