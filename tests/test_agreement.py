@@ -140,3 +140,27 @@ def _close(key: str, mine: float | None, theirs: float | None) -> bool:
     if key.startswith("angle"):
         return abs(mine - theirs) <= 1e-8
     return math.isclose(mine, theirs, rel_tol=1e-6, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["collapse", "anisotropy", "alignment"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_command_gives_the_numbers_of_compare(tmp_path: Path, kind: str, quick: bool) -> None:
+    """What a command takes decides how it factorises; the numbers do not depend on it."""
+    pairs = {name: pair for name, pair in _pairs().items() if "repeated" not in name}
+    stored = {name: (a.bfloat16(), b.bfloat16()) for name, (a, b) in pairs.items()}
+    whole = _compare(tmp_path, stored)
+    options = Options(ks=KS, quick=quick)
+    part = compare(tmp_path / "base", tmp_path / "tuned", kind=kind, options=options)
+    for mine, theirs in zip(part.layers, whole.layers, strict=True):
+        rank = int(np.linalg.matrix_rank(stored[mine.module][0].double().numpy()))
+        for key, value in mine.values.items():
+            if _undefined(key, dict(theirs.values), rank):
+                continue
+            if quick and value is None:
+                assert mine.status_of(key).is_null
+                continue
+            expected = theirs.raw.get(key) if value is None else theirs.values[key]
+            got = mine.raw.get(key) if value is None else value
+            assert _close(key, got, expected), (mine.name, key)
+            assert mine.status_of(key) == theirs.status_of(key)
+        assert quick or mine.verdict is None or mine.verdict["code"] == theirs.verdict["code"]

@@ -159,7 +159,7 @@ def _packed_floats(tensors: Mapping[str, TensorInfo]) -> Refused | None:
         if scale is not None:
             return Refused(called, f"tensor {scale}", _BF16)
     narrow = _first(
-        tensors, lambda name: tensors[name].dtype.startswith(("float8", "float6", "float4"))
+        tensors, lambda name: tensors[name].dtype.startswith(("float8_", "float6_", "float4_"))
     )
     if narrow is not None:
         dtype = tensors[narrow].dtype

@@ -11,6 +11,7 @@ from geoscope.cli import output
 from geoscope.cli.cache import results_folder
 from geoscope.cli.fail_on import Condition, holding, parse_fail_on
 from geoscope.errors import OptionError, first_names
+from geoscope.profile import Profile, profiling, stage
 
 if TYPE_CHECKING:
     from geoscope.analysis import Options
@@ -85,8 +86,9 @@ def _run(kind: str, base: str, tuned: list[str], options: dict[str, Any]) -> Non
         for one in tuned:
             _survey(base, one, chosen, options)
         return
+    profile = Profile()
     try:
-        with output.progress(quiet=options["quiet"]) as progress:
+        with profiling(profile), output.progress(quiet=options["quiet"]) as progress:
             report = run(
                 base,
                 *tuned,
@@ -100,8 +102,18 @@ def _run(kind: str, base: str, tuned: list[str], options: dict[str, Any]) -> Non
             output.emit(stop.report, options)
         output.say(f"geoscope: {stop}; the report is partial")
         raise typer.Exit(128 + stop.signum) from None
-    output.emit(report, options)
+    with profiling(profile), stage("render"):
+        output.emit(report, options)
+    if options["verbose"] and not options["quiet"]:
+        output.say(_profile_text(profile))
     raise typer.Exit(_exit_code(report, conditions, options))
+
+
+def _profile_text(profile: Profile) -> str:
+    """Where the time went, summed over the threads."""
+    total = sum(profile.seconds.values())
+    parts = [f"{name} {seconds / total:.0%}" for name, seconds in profile.seconds.items()]
+    return f"time: {total:.1f} s over all threads: {', '.join(parts)}"
 
 
 def _exit_code(report: Report, conditions: tuple[Condition, ...], options: dict[str, Any]) -> int:

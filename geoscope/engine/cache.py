@@ -47,20 +47,23 @@ class ResultCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        except OSError:
+            return
+        try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(result, file, allow_nan=False)
             Path(scratch).replace(path)
         except OSError:
-            return
+            Path(scratch).unlink(missing_ok=True)
 
     def files(self) -> Iterator[Path]:
-        """Every file the cache holds."""
-        yield from sorted(self.folder.glob("??/*"))
+        """The file of every result."""
+        yield from sorted(self.folder.glob("??/*.json"))
 
     def clear(self) -> int:
         """Removes everything; the number of results that were removed."""
         removed = 0
-        for path in self.files():
+        for path in sorted(self.folder.glob("??/*")):  # what a killed run left, too
             path.unlink(missing_ok=True)
             removed += path.suffix == ".json"
         for folder in sorted(self.folder.glob("??")):

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from geoscope.engine.plan import Batch
 from geoscope.linalg.blas import one_thread
+from geoscope.profile import stage
 from geoscope.records import WeightPair
 
 __all__ = ["Outcome", "one_blas_thread", "stream"]
@@ -116,14 +118,17 @@ def stream(
             del item
             if not stop.is_set():
                 try:
-                    done.put(_attempt(batch, stacks, work))
+                    done.put(_attempt(batch, stacks, work, device))
                 except BaseException as error:
                     done.put(error)
             del stacks
             gate.leave(batch.working_bytes)
 
-    threads = [threading.Thread(target=reader, daemon=True)]
-    threads += [threading.Thread(target=worker, daemon=True) for _ in range(workers)]
+    # Each thread runs in a copy of this context: a profile that is being taken goes with it.
+    threads = [
+        threading.Thread(target=copy_context().run, args=(job,), daemon=True)
+        for job in (reader, *[worker] * workers)
+    ]
     with one_blas_thread():
         for thread in threads:
             thread.start()
@@ -152,19 +157,29 @@ def _drain(ready: queue.Queue[_Item | None]) -> None:
         ready.put(None)
 
 
+@stage("read")
 def _load(batch: Batch, read: Read, device: torch.device) -> tuple[Tensor, ...]:
-    """The stacks (b, m, n) of a batch on the device, in storage dtypes."""
+    """The stacks (b, m, n) of a batch, in storage dtypes; on the device if it has room for them."""
     rows = [read(pair) for pair in batch.pairs]
     if len(rows) == 1:
-        return tuple(one.unsqueeze(0).to(device) for one in rows[0])
-    return tuple(torch.stack([row[i] for row in rows]).to(device) for i in range(len(rows[0])))
+        stacks = tuple(one.unsqueeze(0) for one in rows[0])
+    else:
+        stacks = tuple(torch.stack([row[i] for row in rows]) for i in range(len(rows[0])))
+    try:
+        return tuple(one.to(device) for one in stacks)
+    except torch.OutOfMemoryError:
+        return stacks
 
 
-def _attempt(batch: Batch, stacks: tuple[Tensor, ...], work: Work[T]) -> list[Outcome[T]]:
+def _attempt(
+    batch: Batch, stacks: tuple[Tensor, ...], work: Work[T], device: torch.device
+) -> list[Outcome[T]]:
     """The batch; in halves when the device runs out of memory, and at last on the CPU."""
+    elsewhere = f"computed on the CPU: {device.type} ran out of memory"
+    note = None if next(iter(stacks)).device.type == device.type else elsewhere
     try:
         results = work(batch, *stacks)
-        return [Outcome(pair, one) for pair, one in zip(batch.pairs, results, strict=True)]
+        return [Outcome(pair, one, note) for pair, one in zip(batch.pairs, results, strict=True)]
     except torch.OutOfMemoryError:
         pass  # outside of the handler the failed attempt's tensors are free
     if len(batch.pairs) > 1:
@@ -172,9 +187,7 @@ def _attempt(batch: Batch, stacks: tuple[Tensor, ...], work: Work[T]) -> list[Ou
         outcomes = []
         for part in (slice(None, half), slice(half, None)):
             smaller = replace(batch, pairs=batch.pairs[part])
-            outcomes += _attempt(smaller, tuple(one[part] for one in stacks), work)
+            outcomes += _attempt(smaller, tuple(one[part] for one in stacks), work, device)
         return outcomes
     result = next(iter(work(batch, *(one.cpu() for one in stacks))))
-    device = next(iter(stacks)).device.type
-    note = f"computed on the CPU: {device} ran out of memory"
-    return [Outcome(next(iter(batch.pairs)), result, note)]
+    return [Outcome(next(iter(batch.pairs)), result, elsewhere)]

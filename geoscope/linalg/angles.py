@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoscope.profile import stage
+
 __all__ = ["orthonormalise", "principal_angles"]
 
 
+@stage("angles")
 def principal_angles(Q0: Tensor, Q1: Tensor) -> Tensor:
     """Principal angles of span(Q0) and span(Q1), ascending, in radians.
 

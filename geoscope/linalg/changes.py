@@ -22,6 +22,7 @@ from geoscope.linalg.storage import (
     rounding_cell,
     squared_spacing,
 )
+from geoscope.profile import stage
 
 __all__ = [
     "Side",
@@ -62,6 +63,7 @@ class Side:
     counts: Tensor
 
 
+@stage("entries")
 def side(weight: Tensor) -> Side:
     """Norm, rounding noise and the values of one finite stored matrix (any shape and dtype).
 
@@ -114,6 +116,7 @@ class Unchanged:
     exact: float
 
 
+@stage("entries")
 def nonfinite_entries(weight: Tensor) -> int:
     """Number of NaN and Inf entries."""
     flat = weight.reshape(-1)
@@ -125,6 +128,7 @@ def nonfinite_entries(weight: Tensor) -> int:
     return sum(int((block & exponent).eq_(exponent).sum()) for block in codes.split(_BLOCK))
 
 
+@stage("entries")
 def unchanged(base: Tensor, tuned: Tensor) -> Unchanged:
     """The three shares of METHODS §2.1. base, tuned: equal shape, storage dtypes."""
     relative = absolute = exact = 0
@@ -140,6 +144,7 @@ def unchanged(base: Tensor, tuned: Tensor) -> Unchanged:
     return Unchanged(relative / total, absolute / total, exact / total)
 
 
+@stage("entries")
 def changed_mask(base: Tensor, tuned: Tensor) -> Tensor:
     """Entries that moved by the relative rule, bool, shape of `base`."""
     parts = []
@@ -158,6 +163,7 @@ def _through_bf16(block: Tensor) -> Tensor:
     return block.to(torch.bfloat16).to(torch.float32)
 
 
+@stage("nulls")
 def expected_unchanged(base: Side, tuned_format: FloatFormat, spread: float) -> Unchanged:
     """What `unchanged` gives on average for an isotropic update of entry sd `spread`.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
+from geoscope.profile import stage
 
 __all__ = ["Leading", "leading_triplets"]
 
@@ -34,6 +35,8 @@ _MOST_OF_Q = 0.45
 _TOLERANCE = 5e-7
 # Relative move of the leading Ritz values between two checks below which they stand still.
 _STILL = 1e-9
+# A new direction shorter than this, relative to what was taken out of it, is cleaned once more.
+_LOST = 1e-4
 # From this many triplets on, a space of 4k dimensions in which fewer than k/16 have converged is
 # given up: the spectrum is flat, and the exact method is cheaper than a space that large.
 _HOPE_FROM = 32
@@ -58,6 +61,7 @@ class Leading:
     converged: bool
 
 
+@stage("lanczos")
 def leading_triplets(
     A: Operand, k: int, *, seed: int = 0, start: Tensor | None = None, budget: int | None = None
 ) -> Leading:
@@ -161,15 +165,25 @@ class _Space:
         size, begin = len(self.following), self.filled
         self._basis[begin : begin + size] = self.following
         self.filled += size
-        basis = self._basis[: self.filled]
         image = apply(self.following)
-        coefficients = torch.zeros(size, self.filled)
-        for _ in range(2):  # twice is enough (Parlett 1998, §6.9)
-            part = blas.gemm(image, basis, torch.empty_like(coefficients), Bt=True)
-            image -= blas.gemm(part, basis, torch.empty_like(image))
-            coefficients += part
+        coefficients = self._orthogonalise(image)
         self._projection[begin : self.filled, : self.filled] = coefficients
         self.following, self._remainder = _split(image)
+        if float(self._remainder.diagonal().abs().min()) < _LOST * float(coefficients.norm()):
+            # Some direction is little more than the rounding of the subtraction: once it has unit
+            # length, what it kept of the basis is no longer small.
+            self._orthogonalise(self.following)
+            self.following = _orthonormal_rows(self.following.double())
+
+    def _orthogonalise(self, rows: Tensor) -> Tensor:
+        """Takes the basis out of `rows`, in place; returns what was taken out, as coordinates."""
+        basis = self._basis[: self.filled]
+        coefficients = torch.zeros(len(rows), self.filled)
+        for _ in range(2):  # twice is enough (Parlett 1998, §6.9)
+            part = blas.gemm(rows, basis, torch.empty_like(coefficients), Bt=True)
+            rows -= blas.gemm(part, basis, torch.empty_like(rows))
+            coefficients += part
+        return coefficients
 
     @property
     def is_full(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geoscope.linalg import blas
+from geoscope.profile import stage
 
 __all__ = ["Operand"]
 
@@ -52,6 +53,7 @@ class Operand:
         whole = self.plus.to(torch.float64, copy=True)
         return whole if self.minus is None else whole.sub_(self.minus)
 
+    @stage("entries")
     def norm(self) -> Tensor:
         """Frobenius norms, (b,)."""
         if self.plus.device.type != "cpu":
@@ -62,6 +64,7 @@ class Operand:
         ]
         return torch.tensor(squares, dtype=torch.float64).sqrt()
 
+    @stage("gram")
     def gram(self) -> Tensor:
         """Gram matrices of the shorter side, (b, q, q): AᵀA if tall, AAᵀ if wide."""
         if self.plus.device.type != "cpu":
@@ -87,6 +90,7 @@ class Operand:
             gram[stop:, start:stop] = gram[start:stop, stop:].T
         return gram
 
+    @stage("gram")
     def gram32(self) -> Tensor:
         """The Gram matrix of the shorter side of one matrix in fp32 (q, q), on the CPU.
 
@@ -104,6 +108,7 @@ class Operand:
             whole.narrow(axis, part.start, part.stop - part.start).copy_(block)
         return whole
 
+    @stage("products")
     def right(self, X: Tensor) -> Tensor:
         """X·Aᵀ for rows X (b, k, n): the images A·x as rows, (b, k, m)."""
         if self.plus.device.type != "cpu":
@@ -117,6 +122,7 @@ class Operand:
                     blas.gemm(rows[:, part], block, out[i], add=True, Bt=True)
         return out
 
+    @stage("products")
     def left(self, Y: Tensor) -> Tensor:
         """Y·A for rows Y (b, k, m): the images Aᵀ·y as rows, (b, k, n)."""
         if self.plus.device.type != "cpu":
@@ -145,10 +151,11 @@ class Operand:
         for start in range(0, length, _BLOCK):
             count = min(_BLOCK, length - start)
             block = buffer.narrow(axis, 0, count)
-            block.copy_(plus.narrow(axis, start, count))
-            if minus is not None and scratch is not None:
-                other = scratch.narrow(axis, 0, count)
-                block.sub_(other.copy_(minus.narrow(axis, start, count)))
+            with stage("upcast"):
+                block.copy_(plus.narrow(axis, start, count))
+                if minus is not None and scratch is not None:
+                    other = scratch.narrow(axis, 0, count)
+                    block.sub_(other.copy_(minus.narrow(axis, start, count)))
             part = slice(start, start + count)
             if rounded is None:
                 yield part, block

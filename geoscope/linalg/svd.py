@@ -22,6 +22,7 @@ from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
+from geoscope.profile import stage
 
 __all__ = ["Factors", "factorise", "factorise_leading"]
 
@@ -139,16 +140,18 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     if float(gram.diagonal().sum()) == 0:
         return _of_zero(A, vectors)
     diagonal = gram.diagonal().clone()
-    d, e, tau = blas.tridiagonalise(gram)
-    energies = blas.eigenvalues(d, e)
-    S = energies.clamp_min(0).sqrt()
     short = residuals = None
     try:
+        with stage("eigenvalues"):
+            d, e, tau = blas.tridiagonalise(gram)
+            energies = blas.eigenvalues(d, e)
+        S = energies.clamp_min(0).sqrt()
         mended = _mend_tail(A, gram, d, e, tau, S)
         if vectors:
-            short = blas.eigenvectors(gram, d, e, tau, range(vectors))
-            gram.diagonal().copy_(diagonal)
-            images = blas.symmetric_times(gram, short)
+            with stage("eigenvectors"):
+                short = blas.eigenvectors(gram, d, e, tau, range(vectors))
+                gram.diagonal().copy_(diagonal)
+                images = blas.symmetric_times(gram, short)
             residuals = torch.linalg.vector_norm(images - energies[:vectors, None] * short, dim=-1)
     except NumericsError as error:
         return _exact(A, vectors, torch.float64, reason=str(error))
@@ -205,6 +208,7 @@ def _of_zero(A: Operand, vectors: int) -> Factors:
 # --- a stack on another device ------------------------------------------------------------------
 
 
+@stage("eigenvectors")
 def _stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     """Batched Gram matrices and eigen-decompositions, in torch."""
     gram = A.gram()
@@ -292,6 +296,7 @@ def _exact(A: Operand, vectors: int, dtype: torch.dtype, *, reason: str | None) 
     )
 
 
+@stage("exact svd")
 def _exact_one(
     A: Operand, vectors: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

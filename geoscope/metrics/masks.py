@@ -15,6 +15,7 @@ from torch import Tensor
 
 from geoscope.linalg import quantile
 from geoscope.linalg.changes import unchanged_probability
+from geoscope.profile import stage
 
 __all__ = [
     "MASK_DENSITY",
@@ -44,6 +45,7 @@ class MaskOverlaps:
     changed: int
 
 
+@stage("masks")
 def mask_overlaps(
     base: Tensor, reconstruction: Tensor | None, changed: Tensor, *, density: float = MASK_DENSITY
 ) -> MaskOverlaps:

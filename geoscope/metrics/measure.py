@@ -14,6 +14,7 @@ from geoscope.metrics.metric import Instance
 from geoscope.metrics.nulls import angle_rms, iid_spectra
 from geoscope.metrics.precision import floor_status
 from geoscope.metrics.spectrum import participation_ratio, top_share
+from geoscope.profile import stage
 from geoscope.records import Status
 
 __all__ = ["Measured", "measure", "measure_nothing", "verdict_dimension"]
@@ -41,6 +42,7 @@ def verdict_dimension(shape: tuple[int, int], rank: int = 0) -> int:
     return max(1, min(max(64, rank), min(shape) // 8))
 
 
+@stage("metrics")
 def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) -> list[Measured]:
     """Value, null and status of every selected instance, for each matrix of the stack."""
     values = {name: tensor.cpu() for name, tensor in factors.values.items()}

@@ -18,6 +18,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from geoscope.metrics.size import relative_update
+from geoscope.profile import stage
 
 __all__ = [
     "angle_rms",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 
+@stage("nulls")
 def iid_spectra(m: int, n: int, seed: int) -> Tensor:
     """Singular values of max(4, ⌈4096/q⌉) Gaussian m×n matrices: (draws, q), descending.
 
@@ -80,6 +82,7 @@ def marchenko_pastur_median(beta: float) -> float:
     return float(brentq(below, low + 1e-9, high, xtol=1e-13))  # pyright: ignore[reportArgumentType]
 
 
+@stage("nulls")
 def angle_rms(
     base_S: Tensor, spread: Tensor, *, k: int, side: str, shape: tuple[int, int]
 ) -> Tensor:

@@ -170,16 +170,19 @@ class _Numbers:
             # An angle below resolution is smaller than what rounding alone turns: that bounds it.
             known += [(self.row.floors[key], key) for key in sides if key in self.row.floors]
         value, side = max(known, default=(None, ""))
-        null = self.row.nulls.get(side, 0.0)
+        null = self.row.nulls.get(side)
         applies = [self.row.status.get(key) is not Status.NOT_APPLICABLE for key in sides]
         return _Check(
             code=rule,
             name="mean angle",
             value=value,
             sign=sign,
-            limit=max(self.limits[threshold], self.limits[f"{threshold}_over_null"] * null),
+            limit=max(
+                self.limits[threshold], self.limits[f"{threshold}_over_null"] * (null or 0.0)
+            ),
             standing=THRESHOLDS[threshold].standing,
-            left_out=not any(applies),
+            # Without its null (leading values alone do not give it) an angle cannot be judged.
+            left_out=not any(applies) or (bool(side) and null is None),
         )
 
 
@@ -353,6 +356,8 @@ def judge_model(
     code, share = _model_code(judged, shares)
     flagged = _flagged(names, energy, judged)
     text = _sentence(code, judged, rows, limits) + _flag_text(names, modules, judged, flagged)
+    if rows and all(row.status.get("nss") is Status.NOT_APPLICABLE for row in rows):
+        text += " Judged on leading directions alone: NSS, rank ratio and angles are left out."
     return Verdict(
         code=code,
         share=share,

@@ -68,7 +68,8 @@ def no_thread_is_left() -> Iterator[None]:
     """Whatever a test does to the pipeline, its threads end with it."""
     before, threads = set(threading.enumerate()), torch.get_num_threads()
     yield
-    gc.collect()
+    if not set(threading.enumerate()) <= before:
+        gc.collect()  # closes a pipeline that an exception still refers to
     assert set(threading.enumerate()) <= before
     assert torch.get_num_threads() == threads
 
@@ -120,8 +121,8 @@ def test_work_runs_on_as_many_threads_as_asked_for() -> None:
 
 
 def test_workers_keep_to_one_blas_thread_and_the_caller_gets_his_back() -> None:
+    before, counts = torch.get_num_threads(), []
     torch.set_num_threads(2)
-    counts = []
 
     def counted(batch: Batch, *stacks: Tensor) -> list[None]:
         counts.append(torch.get_num_threads())
@@ -135,7 +136,7 @@ def test_workers_keep_to_one_blas_thread_and_the_caller_gets_his_back() -> None:
             raise KeyError
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
 
 
 # --- what is in flight --------------------------------------------------------------------------
@@ -197,19 +198,18 @@ def test_without_memory_one_batch_at_a_time_still_gets_through() -> None:
     assert weighed([10] * 6, 0, 3).most == 1
 
 
-def test_ample_memory_is_used() -> None:
-    assert weighed([10] * 30, 10**6, 3).most > 3  # those in work, and what is read ahead
-
-
 def test_memory_is_free_again_after_a_batch_that_was_done_in_halves() -> None:
     def work_in_halves(batch: Batch, *stacks: Tensor) -> list[str]:
         if len(batch.pairs) > 1:
             raise torch.OutOfMemoryError
         return [one.name for one in batch.pairs]
 
-    batches = batches_of([100] * 5, pairs=4)
-    outcomes = run(batches, work=work_in_halves, memory=100)
-    assert len(list(outcomes)) == 20  # would wait for ever if a half kept its bytes
+    found: list[Outcome[str]] = []
+    outcomes = run(batches_of([100] * 5, pairs=4), work=work_in_halves, memory=100)
+    consumer = threading.Thread(target=lambda: found.extend(outcomes), daemon=True)
+    consumer.start()
+    consumer.join(PATIENCE)  # it waits for ever if a half keeps its bytes
+    assert len(found) == 20
 
 
 # --- read-ahead ---------------------------------------------------------------------------------
@@ -357,36 +357,48 @@ def test_a_stack_that_does_not_fit_is_halved_until_it_does(fits: int) -> None:
     assert all(one.note is None for one in outcomes)  # a smaller stack on the same device
 
 
-class Small:
-    """A tensor on a device that has no room: only what is brought to the CPU can be worked on."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def unsqueeze(self, axis: int) -> Small:
-        return Small(self.tensor.unsqueeze(axis))
-
-    def to(self, device: torch.device) -> Small:
-        return self
-
-    def cpu(self) -> Tensor:
-        return self.tensor
+GPU = torch.device("cuda", 0)
 
 
-def test_a_single_pair_that_does_not_fit_is_computed_on_the_cpu_and_says_so() -> None:
-    def on_small_device(one: WeightPair) -> tuple[Any, ...]:
-        return tuple(Small(part) for part in read(one)) if one.name == "w1" else read(one)
+@dataclass
+class Elsewhere:
+    """Stands for a tensor of a machine with a GPU, of which `held` holds the numbers."""
+
+    held: Tensor
+    device: torch.device = CPU
+    room: bool = True  # for this tensor on the GPU
+
+    def unsqueeze(self, axis: int) -> Elsewhere:
+        return replace(self, held=self.held.unsqueeze(axis))
+
+    def to(self, device: torch.device) -> Elsewhere:
+        if not self.room:
+            raise torch.OutOfMemoryError("no room for the tensor itself")
+        return replace(self, device=device)
+
+    def cpu(self) -> Elsewhere:
+        return replace(self, device=CPU)
+
+
+def on_gpu(*, full_for: str, moves: bool) -> dict[str, Outcome[Any]]:
+    """Three pairs on a GPU whose memory does not suffice for one of them, before or in its work."""
+
+    def bring(one: WeightPair) -> tuple[Any, ...]:
+        room = moves or one.name != full_for
+        return tuple(Elsewhere(part, room=room) for part in read(one))
 
     def limited(batch: Batch, base: Any, tuned: Any) -> list[tuple[str, float, float]]:
-        if isinstance(base, Small):
-            raise torch.OutOfMemoryError("no room")
-        return work(batch, base, tuned)
+        if base.device == GPU and batch.pairs[0].name == full_for:
+            raise torch.OutOfMemoryError("no room for the work")
+        return work(batch, base.held, tuned.held)
 
-    outcomes = {
-        one.pair.name: one for one in run(batches_of([10] * 3), read=on_small_device, work=limited)
-    }
+    outcomes = run(batches_of([10] * 3), read=bring, work=limited, device=GPU)
+    return {one.pair.name: one for one in outcomes}
+
+
+@pytest.mark.parametrize("moves", [True, False], ids=["in_work", "on_the_way"])
+def test_a_single_pair_that_does_not_fit_is_computed_on_the_cpu_and_says_so(moves: bool) -> None:
+    outcomes = on_gpu(full_for="w1", moves=moves)
     assert {name: one.note for name, one in outcomes.items()} == {
         "w0": None,
         "w1": "computed on the CPU: cuda ran out of memory",

@@ -1,0 +1,42 @@
+"""The computing part of `geoscope compare` alone: the Python API, without imports or a cache.
+
+Prints one line of JSON: seconds and the number of weight matrices.
+
+    python benchmarks/computing.py BASE TUNED [--k 8,64] [--quick] [--masks] [--curves]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+from geoscope.analysis import Options, compare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("base")
+    parser.add_argument("tuned")
+    parser.add_argument("--k", default="8,64", help="subspace dimensions")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--masks", action="store_true")
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    options = Options(
+        ks=tuple(int(k) for k in given.k.split(",")),
+        quick=given.quick,
+        masks=given.masks,
+        curves=given.curves,
+        device=given.device,
+        cache=None,
+    )
+    started = time.perf_counter()
+    report = compare(given.base, given.tuned, options=options)
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "matrices": len(report.coverage.matched)}))
+
+
+if __name__ == "__main__":
+    main()

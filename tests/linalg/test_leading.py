@@ -1,0 +1,127 @@
+"""Leading triplets are certified: what is returned is right, or the exact method was taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matrices import gaussian, generator, orthonormal, updated
+from torch import Tensor
+
+from geoscope.linalg import Operand, factorise, factorise_leading
+from geoscope.linalg.leading import leading_triplets
+
+
+def realistic(m: int, n: int, *, seed: int = 0) -> Tensor:
+    """A bulk with log-normal rows and 24 power-law outliers, as weights of language models have."""
+    rows = torch.exp(0.3 * gaussian(m, 1, seed=seed, sd=1.0))
+    bulk = rows * gaussian(m, n, seed=seed + 1)
+    edge = float(torch.linalg.matrix_norm(bulk, 2))
+    scale = 3 * edge * torch.arange(1, 25, dtype=torch.float64) ** -0.5
+    U, V = orthonormal(m, 24, seed=seed + 2), orthonormal(n, 24, seed=seed + 3)
+    return bulk + (U * scale) @ V.T
+
+
+SHAPES = {"square": (400, 400), "tall": (1200, 300), "wide": (300, 1200), "one_off": (401, 400)}
+
+
+@pytest.mark.parametrize("k", [1, 5, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_triplets_are_those_of_the_svd(shape: str, k: int, dtype: torch.dtype) -> None:
+    stored = realistic(*SHAPES[shape]).to(dtype)
+    U, S, Vh = torch.linalg.svd(stored.double(), full_matrices=False)
+    found = leading_triplets(Operand(stored[None]), k)
+    assert found.converged
+    assert float((found.S - S[:k]).abs().max()) <= 1e-9 * float(S[0])
+    for basis, exact in ((found.Vh, Vh[:k]), (found.U, U[:, :k].T)):
+        assert _sine(basis, exact) < 1e-5
+        eye = torch.eye(k, dtype=torch.float64)
+        torch.testing.assert_close(basis @ basis.T, eye, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_stated_bounds_hold(shape: str) -> None:
+    stored = realistic(*SHAPES[shape], seed=7).to(torch.bfloat16)
+    _, S, Vh = torch.linalg.svd(stored.double(), full_matrices=False)
+    for k in (2, 8, 16):
+        found = leading_triplets(Operand(stored[None]), k)
+        assert float((found.S - S[:k]).abs().max()) <= found.residual * float(S[0])
+        assert _sine(found.Vh, Vh[:k]) <= found.sine
+        residual = stored.double() @ found.Vh.T - found.U.T * found.S
+        backward = stored.double().T @ found.U.T - found.Vh.T * found.S
+        worst = max(float(part.norm(dim=0).max()) for part in (residual, backward))
+        assert worst <= found.residual * float(S[0]) * 1.01 + 1e-12
+
+
+def test_an_update_is_subtracted_in_fp64_before_it_is_rounded() -> None:
+    # The update lies five orders below the base, and rank 4 is all it has: the Krylov space is
+    # exhausted after one block, and what follows is rounding.
+    base = realistic(300, 300).to(torch.float32)
+    direction = gaussian(300, 4, seed=3) @ gaussian(4, 300, seed=4)
+    tuned = updated(base.double(), direction, 1e-5).to(torch.float32)
+    exact = torch.linalg.svdvals(tuned.double() - base.double())[:4]
+    found = leading_triplets(Operand(tuned[None], base[None]), 4)
+    torch.testing.assert_close(found.S, exact, rtol=1e-9, atol=0)
+
+
+def test_a_flat_spectrum_takes_the_exact_path_and_says_so() -> None:
+    flat = gaussian(800, 800, seed=5).to(torch.bfloat16)
+    found = factorise_leading(Operand(flat[None]), 40, cuts=(40,))
+    assert "flat spectrum" in (found.methods[0]["fallback"] or "")
+    whole = factorise(Operand(flat[None]), vectors=40, cuts=(40,))
+    torch.testing.assert_close(found.S, whole.S[:, :40])
+
+
+def test_too_small_a_budget_is_noticed_and_falls_back() -> None:
+    stored = realistic(500, 500).to(torch.bfloat16)[None]
+    short = leading_triplets(Operand(stored), 16, budget=24)
+    assert not short.converged
+    assert short.residual > 1e-5
+    found = factorise_leading(Operand(stored), 16, cuts=(16,), budget=24)
+    assert found.methods[0]["how"].startswith("gram")
+    assert found.methods[0]["fallback"] is not None
+    exact = torch.linalg.svdvals(stored[0].double())[:16]
+    torch.testing.assert_close(found.S[0], exact, rtol=1e-10, atol=0)
+
+
+def test_a_warm_start_changes_the_work_and_not_the_answer() -> None:
+    base = realistic(400, 400).to(torch.bfloat16)
+    tuned = updated(base.double(), gaussian(400, 400, seed=9), 1e-3).to(torch.bfloat16)
+    before = leading_triplets(Operand(base[None]), 8)
+    cold = leading_triplets(Operand(tuned[None]), 8)
+    warm = leading_triplets(Operand(tuned[None]), 8, start=before.Vh)
+    assert warm.converged
+    assert warm.dimension < cold.dimension
+    torch.testing.assert_close(warm.S, cold.S, rtol=1e-10, atol=0)
+    assert _sine(warm.Vh, cold.Vh) < 1e-5
+
+
+def test_equal_input_gives_equal_bytes() -> None:
+    stored = realistic(300, 500).to(torch.bfloat16)[None]
+    first, second = (leading_triplets(Operand(stored), 8) for _ in range(2))
+    assert torch.equal(first.Vh, second.Vh)
+    assert torch.equal(first.U, second.U)
+
+
+def test_a_zero_matrix_has_zero_values() -> None:
+    found = factorise_leading(Operand(torch.zeros(1, 300, 200)), 3)
+    assert torch.equal(found.S, torch.zeros(1, 3, dtype=torch.float64))
+
+
+def test_a_sketch_without_power_iterations_misses() -> None:
+    """Negative control: what the certificate is for."""
+    stored = realistic(600, 600)
+    U, S, _ = torch.linalg.svd(stored, full_matrices=False)
+    probe = torch.randn(600, 24, dtype=torch.float64, generator=generator(1))
+    Q = torch.linalg.qr(stored @ probe).Q
+    sketched, values, _ = torch.linalg.svd(Q @ (Q.T @ stored), full_matrices=False)
+    assert _sine(sketched[:, :16].T, U[:, :16].T) > 0.5
+    assert float((values[:16] - S[:16]).abs().max() / S[0]) > 1e-2
+    assert _sine(leading_triplets(Operand(stored[None]), 16).U, U[:, :16].T) < 1e-5
+
+
+def _sine(rows: Tensor, exact: Tensor) -> float:
+    """Largest sine between the spans of two sets of orthonormal rows."""
+    outside = rows - (rows @ exact.T) @ exact
+    return float(np.linalg.norm(outside.numpy(), 2))
