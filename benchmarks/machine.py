@@ -21,10 +21,20 @@ from typing import Any
 
 import geoscope
 
-__all__ = ["Run", "child", "environment", "facts", "geoscope_environment", "without_paths"]
+__all__ = [
+    "Run",
+    "child",
+    "cores",
+    "facts",
+    "geoscope_environment",
+    "set_aside_variables",
+    "without_paths",
+]
 
 _PACKAGES = ("torch", "numpy", "scipy", "safetensors")
 _FLAGS = ("avx2", "avx512f", "amx_tile")
+# Variables that steer BLAS and its threads.
+_STEERING = ("OMP_", "OPENBLAS_", "MKL_", "GOTO_", "BLIS_")
 # A path of two folders or more; what is written out holds none.
 _PATH = re.compile(r"(?<![\w.])(?:/[\w.+@-]+){2,}/?")
 
@@ -35,7 +45,16 @@ def geoscope_environment() -> dict[str, str]:
     return dict(found()) if found else {}
 
 
-def environment(*, ours: bool) -> dict[str, str]:
+def set_aside_variables() -> dict[str, str]:
+    """Takes the variables that steer BLAS out of this process and its children; what they were.
+
+    A machine that comes with OPENBLAS_CORETYPE or OMP_NUM_THREADS set measures that setting, not
+    what the packages do by themselves.
+    """
+    return {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(_STEERING)}
+
+
+def _environment(*, ours: bool) -> dict[str, str]:
     """Of a child process: as it is here, with `ours` what geoscope's command line adds."""
     return {**os.environ, **(geoscope_environment() if ours else {})}
 
@@ -56,10 +75,10 @@ def facts() -> dict[str, Any]:
         "cores": cores(),
         "flags": {flag: flag in flags for flag in _FLAGS} if flags else {},
         "variables": {
-            "set by the user": {
+            "found": {
                 name: value
                 for name, value in sorted(os.environ.items())
-                if name.startswith(("OMP_", "OPENBLAS_", "MKL_"))
+                if name.startswith(_STEERING)
             },
             "set by geoscope for itself": geoscope_environment(),
         },
@@ -116,7 +135,7 @@ def child(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         busy, started = _busy(), time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=out, stderr=err, cwd=folder, env=environment(ours=ours)
+            command, stdout=out, stderr=err, cwd=folder, env=_environment(ours=ours)
         )
         timer = threading.Timer(limit, process.kill)
         timer.start()

@@ -26,7 +26,7 @@ def loop(base: Path, tuned: Path, *, values_only: bool) -> int:
         with ExitStack() as stack:
             before = stack.enter_context(safe_open(file, framework="pt"))
             after = stack.enter_context(safe_open(tuned / file.name, framework="pt"))
-            for name in before.keys():  # noqa: SIM118 - a file handle, no mapping
+            for name in before.keys():
                 W0 = before.get_tensor(name).float()
                 W1 = after.get_tensor(name).float()
                 if W0.ndim != 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
 import os
 import signal
@@ -15,9 +17,13 @@ from geoscope.errors import GeoscopeError, OptionError, Stopped
 __all__ = ["blas_environment", "main"]
 
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
 def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
     os.environ.update(blas_environment())
+    _give_memory_back()
     from geoscope.cli import app
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -50,6 +56,12 @@ def blas_environment() -> dict[str, str]:
     if "AuthenticAMD" in text and all(f" {flag}" in text for flag in needed):
         chosen["OPENBLAS_CORETYPE"] = "SkylakeX"
     return {name: value for name, value in chosen.items() if name not in os.environ}
+
+
+def _give_memory_back() -> None:
+    """Large blocks go back to the system when they are freed (glibc keeps those below 32 MB)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _stop(signum: int, _frame: FrameType | None) -> None:

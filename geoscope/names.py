@@ -30,9 +30,9 @@ _WRAPPERS = (
     "module.",
     "_orig_mod.",
     "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
     "base_model.model.",
     ".base_layer",
-    "._checkpoint_wrapped_module",
 )
 
 # Spellings of one model across versions of transformers (issue 38627 there, 2574 in peft), then
@@ -96,8 +96,8 @@ def layer_index(name: str) -> int | None:
 def module_kind(name: str) -> str:
     """The kind of module: the last path part that is a word, e.g. `q_proj`.
 
-    Experts keep a mark, so that a router and an expert's projection never share a kind; parts of
-    BERT-like blocks that are all called `dense` keep their path inside the block.
+    Experts keep a mark, so that a router and an expert's projection never share a kind; parts of a
+    block that share a word (`dense` of BERT, `c_proj` of GPT-2) keep their path inside the block.
 
     >>> module_kind("model.layers.3.mlp.experts.7.gate_proj.weight")
     'experts.gate_proj'
@@ -110,7 +110,7 @@ def module_kind(name: str) -> str:
         return name
     kind = words[-1]
     block = _BLOCK.search(bare)
-    if kind in ("dense", "linear", "proj") and block is not None:
+    if kind in ("c_proj", "dense", "linear", "proj") and block is not None:
         return bare[block.end() :]
     if "experts" in words[:-1]:
         kind = f"experts.{kind}"
@@ -119,7 +119,7 @@ def module_kind(name: str) -> str:
 
 def is_embedding(name: str) -> bool:
     """Whether the parameter is a token, position or type embedding."""
-    return _EMBEDDING.search(name) is not None
+    return _EMBEDDING.search(name) is not None and not is_output_head(name)
 
 
 def is_output_head(name: str) -> bool:
@@ -132,9 +132,10 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=_natural_key)
 
 
-def _natural_key(name: str) -> tuple[tuple[int, str], ...]:
+def _natural_key(name: str) -> tuple[tuple[tuple[int, str], ...], str]:
     parts = re.split(r"([0-9]+)", name)  # words and numbers in turn
-    return tuple((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts))
+    key = tuple((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts))
+    return key, name  # `01` and `1` are one number and two names
 
 
 def parse_layers(text: str) -> frozenset[int]:

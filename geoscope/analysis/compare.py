@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from geoscope.analysis.prepare import prepare
 from geoscope.analysis.run import TunedRun, run_one
 from geoscope.analysis.selection import KINDS, OVERLAP_KINDS
 from geoscope.analysis.several import overlaps_of
-from geoscope.errors import OptionError
+from geoscope.errors import OptionError, Stopped
 from geoscope.records import Report
 
 __all__ = ["compare"]
@@ -61,7 +62,10 @@ def compare(
     report = assemble(prepared, runs, kind, options, argv, time.perf_counter() - started)
     if kind in OVERLAP_KINDS and len(runs) == len(prepared) and not runs[-1].interrupted:
         pairs = combinations(range(1, len(tuned) + 1), 2)
-        overlaps = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
+        try:
+            overlaps = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
+        except (KeyboardInterrupt, Stopped) as stop:
+            raise Interrupted(report, getattr(stop, "signum", int(signal.SIGINT))) from None
         report = replace(report, overlaps=tuple(overlaps))
     if reference is not None:
         ratios = anchored(runs[0], reference, os.fspath(anchor or ""))

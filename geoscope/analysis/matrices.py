@@ -66,8 +66,9 @@ def worker(
                 results[i] = _failed(one, kind, options, Status.NON_FINITE, reason)
             elif cache is not None:
                 keys[i] = _key(cache, kind, options, base[i], tuned[i])
-                if (kept := cache.get(keys[i])) is not None:
-                    results[i] = _recalled(one, kept, kind, options)
+                found = _recalled(one, cache.get(keys[i]), kind, options)
+                if found is not None:
+                    results[i] = found
         rest = [i for i in range(len(batch.pairs)) if i not in results]
         if rest:
             whole = len(rest) == len(batch.pairs)
@@ -104,18 +105,17 @@ def _kept(matrix: Matrix) -> dict[str, Any]:
     }
 
 
-def _recalled(one: WeightPair, kept: dict[str, Any], kind: str, options: Options) -> Matrix:
-    status = {key: Status(value) for key, value in kept["row"]["status"].items()}
-    row = Measured(**{**kept["row"], "status": status})
-    return Matrix(
-        pair=one,
-        row=row,
-        judged=_judged(row, two_sides(one.shape), kind, options),
-        method=kept["method"],
-        curves={key: tuple((x, y) for x, y in curve) for key, curve in kept["curves"].items()},
-        notes=tuple(kept["notes"]),
-        recalled=True,
-    )
+def _recalled(one: WeightPair, kept: Any, kind: str, options: Options) -> Matrix | None:
+    """The matrix of what `_kept` gave, judged anew; None for anything else."""
+    try:
+        status = {key: Status(value) for key, value in kept["row"]["status"].items()}
+        row = Measured(**{**kept["row"], "status": status})
+        method, notes = kept["method"], tuple(kept["notes"])
+        drawn = {key: tuple((x, y) for x, y in curve) for key, curve in kept["curves"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    judged = _judged(row, two_sides(one.shape), kind, options)
+    return Matrix(one, row, judged, method, drawn, notes, recalled=True)
 
 
 def _failed(one: WeightPair, kind: str, options: Options, status: Status, reason: str) -> Matrix:

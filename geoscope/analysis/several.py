@@ -10,6 +10,7 @@ from torch import Tensor
 from geoscope.analysis.options import Options
 from geoscope.analysis.prepare import Prepared
 from geoscope.engine import Batch, plan, stream
+from geoscope.errors import NumericsError
 from geoscope.linalg.changes import nonfinite_entries
 from geoscope.metrics.overlaps import overlap
 from geoscope.records import Overlap, WeightPair
@@ -31,10 +32,7 @@ def overlaps_of(
 
     def work(batch: Batch, *stacks: Tensor) -> list[tuple[Any, dict[str, float]] | None]:
         return [
-            None
-            if any(nonfinite_entries(one[i]) for one in stacks)
-            else overlap(*(one[i : i + 1] for one in stacks), ks=options.ks, solver=options.solver)
-            for i in range(len(batch.pairs))
+            _overlap([one[i : i + 1] for one in stacks], options) for i in range(len(batch.pairs))
         ]
 
     found = stream(
@@ -50,3 +48,15 @@ def overlaps_of(
         result = results[one.name]
         if result is not None:
             yield Overlap(one.name, a, b, *result)
+
+
+def _overlap(
+    stacks: Sequence[Tensor], options: Options
+) -> tuple[dict[str, float | int | None], dict[str, float]] | None:
+    """One matrix; None where it holds NaN or Inf, or where no solver converges."""
+    if any(nonfinite_entries(one) for one in stacks):
+        return None
+    try:
+        return overlap(*stacks, ks=options.ks, solver=options.solver)
+    except NumericsError:
+        return None

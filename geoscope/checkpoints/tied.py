@@ -45,7 +45,7 @@ def _token_embedding(tensors: Mapping[str, TensorInfo], head: str | None) -> str
     embeddings = [
         name
         for name, info in tensors.items()
-        if is_embedding(name) and not is_output_head(name) and _is_matrix(info)
+        if is_embedding(name) and _is_matrix(info)
         if layer_index(name) is None and not _OTHER_EMBEDDING.search(name)
     ]
     if head is not None:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from geoscope.cli import options as opt
 from geoscope.cli import output
 
 __all__ = ["demo"]
 
 
+@opt.with_options({name: opt.OUTPUT[name] for name in ("quiet", "debug")})
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to unpack it.")] = Path(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to unpack it.")] = Path(
         "geoscope-demo"
     ),
+    **options: Any,
 ) -> None:
     """The five-minute tour, on a small real run."""
     from geoscope.analysis import compare
     from geoscope.demo import unpack
     from geoscope.demo.story import story
 
+    quiet = options["quiet"]
     fresh = unpack(folder)
-    output.say(f"{'unpacked' if fresh else 'using'} the demo run in {folder}")
+    output.say(f"{'unpacked' if fresh else 'using'} the demo run in {folder}", quiet=quiet)
     steps = sorted((folder / "grpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    with output.progress(quiet=False) as progress:
+    with output.progress(quiet=quiet) as progress:
         report = compare(folder / "base", steps[-1], kind="collapse", progress=progress)
-    options = {"as_json": False, "out": None, "quiet": False, "verbose": False}
-    output.emit(report, options)
+    output.emit(report, {**options, "as_json": False, "out": None, "verbose": False})
     output.data(story(folder, steps, report))

@@ -7,52 +7,87 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["COMPUTE", "OUTPUT", "SELECT", "with_options"]
+__all__ = [
+    "COMPUTE",
+    "CURVES",
+    "DIMENSIONS",
+    "FAIL_ON",
+    "MASKS",
+    "OUTPUT",
+    "QUICK",
+    "SELECT",
+    "VERDICT",
+    "Spec",
+    "with_options",
+]
 
-# name → (type, default, declarations, help)
-_Spec = tuple[Any, Any, tuple[str, ...], str]
 
-SELECT: dict[str, _Spec] = {
-    "include": (
+@dataclass(frozen=True)
+class Spec:
+    """One option. metavar: what its value is called in the help; a switch has none."""
+
+    kind: Any
+    default: Any
+    names: tuple[str, ...]
+    help: str
+    metavar: str | None = None
+
+
+SELECT: dict[str, Spec] = {
+    "include": Spec(
         list[str] | None,
         None,
         ("--include", "-i"),
         "Only tensors whose name matches this regular expression (re.search); replaces the "
         "default scope. May be given again.",
+        "REGEX",
     ),
-    "exclude": (
+    "exclude": Spec(
         list[str] | None,
         None,
         ("--exclude", "-e"),
         "Leave out tensors whose name matches this regular expression. May be given again.",
+        "REGEX",
     ),
-    "layers": (str | None, None, ("--layers",), "Only these block indices, such as 0-3,7."),
+    "layers": Spec(
+        str | None, None, ("--layers",), "Only these block indices, such as 0-3,7.", "LIST"
+    ),
 }
 
-COMPUTE: dict[str, _Spec] = {
-    "k": (str, "8,64", ("--k",), "Subspace dimensions of the @k columns."),
-    "device": (str, "auto", ("--device",), "auto, cpu, cuda, cuda:N or mps."),
-    "dtype": (str, "float64", ("--dtype",), "Precision of the spectra: float64 or float32."),
-    "solver": (
+DIMENSIONS: dict[str, Spec] = {
+    "k": Spec(str, "8,64", ("--k",), "Subspace dimensions of the @k columns.", "K,K,…"),
+}
+
+COMPUTE: dict[str, Spec] = {
+    "device": Spec(str, "auto", ("--device",), "auto, cpu, cuda, cuda:N or mps.", "NAME"),
+    "dtype": Spec(
+        str, "float64", ("--dtype",), "Precision of the spectra: float64 or float32.", "NAME"
+    ),
+    "solver": Spec(
         str,
         "auto",
         ("--solver",),
         "auto: the fastest method whose error bound is met; exact: LAPACK's SVD throughout.",
+        "NAME",
     ),
-    "max_memory": (
+    "max_memory": Spec(
         str | None,
         None,
         ("--max-memory",),
         "Memory bound, such as 8GB; default 4 × the largest pair in fp32, plus 500 MB.",
+        "SIZE",
     ),
-    "jobs": (int | None, None, ("--jobs", "-j"), "Worker threads on the CPU; default one a core."),
-    "seed": (int, 0, ("--seed",), "Seed of the sampled nulls."),
-    "resume": (
+    "jobs": Spec(
+        int | None, None, ("--jobs", "-j"), "Worker threads on the CPU; default one a core.", "N"
+    ),
+    "seed": Spec(int, 0, ("--seed",), "Seed of the sampled nulls.", "N"),
+    "resume": Spec(
         bool,
         True,
         ("--resume/--no-resume",),
@@ -60,52 +95,70 @@ COMPUTE: dict[str, _Spec] = {
     ),
 }
 
-OUTPUT: dict[str, _Spec] = {
-    "as_json": (bool, False, ("--json",), "One JSON document on standard output."),
-    "out": (
+OUTPUT: dict[str, Spec] = {
+    "as_json": Spec(bool, False, ("--json",), "One JSON document on standard output."),
+    "out": Spec(
         list[Path] | None,
         None,
         ("--out", "-o"),
         "Also write FILE.{json,csv,md,png,svg,pdf}; the suffix decides. May be given again.",
+        "FILE",
     ),
-    "force": (bool, False, ("--force",), "Overwrite existing files."),
-    "strict": (bool, False, ("--strict",), "Exit 1 when a matrix in scope was not compared."),
-    "dry_run": (
+    "force": Spec(bool, False, ("--force",), "Overwrite existing files."),
+    "strict": Spec(bool, False, ("--strict",), "Exit 1 when a matrix in scope was not compared."),
+    "dry_run": Spec(
         bool,
         False,
         ("--dry-run",),
         "Show what would be read and computed, from headers alone; compute and write nothing.",
     ),
-    "quiet": (bool, False, ("--quiet", "-q"), "Nothing on standard error but errors."),
-    "verbose": (bool, False, ("--verbose", "-v"), "List every matrix, and how it was computed."),
-    "debug": (bool, False, ("--debug",), "Show the traceback of an error."),
+    "quiet": Spec(
+        bool,
+        False,
+        ("--quiet", "-q"),
+        "Nothing on standard error but errors and what explains the exit code.",
+    ),
+    "verbose": Spec(
+        bool, False, ("--verbose", "-v"), "List every matrix, and how it was computed."
+    ),
+    "debug": Spec(bool, False, ("--debug",), "Show the traceback of an error."),
 }
 
-FAIL_ON: dict[str, _Spec] = {
-    "fail_on": (
+FAIL_ON: dict[str, Spec] = {
+    "fail_on": Spec(
         str | None,
         None,
         ("--fail-on",),
         "Exit 3 when any of EXPR[,EXPR…] holds: CODE, CODE>SHARE, ID>NUMBER or ID<NUMBER.",
+        "EXPR",
     ),
 }
 
-VERDICT: dict[str, _Spec] = {
-    "explain": (bool, False, ("--explain",), "Show every threshold and the values it met."),
-    "anchor": (
+VERDICT: dict[str, Spec] = {
+    "explain": Spec(bool, False, ("--explain",), "Show every threshold and the values it met."),
+    "limit": Spec(
+        list[str] | None,
+        None,
+        ("--limit",),
+        "Another limit for a threshold of the verdict, by the name that --explain prints; an "
+        "angle in radians, or as 15deg. May be given again.",
+        "NAME=VALUE",
+    ),
+    "anchor": Spec(
         str | None,
         None,
         ("--anchor",),
         "Another tuned model of the same base: show every number as a ratio to its number.",
+        "MODEL",
     ),
 }
 
-MASKS: dict[str, _Spec] = {
-    "masks": (bool, False, ("--masks",), "Also the overlap of changed weights with masks."),
+MASKS: dict[str, Spec] = {
+    "masks": Spec(bool, False, ("--masks",), "Also the overlap of changed weights with masks."),
 }
 
-QUICK: dict[str, _Spec] = {
-    "quick": (
+QUICK: dict[str, Spec] = {
+    "quick": Spec(
         bool,
         False,
         ("--quick",),
@@ -113,17 +166,18 @@ QUICK: dict[str, _Spec] = {
     ),
 }
 
-CURVES: dict[str, _Spec] = {
-    "curves": (
+CURVES: dict[str, Spec] = {
+    "curves": Spec(
         bool,
         False,
         ("--curves",),
-        "Captured energy over the base's whole basis (slower).",
+        "Captured energy over the base's whole basis: in the figure, and as numbers in "
+        "alignment and compare (slower).",
     ),
 }
 
 
-def with_options(*groups: dict[str, _Spec]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def with_options(*groups: dict[str, Spec]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives a command that ends in `**options` the options of these groups, in this order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,11 +190,13 @@ def with_options(*groups: dict[str, _Spec]) -> Callable[[Callable[..., Any]], Ca
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Annotated[kind, typer.Option(*names, help=text)],
+                default=one.default,
+                annotation=Annotated[
+                    one.kind, typer.Option(*one.names, help=one.help, metavar=one.metavar)
+                ],
             )
             for group in groups
-            for name, (kind, default, names, text) in group.items()
+            for name, one in group.items()
         ]
         every = [*own, *added]
         command.__signature__ = inspect.Signature(every)  # pyright: ignore[reportFunctionMemberAccess]

@@ -85,10 +85,14 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     """A progress bar with the time left, on a terminal only; elsewhere one line a model."""
     from geoscope.analysis import Progress
 
+    noted: set[str] = set()
+
     def plan(prepared: Prepared) -> None:
         say(_plan_line(prepared), quiet=quiet)
-        for note in (*prepared.base.notes, *prepared.tuned.notes):
-            say(f"note: {note}", quiet=quiet)
+        for line in _note_lines(prepared):
+            if line not in noted:  # the base is the same for every tuned model
+                say(line, quiet=quiet)
+            noted.add(line)
 
     def recalled(count: int, total: int) -> None:
         say(f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet)
@@ -127,6 +131,12 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
     with bar:
         yield Progress(on_download=download, on_plan=planned, on_pair=paired, on_recalled=recalled)
+
+
+def _note_lines(prepared: Prepared) -> list[str]:
+    """The notes of both sides, each under the name that its model was given by."""
+    sides = (prepared.base, prepared.tuned)
+    return [f"note: {side.ref.given}: {note}" for side in sides for note in side.notes]
 
 
 def _plan_line(prepared: Prepared) -> str:

@@ -10,6 +10,7 @@ from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.cache import results_folder
 from geoscope.cli.fail_on import Condition, holding, parse_fail_on
+from geoscope.cli.limits import parse_limits
 from geoscope.errors import OptionError, first_names
 from geoscope.profile import Profile, profiling, stage
 
@@ -19,13 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["alignment", "anisotropy", "collapse", "compare", "inspect"]
 
-Base = Annotated[str, typer.Argument(help="Base model: folder, file or org/name[@revision].")]
-Tuned = Annotated[str, typer.Argument(help="Tuned model, spelled likewise.")]
-SeveralTuned = Annotated[list[str], typer.Argument(help="One or more tuned models.")]
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Base model: folder, file or org/name[@revision].")
+]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Tuned model, spelled likewise.")]
+SeveralTuned = Annotated[
+    list[str], typer.Argument(metavar="TUNED", help="One or more tuned models.")
+]
 
 
 @opt.with_options(
-    opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.VERDICT, opt.CURVES, opt.QUICK, opt.COMPUTE
+    opt.OUTPUT,
+    opt.SELECT,
+    opt.FAIL_ON,
+    opt.VERDICT,
+    opt.CURVES,
+    opt.QUICK,
+    opt.DIMENSIONS,
+    opt.COMPUTE,
 )
 def collapse(base: Base, tuned: Tuned, **options: Any) -> None:
     """Spectral collapse: shift, ranks, intruders, verdict."""
@@ -39,7 +51,14 @@ def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
 
 
 @opt.with_options(
-    opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.MASKS, opt.CURVES, opt.QUICK, opt.COMPUTE
+    opt.OUTPUT,
+    opt.SELECT,
+    opt.FAIL_ON,
+    opt.MASKS,
+    opt.CURVES,
+    opt.QUICK,
+    opt.DIMENSIONS,
+    opt.COMPUTE,
 )
 def alignment(base: Base, tuned: SeveralTuned, **options: Any) -> None:
     """On or off the base's principal directions?"""
@@ -54,6 +73,7 @@ def alignment(base: Base, tuned: SeveralTuned, **options: Any) -> None:
     opt.MASKS,
     opt.CURVES,
     opt.QUICK,
+    opt.DIMENSIONS,
     opt.COMPUTE,
 )
 def compare(base: Base, tuned: SeveralTuned, **options: Any) -> None:
@@ -63,8 +83,12 @@ def compare(base: Base, tuned: SeveralTuned, **options: Any) -> None:
 
 @opt.with_options({name: opt.OUTPUT[name] for name in ("as_json", "verbose", "debug")}, opt.SELECT)
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, file or org/name[@revision].")],
-    tuned: Annotated[str | None, typer.Argument(help="A tuned model to pair it with.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, file or org/name[@revision].")
+    ],
+    tuned: Annotated[
+        str | None, typer.Argument(metavar="TUNED", help="A tuned model to pair it with.")
+    ] = None,
     **options: Any,
 ) -> None:
     """Tensors, pairing and plan, from headers alone."""
@@ -171,10 +195,11 @@ def _options(options: dict[str, Any]) -> Options:
     return Options(
         **_selection(options),
         **{name: options[name] for name in same},
-        ks=_dimensions(options["k"]),
+        ks=_dimensions(options.get("k", opt.DIMENSIONS["k"].default)),
         curves=options.get("curves", False),
         quick=options["quick"],
         masks=options.get("masks", False),
+        limits=parse_limits(options.get("limit") or ()),
         cache=results_folder() if options["resume"] else None,
     )
 

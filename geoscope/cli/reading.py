@@ -20,7 +20,9 @@ __all__ = ["metrics", "show"]
     {"explain": opt.VERDICT["explain"]},
 )
 def show(
-    report: Annotated[Path, typer.Argument(help="A report that geoscope wrote as JSON.")],
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT.json", help="A report that geoscope wrote as JSON.")
+    ],
     **options: Any,
 ) -> None:
     """Render a saved report, without the weights."""
@@ -46,10 +48,16 @@ def _codes() -> tuple[str, ...]:
     return CODES
 
 
+@opt.with_options({"as_json": opt.OUTPUT["as_json"]})
 def metrics(
-    metric: Annotated[str | None, typer.Argument(metavar="[ID]", help="One metric, whole.")] = None,
+    metric: Annotated[str | None, typer.Argument(metavar="ID", help="One metric, whole.")] = None,
+    **options: Any,
 ) -> None:
     """The metrics: formula, null, reading, caution."""
-    from geoscope.metrics import describe
+    from geoscope.metrics import METRICS, describe
 
-    output.data(describe.listing() if metric is None else describe.describe(describe.find(metric)))
+    chosen = None if metric is None else describe.find(metric)
+    if options["as_json"]:
+        output.document(describe.dumps(METRICS if chosen is None else (chosen,)))
+    else:
+        output.data(describe.listing() if chosen is None else describe.describe(chosen))

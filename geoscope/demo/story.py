@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +11,20 @@ from geoscope.records import Report
 
 __all__ = ["story"]
 
+_WIDTH = 80
+
 
 def story(folder: Path, steps: Sequence[Path], report: Report) -> str:
-    """The tour: what was trained, what is seen, what to try next. At most 80 columns."""
+    """The tour: what was trained, what is seen, what to try next.
+
+    At most 80 columns, unless the folder's name alone is longer.
+    """
     base, last = _facts(folder / "base"), _facts(steps[-1])
     model, nulls = report.summary.model, report.summary.nulls
+    rank_ratio = f"{_of(model, 'rank_ratio'):#.3g}"
+    base_path, tuned, sft = (
+        shlex.quote(str(path)) for path in (folder / "base", steps[-1], folder / "sft")
+    )
     return "\n".join(
         [
             "",
@@ -29,18 +39,29 @@ def story(folder: Path, steps: Sequence[Path], report: Report) -> str:
             "  its numbers are resolved. In a large model's bf16 pair they often are not.",
             f"  It uses few directions: stable rank {_of(model, 'update.stable_rank'):.1f}, where "
             f"isotropic noise has {nulls['update.stable_rank']:.0f}.",
-            f"  The weights kept {_of(model, 'rank_ratio'):.1%} of their effective rank: no "
-            "spectrum",
-            "  collapsed. Small models at large learning rates move more on the base's",
-            "  principal directions than large ones do: read no claim about those here.",
+            f"  The effective rank ratio is {rank_ratio}: no spectrum collapsed.",
+            "  Small models at large learning rates move more on the base's principal",
+            "  directions than large ones do: read no claim about those here.",
             "",
             "try next",
-            f"  geoscope compare {folder}/base {steps[-1]} -o report.json -o report.png",
-            f"  geoscope anisotropy {folder}/base {folder}/sft",
-            f"  geoscope collapse {folder}/base {steps[-1]} --anchor {folder}/sft --explain",
-            "  geoscope metrics spectral_lift",
+            *_command("compare", base_path, tuned, "-o report.json", "-o report.png"),
+            *_command("anisotropy", base_path, sft),
+            *_command("collapse", base_path, tuned, f"--anchor {sft}", "--explain"),
+            *_command("metrics", "spectral_lift"),
         ]
     )
+
+
+def _command(*parts: str) -> list[str]:
+    """A command of geoscope to copy; a long one goes on behind a backslash."""
+    lines = ["  geoscope"]
+    for part in parts:
+        if len(f"{lines[-1]} {part} \\") <= _WIDTH:
+            lines[-1] += f" {part}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"      {part}")
+    return lines
 
 
 def _of(values: object, key: str) -> float:

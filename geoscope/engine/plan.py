@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from geoscope.errors import OptionError
 from geoscope.records import WeightPair
 
-__all__ = ["Batch", "default_memory", "estimate_seconds", "parse_memory", "plan"]
+__all__ = [
+    "Batch",
+    "default_memory",
+    "estimate_seconds",
+    "parse_memory",
+    "plan",
+    "room_for_batches",
+]
 
 # A process with torch loaded and nothing done; counted apart from the matrices.
 BASELINE = 500 * 10**6
@@ -48,13 +55,18 @@ def parse_memory(text: str) -> int:
     return size
 
 
+def room_for_batches(memory: int) -> int:
+    """What a bound on the process leaves for batches in flight."""
+    return max(memory - BASELINE, 0)
+
+
 def plan(pairs: Sequence[WeightPair], *, memory: int, stack: bool) -> tuple[Batch, ...]:
     """Batches in order of falling size, so that the longest work starts first.
 
     stack: put as many equal pairs into a batch as fit the memory (GPU); without it every batch
     holds one pair, and parallelism comes from workers (CPU). The numbers do not depend on it.
     """
-    room = max(memory - BASELINE, 0)
+    room = room_for_batches(memory)
     groups: dict[tuple[tuple[int, ...], str, str], list[WeightPair]] = {}
     for pair in pairs:
         groups.setdefault((pair.shape, pair.base.dtype, pair.tuned.dtype), []).append(pair)

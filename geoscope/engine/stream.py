@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from geoscope.engine.plan import Batch
+from geoscope.engine.plan import Batch, room_for_batches
 from geoscope.linalg.blas import one_thread
 from geoscope.profile import stage
 from geoscope.records import WeightPair
@@ -89,11 +89,11 @@ def stream(
     """Outcome of every pair, in the order in which they finish.
 
     read: the stored tensors of a pair, called on one thread. work(batch, *stacks): the results, one
-    a pair; called on `workers` threads with the stacks on `device`. memory: bytes of batches in
-    flight.
+    a pair; called on `workers` threads with the stacks on `device`. memory: bound on
+    the process, of which batches in flight have what the baseline leaves.
     An exception of either is raised here, after the threads have stopped; so is KeyboardInterrupt.
     """
-    gate = _Gate(memory)
+    gate = _Gate(room_for_batches(memory))
     # At most one batch waits beyond those in work: that is the read-ahead.
     ready: queue.Queue[_Item | None] = queue.Queue(maxsize=1)
     done: queue.Queue[list[Outcome[T]] | BaseException] = queue.Queue()

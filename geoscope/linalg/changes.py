@@ -29,9 +29,12 @@ __all__ = [
     "Unchanged",
     "changed_mask",
     "expected_unchanged",
+    "matched_spread",
     "nonfinite_entries",
+    "regular_sample",
     "side",
     "unchanged",
+    "unchanged_cell",
     "unchanged_probability",
 ]
 
@@ -47,6 +50,8 @@ _BLOCK = 1 << 16
 # Of a wider base a regular sample of this size serves the expectation of the changed fraction;
 # its standard error is below 5e-4.
 _SAMPLE = 1 << 20
+# Halvings that bring a spread from eighteen decades down to rounding.
+_BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def side(weight: Tensor) -> Side:
         values = block.double()
         squares += float(values.square().sum())
         noise_squares += float(squared_spacing(values, fmt).sum())
-    sample = flat[:: -(-flat.numel() // _SAMPLE)].double()
+    sample = regular_sample(flat)
     return Side(
         squares**0.5,
         (noise_squares / 12) ** 0.5,
@@ -182,17 +187,45 @@ def expected_unchanged(base: Side, tuned_format: FloatFormat, spread: float) -> 
     on_grid = stored == levels
     low, high = rounding_cell(levels, tuned_format)
     exact = torch.where(on_grid, _between(levels, low, high, spread), 0.0)
-    low, high = bf16_bounds(round_to(levels, _BF16), ABSOLUTE_TOLERANCE)
+    low, high = bf16_bounds(round_to(levels, _BF16), ABSOLUTE_TOLERANCE, tuned_format)
     return Unchanged(
-        relative=mean(unchanged_probability(levels, spread)),
+        relative=mean(unchanged_probability(levels, unchanged_cell(levels, tuned_format), spread)),
         absolute=mean(_between(levels, low, high, spread)),
         exact=mean(exact),
     )
 
 
-def unchanged_probability(weight: Tensor, spread: float) -> Tensor:
-    """P(an entry rounds to the same bf16 number after N(0, spread²) is added); fp64, same shape."""
-    return _between(weight, *rounding_cell(weight, _BF16), spread)
+def unchanged_cell(weight: Tensor, tuned_format: FloatFormat) -> tuple[Tensor, Tensor]:
+    """Bounds of the numbers that show the same bf16 number as each entry once they are stored."""
+    return bf16_bounds(round_to(weight, _BF16), 0.0, tuned_format)
+
+
+def unchanged_probability(weight: Tensor, cell: tuple[Tensor, Tensor], spread: float) -> Tensor:
+    """P(an entry stays in its cell when N(0, spread²) is added); fp64, shape of `weight`."""
+    return _between(weight, *cell, spread)
+
+
+def matched_spread(weights: Tensor, density: float, tuned_format: FloatFormat) -> float:
+    """Entry sd of the isotropic update of which the share `density` shows after rounding.
+
+    weights: entries of the base, fp64. By bisection on the expectation, to rounding.
+    """
+    cell = unchanged_cell(weights, tuned_format)
+    scale = float(weights.square().mean().sqrt())
+    low, high = scale * 1e-12, scale * 1e6
+    for _ in range(_BISECTIONS):
+        middle = (low * high) ** 0.5
+        if float((1 - unchanged_probability(weights, cell, middle)).mean()) < density:
+            low = middle
+        else:
+            high = middle
+    return (low * high) ** 0.5
+
+
+def regular_sample(weight: Tensor) -> Tensor:
+    """Every so many-th entry, a million at most, in fp64."""
+    flat = weight.reshape(-1)
+    return flat[:: -(-flat.numel() // _SAMPLE)].double()
 
 
 def _between(centre: Tensor, low: Tensor, high: Tensor, spread: float) -> Tensor:

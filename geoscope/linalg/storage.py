@@ -105,27 +105,42 @@ def round_to(values: Tensor, fmt: FloatFormat) -> Tensor:
     return torch.round(values.to(torch.float64) / spacing) * spacing
 
 
-def bf16_bounds(values: Tensor, reach: float) -> tuple[Tensor, Tensor]:
-    """Bounds of the numbers whose bf16 rounding lies within `reach` of the bf16 entry `values`.
+def bf16_bounds(values: Tensor, reach: float, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
+    """Bounds of the numbers that, stored as `fmt`, read within `reach` of `values` through bf16.
 
-    `values` are bf16 numbers in fp64. Returns (low, high): x rounds into [v − reach, v + reach] iff
-    low < x < high.
+    `values` are bf16 numbers in fp64. Returns (low, high): x stored as `fmt` and then rounded to
+    bf16 lies in [v − reach, v + reach] iff low < x < high.
     """
-    fmt = FORMATS[torch.bfloat16]
-    top = _last_at_most(values + reach, fmt)
-    bottom = -_last_at_most(-(values - reach), fmt)
-    return rounding_cell(bottom, fmt)[0], rounding_cell(top, fmt)[1]
+    low = -_upper_bound(-(values - reach), fmt)
+    return low, _upper_bound(values + reach, fmt)
+
+
+def _upper_bound(limit: Tensor, fmt: FloatFormat) -> Tensor:
+    """The number below which x, stored as `fmt` and rounded to bf16, is ≤ limit."""
+    bf16 = FORMATS[torch.bfloat16]
+    top = _last_at_most(limit, bf16)
+    edge = rounding_cell(top, bf16)[1]
+    if not bf16.fraction_bits < fmt.fraction_bits < FORMATS[torch.float32].fraction_bits:
+        return edge  # of bf16 itself; a wider format moves it by 2^-16 of a spacing at most
+    last = _last_at_most(edge, fmt)
+    # On the edge itself stands a tie, which may go to the other side.
+    last = torch.where(round_to(last, bf16) > top, _last_below(last, fmt), last)
+    return rounding_cell(last, fmt)[1]
 
 
 def _last_at_most(limit: Tensor, fmt: FloatFormat) -> Tensor:
     """The largest number of `fmt` that is ≤ limit."""
     nearest = round_to(limit, fmt)
-    spacing = squared_spacing(nearest, fmt).sqrt_()
-    mantissa, exponent = torch.frexp(nearest)
+    return torch.where(nearest > limit, _last_below(nearest, fmt), nearest)
+
+
+def _last_below(value: Tensor, fmt: FloatFormat) -> Tensor:
+    """The number of `fmt` before `value`, which is one."""
+    spacing = squared_spacing(value, fmt).sqrt_()
+    mantissa, exponent = torch.frexp(value)
     # One step down from a positive power of two is half as long.
     at_power = (mantissa == 0.5) & (exponent - 1 > fmt.min_exponent)
-    step = torch.where(at_power, spacing / 2, spacing)
-    return torch.where(nearest > limit, nearest - step, nearest)
+    return value - torch.where(at_power, spacing / 2, spacing)
 
 
 def normal_cdf(x: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ SUBSPACE_TOLERANCE = 4e-9
 # SVD; such a subspace is flagged by its gap instead.
 LEAST_GAP = 1e-6
 
-# Up to this part of q the leading triplets alone are cheaper than the whole spectrum.
+# From this q on, and up to this part of it, the leading triplets alone are cheaper than the whole
+# spectrum.
+_LEADING_FROM = 256
 _LEADING_PART = 0.08
 
 
@@ -113,7 +115,8 @@ def factorise_leading(
 
 def _leading_one(A: Operand, k: int, cuts: Sequence[int], seed: int, budget: int | None) -> Factors:
     reason = None
-    if A.plus.device.type == "cpu" and k <= _LEADING_PART * min(A.shape):
+    q = min(A.shape)
+    if A.plus.device.type == "cpu" and q >= _LEADING_FROM and k <= _LEADING_PART * q:
         found = leading_triplets(A, k, seed=seed, budget=budget)
         if found.converged:
             method = {

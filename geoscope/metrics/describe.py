@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from geoscope.errors import OptionError
 from geoscope.metrics.metric import ROLES, Metric
 from geoscope.metrics.precision import FLOORS
 from geoscope.metrics.table import FAMILIES, METRICS
 
-__all__ = ["describe", "find", "listing", "reference_page"]
+__all__ = ["describe", "dumps", "find", "listing", "reference_page"]
+
+_SCHEMA = "geoscope.metrics/1"
+_WIDTH = 80  # of the text, where a word allows it
 
 _FAMILY_WORDS = {
     "size": "Size and precision: how large is the update, and how much of it is rounding?",
@@ -58,16 +64,29 @@ def find(text: str) -> Metric:
 
 
 def listing() -> str:
-    """Every metric in a line, by family."""
+    """Every metric with its formula, by family."""
     width = max(len(_shown_id(one)) for one in METRICS)
     lines: list[str] = []
     for family in FAMILIES:
         lines += ["", _FAMILY_WORDS[family]]
-        lines += [
-            f"  {_shown_id(one):<{width}}  {one.formula}" for one in METRICS if one.family == family
-        ]
+        for one in METRICS:
+            if one.family == family:
+                lines += _entry(_shown_id(one), one.formula, width)
     lines += ["", "ROLE is base, tuned or update. `geoscope metrics ID` shows one whole."]
     return "\n".join(lines[1:])
+
+
+def _entry(label: str, text: str, width: int) -> list[str]:
+    """A label and its text, which goes on under itself."""
+    first = f"  {label:<{width}}  "
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _shown_id(metric: Metric) -> str:
@@ -78,8 +97,32 @@ def describe(metric: Metric) -> str:
     """One metric, whole, as text."""
     width = max(len(label) for label, _ in _facts(metric))
     lines = [_shown_id(metric)]
-    lines += [f"  {label:<{width}}  {text}" for label, text in _facts(metric)]
+    for label, text in _facts(metric):
+        lines += _entry(label, text, width)
     return "\n".join(lines)
+
+
+def dumps(metrics: Sequence[Metric]) -> str:
+    """Metrics as strict JSON, keys sorted; what does not apply is null."""
+    document = {"schema": _SCHEMA, "metrics": [_row(one) for one in metrics]}
+    return json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False)
+
+
+def _row(metric: Metric) -> dict[str, Any]:
+    return {
+        "id": _shown_id(metric),
+        "family": metric.family,
+        "formula": metric.formula,
+        "range": metric.range,
+        "unit": metric.unit or None,
+        "null": metric.null.text if metric.null else None,
+        "reading": metric.reading,
+        "caution": metric.caution,
+        "floor": metric.floor,
+        "aggregate": metric.aggregate,
+        "source": metric.source,
+        "option": f"--{metric.option}" if metric.option else None,
+    }
 
 
 def _facts(metric: Metric) -> Sequence[tuple[str, str]]:

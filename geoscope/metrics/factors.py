@@ -136,7 +136,7 @@ def pair_factors(
     if _any(takes, "cross."):
         _cross(work, update)
     if _any(takes, "masks."):
-        _masks(work, base, tuned)
+        _masks(work, base, tuned, sides)
     work.values["bulk_median"] = torch.tensor(
         marchenko_pastur_median(q / max(m, n)), dtype=torch.float64, device=base.device
     )
@@ -304,7 +304,7 @@ def _cross(work: _Work, update: Operand) -> None:
         work.values[f"cross.{name}"] = torch.where(known, energies, torch.nan)
 
 
-def _masks(work: _Work, base: Tensor, tuned: Tensor) -> None:
+def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side, Side]]) -> None:
     """Overlaps of the changed mask with the base's masks, and their matched nulls."""
     assert work.base is not None
     results = []
@@ -314,7 +314,14 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor) -> None:
             U, Vh = _both(work.base)
             scaled = work.base.S[i, :MASK_RANK, None] * Vh[i, :MASK_RANK]
             reconstruction = U[i, :, :MASK_RANK] @ scaled
-        results.append(mask_overlaps(before.double(), reconstruction, changed_mask(before, after)))
+        results.append(
+            mask_overlaps(
+                before.double(),
+                reconstruction,
+                changed_mask(before, after),
+                tuned_format=sides[i][1].fmt,
+            )
+        )
 
     def column(numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device=base.device)

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoscope.linalg import quantile
-from geoscope.linalg.changes import unchanged_probability
+from geoscope.linalg import FloatFormat, quantile
+from geoscope.linalg.changes import (
+    matched_spread,
+    regular_sample,
+    unchanged_cell,
+    unchanged_probability,
+)
 from geoscope.profile import stage
 
 __all__ = [
@@ -27,9 +32,6 @@ __all__ = [
 
 MASK_RANK = 64  # rank of the reconstruction behind the principal mask (2606.07082, appendix)
 MASK_DENSITY = 0.5  # density of both masks there; its figure uses 0.3
-
-_SAMPLE = 1 << 20  # entries the bisection of the matched null looks at
-_BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,19 @@ class MaskOverlaps:
 
 @stage("masks")
 def mask_overlaps(
-    base: Tensor, reconstruction: Tensor | None, changed: Tensor, *, density: float = MASK_DENSITY
+    base: Tensor,
+    reconstruction: Tensor | None,
+    changed: Tensor,
+    *,
+    tuned_format: FloatFormat,
+    density: float = MASK_DENSITY,
 ) -> MaskOverlaps:
     """Overlaps |M* ∩ M|/|M| of the changed mask with the low and the principal mask.
 
     base: (m, n) fp64; reconstruction: its rank-64 part, None where the rank exceeds q; changed:
-    (m, n) bool. The control is M_principal without M_low. Ties at the quantile are kept, so the
-    achieved density is returned. NaN where nothing changed, or the base is zero.
+    (m, n) bool. tuned_format: what the matched null is stored in. The control is M_principal
+    without M_low. Ties at the quantile are kept, so the achieved density is returned. NaN where
+    nothing changed, or the base is zero.
     """
     masks = {"low": base.abs() <= quantile(base.abs(), density)}
     if reconstruction is not None:
@@ -64,7 +72,8 @@ def mask_overlaps(
     if count == 0 or not bool(base.any()):  # a zero base has no small and no principal weights
         nothing = dict.fromkeys(masks, float("nan"))
         return MaskOverlaps(nothing, _densities(masks), nothing, 0)
-    visible = _matched_probability(base, count / base.numel())
+    spread = matched_spread(regular_sample(base), count / base.numel(), tuned_format)
+    visible = 1 - unchanged_probability(base, unchanged_cell(base, tuned_format), spread)
     total = float(visible.sum())
     return MaskOverlaps(
         overlap={key: int((mask & changed).sum()) / count for key, mask in masks.items()},
@@ -76,20 +85,6 @@ def mask_overlaps(
 
 def _densities(masks: dict[str, Tensor]) -> dict[str, float]:
     return {key: float(mask.double().mean()) for key, mask in masks.items()}
-
-
-def _matched_probability(base: Tensor, density: float) -> Tensor:
-    """P(entry visibly changes) under the isotropic update whose mean of it is `density`."""
-    sample = base.reshape(-1)[:: -(-base.numel() // _SAMPLE)]
-    scale = float(sample.square().mean().sqrt())
-    low, high = scale * 1e-12, scale * 1e6
-    for _ in range(_BISECTIONS):
-        middle = (low * high) ** 0.5
-        if float((1 - unchanged_probability(sample, middle)).mean()) < density:
-            low = middle
-        else:
-            high = middle
-    return 1 - unchanged_probability(base, (low * high) ** 0.5)
 
 
 def mask_lift(overlap: Tensor, matched: Tensor) -> Tensor:

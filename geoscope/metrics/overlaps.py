@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from geoscope.linalg import Operand, factorise, principal_angles
-from geoscope.linalg.changes import changed_mask
+from geoscope.linalg.changes import (
+    changed_mask,
+    matched_spread,
+    regular_sample,
+    unchanged_cell,
+    unchanged_probability,
+)
+from geoscope.linalg.storage import effective_format
 
 __all__ = ["PHI_DIMENSIONS", "overlap"]
 
@@ -28,7 +35,7 @@ def overlap(
 ) -> tuple[Values, dict[str, float]]:
     """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes.
 
-    A quantity that is undefined (an update is zero, k exceeds q) is None.
+    A quantity that is undefined (an update is zero, k exceeds q or its rank) is None.
     """
     m, n = base.shape[-2:]
     q = min(m, n)
@@ -51,10 +58,15 @@ def overlap(
 
 
 def _leading(update: Operand, cuts: Sequence[int], solver: str) -> tuple[Tensor, Tensor]:
-    """Leading left and right vectors of an update, as columns."""
+    """Leading left and right vectors of an update, as columns; as many as its rank at most.
+
+    What changed in few entries has few directions: vectors beyond them are the solver's choice.
+    """
     factors = factorise(update, vectors=max(cuts), cuts=cuts, solver=solver)
     assert factors.U is not None and factors.Vh is not None
-    return factors.U[0], factors.Vh[0].mT
+    S = factors.S[0]
+    rank = int((S > max(update.shape) * torch.finfo(S.dtype).eps * S[0]).sum())
+    return factors.U[0, :, :rank], factors.Vh[0, :rank].mT
 
 
 def _subspaces(
@@ -67,12 +79,13 @@ def _subspaces(
 ) -> None:
     """Captures φ(i, j) and mean angles between the leading subspaces of the two updates."""
     dimension, q = sizes
+    first, second = (0, 0) if bases is None else (bases[0].shape[1], bases[1].shape[1])
     for i, j in product(PHI_DIMENSIONS, repeat=2):
         key = f"phi_{side}@{i},{j}"
         values[key] = None
         if max(i, j) <= q:
             nulls[key] = max(i, j) / dimension
-            if bases is not None:
+            if bases is not None and i <= first and j <= second:
                 values[key] = subspace_capture(bases[0][:, :i], bases[1][:, :j])
     for k in ks:
         key = f"update_angle_{side}_mean@{k}"
@@ -80,7 +93,7 @@ def _subspaces(
         if k <= q and k < dimension:
             # E cos² between random subspaces is k/dimension.
             nulls[key] = math.acos(math.sqrt(k / dimension))
-            if bases is not None:
+            if bases is not None and k <= min(first, second):
                 angles = principal_angles(bases[0][:, :k], bases[1][:, :k])
                 values[key] = float(angles.mean())
 
@@ -99,15 +112,34 @@ def subspace_capture(Q0: Tensor, Q1: Tensor) -> float:
 
 
 def _masks(values: Values, nulls: dict[str, float], base: Tensor, a: Tensor, b: Tensor) -> None:
-    """Jaccard index of the changed masks, and opposite signs among jointly changed entries."""
+    """Jaccard index of the changed masks, and opposite signs among jointly changed entries.
+
+    Signs are taken of all entries that differ as stored: those of a wide file that cross the edge
+    of a bf16 cell, as the masks have them, mostly agree on the nearer edge whatever the updates.
+    """
     first, second = changed_mask(base, a), changed_mask(base, b)
-    joint = first & second
     union = int((first | second).sum())
+    values["mask_jaccard"] = int((first & second).sum()) / union if union else None
+    if union:
+        nulls["mask_jaccard"] = _jaccard_null(base, (a, first), (b, second))
+    joint = torch.ne(a, base) & torch.ne(b, base)
     both = int(joint.sum())
-    values["mask_jaccard"] = both / union if union else None
-    p, r = float(first.double().mean()), float(second.double().mean())
-    if p + r > 0:
-        nulls["mask_jaccard"] = p * r / (p + r - p * r)
-    rises = torch.gt(a, base) != torch.gt(b, base)
-    values["sign_conflict"] = int((rises & joint).sum()) / both if both else None
+    apart = torch.gt(a, base) != torch.gt(b, base)
+    values["sign_conflict"] = int((apart & joint).sum()) / both if both else None
     nulls["sign_conflict"] = 0.5
+
+
+def _jaccard_null(base: Tensor, *models: tuple[Tensor, Tensor]) -> float:
+    """Jaccard index expected of independent isotropic updates with the measured densities.
+
+    Rounding alone puts both masks on the small weights, so that p₁p₂/(p₁+p₂−p₁p₂), which takes
+    them for independent, is far too low (docs/methods-notes.md). models: (tuned, mask) of each.
+    """
+    sample = regular_sample(base)
+    shown = []
+    for tuned, mask in models:
+        fmt = effective_format(tuned)
+        spread = matched_spread(sample, float(mask.double().mean()), fmt)
+        shown.append(1 - unchanged_probability(sample, unchanged_cell(sample, fmt), spread))
+    joint = shown[0] * shown[1]
+    return float(joint.sum() / (shown[0] + shown[1] - joint).sum())

@@ -115,8 +115,8 @@ class Judged:
 class _Check:
     """One condition: `value` on the stated side of `limit`. value None: no number.
 
-    `left_out`: the number does not apply to this matrix (METHODS §3), so the condition is dropped
-    from its rule; a condition on any other missing number does not hold.
+    `left_out`: the angle does not apply to this matrix (a complete basis), so the condition is
+    dropped from its rule (METHODS §3); a condition on any other missing number does not hold.
     """
 
     code: str
@@ -159,7 +159,6 @@ class _Numbers:
             sign=sign,
             limit=self.limits[threshold],
             standing=THRESHOLDS[threshold].standing,
-            left_out=self.row.status.get(key) is Status.NOT_APPLICABLE,
         )
 
     def angle(self, rule: str, sign: str, threshold: str) -> _Check:

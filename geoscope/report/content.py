@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from geoscope.records import LayerRecord, Overlap, Report, Verdict
+from geoscope.records import LayerRecord, Report, Verdict
+from geoscope.report.beside import anchor_block, overlap_block
 from geoscope.report.coverage import coverage_block, status_block
 from geoscope.report.explain import explain_blocks
 from geoscope.report.grids import MATRIX, VERDICT, code_cell, model_grid, subject_grid
-from geoscope.report.numbers import DASH, number, percent, times
+from geoscope.report.methods import methods_block
+from geoscope.report.numbers import DASH, number, percent
 from geoscope.report.page import Block, Cell, Grid, Head
 from geoscope.report.sections import (
     Section,
     Subject,
     base_label,
     dimension,
+    dimensions,
     sections,
     with_dimension,
 )
@@ -36,13 +39,14 @@ def page(report: Report, *, verbose: bool = False, explain: bool = False) -> lis
     """All blocks of a report. Raises ReportError for a kind that has no table."""
     kind = kind_of(report.kind)
     parts = sections(report)
+    first = parts[0]
     blocks = [Block(title(report), (_provenance(report),))]
     if len(parts) > 1:
         blocks.append(_runs_block(kind, parts))
     for part in parts:
         blocks += _section_blocks(kind, part, verbose=verbose, is_only=len(parts) == 1)
         blocks += explain_blocks(part) if explain else []
-    blocks += [_overlap_block(report), _anchor_block(report)]
+    blocks += [overlap_block(report, first), anchor_block(report, kind, first)]
     blocks += [Block("", (_LEGEND,)), status_block(report), coverage_block(report)]
     return [block for block in blocks if block.lines or (block.grid and block.grid.rows)]
 
@@ -85,12 +89,34 @@ def _section_blocks(kind: Kind, section: Section, *, verbose: bool, is_only: boo
     verdict = section.verdict
     name = "" if is_only else f"{section.tuned} {section.label}"
     lines = tuple(filter(None, (sentence, _tally(verdict) if verdict else "")))
-    return [
+    blocks = [
         Block(": ".join(filter(None, (name, code))), lines, code=verdict.code if verdict else ""),
-        Block("model", grid=model_grid(kind, section.whole)),
+        _model_block(kind, section, verbose=verbose),
         Block("modules", grid=_modules_grid(kind, section)),
         _matrices_block(kind, section, verbose=verbose),
     ]
+    return [*blocks, methods_block(section)] if verbose else blocks
+
+
+def _model_block(kind: Kind, section: Section, *, verbose: bool) -> Block:
+    """The model's numbers, and at which k they stand."""
+    whole = section.whole
+    every = dimensions(whole.values)
+    ks = every if verbose else whole.telling_ks
+    lines: list[str] = []
+    if section.verdict and len(whole.own_ks) > 1:
+        own = _listed(whole.own_ks)
+        lines.append(f"each row has one k; the verdict takes each matrix at its own (k = {own})")
+    if beyond := [k for k in every if k not in ks]:
+        k = _listed(beyond)
+        lines.append(f"left out: k = {k}, above an eighth of every shorter side (see --verbose)")
+    grid = model_grid(kind, whole, ks)
+    return Block("model", tuple(lines) if grid.rows else (), grid)
+
+
+def _listed(ks: Sequence[int]) -> str:
+    """`4, 8`, or the ends of a long list."""
+    return ", ".join(map(str, ks)) if len(ks) <= 4 else f"{ks[0]} … {ks[-1]}"
 
 
 def _tally(verdict: Verdict) -> str:
@@ -169,35 +195,3 @@ def _worst(kind: Kind, section: Section) -> tuple[str, list[LayerRecord]]:
 
 def _at_own_k(pattern: str, layer: LayerRecord) -> float | int | None:
     return layer.values.get(with_dimension(pattern, dimension(layer)))
-
-
-def _overlap_block(report: Report) -> Block:
-    """Pairs of tuned models: the mean over matrices of each overlap, with its null."""
-    pairs: dict[tuple[int, int], list[Overlap]] = {}
-    for overlap in report.overlaps:
-        pairs.setdefault((overlap.a, overlap.b), []).append(overlap)
-    keys = sorted({key for overlap in report.overlaps for key in overlap.values})
-    rows = tuple(
-        (Cell(f"{a} with {b}"), Cell(str(len(found))), *(_mean_cell(found, key) for key in keys))
-        for (a, b), found in sorted(pairs.items())
-    )
-    heads = (Head("updates", is_words=True), _COUNT, *(Head(key) for key in keys))
-    return Block("overlap of the updates, mean over matrices", grid=Grid(heads, rows))
-
-
-def _mean_cell(overlaps: Sequence[Overlap], key: str) -> Cell:
-    values = [value for overlap in overlaps if (value := overlap.values.get(key)) is not None]
-    nulls = [overlap.nulls[key] for overlap in overlaps if key in overlap.nulls]
-    null = f"({number(sum(nulls) / len(nulls))})" if nulls else ""
-    return Cell(number(sum(values) / len(values)) if values else DASH, null)
-
-
-def _anchor_block(report: Report) -> Block:
-    """Ratios to the anchor run."""
-    anchor = report.summary.anchor
-    if anchor is None:
-        return Block("")
-    ratios = ", ".join(f"{key} {times(value)}" for key, value in sorted(anchor["ratios"].items()))
-    claim = {True: "yes", False: "no"}.get(anchor["spectrum_preserving"], "not known")
-    said = f"spectrum-preserving relative to the anchor: {claim}"
-    return Block(f"against the anchor {anchor['ref']['given']}", (ratios, said))

@@ -1,8 +1,12 @@
-"""What was not looked at, and why a number is missing: the last lines of every report."""
+"""What was not looked at, and why a number is missing: the last lines of every report.
+
+With several tuned models matrices, vectors and numbers are counted per model.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import re
+from collections import Counter
 from collections.abc import Iterable
 
 from geoscope.errors import first_names
@@ -12,6 +16,16 @@ from geoscope.report.page import Block
 __all__ = ["compared_line", "coverage_block", "status_block"]
 
 _REASONS = 3
+_IDS = 4
+# What is known without a whole spectrum, of the ids without a dimension.
+_OF_LEADING = ("frobenius_norm", "spectral_norm", "stable_rank", "stable_rank_ratio")
+# How the reasons of a fallback begin, and what is said of them here.
+_FALLBACKS = {
+    "tail": "a long tail of small singular values",
+    "subspace bound": "subspace bound not met",
+    "block Lanczos": "flat spectrum",
+    "no SVD driver": "no convergence",
+}
 
 
 def compared_line(report: Report) -> str:
@@ -29,7 +43,7 @@ def compared_line(report: Report) -> str:
 def coverage_block(report: Report) -> Block:
     """Coverage, what was left out on purpose, and the notes of the matrices."""
     lines = [compared_line(report), _beside(report), *_left_out(report.coverage)]
-    lines += [*_notes(report.layers), _fallbacks(report)]
+    lines += [*_notes(report), _fallbacks(report)]
     status = report.coverage.status
     return Block("coverage", tuple(line for line in lines if line), code=status)
 
@@ -39,7 +53,7 @@ def _beside(report: Report) -> str:
     coverage = report.coverage
     missing = set(coverage.missing)
     counts = {
-        "norms and biases (size only)": len(report.vectors),
+        "norms and biases (size only)": _per_model(report, report.vectors),
         "matched by renaming": len(coverage.renamed),
         "others only in base": len(set(coverage.base_only) - missing),
         "others only in tuned": len(set(coverage.tuned_only) - missing),
@@ -58,39 +72,111 @@ def _left_out(coverage: Coverage) -> list[str]:
     return [*lines, f"left out: {rest}, for other reasons"] if rest else lines
 
 
-def _notes(layers: Iterable[LayerRecord]) -> list[str]:
-    notes = Counter(note for layer in layers for note in layer.notes)
-    return [f"{note} ({_matrices(notes[note])})" for note in sorted(notes)]
+def _notes(report: Report) -> list[str]:
+    holders: dict[str, list[LayerRecord]] = {}
+    for layer in report.layers:
+        for note in layer.notes:
+            holders.setdefault(note, []).append(layer)
+    return [f"{note} ({_matrices(report, holders[note])})" for note in sorted(holders)]
 
 
 def _fallbacks(report: Report) -> str:
-    count = sum(
-        any(how.get("fallback") for how in layer.method.values()) for layer in report.layers
-    )
-    return f"{_matrices(count)} fell back to an exact method" if count else ""
+    """How many matrices took another method than the first, and mostly why."""
+    reasons: Counter[str] = Counter()
+    holders: list[LayerRecord] = []
+    for layer in report.layers:
+        found = {str(how["fallback"]) for how in layer.method.values() if how.get("fallback")}
+        reasons.update({_short(reason) for reason in found})
+        holders += [layer] if found else []
+    if not holders:
+        return ""
+    first = min(reasons, key=lambda reason: (-reasons[reason], reason))
+    why = first if len(reasons) == 1 else f"mostly: {first}"
+    return f"{_matrices(report, holders)} took another method than the first ({why})"
 
 
-def _matrices(count: int) -> str:
-    return "1 matrix" if count == 1 else f"{count} matrices"
+def _short(reason: str) -> str:
+    """The reason without its numbers; one that is not known is cut."""
+    for start, words in _FALLBACKS.items():
+        if reason.startswith(start):
+            return words
+    return reason if len(reason) <= 40 else f"{reason[:39]}…"
 
 
 def status_block(report: Report) -> Block:
     """Each status that occurs, with its sentence and the ids (for all k) it stands on."""
-    ids: dict[Status, Counter[str]] = defaultdict(Counter)
-    holders: Counter[Status] = Counter()
+    found: dict[tuple[Status, str], list[tuple[LayerRecord, str]]] = {}
+    quick = bool(report.provenance.parameters.get("quick"))
     for layer in report.layers:
         for key, status in layer.status.items():
-            ids[status][key.split("@")[0]] += 1
-        holders.update(set(layer.status.values()))
-    ids.pop(Status.OK, None)
+            applies = status is not Status.NOT_APPLICABLE
+            cause = "" if applies else _cause(layer, key, quick=quick)
+            found.setdefault((status, cause or status.sentence), []).append((layer, key))
+    order = list(Status)
     lines = [
-        _status_line(status, ids[status], holders[status]) for status in Status if status in ids
+        _status_line(report, status, sentence, found[status, sentence])
+        for status, sentence in sorted(found, key=lambda one: (order.index(one[0]), one[1]))
+        if status is not Status.OK
     ]
     return Block("statuses", tuple(lines))
 
 
-def _status_line(status: Status, ids: Counter[str], holders: int) -> str:
-    keys = first_names(sorted(ids, key=lambda key: (-ids[key], key)), limit=4)
-    total = sum(ids.values())
-    numbers = "1 number" if total == 1 else f"{total} numbers"
-    return f"{status}: {numbers} on {_matrices(holders)} ({keys}). {status.sentence}"
+def _cause(layer: LayerRecord, key: str, *, quick: bool) -> str:
+    """Why an id does not apply to a matrix, as far as the report tells; else nothing."""
+    m, n = layer.shape
+    stem, _, dimension = key.rpartition("@")
+    k = int(dimension) if stem else 0
+    name = (stem or key).rpartition(".")[2]
+    if k > min(m, n):
+        return "k exceeds the shorter side."
+    if layer.status_of("relative_update") is Status.NOT_APPLICABLE:
+        return "The base is zero."
+    if name.startswith("angle_") and k == (m if "left" in name else n):
+        return "The basis is complete: k is the whole side."
+    if name == "outside_span" and m == n:
+        return "Nothing lies outside the span of a square base."
+    if name.startswith("mask_"):
+        return "The shorter side is below the rank of the mask."
+    if quick and not k and name not in _OF_LEADING:
+        return "--quick leaves out what needs a whole spectrum."
+    if name in ("numerical_rank", "condition_number"):
+        return "Singular values are below what the storage format resolves at this size."
+    return ""
+
+
+def _status_line(
+    report: Report, status: Status, sentence: str, found: list[tuple[LayerRecord, str]]
+) -> str:
+    ids = Counter(re.sub(r"@\d+$", "", key) for _, key in found)
+    keys = first_names(sorted(ids, key=lambda key: (-ids[key], key)), limit=_IDS)
+    numbers = _amount(_counts(report, (layer for layer, _ in found)), "number", "numbers")
+    holders = {(layer.tuned, layer.name): layer for layer, _ in found}
+    return f"{status}: {numbers} on {_matrices(report, holders.values())} ({keys}). {sentence}"
+
+
+def _matrices(report: Report, layers: Iterable[LayerRecord]) -> str:
+    """`1 matrix`, `3 matrices`, `2 to 3 matrices per model`."""
+    counts = _counts(report, layers)
+    return _amount(counts, "matrix", "matrices") + _each(counts)
+
+
+def _per_model(report: Report, layers: Iterable[LayerRecord]) -> str:
+    """`21`, `21 per model`; nothing for none."""
+    counts = _counts(report, layers)
+    return _amount(counts) + _each(counts) if any(counts) else ""
+
+
+def _counts(report: Report, layers: Iterable[LayerRecord]) -> list[int]:
+    """How many there are of each tuned model."""
+    found = Counter(layer.tuned for layer in layers)
+    return [found[run.tuned] for run in report.summary.runs] or [found.total()]
+
+
+def _each(counts: list[int]) -> str:
+    return " per model" if len(counts) > 1 else ""
+
+
+def _amount(counts: list[int], one: str = "", many: str = "") -> str:
+    least, most = min(counts), max(counts)
+    number = str(most) if least == most else f"{least} to {most}"
+    return f"{number} {one if least == most == 1 else many}".rstrip()

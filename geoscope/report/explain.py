@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from geoscope.report.page import Block, Cell, Grid, Head
 from geoscope.report.sections import Section
 
 __all__ = ["explain_blocks"]
+
+_NUMBER = r"[-+.\deE]+"
+_ANGLE = re.compile(rf"(?P<name>mean angle) (?P<value>{_NUMBER}) (?P<sign>\S) (?P<limit>{_NUMBER})")
 
 
 def explain_blocks(section: Section) -> list[Block]:
@@ -65,9 +69,20 @@ def _clauses(section: Section) -> Grid:
             Cell(layer.name),
             code_cell(layer.verdict),
             Cell(number(layer.verdict.get("k"))),
-            Cell(str(layer.verdict.get("clause") or "")),
+            Cell(_in_degrees(str(layer.verdict.get("clause") or ""))),
         )
         for layer in section.layers
         if layer.verdict
     ]
-    return Grid((MATRIX, VERDICT, Head("k"), Head("clause", is_words=True)), tuple(rows))
+    clause = Head("clause", is_words=True, is_long=True)
+    return Grid((MATRIX, VERDICT, Head("k"), clause), tuple(rows))
+
+
+def _in_degrees(clause: str) -> str:
+    """The clause with its angle and the limit of it as everywhere else for people."""
+
+    def turned(match: re.Match[str]) -> str:
+        value, limit = (degrees(float(match[part])) for part in ("value", "limit"))
+        return f"{match['name']} {value} {match['sign']} {limit}"
+
+    return _ANGLE.sub(turned, clause)

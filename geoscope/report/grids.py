@@ -5,7 +5,7 @@ Every number stands with its null; one that some matrix marks CAUTION carries a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from geoscope.report.numbers import degrees, number, times
@@ -13,7 +13,15 @@ from geoscope.report.page import Cell, Grid, Head
 from geoscope.report.sections import Subject, dimensions, with_dimension
 from geoscope.report.tables import QUANTITIES, Kind, Quantity
 
-__all__ = ["MATRIX", "VERDICT", "code_cell", "model_grid", "subject_grid"]
+__all__ = [
+    "MATRIX",
+    "VERDICT",
+    "code_cell",
+    "model_grid",
+    "null_text",
+    "subject_grid",
+    "value_text",
+]
 
 MATRIX = Head("matrix", is_words=True, is_name=True)
 VERDICT = Head("verdict", is_words=True)
@@ -30,19 +38,22 @@ _MODEL_HEADS = (
 )
 
 
-def model_grid(kind: Kind, whole: Subject) -> Grid:
-    """One row per quantity of the model, in groups."""
+def model_grid(kind: Kind, whole: Subject, ks: Collection[int]) -> Grid:
+    """One row per quantity of the model, in groups; at each of `ks` where it has a dimension."""
     rows: list[tuple[Cell, ...]] = []
     for group, patterns in kind.model:
-        own = [row for pattern in patterns for row in _model_rows(whole, QUANTITIES[pattern])]
+        own = [row for pattern in patterns for row in _model_rows(whole, QUANTITIES[pattern], ks)]
         rows += [(Cell(group),), *own] if own else []
     return Grid(_MODEL_HEADS, tuple(rows))
 
 
-def _model_rows(whole: Subject, quantity: Quantity) -> list[tuple[Cell, ...]]:
-    """One row for each k there is, or one, or none."""
+def _model_rows(
+    whole: Subject, quantity: Quantity, wanted: Collection[int]
+) -> list[tuple[Cell, ...]]:
+    """One row for each k there is and that is wanted, or one, or none."""
     stem = quantity.id.removesuffix("@k")
-    ks = [None] if quantity.id == stem else dimensions(whole.values, stem)
+    found = [k for k in dimensions(whole.values, stem) if k in wanted]
+    ks = [None] if quantity.id == stem else found
     keys = [(with_dimension(quantity.id, k), k) for k in ks]
     return [_model_row(whole, quantity, key, k) for key, k in keys if key in whole.values]
 
@@ -57,7 +68,7 @@ def _model_row(whole: Subject, quantity: Quantity, key: str, k: int | None) -> t
     return (
         Cell(quantity.label.format(k=k)),
         Cell(_value(whole, quantity, key)),
-        Cell("" if null is None else _null(quantity, null)),
+        Cell("" if null is None else null_text(quantity, null)),
         Cell(_ratio(whole, quantity, key, k)),
         Cell(_resolved(whole, key)),
         *others,
@@ -122,20 +133,21 @@ def _beside_null(subject: Subject, quantity: Quantity) -> Cell:
     if key not in subject.values:
         return Cell()
     null = subject.nulls.get(key)
-    beside = "" if null is None else f"({_null(quantity, null)})"
+    beside = "" if null is None else f"({null_text(quantity, null)})"
     return Cell(_value(subject, quantity, key), beside)
 
 
 def _value(subject: Subject, quantity: Quantity, key: str) -> str:
     value = subject.values[key]
     mark = "~" if value is not None and subject.is_cautioned(key) else ""
-    return _shown(quantity, value) + mark
+    return value_text(quantity, value) + mark
 
 
-def _shown(quantity: Quantity, value: float | int | None) -> str:
+def value_text(quantity: Quantity, value: float | int | None) -> str:
+    """A value in the unit of its quantity."""
     return degrees(value) if quantity.unit == "rad" else number(value)
 
 
-def _null(quantity: Quantity, null: float) -> str:
+def null_text(quantity: Quantity, null: float) -> str:
     """A null of 1 is exact: it belongs to a ratio."""
-    return "1" if null == 1 else _shown(quantity, null)
+    return "1" if null == 1 else value_text(quantity, null)

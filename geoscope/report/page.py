@@ -18,11 +18,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Head:
-    """Head of a column. Words stand left, numbers right; a name may be cut in the middle."""
+    """Head of a column. Words stand left, numbers right; a name may be cut in the middle.
+
+    Long words stand in the last column, and wrap there or below their row.
+    """
 
     text: str
     is_words: bool = False
     is_name: bool = False
+    is_long: bool = False
 
 
 @dataclass(frozen=True)

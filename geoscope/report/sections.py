@@ -45,6 +45,17 @@ class Subject:
         found = Counter(k for layer in self.layers if (k := dimension(layer)) is not None)
         return min(found, key=lambda k: (-found[k], k)) if found else None
 
+    @cached_property
+    def own_ks(self) -> list[int]:
+        """The subspace dimensions that its matrices have, ascending."""
+        return sorted({k for layer in self.layers if (k := dimension(layer)) is not None})
+
+    @cached_property
+    def telling_ks(self) -> list[int]:
+        """The k of its ids that say something: some matrix's own k, or within q/8 of one."""
+        largest = max((min(layer.shape) // 8 for layer in self.layers), default=0)
+        return [k for k in dimensions(self.values) if k <= largest or k in self.own_ks]
+
     def is_cautioned(self, key: str) -> bool:
         """Whether a number that went into `key` is marked CAUTION."""
         return any(layer.status_of(key) is Status.CAUTION for layer in self.layers)
@@ -122,7 +133,8 @@ def _label(ref: ModelRef) -> str:
 def dimension(layer: LayerRecord) -> int | None:
     """The k of a matrix: that of its verdict, else the largest with k ≤ q/8, else the smallest.
 
-    q/8 is the verdict's own rule (METHODS §3): beyond it the isotropic values are no longer small.
+    q/8 is the verdict's own rule (METHODS §3): beyond it the isotropic values are no longer small,
+    up to k = q, where they tell nothing.
     """
     if layer.verdict is not None and layer.verdict.get("k") is not None:
         return int(layer.verdict["k"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from geoscope.errors import ReportError
 
-__all__ = ["KINDS", "QUANTITIES", "Kind", "Quantity", "kind_of"]
+__all__ = ["KINDS", "OVERLAPS", "QUANTITIES", "Kind", "Quantity", "kind_of"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,17 @@ _TABLE = (
 )
 
 QUANTITIES = {quantity.id: quantity for quantity in _TABLE}
+
+# Overlaps of two updates, the telling ones first; others follow under their ids.
+OVERLAPS = (
+    Quantity("update_cosine", "cosine", "", ""),
+    Quantity("phi_left@8,8", "φ L(8,8)", "", ""),
+    Quantity("phi_right@8,8", "φ R(8,8)", "", ""),
+    Quantity("update_angle_left_mean@k", "angle L({k})", "", "", unit="rad"),
+    Quantity("mask_jaccard", "Jaccard", "", ""),
+    Quantity("sign_conflict", "conflict", "", ""),
+    Quantity("update_angle_right_mean@k", "angle R({k})", "", "", unit="rad"),
+)
 
 _SIZE = ("size and storage", ("relative_update", "precision_ratio", "update_sparsity"))
 _SPECTRUM = (

@@ -1,6 +1,7 @@
 """A report for people at a terminal: aligned columns, no box drawing, colour only where asked for.
 
 Columns stand in order of importance; those that do not fit the width are left out from the right.
+A last column of long words is never left out: it wraps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ __all__ = ["render_text"]
 
 _NARROWEST = 40
 _GAP = 2
+_LEAST_ROOM = 20  # of a last column of long words; with less it goes below its row
+_BELOW = "    "
 _CODE_STYLES = {
     "OFF_PRINCIPAL": "green",
     "NO_UPDATE": "dim",
@@ -69,13 +72,17 @@ def _block_lines(block: Block, width: int) -> list[Text]:
     from rich.text import Text
 
     style = f"bold {_CODE_STYLES.get(block.code, '')}".strip()
-    lines = [Text(line, style=style) for line in textwrap.wrap(block.title, width)]
+    lines = [Text(line, style=style) for line in _wrapped(block.title, width, indent="  ")]
     for words in block.lines:
-        wrapped = textwrap.wrap(words, width, subsequent_indent="  ")
-        lines += [Text(line) for line in wrapped]
+        lines += [Text(line) for line in _wrapped(words, width, indent="  ")]
     if block.grid is not None:
         lines += _grid_lines(block.grid, width)
     return [*lines, Text("")]
+
+
+def _wrapped(words: str, width: int, indent: str = "") -> list[str]:
+    """Lines within the width; names such as `geoscope-demo/base` are not parted at a hyphen."""
+    return textwrap.wrap(words, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,11 @@ class _Column:
         return max(len(self.head.text), self.value_width + beside)
 
     @property
+    def longest_word(self) -> int:
+        words = (word for cell in self.cells for word in cell.text.split())
+        return max(map(len, words), default=0)
+
+    @property
     def is_empty(self) -> bool:
         return not any(cell.text for cell in self.cells)
 
@@ -106,18 +118,41 @@ class _Column:
 def _grid_lines(grid: Grid, width: int) -> list[Text]:
     from rich.text import Text
 
-    columns = _fitting(_columns(grid, width), width)
+    columns = _columns(grid, width)
+    long = columns.pop() if columns and columns[-1].head.is_long else None
+    columns = _fitting(columns, width)
+    start = _width(columns) + _GAP
+    is_beside = long is not None and width - start >= max(_LEAST_ROOM, long.longest_word)
+    heads = [*columns, *([long] if long is not None and is_beside else [])]
     lines: list[Text] = []
-    if any(column.head.text for column in columns):
-        lines.append(_line([_set_head(column) for column in columns]))
+    if any(column.head.text for column in heads):
+        lines.append(_line([_set_head(column) for column in heads]))
     at = 0
     for row in grid.rows:
         if len(row) == 1:
             lines.append(Text(row[0].text, style="italic"))
             continue
-        lines.append(_line([_set_cell(column, column.cells[at]) for column in columns]))
+        cells = _line([_set_cell(column, column.cells[at]) for column in columns])
+        words = "" if long is None else long.cells[at].text
+        lines += _beside(cells, words, start, width) if is_beside else _over(cells, words, width)
         at += 1
     return lines
+
+
+def _beside(row: Text, words: str, start: int, width: int) -> list[Text]:
+    """A row with long words at its end, which go on below in the same column."""
+    from rich.text import Text
+
+    first, *others = _wrapped(words, width - start) or [""]
+    margin = " " * start
+    return [_line([row, Text(first)]), *(Text(margin + one) for one in others)]
+
+
+def _over(row: Text, words: str, width: int) -> list[Text]:
+    """A row with long words below it."""
+    from rich.text import Text
+
+    return [row, *(Text(_BELOW + one) for one in _wrapped(words, width - len(_BELOW)))]
 
 
 def _columns(grid: Grid, width: int) -> list[_Column]:
@@ -141,6 +176,10 @@ def _marked(cells: list[Cell]) -> tuple[Cell, ...]:
     return tuple(
         cell if cell.text.endswith("~") else Cell(f"{cell.text} ", cell.null) for cell in cells
     )
+
+
+def _width(columns: list[_Column]) -> int:
+    return sum(column.width for column in columns) + _GAP * max(len(columns) - 1, 0)
 
 
 def _fitting(columns: list[_Column], width: int) -> list[_Column]:

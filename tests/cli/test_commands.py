@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,8 @@ def names_in(folder: Path) -> list[str]:
     [
         ("collapse", ["OFF_PRINCIPAL", "spectral share NSS/ρ", "effective rank ratio"]),
         ("anisotropy", ["stable rank", "effective rank", "k90"]),
-        ("alignment", ["captured C_LR(8)", "mean angle left", "gap of the base"]),
-        ("compare", ["OFF_PRINCIPAL", "stable rank", "captured C_LR(8)", "spectral share"]),
+        ("alignment", ["captured C_LR(", "mean angle left", "gap of the base"]),
+        ("compare", ["OFF_PRINCIPAL", "stable rank", "captured C_LR(", "spectral share"]),
     ],
 )
 def test_comparisons_show_their_families(models: Models, command: str, words: list[str]) -> None:
@@ -126,12 +128,47 @@ def test_verbose_lists_every_matrix_and_how(models: Models) -> None:
             assert name.removesuffix(".weight") in text
 
 
+@pytest.mark.parametrize("solver", ["auto", "exact"])
+def test_verbose_says_by_which_method_and_how_well(models: Models, solver: str) -> None:
+    report = run("compare", models["base"], models["tuned"], "--json", "--solver", solver)
+    how = report.layer(Q0)["method"]["base.S"]["how"]
+    assert how in (("svd",) if solver == "exact" else ("gram-tridiagonal",))
+    text = run("compare", models["base"], models["tuned"], "-v", "--solver", solver).out
+    rows = text.partition("how each matrix was computed")[2].partition("\n\n")[0]
+    for role in ("base", "tuned", "update"):
+        assert role in rows
+    assert how in rows
+    bounds = [one["bound"] for one in report.layer(Q0)["method"].values()]
+    assert f"{max(bounds):.1e}" in rows
+    assert "how each matrix" not in run("compare", models["base"], models["tuned"]).out
+
+
 def test_explain_shows_thresholds_with_their_standing(models: Models) -> None:
     plain = run("collapse", models["base"], models["tuned"]).out
     told = run("collapse", models["base"], models["tuned"], "--explain").out
     assert len(told.splitlines()) > len(plain.splitlines()) + 15
     for word in ("distorted.nss", ".0500", "rank_collapse.top_share", "2606.07082", "ours"):
         assert word in told
+
+
+def test_explain_shows_the_clause_of_each_matrix_in_a_pipe(models: Models) -> None:
+    done = run("collapse", models["base"], models["tuned"], "--explain")
+    told = " ".join(done.out.partition("what decided")[2].partition("\n\n")[0].split())
+    rows = run("collapse", models["base"], models["tuned"], "--json").report["layers"]
+    for row in rows:
+        captured = row["verdict"]["clause"].partition(" and ")[0]
+        assert captured in told
+    assert len(rows) == told.count("°") / 2  # the angle and its limit, in degrees
+
+
+def test_dimensions_that_say_nothing_are_in_the_json_and_with_verbose(models: Models) -> None:
+    text = run("compare", models["base"], models["tuned"]).out
+    assert "left out: k = 8, 64, above an eighth of every shorter side" in text
+    assert "captured C_LR(3)" in text  # the verdict's own
+    assert "captured C_LR(8)" not in text
+    assert "captured C_LR(8)" in run("compare", models["base"], models["tuned"], "-v").out
+    report = run("compare", models["base"], models["tuned"], "--json").report
+    assert report["summary"]["model"]["energy_two_sided@8"] is not None
 
 
 def test_masks_and_curves_add_their_ids(models: Models) -> None:
@@ -283,6 +320,14 @@ def test_k_adds_columns_and_never_moves_the_verdict(models: Models) -> None:
         assert not columns & few
     assert {one["k"] for one in rows} == {3}
     assert "lift@3" in few
+
+
+@pytest.mark.usefixtures("no_work")
+def test_anisotropy_has_no_dimensions_to_choose(models: Models) -> None:
+    done = run("anisotropy", models["base"], models["tuned"], "--k", "8")
+    assert done.code == 2
+    assert "--k" in done.err
+    assert "--k" not in run("anisotropy", "--help").out
 
 
 def test_a_dimension_beyond_the_matrix_is_null_and_not_cut(models: Models) -> None:
@@ -470,6 +515,62 @@ def test_incomplete_under_strict_outweighs_a_condition_that_holds(tmp_path: Path
     assert run("collapse", *pair, "--strict", "--fail-on", "relative_update>0").code == 1
 
 
+@pytest.mark.parametrize(
+    ("limit", "code", "name", "value"),
+    [
+        ("distorted.nss=1e-9", "SPECTRUM_DISTORTED", "distorted.nss", 1e-9),
+        ("off_principal.energy_two_sided = 0", "MIXED", "off_principal.energy_two_sided", 0.0),
+        ("rank_collapse.top_share=.01", "RANK_COLLAPSE", "rank_collapse.top_share", 0.01),
+        ("distorted.angle=0.5", "OFF_PRINCIPAL", "distorted.angle", 0.5),
+        ("distorted.angle=15deg", "OFF_PRINCIPAL", "distorted.angle", math.radians(15)),
+        ("distorted.angle=15°", "OFF_PRINCIPAL", "distorted.angle", math.radians(15)),
+    ],
+)
+@pytest.mark.parametrize("command", ["collapse", "compare"])
+def test_limits_are_overridden_by_name(
+    models: Models, command: str, limit: str, code: str, name: str, value: float
+) -> None:
+    plain = run(command, models["base"], models["tuned"], "--json").report
+    assert plain["summary"]["verdict"]["code"] == "OFF_PRINCIPAL"
+    verdict = run(command, models["base"], models["tuned"], "--json", "--limit", limit).report[
+        "summary"
+    ]["verdict"]
+    assert verdict["code"] == code
+    assert verdict["thresholds"] == {**plain["summary"]["verdict"]["thresholds"], name: value}
+
+
+def test_limits_are_shown_by_the_names_that_are_taken(models: Models) -> None:
+    arguments = ("collapse", models["base"], models["tuned"])
+    limits = ("--limit", "distorted.nss=0.25", "--limit", "distorted.angle=15deg")
+    told = run(*arguments, "--explain", *limits).out
+    names = [line.split() for line in told.splitlines() if line.startswith("distorted.")]
+    assert ["distorted.nss", ".250"] in names
+    assert ["distorted.angle", "15.0°"] in names
+    for name, _ in names:
+        assert run(*arguments, "--limit", f"{name}=0.5", "--dry-run").code == 0
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("distorted.nss", "NAME=VALUE"),
+        ("distorted=1", "no threshold 'distorted'; near: distorted.nss, "),
+        ("nss=1", "no threshold 'nss'; near: distorted.nss$"),
+        ("x=1", "no threshold 'x'; they are init_mismatch.relative_update, "),
+        ("distorted.nss=much", "'much' is no number"),
+        ("distorted.nss=nan", "'nan' is no number"),
+        ("distorted.nss=", "'' is no number"),
+        ("distorted.angle=15", "15deg"),
+        ("distorted.nss=15deg", "is no number"),
+    ],
+)
+def test_limits_that_are_none_are_refused_before_the_work(
+    models: Models, limit: str, words: str
+) -> None:
+    refuse(run("collapse", models["base"], models["tuned"], "--limit", limit), 2, words)
+
+
 # --- anchor, quiet, names of files --------------------------------------------------------------
 
 
@@ -486,9 +587,14 @@ def test_anchor_gives_ratios(models: Models, command: str) -> None:
     assert itself.report["summary"]["anchor"]["spectrum_preserving"] is False
     alone = run(command, models["base"], models["small"], "--json").report["summary"]
     assert {**done.report["summary"], "anchor": 0} == {**alone, "anchor": 0}
-    assert (
-        "anchor" in run(command, models["base"], models["small"], "--anchor", models["tuned"]).out
-    )
+    text = run(command, models["base"], models["small"], "--anchor", models["tuned"]).out
+    block = text.partition("against the anchor")[2].partition("\n\n")[0]
+    assert len(block.splitlines()) < 14
+    assert "The update is spectrum-preserving beside the anchor" in block
+    (row,) = (line for line in block.splitlines() if line.startswith("relative update"))
+    assert row.endswith(" .20×")
+    assert "gap" not in block
+    assert "intruders" not in block
 
 
 @every_comparison
@@ -497,6 +603,25 @@ def test_quiet_says_nothing_on_stderr(models: Models, command: str, tmp_path: Pa
     quiet = run(command, models["base"], models["tuned"], "--quiet", "-o", tmp_path / "r.json")
     assert (quiet.code, quiet.err) == (0, "")
     assert quiet.out == loud.out
+
+
+def test_quiet_still_says_what_explains_the_exit_code(models: Models, tmp_path: Path) -> None:
+    pair = models["base"], models["tuned"]
+    done = run("collapse", *pair, "--quiet", "--fail-on", "relative_update>0")
+    assert (done.code, done.err) == (3, "geoscope: --fail-on: relative_update>0\n")
+    incomplete = run("collapse", *write_pair(tmp_path, drop(Q0)), "--quiet", "--strict")
+    assert incomplete.code == 1
+    assert incomplete.err == f"geoscope: --strict: 1 matrices not compared: {Q0}\n"
+    assert "exit code" in " ".join(run("collapse", "--help").out.split())
+
+
+def test_notes_name_their_model_and_are_said_once(models: Models) -> None:
+    base, tuned, other = (models[name] / "model.safetensors" for name in ("base", "tuned", "other"))
+    done = run("compare", base, tuned, other)
+    notes = [line for line in done.err.splitlines() if line.startswith("note: ")]
+    assert [line.partition(": one file, ")[0] for line in notes] == [
+        f"note: {path}" for path in (base, tuned, other)
+    ]
 
 
 def test_an_error_is_said_even_under_quiet(models: Models) -> None:
@@ -703,6 +828,29 @@ def test_metrics_lists_every_metric_and_shows_one_whole() -> None:
     refuse(run("metrics", "stabel_rank"), 2, "stabel_rank")
 
 
+@pytest.mark.parametrize("metric", [(), ("update.k90",), ("update_sparsity",), ("lift@8",)])
+def test_metrics_fit_eighty_columns(metric: tuple[str, ...]) -> None:
+    text = run("metrics", *metric).out
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_metrics_as_json_is_the_whole_table() -> None:
+    from geoscope.metrics import METRICS
+
+    document = run("metrics", "--json").report
+    assert document["schema"] == "geoscope.metrics/1"
+    rows = {row["id"].removeprefix("ROLE."): row for row in document["metrics"]}
+    assert list(rows) == [metric.id for metric in METRICS]
+    for metric in METRICS:
+        row = rows[metric.id]
+        for key in ("formula", "range", "reading", "caution", "floor", "aggregate", "source"):
+            assert row[key] == getattr(metric, key), (metric.id, key)
+        assert row["null"] == (metric.null.text if metric.null else None)
+    (only,) = run("metrics", "lift@64", "--json").report["metrics"]
+    assert only == rows["lift@k"]
+    assert run("metrics", "mask_lift_low", "--json").report["metrics"][0]["option"] == "--masks"
+
+
 def test_demo_unpacks_diagnoses_and_tells(tmp_path: Path) -> None:
     folder = tmp_path / "tour"
     done = run("demo", folder)
@@ -713,6 +861,33 @@ def test_demo_unpacks_diagnoses_and_tells(tmp_path: Path) -> None:
     assert again.code == 0
     assert f"using the demo run in {folder}" in again.err
     assert again.out == done.out
+    quiet = run("demo", folder, "--quiet")
+    assert (quiet.code, quiet.err, quiet.out) == (0, "", done.out)
+
+
+def test_demo_speaks_the_numbers_of_its_table_in_eighty_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = run("demo").out
+    assert max(map(len, text.splitlines())) <= 80
+    (row,) = (line.split() for line in text.splitlines() if "effective rank ratio  " in line)
+    assert f"The effective rank ratio is {row[3]}: no spectrum collapsed." in text
+
+
+@pytest.mark.parametrize("folder", ["geoscope-demo", "a folder/with spaces " + "and more" * 8])
+def test_what_the_demo_says_to_try_works(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = run("demo", folder).out.partition("try next\n")[2]
+    commands = [shlex.split(line) for line in said.replace("\\\n", "").splitlines()]
+    assert [words[:2] for words in commands] == [
+        ["geoscope", name] for name in ("compare", "anisotropy", "collapse", "metrics")
+    ]
+    for _, *words in commands:
+        done = run(*words, *(["--dry-run"] if words[0] != "metrics" else []))
+        assert done.code == 0, done.err
 
 
 def test_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
@@ -721,6 +896,7 @@ def test_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
     (taken / "mine.txt").write_text("mine")
     refuse(run("demo", taken), 2, "another folder")
     refuse(run("demo", taken / "mine.txt"), 2, "another folder")
+    assert "Traceback" in run("demo", taken, "--debug").err
     assert names_in(tmp_path) == ["taken"]
     assert names_in(taken) == ["mine.txt"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -85,6 +86,16 @@ def test_every_command_answers_help(path: tuple[str, ...]) -> None:
         for option in getattr(parameter, "opts", ()):
             if option.startswith("-"):
                 assert option in long.out
+
+
+@every_command
+def test_help_calls_values_by_their_names_and_fits(path: tuple[str, ...]) -> None:
+    text = run(*path, "--help").out
+    assert not re.search(r"<[a-z]", text), "a Python type"
+    assert max(map(len, text.splitlines())) <= 80
+    for parameter in COMMANDS[path].params:
+        is_switch = getattr(parameter, "is_flag", False) or parameter.name == "help"
+        assert is_switch or parameter.metavar, f"{path}: {parameter.name}"
 
 
 def test_the_front_page_lists_every_command_and_the_exit_codes() -> None:

@@ -18,6 +18,7 @@ import geoscope.engine.cache as cache_module
 from geoscope import Options, Report, compare
 from geoscope.analysis import Interrupted, Progress
 from geoscope.engine.cache import ResultCache, code_version, content_of
+from geoscope.errors import NumericsError
 
 Weights = dict[str, Tensor]
 NAMES = [
@@ -105,7 +106,9 @@ def test_without_a_folder_nothing_is_kept(models: Models) -> None:
 def test_names_and_places_do_not_matter_only_contents(models: Models, tmp_path: Path) -> None:
     before = models.run()
     for side in ("base", "tuned"):
-        moved = {key.replace("layers.", "layers.1"): one for key, one in getattr(models, side).items()}
+        moved = {
+            key.replace("layers.", "layers.1"): one for key, one in getattr(models, side).items()
+        }
         setattr(models, side, moved)
     models.save()
     after = models.run()
@@ -142,9 +145,10 @@ def test_base_and_tuned_are_not_exchanged(models: Models) -> None:
         replace(OPTIONS, dtype="float32"),
         replace(OPTIONS, curves=True),
         replace(OPTIONS, masks=True),
+        replace(OPTIONS, quick=True),
         replace(OPTIONS, seed=1),
     ],
-    ids=["ks", "solver", "dtype", "curves", "masks", "seed"],
+    ids=["ks", "solver", "dtype", "curves", "masks", "quick", "seed"],
 )
 def test_what_decides_the_numbers_is_part_of_the_key(models: Models, options: Options) -> None:
     models.run()
@@ -200,6 +204,20 @@ def test_a_matrix_with_nan_is_not_kept_and_found_out_again(models: Models) -> No
         assert len(models.files) == len(NAMES) - 1
 
 
+def test_a_matrix_that_did_not_converge_is_not_kept_and_tried_again(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hopeless(base: Tensor, *_: Any, **__: Any) -> Any:
+        raise NumericsError(f"no SVD driver converged on a matrix of {base.shape}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("geoscope.analysis.matrices.pair_factors", hopeless)
+        assert models.run().coverage.missing == tuple(sorted(NAMES))
+    assert models.files == []
+    assert models.run() == models.run(cached=False)
+    assert models.recalled == 0
+
+
 def test_an_interrupted_run_continues_where_it_stopped(models: Models) -> None:
     def stop_after_two(done: int, total: int, name: str) -> None:
         if done == 2:
@@ -222,7 +240,7 @@ DAMAGED = {
     "another document": b"{}",
     "no object": b"[1, 2]",
     "without its parts": b'{"row": null, "method": {}, "curves": {}, "notes": []}',
-    "unknown status": b'{"row": {"status": {"nss": "FINE"}}, "method": {}, "curves": {}, "notes": []}',
+    "unknown status": b'{"row": {"status": {"nss": "FINE"}}, "curves": {}, "notes": []}',
 }
 
 
@@ -255,18 +273,14 @@ def test_a_read_only_folder_does_not_fail_the_run(models: Models) -> None:
         models.cache.chmod(0o755)
 
 
-def test_a_full_disk_leaves_no_scraps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_scraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(cache_module.json, "dump", full)
     cache = ResultCache(tmp_path / "results")
     cache.put("ab" + 62 * "0", {"number": 1})
-    assert list(cache.files()) == []
-
-
+    assert [path for path in cache.folder.rglob("*") if path.is_file()] == []
 
 
 def keys(cache: ResultCache, count: int) -> list[str]:
@@ -282,6 +296,7 @@ def test_clear_removes_every_result_and_counts_them(tmp_path: Path) -> None:
     assert [cache.get(key) for key in keys(cache, 20)] == [{"number": i} for i in range(20)]
     assert len(list(cache.files())) == 20
     (next(cache.files()).parent / "left.tmp").write_text("by a run that was killed")
+    assert len(list(cache.files())) == 20
     assert cache.clear() == 20
     assert list(cache.files()) == []
     assert list((tmp_path / "results").iterdir()) == []

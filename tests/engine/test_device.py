@@ -70,7 +70,19 @@ def test_mps_that_is_not_there_is_refused(machine) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["", "gpu", "CPU", "cpu:0", "cpu:", "mps:0", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cuda:0:1"],
+    [
+        "",
+        "gpu",
+        "CPU",
+        "cpu:0",
+        "cpu:",
+        "mps:0",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:²",
+        "cuda:0:1",
+    ],
 )
 def test_what_is_no_device_is_refused_even_where_all_are_there(machine, given: str) -> None:
     machine(cuda=4, mps=True)

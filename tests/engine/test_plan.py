@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoscope.engine import default_memory, estimate_seconds, parse_memory, plan
-from geoscope.engine.plan import BASELINE, working_bytes
+from geoscope.engine.plan import BASELINE, room_for_batches, working_bytes
 from geoscope.errors import OptionError
 from geoscope.records import TensorInfo, WeightPair
 
@@ -104,6 +104,12 @@ def test_every_pair_is_planned_once_and_a_batch_of_several_fits(
         assert {one.shape for one in batch.pairs} == {batch.shape}
     sizes = [batch.working_bytes for batch in batches]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_batches_have_the_memory_that_the_process_leaves() -> None:
+    assert BASELINE == 500 * MB
+    assert room_for_batches(BASELINE + 7 * MB) == 7 * MB
+    assert room_for_batches(BASELINE - 1) == room_for_batches(-5) == 0
 
 
 def test_working_bytes_cover_what_is_held() -> None:

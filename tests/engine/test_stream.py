@@ -20,6 +20,7 @@ from torch import Tensor
 
 from geoscope import Options, Report, compare
 from geoscope.engine import Batch, Outcome, one_blas_thread, stream
+from geoscope.engine.plan import BASELINE
 from geoscope.errors import Stopped
 from geoscope.records import TensorInfo, WeightPair
 
@@ -47,20 +48,20 @@ def read(one: WeightPair) -> tuple[Tensor, Tensor]:
 
 def work(batch: Batch, base: Tensor, tuned: Tensor) -> list[tuple[str, float, float]]:
     return [
-        (one.name, float(base[i, 0, 0]), float(tuned[i, 0, 0]))
-        for i, one in enumerate(batch.pairs)
+        (one.name, float(base[i, 0, 0]), float(tuned[i, 0, 0])) for i, one in enumerate(batch.pairs)
     ]
 
 
 def run(batches: Sequence[Batch], **options: Any) -> Iterator[Outcome[Any]]:
+    """The pipeline; room: bytes for what is in flight, beyond those of the process itself."""
     chosen: dict[str, Any] = {
         "read": read,
         "work": work,
         "device": CPU,
         "workers": 2,
-        "memory": 1000,
-    }
-    return stream(batches, **(chosen | options))
+        "room": 1000,
+    } | options
+    return stream(batches, memory=BASELINE + chosen.pop("room"), **chosen)
 
 
 @pytest.fixture(autouse=True)
@@ -171,17 +172,19 @@ class Scale:
         return [one.name for one in batch.pairs]
 
 
-def weighed(sizes: Sequence[int], capacity: int, workers: int) -> Scale:
+def weighed(sizes: Sequence[int], room: int, workers: int) -> Scale:
     batches = batches_of(sizes)
     scale = Scale({batch.pairs[0].name: batch.working_bytes for batch in batches})
-    outcomes = run(batches, read=scale.read, work=scale.work, workers=workers, memory=capacity)
+    outcomes = run(batches, read=scale.read, work=scale.work, workers=workers, room=room)
     assert len(list(outcomes)) == len(sizes)
     return scale
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_in_flight_never_exceeds_the_memory(seed: int, workers: int) -> None:
+def test_what_is_in_flight_never_exceeds_the_memory_beyond_the_process(
+    seed: int, workers: int
+) -> None:
     draw = random.Random(seed)
     sizes = [draw.randint(1, 100) for _ in range(40)]
     assert weighed(sizes, 150, workers).heaviest <= 150
@@ -194,8 +197,9 @@ def test_a_batch_larger_than_the_memory_goes_alone(workers: int) -> None:
     assert scale.heaviest == 700
 
 
-def test_without_memory_one_batch_at_a_time_still_gets_through() -> None:
-    assert weighed([10] * 6, 0, 3).most == 1
+@pytest.mark.parametrize("room", [0, -BASELINE])
+def test_without_memory_one_batch_at_a_time_still_gets_through(room: int) -> None:
+    assert weighed([10] * 6, room, 3).most == 1
 
 
 def test_memory_is_free_again_after_a_batch_that_was_done_in_halves() -> None:
@@ -205,7 +209,7 @@ def test_memory_is_free_again_after_a_batch_that_was_done_in_halves() -> None:
         return [one.name for one in batch.pairs]
 
     found: list[Outcome[str]] = []
-    outcomes = run(batches_of([100] * 5, pairs=4), work=work_in_halves, memory=100)
+    outcomes = run(batches_of([100] * 5, pairs=4), work=work_in_halves, room=100)
     consumer = threading.Thread(target=lambda: found.extend(outcomes), daemon=True)
     consumer.start()
     consumer.join(PATIENCE)  # it waits for ever if a half keeps its bytes

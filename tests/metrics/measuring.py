@@ -39,14 +39,30 @@ def rows(
     seed: int = 0,
     dtype: str = "float64",
     solver: str = "auto",
+    quick: bool = False,
     only: Iterable[str] | None = None,
 ) -> list[Measured]:
-    """One row a pair of the stacks (b, m, n). only: these ids and what they take."""
+    """One row a pair of the stacks (b, m, n). only: these ids and what they take.
+
+    quick: leading directions only, and so without the ids of --curves.
+    """
     wanted = None if only is None else set(only)
-    selected = [one for one in all_instances(ks) if wanted is None or one.id in wanted]
+    selected = [
+        one
+        for one in all_instances(ks)
+        if (wanted is None or one.id in wanted) and not (quick and one.metric.option == "curves")
+    ]
     takes = {name for one in selected for name in one.takes}
     takes |= {name for one in selected if one.metric.null for name in one.metric.null.takes}
-    chosen = Settings(ks=tuple(ks), solver=solver, dtype=dtype, curves=True, masks=True, seed=seed)
+    chosen = Settings(
+        ks=tuple(ks),
+        quick=quick,
+        solver=solver,
+        dtype=dtype,
+        curves=not quick,
+        masks=True,
+        seed=seed,
+    )
     inside = [k for k in ks if k <= min(base.shape[-2:])]
     with one_blas_thread():  # as in the engine
         factors = pair_factors(base, tuned, takes=frozenset(takes), ks=inside, settings=chosen)

@@ -234,6 +234,45 @@ def test_fp32_arithmetic_is_near_fp64_arithmetic(metric: Metric, shape: tuple[in
             assert exact.status.get(key) == quick.status.get(key), key
 
 
+# --- leading directions only --------------------------------------------------------------------
+
+
+@cache
+def whole_and_quick() -> tuple[list[Measured], list[Measured]]:
+    """Three pairs whose leading directions stand out, whole and under --quick."""
+    S = torch.linspace(1, 0.3, 160, dtype=torch.float64)
+    S[:12] = torch.linspace(9, 4, 12)
+    S[12:] *= 0.5
+    bases = [with_spectrum(200, 160, S, seed=seed) for seed in (31, 33, 35)]
+    tuned = [updated(base, gaussian(200, 160, seed=9), 0.03) for base in bases]
+    both = torch.stack(bases).float(), torch.stack(tuned).float()
+    return rows(*both, ks=KS), rows(*both, ks=KS, quick=True)
+
+
+LEADING = [one for one in METRICS if one.option != "curves"]
+
+
+@pytest.mark.parametrize("metric", LEADING, ids=[one.id for one in LEADING])
+def test_quick_numbers_are_the_same_numbers_or_absent(metric: Metric) -> None:
+    for whole, quick in zip(*whole_and_quick(), strict=True):
+        for one in instances(metric, KS):
+            value = quick.values[one.id]
+            if any(name.endswith(".S") for name in one.takes):
+                assert (value, quick.status[one.id]) == (None, Status.NOT_APPLICABLE), one.id
+                continue
+            assert close(value, whole.values[one.id], rel=1e-6, absolute=1e-8), one.id
+            assert quick.status.get(one.id) == whole.status.get(one.id), one.id
+
+
+def test_quick_keeps_what_the_leading_directions_tell() -> None:
+    quick = whole_and_quick()[1][0]
+    for key in ("relative_update", "update.stable_rank", "lift@8", "angle_left_mean@8", "gap@8"):
+        assert quick.values[key] is not None, key
+    for key in ("nss", "update.effective_rank", "rank_ratio", "update.k90"):
+        assert quick.values[key] is None, key
+    assert not disagreements(quick)
+
+
 # --- nothing changed, nothing there -------------------------------------------------------------
 
 # METHODS §1, ZERO_UPDATE: what stays a number.

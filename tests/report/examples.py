@@ -26,6 +26,7 @@ from geoscope.records import (
     Verdict,
 )
 
+FALLBACK = "subspace bound 5.3e-09 above 4e-09 at k in [8, 64]"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ATTENTION = MODULES[:4]
 _THRESHOLDS = {
@@ -123,11 +124,18 @@ def _matrix(
         status=status,
         raw=raw,
         verdict=_matrix_verdict(values, k_v) if has_verdict else None,
-        method={"base.U": {"how": "svd", "bound": None, "fallback": layer == 1}},
+        method=_method(fell_back=layer == 1),
         curves=_curves(generator, m, n, values, ks),
         notes=("stored as float32, holds only bfloat16 numbers",) if module == "o_proj" else (),
         tuned=tuned,
     )
+
+
+def _method(*, fell_back: bool) -> dict[str, dict[str, Any]]:
+    """How the factors were got; the base of a layer that fell back by an exact SVD."""
+    gram = {"how": "gram-tridiagonal", "bound": 3e-14, "subspace_bound": 6e-10, "fallback": None}
+    exact = {"how": "svd", "bound": 9e-16, "subspace_bound": None, "fallback": FALLBACK}
+    return {"base.S": exact if fell_back else gram, "tuned.S": gram, "update.S": gram}
 
 
 def _belongs(key: str, kind: str) -> bool:
@@ -233,12 +241,14 @@ def _statuses(
 
 def _matrix_verdict(values: dict[str, float | int], k: int) -> dict[str, object]:
     if values["precision_ratio"] > 0.6:
-        return {"code": "UNDETERMINED", "k": k, "clause": "nu"}
+        return {"code": "UNDETERMINED", "k": k, "clause": "ν 0.83 > 0.6"}
     captured = values[f"energy_two_sided@{k}"]
     if captured > 0.13:
-        return {"code": "ON_PRINCIPAL", "k": k, "clause": "C_LR"}
-    code = "OFF_PRINCIPAL" if captured < 0.05 else "MIXED"
-    return {"code": code, "k": k, "clause": "C_LR, angle"}
+        return {"code": "ON_PRINCIPAL", "k": k, "clause": f"C_LR({k}) {captured:.3g} ≥ 0.5"}
+    if captured >= 0.05:
+        return {"code": "MIXED", "k": k, "clause": "no rule matched"}
+    clause = f"C_LR({k}) {captured:.3g} ≤ 0.05 and mean angle 0.0277 ≤ 0.0318"
+    return {"code": "OFF_PRINCIPAL", "k": k, "clause": clause}
 
 
 def _curves(
@@ -409,7 +419,15 @@ def _explained(count: int) -> tuple[dict[str, Any], ...]:
 
 def _overlaps(records: Sequence[LayerRecord]) -> tuple[Overlap, ...]:
     names = dict.fromkeys(record.name for record in records)
-    return tuple(
-        Overlap(name, 1, 2, {"update_cosine": 0.31, "phi_left@8,8": None}, {"update_cosine": 0.0})
-        for name in names
-    )
+    values: dict[str, float | None] = {
+        "update_cosine": 0.31,
+        "mask_jaccard": 0.9,
+        "sign_conflict": 0.2,
+    }
+    nulls = {"update_cosine": 0.0, "mask_jaccard": 0.8, "sign_conflict": 0.5}
+    for side in ("left", "right"):
+        values |= {f"phi_{side}@{i},{j}": 0.6 for i in (1, 8, 16) for j in (1, 8, 16)}
+        values |= {f"phi_{side}@8,16": None, f"update_angle_{side}_mean@8": math.radians(30)}
+        values[f"update_angle_{side}_mean@64"] = math.radians(50)
+        nulls |= {f"phi_{side}@8,8": 0.1, f"update_angle_{side}_mean@8": math.radians(70)}
+    return tuple(Overlap(name, 1, 2, values, nulls) for name in names)

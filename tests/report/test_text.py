@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from geoscope.errors import ReportError
-from geoscope.records import Coverage, Report, ShapeMismatch, Skipped, Status
+from geoscope.records import Report, Status
 from geoscope.report import render_text
+from geoscope.report.markdown import render_markdown
+from geoscope.report.numbers import number
 from geoscope.report.tables import KINDS, QUANTITIES
 
-from .examples import MODULES, all_null, example
+from .examples import FALLBACK, MODULES, all_null, example
 
 GOLDEN = Path(__file__).parent / "golden"
 DIMENSIONAL = [quantity for quantity in QUANTITIES.values() if quantity.id.endswith("@k")]
@@ -111,7 +113,7 @@ def test_partly_resolved_aggregate_says_from_how_many() -> None:
 
 
 def test_dimensions_are_found_in_the_ids() -> None:
-    text = plain(example("alignment", ks=(3, 17), hidden=96), 120)
+    text = plain(example("alignment", ks=(3, 17), hidden=96), 120, verbose=True)
     for k in (3, 17):
         assert lines_with(text, f"captured C_LR({k})")
         assert lines_with(text, f"mean angle left, k = {k} ")
@@ -162,48 +164,153 @@ def test_explain_shows_each_condition_and_what_it_met() -> None:
     assert len(lines_with(text, "ON_PRINCIPAL")) == 1
 
 
-def test_complete_coverage_is_one_line() -> None:
-    assert lines_with(plain(example()), "COMPLETE 28 of 28 matrices")
+# --- several models, anchor ---------------------------------------------------------------------
 
 
-def test_missing_matrices_are_named_three_and_counted() -> None:
-    names = tuple(f"model.layers.{index}.q_proj.weight" for index in range(5))
-    coverage = Coverage(
-        matched=("a.weight",),
-        base_only=(*names[:4], "model.norm.weight"),
-        shape_mismatch=(ShapeMismatch(names[4], (3, 4), (3, 5)),),
-        missing=names,
+def block(text: str, start: str) -> list[str]:
+    """The lines of a block below the first that begins so."""
+    lines = text.splitlines()
+    (at, *_) = [i for i, line in enumerate(lines) if line.startswith(start)]
+    end = lines.index("", at) if "" in lines[at:] else len(lines)
+    return lines[at + 1 : end]
+
+
+def test_overlaps_begin_with_the_telling_ones() -> None:
+    heads, row = block(plain(example(runs=2)), "overlap of the updates")
+    found = [head for head in heads.split("  ") if head]
+    assert [head.strip() for head in found] == [
+        *("updates", "n", "cosine", "φ L(8,8)", "φ R(8,8)", "angle L(8)", "Jaccard"),
+    ]
+    for cell in ("1 with 2", ".310 (0)", ".600 (.100)", "30.0° (70.0°)", ".900 (.800)"):
+        assert cell in row
+    wide = block(plain(example(runs=2), 200), "overlap of the updates")[0]
+    assert wide.split()[-6:] == [f"phi_left@{ij}" for ij in ("1,1", "1,8", "1,16", "8,1")] + [
+        *("phi_left@8,16", "phi_left@16,1"),
+    ]
+    assert "update_angle_right_mean@64" in render_markdown(example(runs=2))
+
+
+def anchored(report: Report, preserving: bool | None = False, **ratios: float | None) -> str:
+    every = dict.fromkeys(report.summary.model, 2.0) | ratios
+    anchor = {"ref": {"given": "sft"}, "ratios": every, "spectrum_preserving": preserving}
+    return plain(replace(report, summary=replace(report.summary, anchor=anchor)))
+
+
+def test_the_anchor_is_a_short_table() -> None:
+    report = example("collapse")
+    rows = block(anchored(report), "grpo/checkpoint-240 against the anchor sft")
+    heads = [row.split() for row in rows].index(["value", "anchor", "ratio"])
+    table = rows[heads + 1 :]
+    rho = report.summary.model["relative_update"]
+    assert rho is not None
+    assert table[0].split() == ["relative", "update", "ρ", number(rho), number(rho / 2), "2.0×"]
+    assert len(table) < 10
+    assert not [row for row in table if "intruders" in row or "gap" in row]
+    assert lines_with("\n".join(table), "mean angle left, k = 24")[0].endswith("°   2.0×")
+
+
+@pytest.mark.parametrize(
+    ("preserving", "words"),
+    [
+        (True, "The update is spectrum-preserving beside the anchor: its NSS, .20× the anchor's"),
+        (False, "The update is not spectrum-preserving beside the anchor: its NSS, .20× the"),
+        (None, "Whether the spectrum is preserved is not known"),
+    ],
+)
+def test_the_anchor_says_in_words_whether_the_spectrum_is_preserved(
+    preserving: bool | None, words: str
+) -> None:
+    text = anchored(example("collapse"), preserving, nss=0.2)
+    assert words in text.replace("\n  ", " ")
+
+
+def test_an_anchor_without_a_number_is_a_dash() -> None:
+    text = anchored(example("collapse"), None, nss=None)
+    (row,) = lines_with(text.partition("against the anchor")[2], "spectral shift NSS")
+    assert row.split()[-2:] == ["–", "–"]
+
+
+# --- subspace dimensions ------------------------------------------------------------------------
+
+
+def test_rows_beyond_an_eighth_of_every_side_are_left_out() -> None:
+    report = example()  # hidden size 192: k_v is 24 and 8, and 64 exceeds an eighth of 192
+    text = plain(report)
+    assert "left out: k = 64, above an eighth of every shorter side (see --verbose)" in text
+    assert [line for line in lines_with(text, "captured C_LR(") if "(64)" in line] == []
+    for words in ("captured C_LR(8)", "captured C_LR(24)", "mean angle left, k = 24"):
+        assert lines_with(text, words)
+    every = plain(report, verbose=True)
+    assert lines_with(every, "captured C_LR(64)")
+    assert lines_with(every, "mean angle right, k = 64")
+    assert "left out: k" not in every
+    wide = plain(example(hidden=512))
+    assert lines_with(wide, "captured C_LR(64)")
+    assert "left out: k" not in wide
+
+
+def test_the_k_of_the_verdict_is_never_left_out() -> None:
+    text = plain(example(hidden=12, ks=(8,), modules=("k_proj",)))  # 4 x 12: k_v = 1 > 4/8
+    assert lines_with(text, "captured C_LR(1)")
+    assert "left out: k = 8" in text
+
+
+def test_the_sentence_is_told_apart_from_the_rows() -> None:
+    words = "the verdict takes each matrix at its own (k = 8, 24)"
+    assert words in plain(example())
+    assert "at its own" not in plain(example(modules=("q_proj",)))
+    assert "at its own" not in plain(example("alignment"))
+
+
+# --- long words ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_clause_that_decided_is_shown_at_every_width(width: int) -> None:
+    report = example(layers=1)
+    text = " ".join(plain(report, width, explain=True).partition("what decided")[2].split())
+    for layer in report.layers:
+        assert layer.verdict is not None
+        clause = layer.verdict["clause"].replace("0.0277 ≤ 0.0318", "1.59° ≤ 1.82°")
+        assert clause in text, clause
+
+
+def test_long_words_go_on_in_their_column_or_below_their_row() -> None:
+    report = example(layers=1, modules=("q_proj", "k_proj"))
+    words = "C_LR(24) 0.0413 ≤ 0.05 and C_LR/E_24 0.114 ≤ 0.2 and C_L(24) 0.173 ≤ 0.5"
+    verdict = {"code": "OFF_PRINCIPAL", "k": 24, "clause": words}
+    report = replace(report, layers=tuple(replace(one, verdict=verdict) for one in report.layers))
+    heads, first, second, *_ = block(plain(report, explain=True), "what decided")
+    start = heads.index("clause")
+    assert first[start:].startswith("C_LR(24) 0.0413")
+    assert second[:start].strip() == ""
+    assert second[start] != " "
+    heads, first, below, *_ = block(plain(report, 50, explain=True), "what decided")
+    assert "clause" not in heads
+    assert first.split()[-2:] == ["OFF_PRINCIPAL", "24"]
+    assert below.startswith("    C_LR(24) 0.0413")
+
+
+def test_verbose_says_how_each_matrix_was_computed() -> None:
+    text = plain(example(layers=2), 160, verbose=True)
+    said, heads, *rows = block(text, "how each matrix was computed")
+    assert said.startswith("σ: bound on the error of every singular value, over the largest.")
+    assert heads.split() == ["matrix", "σ", "subspace", "how"]
+    first = next(row for row in rows if ".0." in row)
+    assert first.split()[1:3] == ["3.0e-14", "6.0e-10"]
+    assert first.endswith("base, tuned, update: gram-tridiagonal")
+    assert f"base: svd ({FALLBACK}); tuned, update: gram-tridiagonal" in " ".join(
+        " ".join(rows).split()
     )
-    text = plain(replace(example(), coverage=coverage), 200)
-    assert lines_with(text, "PARTIAL 5 of 6 matrices not compared: ")[0].endswith(
-        f"{', '.join(names[:3])} and 2 more"
-    )
-    assert "others only in base: 1" in text
+    for layer in example(layers=2).layers:
+        assert any(layer.name in row for row in rows)
+    assert "how each matrix" not in plain(example(layers=2), 120)
 
 
-def test_reasons_for_leaving_out_are_counted() -> None:
-    text = plain(example())
-    assert lines_with(text, "left out: 1, embedding")
-    skipped = tuple(Skipped(f"x{index}", f"reason {index // 2}") for index in range(10))
-    text = plain(replace(example(), coverage=Coverage(matched=(), skipped=skipped)))
-    assert lines_with(text, "left out: 2, reason 2")
-    assert lines_with(text, "left out: 4, for other reasons")
-
-
-def test_notes_and_fallbacks_are_counted() -> None:
-    text = plain(example())
-    assert "stored as float32, holds only bfloat16 numbers (4 matrices)" in text
-    assert "7 matrices fell back to an exact method" in text
-
-
-def test_overlaps_and_anchor_are_shown() -> None:
-    report = example(runs=2)
-    anchor = {"ref": {"given": "sft"}, "ratios": {"nss": 0.2}, "spectrum_preserving": True}
-    text = plain(replace(report, summary=replace(report.summary, anchor=anchor)))
-    assert "1 with 2" in text
-    assert ".310 (0)" in text
-    assert "nss .20×" in text
-    assert "spectrum-preserving relative to the anchor: yes" in text
+def test_names_are_not_parted_at_a_hyphen() -> None:
+    report = example(runs=3)
+    for line in plain(report, 60).splitlines():
+        assert not line.endswith("checkpoint-")
 
 
 def test_report_without_matrices_is_said_to_be_empty() -> None:
