@@ -49,7 +49,8 @@ def main() -> None:
     started = time.perf_counter()
     matrices = loop(given.base, given.tuned, values_only=given.values_only)
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "matrices": matrices}))
+    threads = torch.get_num_threads()
+    print(json.dumps({"seconds": seconds, "matrices": matrices, "threads": threads}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import synthetic
-from environments import PEERS, make
+from environments import PEERS, make, why_absent
 from machine import Run, child, facts, set_aside_variables, without_paths
 from tables import markdown
 
@@ -88,8 +88,11 @@ def measure(given: Sequence[Line], rounds: int) -> Iterator[dict[str, list[Run]]
 
 
 def _run(line: Line) -> Run:
-    if not Path(line.command[0]).exists():
-        return Run(0.0, 0.0, 0, None, failure="not installed; see --make-peers")
+    python = Path(line.command[0])
+    if not python.exists():
+        place = python.parents[1]
+        failure = without_paths(why_absent(place.parent, place.name))
+        return Run(0.0, 0.0, 0, None, failure=failure)
     run = child(line.command, ours=line.ours, folder=line.folder)
     answer = run.answer if line.inner else None
     failure = run.failure

@@ -63,11 +63,13 @@ def _mapping(values: Json) -> str:
 
 
 def _pairs(lines: Json, naive: str, floor: str) -> str:
+    threads = next((run["answer"]["threads"] for run in lines[naive] if run["answer"]), "?")
     rows = [
         "## Whole pairs",
         "",
         "Median (least-most). Speed-up: naive/line within a round, median (least-most). Others: "
-        f"cores busy with other work; above {DISTURBED} a line is marked (!) and not for quoting.",
+        f"cores busy with other work; above {DISTURBED} a line is marked (!) and not for quoting. "
+        f"The naive loop has {threads} BLAS threads.",
         "",
         "| line | seconds | speed-up | CPU s | memory MB | others |",
         "|---|--:|--:|--:|--:|--:|",

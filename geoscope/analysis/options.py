@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.metrics import Settings
+from geoscope.metrics.verdict import limits_in_force
 from geoscope.names import Selection
 from geoscope.records import Report
 
@@ -48,6 +49,7 @@ class Options:
     def __post_init__(self) -> None:
         if not self.ks or any(k < 1 for k in self.ks):
             raise OptionError(f"--k {list(self.ks)}: subspace dimensions are whole numbers from 1")
+        limits_in_force(self.limits)  # refuses names of thresholds that do not exist
         if self.solver not in ("auto", "exact"):
             raise OptionError(f"--solver {self.solver!r} is not one of auto, exact")
         if self.quick and self.curves:

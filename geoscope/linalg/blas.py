@@ -73,6 +73,8 @@ def gemm(
     """
     m, k = (A.shape[1], A.shape[0]) if At else A.shape
     n = B.shape[0] if Bt else B.shape[1]
+    if any(one.stride(-1) != 1 and one.shape[-1] > 1 for one in (A, B, out)):
+        raise ValueError("gemm needs unit stride in the last axis")  # else it writes elsewhere
     flags = {True: b"T", False: b"N"}
     double = out.dtype == torch.float64
     kind = ctypes.c_double if double else ctypes.c_float

@@ -15,7 +15,16 @@ from geoscope.errors import OptionError, first_names
 from geoscope.metrics.measure import Measured
 from geoscope.records import Status, Verdict
 
-__all__ = ["CODES", "THRESHOLDS", "VERDICT_IDS", "Judged", "Threshold", "judge", "judge_model"]
+__all__ = [
+    "CODES",
+    "THRESHOLDS",
+    "VERDICT_IDS",
+    "Judged",
+    "Threshold",
+    "judge",
+    "judge_model",
+    "limits_in_force",
+]
 
 CODES = (
     "NO_UPDATE",

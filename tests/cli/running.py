@@ -52,6 +52,7 @@ def run(*arguments: str | Path) -> Done:
     try:
         with (
             mock.patch.object(sys, "argv", ["geoscope", *map(str, arguments)]),
+            mock.patch.dict(os.environ),  # main() sets what BLAS reads
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
