@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -41,8 +40,7 @@ _PATH = re.compile(r"(?<![\w.])(?:/[\w.+@-]+){2,}/?")
 
 def geoscope_environment() -> dict[str, str]:
     """The variables that the command line sets for itself before BLAS is loaded."""
-    found = getattr(importlib.import_module("geoscope.__main__"), "blas_environment", None)
-    return dict(found()) if found else {}
+    return {} if "OMP_WAIT_POLICY" in os.environ else {"OMP_WAIT_POLICY": "passive"}
 
 
 def set_aside_variables() -> dict[str, str]:

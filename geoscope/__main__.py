@@ -9,12 +9,11 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 from types import FrameType
 
 from geoscope.errors import GeoscopeError, OptionError, Stopped
 
-__all__ = ["blas_environment", "main"]
+__all__ = ["main"]
 
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -22,7 +21,8 @@ _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
-    os.environ.update(blas_environment())
+    # Before any BLAS is loaded: threads that wait must not spin beside workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _give_memory_back()
     from geoscope.cli import app
 
@@ -41,21 +41,6 @@ def main() -> None:
             traceback.print_exc()
         sys.stderr.write(f"geoscope: {error}\n")
         sys.exit(2 if isinstance(error, OptionError) else 1)
-
-
-def blas_environment() -> dict[str, str]:
-    """What OpenBLAS should know before it is loaded; nothing where the user has said something.
-
-    On AMD processors with AVX-512 it takes its AVX2 kernels by default; those for AVX-512 multiply
-    half as fast again (docs/benchmarks.md). Waiting BLAS threads must not spin beside workers.
-    """
-    chosen = {"OMP_WAIT_POLICY": "passive"}
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
-    needed = ("avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
-    if "AuthenticAMD" in text and all(f" {flag}" in text for flag in needed):
-        chosen["OPENBLAS_CORETYPE"] = "SkylakeX"
-    return {name: value for name, value in chosen.items() if name not in os.environ}
 
 
 def _give_memory_back() -> None:

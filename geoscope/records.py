@@ -548,9 +548,7 @@ class Report:
 
     def dumps(self) -> str:
         """Strict JSON: keys sorted, floats in full precision, no NaN."""
-        return json.dumps(
-            self.to_json(), sort_keys=True, allow_nan=False, ensure_ascii=False
-        )
+        return json.dumps(self.to_json(), sort_keys=True, allow_nan=False, ensure_ascii=False)
 
     @classmethod
     def loads(cls, text: str) -> Report:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from geoscope import __version__
 from geoscope.cli import cache, demo, pairs, reading
@@ -16,16 +15,6 @@ _EPILOG = (
     "Exit codes: 0 done, findings included; 1 error, nothing compared, or incomplete under "
     "--strict; 2 usage; 3 a --fail-on condition holds; 130 interrupted; 143 terminated."
 )
-
-
-class _Command(TyperCommand):
-    """A command whose help calls arguments by their names alone: not `TUNED <list[str]>`."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        for one in self.params:
-            if one.param_type_name == "argument":
-                vars(one)["display_type_rich"] = lambda ctx: None
-        super().format_options(ctx, formatter)
 
 
 app = typer.Typer(
@@ -65,5 +54,5 @@ for _command in (
     reading.metrics,
     demo.demo,
 ):
-    app.command(cls=_Command, epilog=_EPILOG)(_command)
+    app.command(epilog=_EPILOG)(_command)
 app.add_typer(cache.app, name="cache")

@@ -3,9 +3,9 @@
 SciPy ships OpenBLAS and publishes the addresses of its routines for Cython; calling them through
 ctypes releases the interpreter lock, so that worker threads keep all cores busy, and it reaches
 what neither torch nor SciPy's wrappers offer: one tridiagonalisation that serves all eigenvalues
-and a few eigenvectors. On CPUs with AVX-512 OpenBLAS multiplies two to three times as fast as the
-MKL that torch brings (docs/benchmarks.md). Tensors here are fp64, on the CPU, with unit stride in
-the last axis.
+and a few eigenvectors. On AMD processors with AVX-512 its products are also faster than those of
+the MKL that torch brings, which takes AVX2 there (docs/benchmarks.md). Tensors here are fp64, on
+the CPU, with unit stride in the last axis.
 """
 
 from __future__ import annotations
