@@ -163,4 +163,5 @@ def test_every_command_gives_the_numbers_of_compare(tmp_path: Path, kind: str, q
             got = mine.raw.get(key) if value is None else value
             assert _close(key, got, expected), (mine.name, key)
             assert mine.status_of(key) == theirs.status_of(key)
-        assert quick or mine.verdict is None or mine.verdict["code"] == theirs.verdict["code"]
+        if mine.verdict is not None and theirs.verdict is not None and not quick:
+            assert mine.verdict["code"] == theirs.verdict["code"]

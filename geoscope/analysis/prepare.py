@@ -25,6 +25,10 @@ from geoscope.report.survey import Survey
 __all__ = ["Prepared", "prepare", "survey"]
 
 
+# With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
+_MASK_BYTES = 3 * 4
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A pair of checkpoints before any heavy work: opened, matched, planned."""
@@ -55,7 +59,12 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         base=left,
         tuned=right,
         pairing=pairing,
-        batches=plan(pairing.matrices, memory=memory, stack=not on_cpu),
+        batches=plan(
+            pairing.matrices,
+            memory=memory,
+            stack=not on_cpu,
+            entry_bytes=_MASK_BYTES if options.masks else 0,
+        ),
         memory=memory,
         workers=workers,
         device=device,

@@ -60,11 +60,14 @@ def room_for_batches(memory: int) -> int:
     return max(memory - BASELINE, 0)
 
 
-def plan(pairs: Sequence[WeightPair], *, memory: int, stack: bool) -> tuple[Batch, ...]:
+def plan(
+    pairs: Sequence[WeightPair], *, memory: int, stack: bool, entry_bytes: int = 0
+) -> tuple[Batch, ...]:
     """Batches in order of falling size, so that the longest work starts first.
 
     stack: put as many equal pairs into a batch as fit the memory (GPU); without it every batch
     holds one pair, and parallelism comes from workers (CPU). The numbers do not depend on it.
+    entry_bytes: what is held beside for each entry of a matrix.
     """
     room = room_for_batches(memory)
     groups: dict[tuple[tuple[int, ...], str, str], list[WeightPair]] = {}
@@ -72,7 +75,7 @@ def plan(pairs: Sequence[WeightPair], *, memory: int, stack: bool) -> tuple[Batc
         groups.setdefault((pair.shape, pair.base.dtype, pair.tuned.dtype), []).append(pair)
     batches = []
     for members in groups.values():
-        need = working_bytes(members[0])
+        need = working_bytes(members[0]) + entry_bytes * _entries(members[0])
         size = max(1, room // need) if stack else 1
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])

@@ -31,7 +31,6 @@ __all__ = [
     "expected_unchanged",
     "matched_spread",
     "nonfinite_entries",
-    "regular_sample",
     "side",
     "unchanged",
     "unchanged_cell",
@@ -88,7 +87,7 @@ def side(weight: Tensor) -> Side:
         values = block.double()
         squares += float(values.square().sum())
         noise_squares += float(squared_spacing(values, fmt).sum())
-    sample = regular_sample(flat)
+    sample = _regular_sample(flat)
     return Side(
         squares**0.5,
         (noise_squares / 12) ** 0.5,
@@ -205,24 +204,25 @@ def unchanged_probability(weight: Tensor, cell: tuple[Tensor, Tensor], spread: f
     return _between(weight, *cell, spread)
 
 
-def matched_spread(weights: Tensor, density: float, tuned_format: FloatFormat) -> float:
+def matched_spread(base: Side, density: float, tuned_format: FloatFormat) -> float:
     """Entry sd of the isotropic update of which the share `density` shows after rounding.
 
-    weights: entries of the base, fp64. By bisection on the expectation, to rounding.
+    By bisection on the expectation over the base's values, to rounding.
     """
+    weights, share = base.levels, base.counts / base.counts.sum()
     cell = unchanged_cell(weights, tuned_format)
-    scale = float(weights.square().mean().sqrt())
+    scale = float(torch.dot(share, weights.square()).sqrt())
     low, high = scale * 1e-12, scale * 1e6
     for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
-        if float((1 - unchanged_probability(weights, cell, middle)).mean()) < density:
+        if 1 - float(torch.dot(share, unchanged_probability(weights, cell, middle))) < density:
             low = middle
         else:
             high = middle
     return (low * high) ** 0.5
 
 
-def regular_sample(weight: Tensor) -> Tensor:
+def _regular_sample(weight: Tensor) -> Tensor:
     """Every so many-th entry, a million at most, in fp64."""
     flat = weight.reshape(-1)
     return flat[:: -(-flat.numel() // _SAMPLE)].double()

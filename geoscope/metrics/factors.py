@@ -304,6 +304,14 @@ def _cross(work: _Work, update: Operand) -> None:
         work.values[f"cross.{name}"] = torch.where(known, energies, torch.nan)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32, computed in fp64 a few rows at a time."""
+    out = torch.empty(len(left), right.shape[1], dtype=torch.float32, device=left.device)
+    for rows, part in zip(left.split(512), out.split(512), strict=True):
+        part.copy_(rows @ right)
+    return out
+
+
 def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side, Side]]) -> None:
     """Overlaps of the changed mask with the base's masks, and their matched nulls."""
     assert work.base is not None
@@ -313,10 +321,10 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side,
         if min(before.shape) >= MASK_RANK:
             U, Vh = _both(work.base)
             scaled = work.base.S[i, :MASK_RANK, None] * Vh[i, :MASK_RANK]
-            reconstruction = U[i, :, :MASK_RANK] @ scaled
+            reconstruction = _product(U[i, :, :MASK_RANK], scaled)
         results.append(
             mask_overlaps(
-                before.double(),
+                before,
                 reconstruction,
                 changed_mask(before, after),
                 tuned_format=sides[i][1].fmt,

@@ -16,7 +16,7 @@ from torch import Tensor
 from geoscope.linalg import FloatFormat, quantile
 from geoscope.linalg.changes import (
     matched_spread,
-    regular_sample,
+    side,
     unchanged_cell,
     unchanged_probability,
 )
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 MASK_RANK = 64  # rank of the reconstruction behind the principal mask (2606.07082, appendix)
+_BLOCK = 1 << 18  # entries of one step
 MASK_DENSITY = 0.5  # density of both masks there; its figure uses 0.3
 
 
@@ -58,33 +59,72 @@ def mask_overlaps(
 ) -> MaskOverlaps:
     """Overlaps |M* ∩ M|/|M| of the changed mask with the low and the principal mask.
 
-    base: (m, n) fp64; reconstruction: its rank-64 part, None where the rank exceeds q; changed:
-    (m, n) bool. tuned_format: what the matched null is stored in. The control is M_principal
-    without M_low. Ties at the quantile are kept, so the achieved density is returned. NaN where
-    nothing changed, or the base is zero.
+    base: (m, n), stored dtype or fp64; reconstruction: its rank-64 part, None where the rank
+    exceeds q; changed: (m, n) bool. tuned_format: what the matched null is stored in. The control
+    is M_principal without M_low. Ties at the quantile are kept, so the achieved density is
+    returned. NaN where nothing changed, or the base is zero.
     """
-    masks = {"low": base.abs() <= quantile(base.abs(), density)}
-    if reconstruction is not None:
-        size = reconstruction.abs()
-        masks["principal"] = size >= quantile(size, 1 - density)
-        masks["control"] = masks["principal"] & ~masks["low"]
+    low_edge = quantile(base.abs(), density)
+    sizes = None if reconstruction is None else reconstruction.abs()
+    principal_edge = 0.0 if sizes is None else quantile(sizes, 1 - density)
+    keys: list[str] = ["low"] if sizes is None else ["low", "principal", "control"]
     count = int(changed.sum())
-    if count == 0 or not bool(base.any()):  # a zero base has no small and no principal weights
-        nothing = dict.fromkeys(masks, float("nan"))
-        return MaskOverlaps(nothing, _densities(masks), nothing, 0)
-    spread = matched_spread(regular_sample(base), count / base.numel(), tuned_format)
-    visible = 1 - unchanged_probability(base, unchanged_cell(base, tuned_format), spread)
-    total = float(visible.sum())
+    meaningful = count > 0 and bool(base.any())  # a zero base has no small and no large weights
+    spread = 0.0
+    if meaningful:
+        spread = matched_spread(side(base), count / base.numel(), tuned_format)
+    shown = Visible(base.dtype, tuned_format, spread, device=base.device)
+    held, hit, expected = (dict.fromkeys(keys, 0.0) for _ in range(3))
+    total = 0.0
+    rows = max(1, _BLOCK // base.shape[1])
+    for start in range(0, len(base), rows):
+        part = slice(start, start + rows)
+        masks = {"low": base[part].abs() <= low_edge}
+        if sizes is not None:
+            masks["principal"] = sizes[part] >= principal_edge
+            masks["control"] = masks["principal"] & ~masks["low"]
+        visible = shown(base[part]) if meaningful else torch.zeros(base[part].shape)
+        total += float(visible.sum())
+        for key, mask in masks.items():
+            held[key] += int(mask.sum())
+            hit[key] += int((mask & changed[part]).sum())
+            expected[key] += float(visible[mask].sum())
+    densities = {key: number / base.numel() for key, number in held.items()}
+    if not meaningful:
+        nothing = dict.fromkeys(keys, float("nan"))
+        return MaskOverlaps(nothing, densities, nothing, 0)
     return MaskOverlaps(
-        overlap={key: int((mask & changed).sum()) / count for key, mask in masks.items()},
-        density=_densities(masks),
-        matched={key: float(visible[mask].sum()) / total for key, mask in masks.items()},
+        overlap={key: number / count for key, number in hit.items()},
+        density=densities,
+        matched={key: number / total for key, number in expected.items()},
         changed=count,
     )
 
 
-def _densities(masks: dict[str, Tensor]) -> dict[str, float]:
-    return {key: float(mask.double().mean()) for key, mask in masks.items()}
+class Visible:
+    """P(an entry visibly changes) under an isotropic update of entry sd `spread`.
+
+    For the 16-bit formats from a table of all 65 536 codes.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, tuned_format: FloatFormat, spread: float, *, device: torch.device
+    ) -> None:
+        self._format, self._spread, self._table = tuned_format, spread, None
+        if dtype in (torch.bfloat16, torch.float16) and spread > 0:
+            codes = torch.arange(-32768, 32768, device=device).to(torch.int16)
+            self._table = self._probability(codes.view(dtype).double().nan_to_num())
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """fp64, shape of `block`."""
+        if self._table is None:
+            return self._probability(block.double())
+        codes = block.contiguous().view(torch.int16).to(torch.int32) + 32768
+        return self._table[codes]
+
+    def _probability(self, weights: Tensor) -> Tensor:
+        cell = unchanged_cell(weights, self._format)
+        return 1 - unchanged_probability(weights, cell, self._spread)
 
 
 def mask_lift(overlap: Tensor, matched: Tensor) -> Tensor:

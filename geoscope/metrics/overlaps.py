@@ -17,7 +17,7 @@ from geoscope.linalg import Operand, factorise, principal_angles
 from geoscope.linalg.changes import (
     changed_mask,
     matched_spread,
-    regular_sample,
+    side,
     unchanged_cell,
     unchanged_probability,
 )
@@ -135,11 +135,13 @@ def _jaccard_null(base: Tensor, *models: tuple[Tensor, Tensor]) -> float:
     Rounding alone puts both masks on the small weights, so that p₁p₂/(p₁+p₂−p₁p₂), which takes
     them for independent, is far too low (docs/methods-notes.md). models: (tuned, mask) of each.
     """
-    sample = regular_sample(base)
+    values = side(base)
     shown = []
     for tuned, mask in models:
         fmt = effective_format(tuned)
-        spread = matched_spread(sample, float(mask.double().mean()), fmt)
-        shown.append(1 - unchanged_probability(sample, unchanged_cell(sample, fmt), spread))
+        spread = matched_spread(values, int(mask.sum()) / mask.numel(), fmt)
+        cell = unchanged_cell(values.levels, fmt)
+        shown.append(1 - unchanged_probability(values.levels, cell, spread))
     joint = shown[0] * shown[1]
-    return float(joint.sum() / (shown[0] + shown[1] - joint).sum())
+    either = shown[0] + shown[1] - joint
+    return float(torch.dot(values.counts, joint) / torch.dot(values.counts, either))
