@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,10 @@ def measured(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found: dict[str, Any] = {"about": about, "lines": {}, "micro": None}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        synthetic.write(folder, given.family, given.layers)
+        # In a process of its own: a child's peak counts what its parent held when it forked.
+        script, shape = str(Path(synthetic.__file__)), ["--family", given.family]
+        made = [script, str(folder), *shape, "--layers", str(given.layers)]
+        subprocess.run([sys.executable, *made], check=True)
         planned = lines(folder / "base", folder / "tuned", given.peers)
         for runs in measure(planned, given.rounds):
             about["load average"] = {"before": before, "after": os.getloadavg()}

@@ -27,6 +27,9 @@ __all__ = ["Prepared", "prepare", "survey"]
 
 # With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
 _MASK_BYTES = 3 * 4
+# With --curves: the longer side's whole basis in fp64, the update seen from it, and what the exact
+# method copies.
+_CURVE_BYTES = 4 * 8
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
             pairing.matrices,
             memory=memory,
             stack=not on_cpu,
-            entry_bytes=_MASK_BYTES if options.masks else 0,
+            entry_bytes=_MASK_BYTES * options.masks + _CURVE_BYTES * options.curves,
         ),
         memory=memory,
         workers=workers,
