@@ -1,6 +1,6 @@
 """Tensors in, tensors out: the only place that factorises. Knows nothing of files or reports."""
 
-from geoscope.linalg.angles import orthonormalise, principal_angles
+from geoscope.linalg.angles import principal_angles
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.quantile import quantile
 from geoscope.linalg.storage import FORMATS, FloatFormat, effective_format
@@ -14,7 +14,6 @@ __all__ = [
     "effective_format",
     "factorise",
     "factorise_leading",
-    "orthonormalise",
     "principal_angles",
     "quantile",
 ]

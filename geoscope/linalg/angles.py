@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoscope.profile import stage
 
-__all__ = ["orthonormalise", "principal_angles"]
+__all__ = ["principal_angles"]
 
 
 @stage("angles")
@@ -41,8 +41,3 @@ def _small_side_values(A: Tensor) -> Tensor:
     if A.shape[-2] <= 2 * A.shape[-1]:
         return torch.linalg.svdvals(A)
     return torch.linalg.svdvals(torch.linalg.qr(A, mode="r").R)
-
-
-def orthonormalise(A: Tensor) -> Tensor:
-    """Orthonormal basis of the columns of A: (..., d, k) → (..., d, k), by Householder QR."""
-    return torch.linalg.qr(A, mode="reduced").Q
