@@ -15,9 +15,11 @@ import pytest
 import torch
 from matrices import DTYPES, gaussian, save_model, updated, with_spectrum
 from oracle import oracle_row
+from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from geoscope import Options, Report, compare
+from geoscope.metrics import Settings, pair_factors
 
 KS = (8, 64)
 
@@ -165,3 +167,29 @@ def test_every_command_gives_the_numbers_of_compare(tmp_path: Path, kind: str, q
             assert mine.status_of(key) == theirs.status_of(key)
         if mine.verdict is not None and theirs.verdict is not None and not quick:
             assert mine.verdict["code"] == theirs.verdict["code"]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_subspaces_come_from_an_fp32_space_with_quick_alone(quick: bool) -> None:
+    """From q = 256 on leading triplets may come alone; their angles are good to 1e-5, not 1e-8."""
+    spectrum = np.concatenate([np.linspace(8, 4, 12), np.linspace(1, 0.5, 288)])
+    base = with_spectrum(340, 300, spectrum, seed=1)
+    tuned = updated(base, gaussian(340, 300, seed=3), 1e-4)
+    stacks = base.float()[None], tuned.float()[None]
+    takes = frozenset({"angles.left@8", "angles.right@8"})
+    found = pair_factors(*stacks, takes=takes, ks=(8,), settings=Settings(quick=quick))
+    ways = {role: method["how"] for role, method in found.methods[0].items()}
+    assert all(way.startswith("block-lanczos") == quick for way in ways.values()), ways
+    U0, U1 = (np.linalg.svd(one[0].double().numpy())[0][:, :8] for one in stacks)
+    exact = np.sort(subspace_angles(U0, U1))
+    angles = found.values["angles.left@8"][0].numpy()
+    np.testing.assert_allclose(angles, exact, rtol=0, atol=1e-5 if quick else 1e-8)
+
+
+def test_fp32_spectra_are_fp32_wherever_they_are_asked_for() -> None:
+    base, tuned = gaussian(300, 300, seed=1), gaussian(300, 300, seed=2)
+    settings = Settings(dtype="float32")
+    takes = frozenset({"update.top@1"})
+    stacks = base.float()[None], tuned.float()[None]
+    found = pair_factors(*stacks, takes=takes, ks=(), settings=settings)
+    assert found.methods[0]["update.S"]["how"] == "svdvals"

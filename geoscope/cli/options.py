@@ -162,7 +162,8 @@ QUICK: dict[str, Spec] = {
         bool,
         False,
         ("--quick",),
-        "Leading directions only: minutes become seconds, full-spectrum numbers are left out.",
+        "Leading directions only, angles to 1e-5 rad; full-spectrum numbers are left out. Slower "
+        "than doing without where spectra are flat.",
     ),
 }
 

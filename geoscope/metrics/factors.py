@@ -84,21 +84,23 @@ class _Work:
     def factorise(
         self, role: str, A: Operand, *, takes: frozenset[str], vectors: int = 0, cuts: Sequence[int]
     ) -> Factors:
-        """The factors of A: its whole spectrum where that is taken, else the leading triplets.
+        """The factors of A: its whole spectrum, or the leading triplets where these do.
 
-        They are kept as `role`.S and `role`.top@j; how they were got under `role`.S.
+        Leading values alone are exact to rounding; leading vectors come from an fp32 space, so that
+        angles are good to 1e-5 and not to 1e-8: they do with `quick` only. Kept as `role`.S and
+        `role`.top@j; how they were got under `role`.S.
         """
-        q = min(A.shape)
-        values = max(_leading_values(takes, role), vectors)
-        whole = f"{role}.S" in takes and not self.settings.quick
-        if whole or self.settings.solver == "exact":
-            dtype = torch.float64 if self.settings.dtype == "float64" else torch.float32
-            factors = factorise(
-                A, vectors=vectors, cuts=cuts, solver=self.settings.solver, dtype=dtype
-            )
-        else:
+        settings = self.settings
+        whole = f"{role}.S" in takes and not settings.quick
+        values_do = not (whole or vectors)
+        asked = settings.solver == "exact" or settings.dtype != "float64"
+        if (settings.quick or values_do) and not asked:
             # One more than is taken, for the gap behind the last.
-            factors = factorise_leading(A, min(values + 1, q), cuts=cuts, seed=self.settings.seed)
+            values = max(_leading_values(takes, role), vectors) + 1
+            factors = factorise_leading(A, min(values, min(A.shape)), cuts=cuts, seed=settings.seed)
+        else:
+            dtype = torch.float64 if settings.dtype == "float64" else torch.float32
+            factors = factorise(A, vectors=vectors, cuts=cuts, solver=settings.solver, dtype=dtype)
         self.methods[f"{role}.S"] = factors.methods
         if whole:
             self.values[f"{role}.S"] = factors.S
