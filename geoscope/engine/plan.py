@@ -87,11 +87,11 @@ def plan(
 def working_bytes(pair: WeightPair) -> int:
     """Peak bytes of one pair in work: as stored, a Gram matrix, and leading vectors of both sides.
 
-    512 fp64 rows stand for the blocks and the vectors of three roles.
+    512 fp64 rows stand for the vectors of three roles; products go by two blocks of 1024 rows.
     """
     m, n = pair.shape
     q = min(m, n)
-    return pair.base.nbytes + pair.tuned.nbytes + 8 * q * q + 512 * 8 * (m + n)
+    return pair.base.nbytes + pair.tuned.nbytes + 8 * q * (q + 2 * 1024) + 512 * 8 * (m + n)
 
 
 def estimate_seconds(pairs: Iterable[WeightPair], *, workers: int) -> float:

@@ -149,10 +149,10 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
             d, e, tau = blas.tridiagonalise(gram)
             energies = blas.eigenvalues(d, e)
         S = energies.clamp_min(0).sqrt()
-        mended = _mend_tail(A, gram, d, e, tau, S)
+        mended = _mend_tail(A, (gram, d, e, tau, energies), S)
         if vectors:
             with stage("eigenvectors"):
-                short = blas.eigenvectors(gram, d, e, tau, range(vectors))
+                short = blas.eigenvectors(gram, d, e, tau, energies, range(vectors))
                 gram.diagonal().copy_(diagonal)
                 images = blas.symmetric_times(gram, short)
             residuals = torch.linalg.vector_norm(images - energies[:vectors, None] * short, dim=-1)
@@ -167,9 +167,10 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     return _with_long_side(A, S[None], None if short is None else short[None], (method,))
 
 
-def _mend_tail(A: Operand, gram: Tensor, d: Tensor, e: Tensor, tau: Tensor, S: Tensor) -> bool:
+def _mend_tail(A: Operand, reduced: tuple[Tensor, ...], S: Tensor) -> bool:
     """Computes a short tail of S again, in place, from A on the tail's subspace.
 
+    reduced: what `eigenvectors` takes.
     The tail's vectors carry eps of the leading ones, so σ is then good to eps·σ1. False where the
     tail needs no mending, or is too long for it.
     """
@@ -178,7 +179,7 @@ def _mend_tail(A: Operand, gram: Tensor, d: Tensor, e: Tensor, tau: Tensor, S: T
     first = int((S >= _MEND_FROM * S[0]).sum())
     if len(S) - first > _MEND_AT_MOST:
         return False
-    rows = blas.eigenvectors(gram, d, e, tau, range(first, len(S)))[None]
+    rows = blas.eigenvectors(*reduced, range(first, len(S)))[None]
     images = (A.right(rows) if A.is_tall else A.left(rows))[0]
     triangle = torch.linalg.qr(images.T, mode="r").R
     S[first:] = torch.linalg.svdvals(triangle)
