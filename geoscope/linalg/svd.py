@@ -24,7 +24,7 @@ from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
 from geoscope.profile import stage
 
-__all__ = ["Factors", "factorise", "factorise_leading"]
+__all__ = ["LEAST_GAP", "Factors", "concatenate", "factorise", "factorise_leading"]
 
 _EPS = 2.0**-53
 
@@ -87,9 +87,9 @@ def factorise(
         return _exact(A, vectors, dtype, reason=None)
     if A.plus.device.type == "cpu":
         parts = [_one_on_cpu(A.row(i), vectors, cuts) for i in range(len(A))]
-        return parts[0] if len(parts) == 1 else _cat(parts)
+        return parts[0] if len(parts) == 1 else concatenate(parts)
     quick = _stacked(A, vectors, cuts)
-    return _cat(
+    return concatenate(
         [
             _exact(A.row(i), vectors, dtype, reason=reason) if reason else _take(quick, i)
             for i, reason in enumerate(
@@ -110,7 +110,7 @@ def factorise_leading(
     its `fallback` says so.
     """
     parts = [_leading_one(A.row(i), k, cuts, seed, budget) for i in range(len(A))]
-    return parts[0] if len(parts) == 1 else _cat(parts)
+    return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
 def _leading_one(A: Operand, k: int, cuts: Sequence[int], seed: int, budget: int | None) -> Factors:
@@ -349,7 +349,9 @@ def _take(factors: Factors, i: int) -> Factors:
     )
 
 
-def _cat(parts: Sequence[Factors]) -> Factors:
+def concatenate(parts: Sequence[Factors]) -> Factors:
+    """The factors of several stacks of one shape, as those of one stack."""
+
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
         present = [one for one in tensors if one is not None]
         return torch.cat(present) if present else None
