@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import geoscope
+from geoscope.__main__ import ENVIRONMENT
 
 __all__ = [
     "Run",
@@ -33,14 +34,14 @@ __all__ = [
 _PACKAGES = ("torch", "numpy", "scipy", "safetensors")
 _FLAGS = ("avx2", "avx512f", "amx_tile")
 # Variables that steer BLAS and its threads.
-_STEERING = ("OMP_", "OPENBLAS_", "MKL_", "GOTO_", "BLIS_")
+_STEERING = ("OMP_", "THP_", "OPENBLAS_", "MKL_", "GOTO_", "BLIS_")
 # A path of two folders or more; what is written out holds none.
 _PATH = re.compile(r"(?<![\w.])(?:/[\w.+@-]+){2,}/?")
 
 
 def geoscope_environment() -> dict[str, str]:
     """The variables that the command line sets for itself before BLAS is loaded."""
-    return {} if "OMP_WAIT_POLICY" in os.environ else {"OMP_WAIT_POLICY": "passive"}
+    return {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
 
 
 def set_aside_variables() -> dict[str, str]:

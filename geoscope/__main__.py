@@ -13,18 +13,20 @@ from types import FrameType
 
 from geoscope.errors import GeoscopeError, OptionError, Stopped
 
-__all__ = ["main"]
+__all__ = ["ENVIRONMENT", "main"]
 
+# Variables of the command line's own process, where the user has not set them, before any BLAS is
+# loaded: threads that wait do not spin beside workers, and large tensors come in huge pages, for
+# ordinary page faults cost more than the casts into them.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
-    # Before any BLAS is loaded: threads that wait must not spin beside workers.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Before torch allocates: large tensors in huge pages, for a page fault costs more than a cast.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _give_memory_back()
     from geoscope.cli import app
 

@@ -171,10 +171,10 @@ def test_every_command_gives_the_numbers_of_compare(tmp_path: Path, kind: str, q
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_subspaces_come_from_an_fp32_space_with_quick_alone(quick: bool) -> None:
-    """From q = 256 on leading triplets may come alone; their angles are good to 1e-5, not 1e-8."""
-    spectrum = np.concatenate([np.linspace(8, 4, 12), np.linspace(1, 0.5, 288)])
-    base = with_spectrum(340, 300, spectrum, seed=1)
-    tuned = updated(base, gaussian(340, 300, seed=3), 1e-4)
+    """Where leading triplets come alone, their angles are good to 1e-5, not 1e-8."""
+    spectrum = np.concatenate([np.linspace(8, 4, 12), np.linspace(1, 0.5, 788)])
+    base = with_spectrum(860, 800, spectrum, seed=1)
+    tuned = updated(base, gaussian(860, 800, seed=3), 1e-4)
     stacks = base.float()[None], tuned.float()[None]
     takes = frozenset({"angles.left@8", "angles.right@8"})
     found = pair_factors(*stacks, takes=takes, ks=(8,), settings=Settings(quick=quick))

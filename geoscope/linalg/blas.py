@@ -51,21 +51,31 @@ def _routine(module: Any, name: str, count: int) -> Callable[..., None]:
 # Up to this part of all vectors, inverse iteration is the faster way to them.
 _FEW_VECTORS = 1 / 8
 
-_SCALARS = {int: ctypes.c_int, float: ctypes.c_double, bytes: ctypes.c_char}
+_KINDS = {float: ctypes.c_double, bytes: ctypes.c_char}
+
+
+@cache
+def _constant(value: float | bytes, kind: Any) -> Any:
+    """A flag or factor in memory; routines do not write to these."""
+    return kind(value)
 
 
 def _call(module: Any, name: str, *arguments: Any) -> None:
     """Calls a routine: tensors by their memory; numbers, flags and ctypes scalars by address."""
-    scalars: list[Any] = []
-
-    def address(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.data_ptr()
-        convert = _SCALARS.get(type(value))
-        scalars.append(value if convert is None else convert(value))
-        return ctypes.addressof(scalars[-1])
-
-    _routine(module, name, len(arguments))(*[address(one) for one in arguments])
+    sizes = [one for one in arguments if type(one) is int]
+    integers = (ctypes.c_int * len(sizes))(*sizes)  # one piece of memory: thousands of calls a run
+    following = ctypes.addressof(integers)
+    addresses = []
+    for one in arguments:
+        if isinstance(one, Tensor):
+            addresses.append(one.data_ptr())
+        elif type(one) is int:
+            addresses.append(following)
+            following += ctypes.sizeof(ctypes.c_int)
+        else:
+            kind = _KINDS.get(type(one))
+            addresses.append(ctypes.addressof(one if kind is None else _constant(one, kind)))
+    _routine(module, name, len(arguments))(*addresses)
 
 
 def gemm(
@@ -86,7 +96,8 @@ def gemm(
     _call(
         cython_blas, "dgemm" if double else "sgemm",
         flags[Bt], flags[At], n, m, k,
-        kind(1.0), B, _leading(B), A, _leading(A), kind(1.0 if add else 0.0), out, _leading(out),
+        _constant(1.0, kind), B, _leading(B), A, _leading(A),
+        _constant(1.0 if add else 0.0, kind), out, _leading(out),
     )  # fmt: skip
     return out
 
@@ -105,7 +116,7 @@ def syrk(A: Tensor, out: Tensor, *, add: bool = False, At: bool = False) -> Tens
     _call(
         cython_blas, "dsyrk" if double else "ssyrk",
         b"L", b"N" if At else b"T", n, k,
-        kind(1.0), A, _leading(A), kind(1.0 if add else 0.0), out, _leading(out),
+        _constant(1.0, kind), A, _leading(A), _constant(1.0 if add else 0.0, kind), out, _leading(out),
     )  # fmt: skip
     return out
 

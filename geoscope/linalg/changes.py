@@ -145,7 +145,9 @@ def nonfinite_entries(weight: Tensor) -> int:
     flat = weight.reshape(-1)
     exponent = _EXPONENT_BITS.get(weight.dtype)
     if exponent is None:
-        return flat.numel() - sum(_count(block.double().abs(), operator.lt, math.inf) for block in flat.split(_BLOCK))
+        return flat.numel() - sum(
+            _count(block.double().abs(), operator.lt, math.inf) for block in flat.split(_BLOCK)
+        )
     # All exponent bits set: on integers this is ten times as fast as isfinite on 16-bit floats.
     codes = weight.contiguous().view(torch.int16).reshape(-1)
     return sum(_count(block & exponent, operator.eq, exponent) for block in codes.split(_BLOCK))

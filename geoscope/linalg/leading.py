@@ -17,24 +17,35 @@ import torch
 from torch import Tensor
 
 from geoscope.linalg import blas
+from geoscope.linalg.choice import krylov_takes_gram
 from geoscope.linalg.operand import Operand
 from geoscope.profile import stage
 
 __all__ = ["Leading", "leading_triplets"]
 
-# Rows of a Krylov block by the number of triplets wanted: more rows share one pass over the
-# matrix, fewer need a smaller space. One row is a matrix-vector product.
-_BLOCK_ROWS = ((1, 1), (16, 8), (math.inf, 16))
-# Aspect from which the fp32 Gram matrix of the shorter side is cheaper than products with A.
-_GRAM_ASPECT = 3.0
-_GRAM_FROM = 4
+# Rows of a Krylov block: more share one pass over the matrix, fewer need a smaller space.
+_ROWS = 4
+# Part of a warm start that is random.
+_STRANGE = 0.1
 # Part of q that the Krylov space may fill before the exact method is the better choice.
 _MOST_OF_Q = 0.45
 # Residual of the Gram eigenproblem, relative to the k-th eigenvalue, that ends the iteration: what
 # fp32 products can reach.
 _TOLERANCE = 5e-7
+# Or this part of the gap behind the last: the sine of a subspace is off by no more.
+_SINE_TOLERANCE = 3e-6
+# Relative error of an eigenvalue where values alone are wanted: half of it is that of σ.
+_VALUE_TOLERANCE = 1e-7
+# A residual in fp64 may be this many times what the fp32 space was asked for; beyond it fp32 did
+# not carry far enough.
+_SLACK = 10
+# Dimension at which a space is looked at first, at the least.
+_FIRST_CHECK = 8
 # Relative move of the leading Ritz values between two checks below which they stand still.
 _STILL = 1e-9
+# A piece of the matrix is multiplied there and back at once: it stays in the cache, and b times
+# its entries stay below what OpenBLAS counts as a small product, for a narrow one is faster there.
+_PRODUCT = 900_000
 # A new direction shorter than this, relative to what was taken out of it, is cleaned once more.
 _LOST = 1e-4
 # From this many triplets on, a space of 4k dimensions in which fewer than k/16 have converged is
@@ -47,15 +58,17 @@ class Leading:
     """Leading k triplets of one matrix, or the news that they were not found.
 
     S: (k,), U: (k, m) and Vh: (k, n), rows, leading first; fp64. residual: largest ‖Aᵀu − σv‖/σ1,
-    measured in fp64; |δσ| ≤ residual·σ1 (Weyl). gaps: (σ_k − σ_{k+1})/σ1 for each cut asked for,
-    σ_{k+1} taken from the Krylov space; sine: largest bound residual/gap over the cuts.
-    dimension: of the Krylov space. converged: whether the tolerance was met within the budget.
+    measured in fp64. With the gap (σ_k − σ_{k+1})/σ1, σ_{k+1} taken from the Krylov space, sine:
+    bound on the subspace's error, ‖residuals‖/gap (Wedin), and bound: on that of every σ relative
+    to σ1, the residual (Weyl) or ‖residuals‖²/gap. dimension: of the Krylov space. converged:
+    whether the tolerance was met within the budget.
     """
 
     S: Tensor
     U: Tensor
     Vh: Tensor
     residual: float
+    bound: float
     sine: float
     dimension: int
     converged: bool
@@ -63,51 +76,73 @@ class Leading:
 
 @stage("lanczos")
 def leading_triplets(
-    A: Operand, k: int, *, seed: int = 0, start: Tensor | None = None, budget: int | None = None
+    A: Operand,
+    k: int,
+    *,
+    seed: int = 0,
+    start: Tensor | None = None,
+    budget: int | None = None,
+    values_only: bool = False,
+    by_gram: bool | None = None,
 ) -> Leading:
     """The leading k triplets of one matrix on the CPU.
 
     A: a stack of one. start: rows (b, q) of the shorter side that are near the answer, such as the
     vectors of a neighbouring checkpoint. budget: largest Krylov dimension, default .45·q. A budget
     that is too small gives `converged` False and a residual that says so; take the exact method.
+    values_only: stop when the values are right to 1e-7, which is half way to the vectors. by_gram:
+    whether the space grows by an fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper.
     """
-    apply = _operator(A, k)
+    if by_gram is None:
+        by_gram = krylov_takes_gram(A.shape, k, values_only=values_only)
+    apply = _by_gram(A) if by_gram else _by_products(A)
     q = min(A.shape)
     limit = min(q, max(int(_MOST_OF_Q * q), 4 * k) if budget is None else budget)
-    basis, dimension, converged = _krylov(apply, q, k, limit, seed=seed, start=start)
-    return _rayleigh_ritz(A, basis, k, dimension=dimension, converged=converged)
-
-
-def _rows(k: int) -> int:
-    return next(rows for most, rows in _BLOCK_ROWS if k <= most)
+    basis, dimension, converged = _krylov(
+        apply, q, k, limit, seed=seed, start=start, values_only=values_only
+    )
+    return _rayleigh_ritz(
+        A, basis, k, dimension=dimension, converged=converged, values_only=values_only
+    )
 
 
 # --- products in fp32 ---------------------------------------------------------------------------
 
 
-def _operator(A: Operand, k: int) -> Callable[[Tensor], Tensor]:
-    """X ↦ X·G for rows X (b, q) and the Gram matrix G of the shorter side, in fp32."""
-    short, long = min(A.shape), max(A.shape)
-    if long >= _GRAM_ASPECT * short and k >= _GRAM_FROM:
-        gram = A.gram32()
+def _by_gram(A: Operand) -> Callable[[Tensor], Tensor]:
+    """X ↦ X·G for rows X (b, q), by the Gram matrix G of the shorter side in fp32."""
+    gram = A.gram32()
+    return lambda X: _narrow(X, gram, Bt=True)  # which is symmetric
 
-        def apply(X: Tensor) -> Tensor:
-            return blas.gemm(X, gram, torch.empty_like(X))
 
-        return apply
+def _by_products(A: Operand) -> Callable[[Tensor], Tensor]:
+    """X ↦ X·G for rows X (b, q), by products with A in fp32."""
     dense = A.single()
-    tall = A.is_tall
+    pieces = dense.split(max(1, _PRODUCT // (_ROWS * min(A.shape))), dim=0 if A.is_tall else 1)
 
     def through(X: Tensor) -> Tensor:
-        image = X.new_empty(len(X), long)
-        blas.gemm(X, dense, image, Bt=tall)
-        return blas.gemm(image, dense, torch.empty_like(X), Bt=not tall)
+        """Piece by piece there and back, so that each is read from memory once."""
+        out = torch.zeros_like(X)
+        for piece in pieces:
+            image = X.new_empty(len(X), piece.shape[0 if A.is_tall else 1])
+            blas.gemm(X, piece, image, Bt=A.is_tall)
+            blas.gemm(image, piece, out, add=True, Bt=not A.is_tall)
+        return out
 
-    def vector(X: Tensor) -> Tensor:
-        A = dense if tall else dense.T
-        return (A.T @ (A @ X[0]))[None]
+    return through
 
-    return vector if _rows(k) == 1 else through
+
+def _narrow(X: Tensor, B: Tensor, *, Bt: bool = False) -> Tensor:
+    """X·B, or X·Bᵀ with `Bt`, for few rows X: by pieces of B's rows that make small products."""
+    out = X.new_zeros(len(X), len(B) if Bt else B.shape[1])
+    rows = max(1, _PRODUCT // (len(X) * B.shape[1]))
+    for start in range(0, len(B), rows):
+        part = slice(start, start + rows)
+        if Bt:
+            blas.gemm(X, B[part], out[:, part], Bt=True)
+        else:
+            blas.gemm(X[:, part], B[part], out, add=True)
+    return out
 
 
 # --- the Krylov space ---------------------------------------------------------------------------
@@ -121,31 +156,81 @@ def _krylov(
     *,
     seed: int,
     start: Tensor | None,
+    values_only: bool,
 ) -> tuple[Tensor, int, bool]:
     """Ritz vectors (k + 1 rows, fewer if q is smaller), the dimension, whether they converged."""
-    if start is None:
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(_rows(k), q, generator=generator, dtype=torch.float64)
-    space = _Space(start, limit)
-    check, before = min(4 * k, limit), None
+    warm = start is not None
+    space = _Space(_first_block(q, start, seed), limit)
+    cadence = _Cadence(min(max(4 * k, _FIRST_CHECK), limit))
+    before: Tensor | None = None
     while True:
         space.grow(apply)
-        if space.filled < check and not space.is_full:
+        if space.filled < cadence.at and not space.is_full:
             continue
         ritz = _Ritz(space.projected)
         wanted = ritz.values[: min(k, space.filled)]
-        # Ritz values converge twice as fast as vectors: these are worth computing only when those
-        # stand still, and once at the start, to see whether there is any hope.
-        first = before is None and k >= _HOPE_FROM
-        moved = torch.inf if before is None else float((wanted - before).abs().max() / wanted[-1])
-        check, before = space.filled + max(len(space.following), space.filled // 5), wanted
-        if moved > _STILL and not (first or space.is_full):
+        moved = math.inf if before is None else float((wanted - before).abs().max() / wanted[-1])
+        # Of many vectors Ritz values tell when to look: they converge twice as fast, and cost
+        # less. Once at the start vectors are worth it, to see whether there is any hope.
+        first = before is None and k >= _HOPE_FROM and not warm
+        before = wanted
+        if k >= _HOPE_FROM and moved > _STILL and not (first or space.is_full):
+            cadence.missed("values", moved / _STILL, space)
             continue
         vectors = ritz.vectors(min(k + 1, space.filled))
-        found = (space.misfit(vectors[:k]) <= _TOLERANCE * wanted[-1]).sum()
-        hopeless = first and found < k / 16
-        if found == k or space.is_full or hopeless:
-            return space.combine(vectors), space.filled, bool(found == k)
+        excess = _excess(space.misfit(vectors[:k]), ritz.values, k, values_only=values_only)
+        found = int((excess <= 1).sum())
+        if found == k or space.is_full or (first and found < k / 16):
+            return space.combine(vectors), space.filled, found == k
+        cadence.missed("vectors", float(excess.max()), space)
+
+
+def _first_block(q: int, start: Tensor | None, seed: int) -> Tensor:
+    """Random rows (b, q), or random mixtures of the rows near the answer with some of these.
+
+    A mixture holds every direction near the answer, in a block that stays narrow; what else is in
+    it keeps the space from being closed to directions that `start` has nothing of.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(_ROWS, q, generator=generator, dtype=torch.float64)
+    if start is None:
+        return noise
+    mixing = torch.randn(_ROWS, len(start), generator=generator, dtype=torch.float64)
+    mixture = mixing @ start
+    return mixture + _STRANGE * mixture.norm() / noise.norm() * noise
+
+
+def _excess(misfit: Tensor, values: Tensor, k: int, *, values_only: bool) -> Tensor:
+    """How many times too large the residual of each of the leading k Ritz pairs is.
+
+    misfit: ‖Gv − λv‖. values: all Ritz values, of which the (k + 1)-th stands for the gap behind
+    the last. An eigenvalue is off by ‖misfit‖²/gap at most, a vector by misfit/gap.
+    """
+    last = values[min(k, len(values)) - 1]
+    gap = last - (values[k] if k < len(values) else 0.0)
+    if values_only:
+        error = torch.minimum(misfit, misfit.square().sum() / gap.clamp_min(1e-300))
+        return error / (_VALUE_TOLERANCE * last)
+    return misfit / torch.maximum(_TOLERANCE * last, _SINE_TOLERANCE * gap)
+
+
+class _Cadence:
+    """When to look next at a growing space: where the last two looks say that it will do."""
+
+    def __init__(self, first: int) -> None:
+        self.at = first
+        self._before: tuple[str, int, float] | None = None
+
+    def missed(self, kind: str, excess: float, space: _Space) -> None:
+        """A look at `space` found `excess` times what is allowed."""
+        size, distance = space.filled, math.log(max(excess, 1.0))
+        step = size / 5
+        if self._before is not None and self._before[0] == kind:
+            _, earlier, further = self._before
+            slope = (further - distance) / (size - earlier)
+            step = min(step, distance / slope) if slope > 0 else step
+        self._before = (kind, size, distance) if math.isfinite(distance) else None
+        self.at = size + max(len(space.following), math.ceil(step))
 
 
 class _Space:
@@ -167,7 +252,7 @@ class _Space:
         self.filled += size
         image = apply(self.following)
         coefficients = self._orthogonalise(image)
-        self._projection[begin : self.filled, : self.filled] = coefficients
+        self._projection[: self.filled, begin : self.filled] = coefficients.T
         self.following, self._remainder = _split(image)
         if float(self._remainder.diagonal().abs().min()) < _LOST * float(coefficients.norm()):
             # Some direction is little more than the rounding of the subtraction: once it has unit
@@ -176,13 +261,17 @@ class _Space:
             self.following = _orthonormal_rows(self.following.double())
 
     def _orthogonalise(self, rows: Tensor) -> Tensor:
-        """Takes the basis out of `rows`, in place; returns what was taken out, as coordinates."""
-        basis = self._basis[: self.filled]
+        """Takes the basis out of `rows`, in place; returns what was taken out, as coordinates.
+
+        Twice is enough (Parlett 1998, §6.9), and the first time only the last two blocks: of the
+        others an image holds little more than rounding, which the second time is small already.
+        """
         coefficients = torch.zeros(len(rows), self.filled)
-        for _ in range(2):  # twice is enough (Parlett 1998, §6.9)
-            part = blas.gemm(rows, basis, torch.empty_like(coefficients), Bt=True)
-            rows -= blas.gemm(part, basis, torch.empty_like(rows))
-            coefficients += part
+        for first in (max(0, self.filled - 2 * len(rows)), 0):
+            basis = self._basis[first : self.filled]
+            part = _narrow(rows, basis, Bt=True)
+            rows -= _narrow(part, basis)
+            coefficients[:, first:] += part
         return coefficients
 
     @property
@@ -191,7 +280,7 @@ class _Space:
 
     @property
     def projected(self) -> Tensor:
-        """QGQᵀ, of which the lower triangle is set."""
+        """QGQᵀ, of which the upper triangle is set."""
         return self._projection[: self.filled, : self.filled]
 
     def misfit(self, vectors: Tensor) -> Tensor:
@@ -217,47 +306,59 @@ def _orthonormal_rows(X: Tensor) -> Tensor:
 
 
 class _Ritz:
-    """Eigenpairs of the projected matrix, of which the lower triangle is given."""
+    """Eigenpairs of the projected matrix, of which the upper triangle is given."""
 
     def __init__(self, T: Tensor) -> None:
-        lower = torch.tril(T)
-        self._reflectors = (lower + torch.tril(lower, -1).T).contiguous()
+        self._reflectors = T.clone(memory_format=torch.contiguous_format)
         self._tridiagonal = blas.tridiagonalise(self._reflectors)
         self.values = blas.eigenvalues(*self._tridiagonal[:2])
 
     def vectors(self, count: int) -> Tensor:
         """Of the leading `count` values, as rows."""
-        return blas.eigenvectors(
-            self._reflectors, *self._tridiagonal, self.values, range(count)
-        )
+        return blas.eigenvectors(self._reflectors, *self._tridiagonal, self.values, range(count))
 
 
 # --- the answer in fp64 -------------------------------------------------------------------------
 
 
 def _rayleigh_ritz(
-    A: Operand, basis: Tensor, k: int, *, dimension: int, converged: bool
+    A: Operand, basis: Tensor, k: int, *, dimension: int, converged: bool, values_only: bool
 ) -> Leading:
     """Triplets from span(basis), and their residuals, from the stored weights in fp64."""
     short = torch.linalg.qr(basis.T).Q.T.contiguous()
-    long = _images(A, short)
+    long, back = A.there_and_back(short)
     energies, rotation = torch.linalg.eigh(long @ long.T)
     rotation = rotation.flip(-1).T.contiguous()
     S = energies.flip(0).clamp_min(0).sqrt()
-    short, long = rotation @ short, rotation @ long
-    long /= S[:, None].clamp_min(torch.finfo(S.dtype).tiny)
-    back = _images(A, long[:k], back=True)
+    short, long, back = rotation @ short, rotation @ long, rotation[:k] @ back
+    scale = S[:, None].clamp_min(torch.finfo(S.dtype).tiny)
+    long /= scale
+    back /= scale[:k]
     misfit = torch.linalg.vector_norm(back - S[:k, None] * short[:k], dim=-1)
-    largest = float(S[0])
-    residual = float(misfit.max()) / largest if largest > 0 else 0.0
-    following = float(S[k]) if len(S) > k else 0.0
-    gap = (float(S[k - 1]) - following) / largest if largest > 0 else 0.0
-    sine = float(torch.linalg.vector_norm(misfit)) / largest / gap if gap > 0 else math.inf
+    excess = _excess(S[:k] * misfit, S.square(), k, values_only=values_only)
     U, Vh = (long, short) if A.is_tall else (short, long)
-    return Leading(S[:k], U[:k], Vh[:k], residual, sine, dimension, converged)
+    return Leading(
+        S=S[:k],
+        U=U[:k],
+        Vh=Vh[:k],
+        **_bounds(misfit, S, k),
+        dimension=dimension,
+        converged=converged and bool(excess.max() <= _SLACK),
+    )
 
 
-def _images(A: Operand, rows: Tensor, *, back: bool = False) -> Tensor:
-    """A·x of rows of the shorter side, or Aᵀ·y of the longer side with `back`."""
-    to_left = A.is_tall != back
-    return (A.right(rows[None]) if to_left else A.left(rows[None]))[0]
+def _bounds(misfit: Tensor, S: Tensor, k: int) -> dict[str, float]:
+    """residual, bound and sine of `Leading`. misfit: ‖Aᵀu − σv‖ of the leading k, S: (k + 1,)."""
+    largest = float(S[0])
+    if largest == 0:
+        return {"residual": 0.0, "bound": 0.0, "sine": math.inf}
+    gap = float(S[k - 1] - S[k] if len(S) > k else S[k - 1]) / largest
+    residual = float(misfit.max()) / largest
+    together = float(torch.linalg.vector_norm(misfit)) / largest
+    if gap <= 0:
+        return {"residual": residual, "bound": residual, "sine": math.inf}
+    return {
+        "residual": residual,
+        "bound": max(min(residual, together**2 / gap), torch.finfo(S.dtype).eps),
+        "sine": together / gap,
+    }

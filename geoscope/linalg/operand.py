@@ -24,6 +24,7 @@ _BLOCK = 1024
 _UPCAST = 1 << 18
 # Rows that are mirrored at a time, to stay in the cache.
 _MIRROR = 256
+_WITHIN_FP32 = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,10 @@ class Operand:
         return self._gram(0, dtype=torch.float32)
 
     def single(self) -> Tensor:
-        """One matrix in fp32 (m, n): upcast (or subtracted in fp64) first, rounded second."""
-        if self.minus is None:
-            return self.plus[0].to(torch.float32)
+        """One matrix in fp32 (m, n), rounded once: after the subtraction."""
         whole = torch.empty(self.shape, dtype=torch.float32)
         axis = 0 if self.is_tall else 1
-        for part, block in self.blocks(0):
+        for part, block in self.blocks(0, torch.float32):
             whole.narrow(axis, part.start, part.stop - part.start).copy_(block)
         return whole
 
@@ -120,6 +119,21 @@ class Operand:
     def both(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
         """`right(X)` and `left(Y)` in one pass over the entries."""
         return self._images(X, Y)
+
+    @stage("products")
+    def there_and_back(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of rows (k, q) of the shorter side, (k, long), and the images of these, (k, q).
+
+        Of one matrix on the CPU, in one pass over its entries: X·Aᵀ and X·AᵀA if tall, X·A and
+        X·AAᵀ if wide.
+        """
+        there = rows.new_empty(len(rows), max(self.shape))
+        back = torch.zeros_like(rows)
+        for part, block in self.blocks(0):
+            image = there[:, part]
+            blas.gemm(rows, block, image, Bt=self.is_tall)
+            blas.gemm(image, block, back, add=True, Bt=not self.is_tall)
+        return there, back
 
     def _images(self, X: Tensor | None, Y: Tensor | None) -> tuple[Tensor, Tensor]:
         """The images of rows X and of rows Y; empty where there are none."""
@@ -146,15 +160,18 @@ class Operand:
     def blocks(self, i: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
         """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide.
 
-        With another dtype they are rounded to it after the subtraction.
+        In fp32 they are rounded once, after the subtraction.
         """
         plus, minus = self.plus[i], None if self.minus is None else self.minus[i]
         axis = 0 if self.is_tall else 1
         length = plus.shape[axis]
-        size = (_BLOCK, plus.shape[1]) if self.is_tall else (plus.shape[0], _BLOCK)
-        buffer = torch.empty(size, dtype=torch.float64)
-        scratch = buffer.new_empty(max(1, _UPCAST // size[1]), size[1])
-        rounded = None if dtype == torch.float64 else torch.empty(size, dtype=dtype)
+        block_shape = (_BLOCK, plus.shape[1]) if self.is_tall else (plus.shape[0], _BLOCK)
+        # fp32 holds every operand of a narrower format, and rounds a difference once.
+        narrow = all(one is None or one.dtype in _WITHIN_FP32 for one in (plus, minus))
+        work = dtype if narrow else torch.float64
+        buffer = torch.empty(block_shape, dtype=work)
+        scratch = buffer.new_empty(max(1, _UPCAST // block_shape[1]), block_shape[1])
+        rounded = None if work == dtype else torch.empty(block_shape, dtype=dtype)
         for start in range(0, length, _BLOCK):
             count = min(_BLOCK, length - start)
             block = buffer.narrow(axis, 0, count)
@@ -164,15 +181,13 @@ class Operand:
                     block.copy_(stored)
                 else:
                     _subtract(stored, minus.narrow(axis, start, count), block, scratch)
-            part = slice(start, start + count)
-            if rounded is None:
-                yield part, block
-            else:
-                yield part, rounded.narrow(axis, 0, count).copy_(block)
+                if rounded is not None:
+                    block = rounded.narrow(axis, 0, count).copy_(block)
+            yield slice(start, start + count), block
 
 
 def _subtract(plus: Tensor, minus: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """out = plus − minus in fp64, a few rows at a time, so that they are still in the cache."""
+    """out = plus − minus in the dtype of `out`, some rows at a time, while they are in the cache."""
     for start in range(0, len(out), len(scratch)):
         part = out[start : start + len(scratch)].copy_(plus[start : start + len(scratch)])
         other = scratch[: len(part), : part.shape[1]]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
+from geoscope.linalg.choice import leading_pays
 from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
 from geoscope.profile import stage
@@ -44,11 +45,6 @@ SUBSPACE_TOLERANCE = 4e-9
 # A cut between singular values closer than this (relative) is too ill-defined to pay for an exact
 # SVD; such a subspace is flagged by its gap instead.
 LEAST_GAP = 1e-6
-
-# From this q on, and up to this part of it, the leading triplets alone are cheaper than the whole
-# spectrum.
-_LEADING_FROM = 256
-_LEADING_PART = 0.08
 
 
 @dataclass(frozen=True)
@@ -101,28 +97,53 @@ def factorise(
 
 
 def factorise_leading(
-    A: Operand, k: int, *, cuts: Sequence[int] = (), seed: int = 0, budget: int | None = None
+    A: Operand,
+    k: int,
+    *,
+    cuts: Sequence[int] = (),
+    seed: int = 0,
+    budget: int | None = None,
+    near: Factors | None = None,
+    values_only: bool = False,
 ) -> Factors:
     """The leading k triplets of A alone; S (b, k).
 
-    Certified block Lanczos on the CPU where k is small beside q. A matrix on which it does not
-    converge within the budget (a flat spectrum, mostly) goes through its Gram matrix instead, and
-    its `fallback` says so.
+    Certified block Lanczos on the CPU where that is cheaper than the whole spectrum (see
+    choice.py). A matrix on which it does not converge within the budget (a flat spectrum, mostly)
+    goes through its Gram matrix instead, and its `fallback` says so. near: factors of matrices
+    close to these, from which the search starts. values_only: the vectors may be rough.
     """
-    parts = [_leading_one(A.row(i), k, cuts, seed, budget) for i in range(len(A))]
+    short = None
+    if near is not None and near.U is not None:
+        short = near.Vh if A.is_tall else near.U.mT
+    parts = [
+        _leading_one(
+            A.row(i), k, cuts, seed, budget, None if short is None else short[i], values_only
+        )
+        for i in range(len(A))
+    ]
     return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
-def _leading_one(A: Operand, k: int, cuts: Sequence[int], seed: int, budget: int | None) -> Factors:
+def _leading_one(
+    A: Operand,
+    k: int,
+    cuts: Sequence[int],
+    seed: int,
+    budget: int | None,
+    start: Tensor | None,
+    values_only: bool,
+) -> Factors:
     reason = None
-    q = min(A.shape)
-    if A.plus.device.type == "cpu" and q >= _LEADING_FROM and k <= _LEADING_PART * q:
-        found = leading_triplets(A, k, seed=seed, budget=budget)
+    if A.plus.device.type == "cpu" and leading_pays(A.shape, k, values_only=values_only):
+        found = leading_triplets(
+            A, k, seed=seed, start=start, budget=budget, values_only=values_only
+        )
         if found.converged:
             method = {
                 "how": f"block-lanczos-{found.dimension}",
-                "bound": found.residual,
-                "subspace_bound": found.sine,
+                "bound": found.bound,
+                "subspace_bound": None if values_only else found.sine,
                 "fallback": None,
             }
             return Factors(found.S[None], found.U.T[None], found.Vh[None], (method,))

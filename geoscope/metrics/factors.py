@@ -97,7 +97,14 @@ class _Work:
         if (settings.quick or values_do) and not asked:
             # One more than is taken, for the gap behind the last.
             values = max(_leading_values(takes, role), vectors) + 1
-            factors = factorise_leading(A, min(values, min(A.shape)), cuts=cuts, seed=settings.seed)
+            factors = factorise_leading(
+                A,
+                min(values, min(A.shape)),
+                cuts=cuts,
+                seed=settings.seed,
+                near=self.base if role == "tuned" else None,
+                values_only=vectors == 0,
+            )
         else:
             dtype = torch.float64 if settings.dtype == "float64" else torch.float32
             factors = factorise(A, vectors=vectors, cuts=cuts, solver=settings.solver, dtype=dtype)

@@ -66,7 +66,7 @@ def test_an_update_is_subtracted_in_fp64_before_it_is_rounded() -> None:
 
 
 def test_a_flat_spectrum_takes_the_exact_path_and_says_so() -> None:
-    flat = gaussian(800, 800, seed=5).to(torch.bfloat16)
+    flat = gaussian(1536, 1536, seed=5).to(torch.bfloat16)
     found = factorise_leading(Operand(flat[None]), 40, cuts=(40,))
     assert "flat spectrum" in (found.methods[0]["fallback"] or "")
     whole = factorise(Operand(flat[None]), vectors=40, cuts=(40,))
@@ -74,7 +74,7 @@ def test_a_flat_spectrum_takes_the_exact_path_and_says_so() -> None:
 
 
 def test_too_small_a_budget_is_noticed_and_falls_back() -> None:
-    stored = realistic(500, 500).to(torch.bfloat16)[None]
+    stored = realistic(1000, 1000).to(torch.bfloat16)[None]
     short = leading_triplets(Operand(stored), 16, budget=24)
     assert not short.converged
     assert short.residual > 1e-5
@@ -95,6 +95,42 @@ def test_a_warm_start_changes_the_work_and_not_the_answer() -> None:
     assert warm.dimension < cold.dimension
     torch.testing.assert_close(warm.S, cold.S, rtol=1e-10, atol=0)
     assert _sine(warm.Vh, cold.Vh) < 1e-5
+
+
+@pytest.mark.parametrize("height", [0.9, 1.2])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_warm_start_finds_what_the_neighbour_has_nothing_of(height: float, seed: int) -> None:
+    """A triplet from the tail, raised among the leading ones, is orthogonal to all of these."""
+    base = realistic(400, 400, seed=seed)
+    U, S, Vh = torch.linalg.svd(base)
+    before = leading_triplets(Operand(base[None]), 8)
+    tuned = base + (height * S[5] - S[200 + seed]) * torch.outer(U[:, 200 + seed], Vh[200 + seed])
+    found = leading_triplets(Operand(tuned[None]), 8, start=before.Vh, seed=seed)
+    assert found.converged
+    exact = torch.linalg.svdvals(tuned)[:8]
+    torch.testing.assert_close(found.S, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_values_alone_cost_less_and_keep_their_bound(shape: str, k: int) -> None:
+    stored = realistic(*SHAPES[shape], seed=3).to(torch.bfloat16)
+    exact = torch.linalg.svdvals(stored.double())[:k]
+    full = leading_triplets(Operand(stored[None]), k)
+    found = leading_triplets(Operand(stored[None]), k, values_only=True)
+    assert found.converged
+    assert found.dimension <= full.dimension
+    error = float((found.S - exact).abs().max() / exact[0])
+    assert error <= min(found.bound, 1e-6) + 1e-15
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_ways_to_the_space_lead_to_the_same_triplets(shape: str) -> None:
+    A = Operand(realistic(*SHAPES[shape]).to(torch.bfloat16)[None])
+    products, gram = (leading_triplets(A, 8, by_gram=way) for way in (False, True))
+    assert products.converged and gram.converged
+    torch.testing.assert_close(products.S, gram.S, rtol=1e-10, atol=0)
+    assert _sine(products.Vh, gram.Vh) < 1e-5
 
 
 def test_equal_input_gives_equal_bytes() -> None:
