@@ -46,6 +46,8 @@ _BF16 = FORMATS[torch.bfloat16]
 _EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 # Entries of one step: stays in the cache of one core.
 _BLOCK = 1 << 16
+# The same on other devices, where each step costs a wait: few steps, and room for them.
+_BLOCK_ELSEWHERE = 1 << 24
 # Of a wider base a regular sample of this size serves the expectation of the changed fraction;
 # its standard error is below 5e-4.
 _SAMPLE = 1 << 20
@@ -83,7 +85,7 @@ def side(weight: Tensor) -> Side:
         return Side(float(norm), float(noise), fmt, levels, counts)
     flat = weight.reshape(-1)
     squares = noise_squares = 0.0
-    for block in flat.split(_BLOCK):
+    for block in _split(flat):
         values = block.double()
         squares += float(values.square().sum())
         noise_squares += float(squared_spacing(values, fmt).sum())
@@ -103,7 +105,7 @@ def _histogram(weight: Tensor) -> tuple[Tensor, Tensor]:
     # int16 codes as 0 … 65535, in the order of the two's complement
     counts = sum(
         torch.bincount(block.to(torch.int32) + 32768, minlength=65536)
-        for block in codes.split(16 * _BLOCK)
+        for block in _split(codes, 16)
     )
     assert isinstance(counts, Tensor)
     present = counts.nonzero().squeeze(-1)
@@ -126,10 +128,10 @@ def nonfinite_entries(weight: Tensor) -> int:
     flat = weight.reshape(-1)
     exponent = _EXPONENT_BITS.get(weight.dtype)
     if exponent is None:
-        return flat.numel() - sum(int(torch.isfinite(block).sum()) for block in flat.split(_BLOCK))
+        return flat.numel() - sum(int(torch.isfinite(block).sum()) for block in _split(flat))
     # All exponent bits set: on integers this is ten times as fast as isfinite on 16-bit floats.
     codes = weight.contiguous().view(torch.int16).reshape(-1)
-    return sum(int((block & exponent).eq_(exponent).sum()) for block in codes.split(_BLOCK))
+    return sum(int((block & exponent).eq_(exponent).sum()) for block in _split(codes))
 
 
 @stage("entries")
@@ -160,7 +162,12 @@ def changed_mask(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def _blocks(base: Tensor, tuned: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    return zip(base.reshape(-1).split(_BLOCK), tuned.reshape(-1).split(_BLOCK), strict=True)
+    return zip(_split(base.reshape(-1)), _split(tuned.reshape(-1)), strict=True)
+
+
+def _split(flat: Tensor, steps: int = 1) -> tuple[Tensor, ...]:
+    """Blocks of one step, or of several."""
+    return flat.split(_BLOCK * steps if flat.device.type == "cpu" else _BLOCK_ELSEWHERE)
 
 
 def _through_bf16(block: Tensor) -> Tensor:
