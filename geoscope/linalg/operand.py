@@ -1,7 +1,8 @@
 """A matrix as it is stored, multiplied in fp64 without ever being held in fp64 as a whole.
 
 `Operand(base)` is W0, `Operand(tuned, base)` the update W1 − W0: upcast first, subtracted second,
-block by block on the CPU, so that a pair in work costs its stored bytes and little more.
+block by block, so that a pair in work costs its stored bytes and little more. Stacks on other
+devices go through `stacked`, all matrices at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoscope.linalg import blas
+from geoscope.linalg import blas, stacked
 from geoscope.profile import stage
 
 __all__ = ["Operand"]
@@ -57,7 +58,7 @@ class Operand:
     def norm(self) -> Tensor:
         """Frobenius norms, (b,)."""
         if self.plus.device.type != "cpu":
-            return torch.linalg.vector_norm(self.dense(), dim=(-2, -1))
+            return stacked.norm(self.plus, self.minus)
         squares = [
             sum(float(torch.linalg.vector_norm(block)) ** 2 for _, block in self.blocks(i))
             for i in range(len(self))
@@ -68,8 +69,7 @@ class Operand:
     def gram(self) -> Tensor:
         """Gram matrices of the shorter side, (b, q, q): AᵀA if tall, AAᵀ if wide."""
         if self.plus.device.type != "cpu":
-            A = self.dense()
-            return A.mT @ A if self.is_tall else A @ A.mT
+            return stacked.gram(self.plus, self.minus)
         if len(self) == 1:
             return self._gram(0)[None]
         return torch.stack([self._gram(i) for i in range(len(self))])
@@ -112,7 +112,7 @@ class Operand:
     def right(self, X: Tensor) -> Tensor:
         """X·Aᵀ for rows X (b, k, n): the images A·x as rows, (b, k, m)."""
         if self.plus.device.type != "cpu":
-            return X @ self.dense().mT
+            return stacked.right(self.plus, self.minus, X)
         out = X.new_zeros(*X.shape[:-1], self.shape[0])
         for i, rows in enumerate(X):
             for part, block in self.blocks(i):
@@ -126,7 +126,7 @@ class Operand:
     def left(self, Y: Tensor) -> Tensor:
         """Y·A for rows Y (b, k, m): the images Aᵀ·y as rows, (b, k, n)."""
         if self.plus.device.type != "cpu":
-            return Y @ self.dense()
+            return stacked.left(self.plus, self.minus, Y)
         out = Y.new_zeros(*Y.shape[:-1], self.shape[1])
         for i, rows in enumerate(Y):
             for part, block in self.blocks(i):

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
-from geoscope.linalg.leading import leading_triplets
+from geoscope.linalg.leading import Leading, leading_triplets
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.stacked import eigenpairs
+from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.profile import stage
 
 __all__ = ["Factors", "factorise", "factorise_leading"]
@@ -88,16 +90,7 @@ def factorise(
     if A.plus.device.type == "cpu":
         parts = [_one_on_cpu(A.row(i), vectors, cuts) for i in range(len(A))]
         return parts[0] if len(parts) == 1 else _cat(parts)
-    quick = _stacked(A, vectors, cuts)
-    return _cat(
-        [
-            _exact(A.row(i), vectors, dtype, reason=reason) if reason else _take(quick, i)
-            for i, reason in enumerate(
-                _reason_against(S, method, cuts)
-                for S, method in zip(quick.S, quick.methods, strict=True)
-            )
-        ]
-    )
+    return _factorise_stacked(A, vectors, cuts)
 
 
 def factorise_leading(
@@ -105,10 +98,12 @@ def factorise_leading(
 ) -> Factors:
     """The leading k triplets of A alone; S (b, k).
 
-    Certified block Lanczos on the CPU where k is small beside q. A matrix on which it does not
-    converge within the budget (a flat spectrum, mostly) goes through its Gram matrix instead, and
-    its `fallback` says so.
+    Certified block Lanczos where k is small beside q. A matrix on which it does not converge
+    within the budget (a flat spectrum, mostly) goes through its Gram matrix instead, and its
+    `fallback` says so.
     """
+    if A.plus.device.type != "cpu":
+        return _leading_stacked(A, k, cuts, seed, budget)
     parts = [_leading_one(A.row(i), k, cuts, seed, budget) for i in range(len(A))]
     return parts[0] if len(parts) == 1 else _cat(parts)
 
@@ -211,25 +206,70 @@ def _of_zero(A: Operand, vectors: int) -> Factors:
 # --- a stack on another device ------------------------------------------------------------------
 
 
-@stage("eigenvectors")
-def _stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
-    """Batched Gram matrices and eigen-decompositions, in torch."""
-    gram = A.gram()
-    if vectors == 0:
-        S = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
-        short, residuals = None, [None] * len(A)
-    else:
-        energies, basis = torch.linalg.eigh(gram)
-        energies = energies.flip(-1)
-        S = energies.clamp_min(0).sqrt()
-        short = basis.flip(-1)[..., :vectors].mT.contiguous()
-        misfit = short @ gram - energies[..., :vectors, None] * short
-        residuals = list(torch.linalg.vector_norm(misfit, dim=-1).cpu())
-    methods = tuple(
-        _method(row, cuts, "gram-eigh", residual, mended=False)
-        for row, residual in zip(S.cpu(), residuals, strict=True)
+def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
+    """The batched route, and the exact method for each matrix on which it does not suffice."""
+    quick = _stacked(A, vectors, cuts)
+    reasons = [
+        method["fallback"] or _reason_against(S, method, cuts)
+        for S, method in zip(quick.S.cpu(), quick.methods, strict=True)
+    ]
+    if not any(reasons):
+        return quick
+    return _cat(
+        [
+            _exact(A.row(i), vectors, torch.float64, reason=reason) if reason else _take(quick, i)
+            for i, reason in enumerate(reasons)
+        ]
     )
-    return _with_long_side(A, S, short, methods)
+
+
+def _stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
+    """Batched Gram matrices and eigenpairs; a matrix whose eigenpairs are unsound says so."""
+    gram = A.gram()
+    with stage("eigenvectors" if vectors else "eigenvalues"):
+        found = eigenpairs(gram, vectors)
+    del gram
+    S = found.values.clamp_min(0).sqrt()
+    residuals = [None] * len(A) if found.residuals is None else list(found.residuals.cpu())
+    methods = tuple(
+        {**_method(row, cuts, "gram-eigh", residual, mended=False), "fallback": fault}
+        for row, residual, fault in zip(S.cpu(), residuals, found.faults, strict=True)
+    )
+    return _with_long_side(A, S, found.rows, methods)
+
+
+def _leading_stacked(
+    A: Operand, k: int, cuts: Sequence[int], seed: int, budget: int | None
+) -> Factors:
+    """The leading triplets of all matrices at once; those that do not converge by Gram matrices."""
+    found: list[Leading | None] = [None] * len(A)
+    if min(A.shape) >= _LEADING_FROM and k <= _LEADING_PART * min(A.shape):
+        found = [*stacked_leading(A, k, seed=seed, budget=budget)]
+    parts = {i: _of_leading(one) for i, one in enumerate(found) if one and one.converged}
+    if rest := [i for i in range(len(A)) if i not in parts]:
+        some = Operand(A.plus[rest], None if A.minus is None else A.minus[rest]) if parts else A
+        whole = factorise(some, vectors=k, cuts=[cut for cut in cuts if cut <= k])
+        parts |= {i: _first(_take(whole, n), k, found[i]) for n, i in enumerate(rest)}
+    return _cat([parts[i] for i in range(len(A))])
+
+
+def _of_leading(found: Leading) -> Factors:
+    method = {
+        "how": f"block-lanczos-{found.dimension}",
+        "bound": found.residual,
+        "subspace_bound": found.sine,
+        "fallback": None,
+    }
+    return Factors(found.S[None], found.U.T[None], found.Vh[None], (method,))
+
+
+def _first(one: Factors, k: int, tried: Leading | None) -> Factors:
+    """The leading k values of a whole spectrum, and why it was taken."""
+    (method,) = one.methods
+    reason = method["fallback"]
+    if tried is not None and reason is None:
+        reason = f"block Lanczos reached residual {tried.residual:.1e} only: a flat spectrum"
+    return replace(one, S=one.S[..., :k], methods=({**method, "fallback": reason},))
 
 
 # --- bounds -------------------------------------------------------------------------------------
