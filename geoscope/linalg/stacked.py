@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "LAST",
     "Eigenpairs",
     "eigenpairs",
     "gram",
@@ -45,6 +46,9 @@ _SOUND = 1e-10
 # other; from it on one call of cuSOLVER serves the batch (pytorch #175585, #175403).
 _BATCHED_FROM = (2, 12)
 _STREAMS = 4
+
+# So many eigenvectors of the least eigenvalues are kept, for tails that are mended.
+LAST = 64
 
 _Solved = tuple[Tensor, Tensor | None]
 
@@ -137,16 +141,24 @@ def _blocks(plus: Tensor, minus: Tensor | None) -> Iterator[tuple[slice, slice, 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues of a stack of symmetric matrices, descending (b, q), and leading eigenvectors.
+    """Eigenvalues of a stack of symmetric matrices, descending (b, n), and some eigenvectors.
 
-    rows: (b, k, q), or None where none were asked for; residuals: ‖Gv − λv‖ of each (b, k).
+    rows: the leading ones (b, k, n), last: those of the least values (b, ≤ LAST, n), in the order
+    of the values; None where no vectors were asked for. residuals: ‖Gv − λv‖ of `rows` (b, k).
     faults: one entry a matrix, why its eigenpairs are not to be used; mostly None.
     """
 
     values: Tensor
     rows: Tensor | None
+    last: Tensor | None
     residuals: Tensor | None
     faults: tuple[str | None, ...]
+
+    def replaced(self, i: int, alone: Eigenpairs) -> None:
+        """Takes the i-th matrix's eigenpairs from `alone`, in place."""
+        for name in ("values", "rows", "last", "residuals"):
+            if getattr(self, name) is not None:
+                getattr(self, name)[i] = getattr(alone, name)[0]
 
 
 def eigenpairs(G: Tensor, k: int = 0) -> Eigenpairs:
@@ -163,12 +175,8 @@ def eigenpairs(G: Tensor, k: int = 0) -> Eigenpairs:
     for i in again:
         alone = _checked(G[i : i + 1], _one(G[i], k), k)
         faults[i] = alone.faults[0]
-        if faults[i] is None:
-            found.values[i] = alone.values[0]
-            for kept, better in ((found.rows, alone.rows), (found.residuals, alone.residuals)):
-                if kept is not None and better is not None:
-                    kept[i] = better[0]
-    return Eigenpairs(found.values, found.rows, found.residuals, tuple(faults))
+        found.replaced(i, alone)
+    return replace(found, faults=tuple(faults))
 
 
 def _checked(G: Tensor, solved: _Solved, k: int) -> Eigenpairs:
@@ -177,13 +185,15 @@ def _checked(G: Tensor, solved: _Solved, k: int) -> Eigenpairs:
     scale = values.abs().amax(-1).clamp_min(torch.finfo(values.dtype).tiny)
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
     off = {"trace": (values.sum(-1) - trace).abs() / scale}
-    rows = residuals = None
+    rows = last = residuals = None
     if solved[1] is not None:
-        rows = solved[1][..., G.shape[-1] - k :].flip(-1).mT.contiguous()
-        residuals = torch.linalg.vector_norm(rows @ G - values[:, :k, None] * rows, dim=-1)
-        unit = torch.eye(k, dtype=rows.dtype, device=rows.device)
-        off["residual"] = residuals.amax(-1) / scale
-        off["orthonormality"] = (rows @ rows.mT - unit).abs().amax((-2, -1))
+        n = G.shape[-1]
+        rows = solved[1][..., n - k :].flip(-1).mT.contiguous()
+        last = solved[1][..., :LAST].flip(-1).mT.contiguous()
+        residuals = _misfit(G, values[:, :k], rows)
+        at_end = _misfit(G, values[:, -last.shape[1] :], last)
+        off["residual"] = torch.maximum(residuals.amax(-1), at_end.amax(-1)) / scale
+        off["orthonormality"] = torch.maximum(_skew(rows), _skew(last))
     numbers = torch.stack([*off.values()], dim=-1).tolist()  # one wait for the device
     faults = tuple(
         next(
@@ -194,7 +204,17 @@ def _checked(G: Tensor, solved: _Solved, k: int) -> Eigenpairs:
         )
         for one in numbers
     )  # fmt: skip
-    return Eigenpairs(values, rows, residuals, faults)
+    return Eigenpairs(values, rows, last, residuals, faults)
+
+
+def _misfit(G: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows @ G - values[..., None] * rows, dim=-1)
+
+
+def _skew(rows: Tensor) -> Tensor:
+    """Largest entry of VVᵀ − I, (b,)."""
+    unit = torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
+    return (rows @ rows.mT - unit).abs().amax((-2, -1))
 
 
 def _solved(G: Tensor, k: int) -> _Solved:

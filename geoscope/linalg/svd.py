@@ -22,7 +22,7 @@ from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.leading import Leading, leading_triplets
 from geoscope.linalg.operand import Operand
-from geoscope.linalg.stacked import eigenpairs
+from geoscope.linalg.stacked import LAST, Eigenpairs, eigenpairs
 from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.profile import stage
 
@@ -208,11 +208,20 @@ def _of_zero(A: Operand, vectors: int) -> Factors:
 
 def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     """The batched route, and the exact method for each matrix on which it does not suffice."""
-    quick = _stacked(A, vectors, cuts)
-    reasons = [
-        method["fallback"] or _reason_against(S, method, cuts)
-        for S, method in zip(quick.S.cpu(), quick.methods, strict=True)
-    ]
+    gram = A.gram()
+    with stage("eigenvectors" if vectors else "eigenvalues"):
+        found = eigenpairs(gram, vectors)
+        S = found.values.clamp_min(0).sqrt()
+        mended = _mend_tails(A, gram, S, found)
+    del gram
+    residuals = [None] * len(A) if found.residuals is None else list(found.residuals.cpu())
+    methods, reasons = [], []
+    for i, row in enumerate(S.cpu()):
+        how = "gram-eigh" + ("-mended-tail" if i in mended else "")
+        method = _method(row, cuts, how, residuals[i], mended=i in mended)
+        methods.append(method)
+        reasons.append(found.faults[i] or _reason_against(row, method, cuts, mended=i in mended))
+    quick = _with_long_side(A, S, found.rows, tuple(methods))
     if not any(reasons):
         return quick
     return _cat(
@@ -223,19 +232,28 @@ def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors
     )
 
 
-def _stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
-    """Batched Gram matrices and eigenpairs; a matrix whose eigenpairs are unsound says so."""
-    gram = A.gram()
-    with stage("eigenvectors" if vectors else "eigenvalues"):
-        found = eigenpairs(gram, vectors)
-    del gram
-    S = found.values.clamp_min(0).sqrt()
-    residuals = [None] * len(A) if found.residuals is None else list(found.residuals.cpu())
-    methods = tuple(
-        {**_method(row, cuts, "gram-eigh", residual, mended=False), "fallback": fault}
-        for row, residual, fault in zip(S.cpu(), residuals, found.faults, strict=True)
-    )
-    return _with_long_side(A, S, found.rows, methods)
+def _mend_tails(A: Operand, gram: Tensor, S: Tensor, found: Eigenpairs) -> set[int]:
+    """`_mend_tail` for the matrices of a stack that want it; their numbers."""
+    short = S[:, -1] < TAIL_FLOOR * S[:, 0]
+    short &= (S < _MEND_FROM * S[:, :1]).sum(-1) <= min(_MEND_AT_MOST, LAST)
+    which = [i for i in short.nonzero().flatten().tolist() if found.faults[i] is None]
+    if not which:
+        return set()
+    last, faults = found.last, (None,) * len(which)
+    if last is None:
+        again = eigenpairs(gram[which], 1)
+        last, faults = again.last, again.faults
+    else:
+        last = last[which]
+    assert last is not None
+    some = Operand(A.plus[which], None if A.minus is None else A.minus[which])
+    images = some.right(last) if A.is_tall else some.left(last)
+    values = torch.linalg.svdvals(torch.linalg.qr(images.mT, mode="r").R)
+    mended = {i: values[n] for n, i in enumerate(which) if faults[n] is None}
+    for i, tail in mended.items():
+        below = int((S[i] < _MEND_FROM * S[i, 0]).sum())
+        S[i, -below:] = tail[-below:]
+    return set(mended)
 
 
 def _leading_stacked(

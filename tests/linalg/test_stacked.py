@@ -242,6 +242,22 @@ def test_a_zero_among_others() -> None:
     )
 
 
+@pytest.mark.parametrize("vectors", [0, 4])
+def test_a_short_tail_is_mended_on_the_device_too(vectors: int) -> None:
+    """Among matrices without one, and with one that is too long."""
+    spectra = torch.linspace(3, 1, 100, dtype=torch.float64).repeat(4, 1)
+    spectra[1, -3:] = torch.tensor([2e-5, 1e-7, 3e-9])
+    spectra[2, -70:] = 1e-6
+    A = torch.stack([with_spectrum(130, 100, one, seed=i) for i, one in enumerate(spectra)])
+    for stored in (A, A.mT):
+        found = on_device(stored, vectors=vectors, cuts=(4,) if vectors else ())
+        hows = [one["how"] for one in found.methods]
+        exact = "svd" if vectors else "svdvals"
+        assert hows == ["gram-eigh", "gram-eigh-mended-tail", exact, "gram-eigh"]
+        assert found.methods[1]["fallback"] is None
+        torch.testing.assert_close(found.S, spectra, atol=3e-14, rtol=0)
+
+
 # --- leading triplets ---------------------------------------------------------------------------
 
 
