@@ -42,9 +42,11 @@ _GRAM_BLOCK = 512
 # Off by more than this an eigenbasis is wrong, not inaccurate: VVᵀ − I, the residual and the trace
 # relative to λ1. Right ones reach 1e-13 or so.
 _SOUND = 1e-10
-# Before this version torch loops over the matrices of a batch larger than 32 × 32, one after the
-# other; from it on one call of cuSOLVER serves the batch (pytorch #175585, #175403).
+# Before these versions of torch and CUDA torch loops over the matrices of a batch larger than
+# 32 × 32, one after the other; from them on one call of cuSOLVER serves the batch (pytorch #175585,
+# #175403).
 _BATCHED_FROM = (2, 12)
+_BATCHED_CUDA = (12, 6)
 _STREAMS = 4
 
 # So many eigenvectors of the least eigenvalues are kept, for tails that are mended.
@@ -219,21 +221,31 @@ def _skew(rows: Tensor) -> Tensor:
 
 def _solved(G: Tensor, k: int) -> _Solved:
     """Values ascending (b, n), and all vectors as columns (b, n, n) if k > 0; NaN on failure."""
-    if len(G) > 1 and G.is_cuda and not _batches_large():
+    if len(G) == 1:
+        return _one(G[0], k)
+    if G.is_cuda and not _batches_large():
         return _side_by_side(G, k)
     try:
         return _eigh(G, k)
     except torch.OutOfMemoryError:
-        raise
+        half = len(G) // 2  # the batched driver works in several times the batch
+        parts = [slice(None, half), slice(half, None)]
     except RuntimeError:
         # One matrix that does not converge fails the call for all, and so does a batch that is too
         # large for the driver's workspace (pytorch #102963).
-        return _joined([_one(one, k) for one in G])
+        parts = [slice(i, i + 1) for i in range(len(G))]
+    return _joined([_solved(G[part], k) for part in parts])
 
 
 def _batches_large() -> bool:
-    version = torch.__version__.split(".")
-    return (int(version[0]), int(version[1])) >= _BATCHED_FROM
+    cuda = torch.version.cuda
+    return _numbers(torch.__version__) >= _BATCHED_FROM and _numbers(cuda or "0.0") >= _BATCHED_CUDA
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """Major and minor version."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _eigh(G: Tensor, k: int) -> _Solved:

@@ -107,7 +107,7 @@ def _krylov(products: _Products, start: Tensor, k: int, limit: int) -> _Found:
     """Spaces that grow together, until each matrix has converged, has no hope, or is full."""
     (count, rows, q), device = start.shape, start.device
     spaces = _Spaces(start, limit)
-    vectors = torch.empty(count, k + 1, q, device=device)
+    vectors = torch.empty(count, k + 1, q, dtype=torch.float32, device=device)
     dimensions, converged = [0] * count, [False] * count
     which = torch.arange(count, device=device)
     before: Tensor | None = None

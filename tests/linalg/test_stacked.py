@@ -224,6 +224,40 @@ def test_memory_that_runs_out_is_not_taken_for_a_failed_driver(
             eigenpairs(torch.eye(8, dtype=torch.float64).repeat(count, 1, 1), 2)
 
 
+def test_a_batch_that_needs_too_much_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    G = torch.stack([semidefinite(SPECTRA[0], seed=i) for i in range(5)])
+    tried, right = [], torch.linalg.eigh
+
+    def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+        tried.append(len(M))
+        if len(M) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return right(M)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    found = eigenpairs(G, 3)
+    assert tried == [5, 2, 3, 1, 2]
+    torch.testing.assert_close(found.values, SPECTRA[:1].expand(5, 40), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "batches"),
+    [
+        ("2.11.0+cu128", "12.8", False),
+        ("2.12.0", "12.6", True),
+        ("2.12.0a0+git1", "12.4", False),
+        ("3.0.0", "13.0", True),
+        ("2.13.0+cpu", None, False),
+    ],
+)
+def test_batches_go_to_one_driver_call_where_torch_and_cuda_have_one(
+    version: str, cuda: str | None, batches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert stacked._batches_large() is batches
+
+
 def on_device(A: Tensor, *, vectors: int = 0, cuts: tuple[int, ...] = ()) -> Factors:
     """`factorise` as it goes on a device."""
     with pytest.MonkeyPatch.context() as patch:
