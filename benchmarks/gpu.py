@@ -147,6 +147,8 @@ def heading(device: torch.device, peak: Peaks) -> list[str]:
         f"{about['python']}, torch {about['torch']}, CUDA {torch.version.cuda}"
     )
     rows.append(f"- beside it: {about['cpu']}, {about['cores']} cores")
+    if device.type == "cuda":
+        rows.append(f"- such devices: {torch.cuda.device_count()}; whole compares take all of them")
     upload = "" if peak.upload is None else f", pinned upload {peak.upload / 1e9:.0f} GB/s"
     rows.append(
         f"- measured peaks: fp64 products {peak.flops / 1e12:.3g} TFLOP/s, memory "

@@ -16,7 +16,7 @@ import torch
 from synthetic import update, weight
 from torch import Tensor
 
-from geoscope.linalg import Factors, Operand, factorise, stacked
+from geoscope.linalg import Factors, Operand, factorise, principal_angles, stacked
 from geoscope.linalg.leading import Leading
 from geoscope.linalg.stacked_leading import stacked_leading
 
@@ -163,6 +163,7 @@ def _round(base: Tensor, tuned: Tensor, device: torch.device) -> dict[str, _Foun
     A, changed = Operand(there), Operand(tuned.to(device), there)
     found |= _gram_stages(A, k, device)
     found |= _leading_stages(A, changed, device)
+    found |= _angle_stages(A, changed, k, device)
     values, spent = clock(lambda: factorise(A), device)
     found["factorise, values"] = _Found(spent, *_spread(values.S, SPREAD))
     whole, spent = clock(lambda: factorise(A, vectors=k, cuts=(min(8, k), k)), device)
@@ -207,6 +208,24 @@ def _leading_stages(A: Operand, changed: Operand, device: torch.device) -> dict[
         answers, spent = clock(lambda o=operand, k=k: stacked_leading(o, k), device)
         found[name] = _Found(spent, *_certificates(answers), *_krylov_work(operand, k, answers))
     return found
+
+
+def _angle_stages(A: Operand, B: Operand, k: int, device: torch.device) -> dict[str, _Found]:
+    """Angles between leading subspaces of two stacks; their small SVDs here and on the host."""
+    q = min(A.shape)
+    bases = [
+        torch.linalg.eigh(stacked.gram(one.plus, one.minus)).eigenvectors[..., q - k :]
+        for one in (A, B)
+    ]
+    _, spent = clock(lambda: principal_angles(*bases), device)
+    overlap = bases[0].mT @ bases[1]
+    _, here = clock(lambda: torch.linalg.svdvals(overlap), device)
+    _, host = clock(lambda: torch.linalg.svdvals(overlap.cpu()).to(device), device)
+    return {
+        f"principal angles, {k}": _Found(spent),
+        f"svdvals {k}×{k}": _Found(here),
+        f"svdvals {k}×{k}, on the host": _Found(host),
+    }
 
 
 def _krylov_work(A: Operand, k: int, answers: list[Leading]) -> tuple[float, float]:

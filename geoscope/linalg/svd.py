@@ -275,7 +275,8 @@ def _of_leading(found: Leading) -> Factors:
     method = {
         "how": f"block-lanczos-{found.dimension}",
         "bound": found.residual,
-        "subspace_bound": found.sine,
+        # Without a gap there is no subspace to bound, and reports hold no infinity.
+        "subspace_bound": found.sine if math.isfinite(found.sine) else None,
         "fallback": None,
     }
     return Factors(found.S[None], found.U.T[None], found.Vh[None], (method,))

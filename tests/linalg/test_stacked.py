@@ -417,6 +417,8 @@ def test_a_zero_matrix_among_others_has_zero_values(k: int) -> None:
     found = stacked_leading(Operand(A), k)
     assert torch.equal(found[1].S, torch.zeros(k, dtype=torch.float64))
     assert found[0].converged and found[2].converged
+    method = leading(Operand(A), k).methods[1]
+    assert (method["bound"], method["subspace_bound"]) == (0.0, None)
 
 
 def test_equal_input_gives_equal_bytes_and_neighbours_do_not_matter() -> None:
