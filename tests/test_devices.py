@@ -70,6 +70,7 @@ def _by_the_route_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("left", "right"):
         product = getattr(stacked, name)
         monkeypatch.setattr(Operand, name, lambda A, X, f=product: f(A.plus, A.minus, X))
+    monkeypatch.setattr(Operand, "both", lambda A, X, Y: (A.right(X), A.left(Y)))
     for module in ("geoscope.linalg.svd", "geoscope.metrics.factors"):
         monkeypatch.setattr(sys.modules[module], "factorise", factorise)
     monkeypatch.setattr(

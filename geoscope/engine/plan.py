@@ -112,16 +112,16 @@ def plan(
 def working_bytes(pair: WeightPair, *, stack: bool = False) -> int:
     """Peak bytes of one pair in work: as stored, a Gram matrix, and leading vectors of both sides.
 
-    512 fp64 rows stand for the blocks and the vectors of three roles. In a stack on a device a
-    batched eigensolver holds the Gram matrices, all eigenvectors and its own work, and a Krylov
-    space the matrices in fp32.
+    512 fp64 rows stand for the vectors of three roles; products go by two blocks of 1024 rows. In a
+    stack on a device a batched eigensolver holds the Gram matrices, all eigenvectors and its own
+    work, and a Krylov space the matrices in fp32.
     """
     m, n = pair.shape
     q = min(m, n)
-    beside = 8 * q * q + 512 * 8 * (m + n)
+    beside = 8 * q * (q + 2 * 1024)
     if stack:
-        beside = max(5 * 8 * q * q, 2 * 4 * m * n) + 512 * 8 * (m + n)
-    return _stored(pair) + beside
+        beside = max(beside, 5 * 8 * q * q, 2 * 4 * m * n)
+    return _stored(pair) + beside + 512 * 8 * (m + n)
 
 
 def _stored(pair: WeightPair) -> int:

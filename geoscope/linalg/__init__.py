@@ -2,6 +2,7 @@
 
 from geoscope.linalg.angles import principal_angles
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.quantile import quantile
 from geoscope.linalg.storage import FORMATS, FloatFormat, effective_format
 from geoscope.linalg.svd import Factors, factorise, factorise_leading
@@ -11,9 +12,11 @@ __all__ = [
     "Factors",
     "FloatFormat",
     "Operand",
+    "Product",
     "effective_format",
     "factorise",
     "factorise_leading",
+    "factorise_product",
     "principal_angles",
     "quantile",
 ]

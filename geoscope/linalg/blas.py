@@ -29,6 +29,7 @@ __all__ = [
     "gemm",
     "one_thread",
     "symmetric_times",
+    "syrk",
     "tridiagonalise",
 ]
 
@@ -46,6 +47,9 @@ def _routine(module: Any, name: str, count: int) -> Callable[..., None]:
     address = _capsule_pointer(capsule, _capsule_name(capsule))
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
 
+
+# Up to this part of all vectors, inverse iteration is the faster way to them.
+_FEW_VECTORS = 1 / 8
 
 _SCALARS = {int: ctypes.c_int, float: ctypes.c_double, bytes: ctypes.c_char}
 
@@ -87,6 +91,25 @@ def gemm(
     return out
 
 
+def syrk(A: Tensor, out: Tensor, *, add: bool = False, At: bool = False) -> Tensor:
+    """Upper triangle of out = A·Aᵀ, or AᵀA with `At`; out += with `add`. 2-D, unit stride.
+
+    Both fp64, or both fp32. What stands below the diagonal of `out` is left alone.
+    """
+    n, k = (A.shape[1], A.shape[0]) if At else A.shape
+    if any(one.stride(-1) != 1 and one.shape[-1] > 1 for one in (A, out)):
+        raise ValueError("syrk needs unit stride in the last axis")
+    double = out.dtype == torch.float64
+    kind = ctypes.c_double if double else ctypes.c_float
+    # The upper triangle in rows is the lower one in columns.
+    _call(
+        cython_blas, "dsyrk" if double else "ssyrk",
+        b"L", b"N" if At else b"T", n, k,
+        kind(1.0), A, _leading(A), kind(1.0 if add else 0.0), out, _leading(out),
+    )  # fmt: skip
+    return out
+
+
 def _leading(A: Tensor) -> int:
     return max(A.stride(0), 1)
 
@@ -116,14 +139,57 @@ def eigenvalues(d: Tensor, e: Tensor) -> Tensor:
     return values.flip(0)
 
 
-def eigenvectors(G: Tensor, d: Tensor, e: Tensor, tau: Tensor, ranks: range) -> Tensor:
+def eigenvectors(
+    G: Tensor, d: Tensor, e: Tensor, tau: Tensor, values: Tensor, ranks: range
+) -> Tensor:
     """Eigenvectors by the rank of their eigenvalue (0 = largest), as rows (len(ranks), n).
 
-    G, d, e, tau as `tridiagonalise` left them; ranks ascends by 1. Relatively robust
-    representations of the tridiagonal matrix, then the reflectors.
+    G, d, e, tau as `tridiagonalise` left them, values as `eigenvalues` gave them; ranks ascends by
+    1. Vectors of the tridiagonal matrix, then the reflectors.
     """
     n, k = len(d), len(ranks)
-    main, side = d.clone(), torch.cat([e, e.new_zeros(1)])
+    side = torch.cat([e, e.new_zeros(1)])
+    vectors = None
+    if k <= _FEW_VECTORS * n:
+        vectors = _by_inverse_iteration(d, side, values[ranks[0] : ranks[-1] + 1])
+    if vectors is None:
+        vectors = _by_robust_representations(d, side, ranks)
+    if n > 1:
+        scratch = torch.empty(64 * n, dtype=torch.float64)
+        info = ctypes.c_int()
+        _call(
+            cython_lapack, "dormtr",
+            b"L", b"L", b"N", n, k, G, n, tau, vectors, n, scratch, len(scratch), info,
+        )  # fmt: skip
+        _check("dormtr", info)
+    return vectors.flip(0)
+
+
+def _by_inverse_iteration(d: Tensor, side: Tensor, values: Tensor) -> Tensor | None:
+    """Vectors of the tridiagonal matrix, rows (k, n) by ascending value; None if one is not found.
+
+    Orthogonalised against each other: k²n more operations, so for a few only, where it is three
+    times as fast as the robust representations and an order more orthogonal.
+    """
+    n, k = len(d), len(values)
+    ascending = values.flip(0).contiguous()
+    vectors = torch.zeros(k, n, dtype=torch.float64)
+    block = torch.ones(n, dtype=torch.int32)  # the matrix is one block, which ends at n
+    ends = torch.zeros(n, dtype=torch.int32)
+    ends[0] = n
+    work = torch.empty(5 * n, dtype=torch.float64)
+    integers, failed = (torch.empty(size, dtype=torch.int32) for size in (n, k))
+    info = ctypes.c_int()
+    _call(
+        cython_lapack, "dstein",
+        n, d, side, k, ascending, block, ends, vectors, n, work, integers, failed, info,
+    )  # fmt: skip
+    return vectors if info.value == 0 else None
+
+
+def _by_robust_representations(d: Tensor, side: Tensor, ranks: range) -> Tensor:
+    """The same by dstemr, at n operations a number whatever k is."""
+    n, k = len(d), len(ranks)
     values, vectors = torch.empty(n, dtype=torch.float64), torch.zeros(k, n, dtype=torch.float64)
     support = torch.zeros(2 * max(k, 1), dtype=torch.int32)
     work = torch.empty(18 * n, dtype=torch.float64)
@@ -132,19 +198,12 @@ def eigenvectors(G: Tensor, d: Tensor, e: Tensor, tau: Tensor, ranks: range) -> 
     # LAPACK counts from 1 and from the smallest.
     _call(
         cython_lapack, "dstemr",
-        b"V", b"I", n, main, side, 0.0, 0.0, n - ranks[-1], n - ranks[0],
+        b"V", b"I", n, d.clone(), side.clone(), 0.0, 0.0, n - ranks[-1], n - ranks[0],
         found, values, vectors, n, k, support, robust,
         work, len(work), integers, len(integers), info,
     )  # fmt: skip
     _check("dstemr", info)
-    if n > 1:
-        scratch = torch.empty(64 * n, dtype=torch.float64)
-        _call(
-            cython_lapack, "dormtr",
-            b"L", b"L", b"N", n, k, G, n, tau, vectors, n, scratch, len(scratch), info,
-        )  # fmt: skip
-        _check("dormtr", info)
-    return vectors.flip(0)
+    return vectors
 
 
 def symmetric_times(G: Tensor, X: Tensor) -> Tensor:

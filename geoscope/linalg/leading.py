@@ -227,7 +227,9 @@ class _Ritz:
 
     def vectors(self, count: int) -> Tensor:
         """Of the leading `count` values, as rows."""
-        return blas.eigenvectors(self._reflectors, *self._tridiagonal, range(count))
+        return blas.eigenvectors(
+            self._reflectors, *self._tridiagonal, self.values, range(count)
+        )
 
 
 # --- the answer in fp64 -------------------------------------------------------------------------

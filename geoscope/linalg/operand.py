@@ -20,9 +20,11 @@ __all__ = ["Operand"]
 
 # Rows or columns of the longer side in one fp64 block: long enough for the products to run at
 # full speed, short enough to stay near the cache.
-_BLOCK = 512
-# Column blocks of the Gram matrix; only those on and above the diagonal are computed.
-_GRAM_BLOCK = 256
+_BLOCK = 1024
+# Entries of the minuend and the subtrahend that are upcast at a time.
+_UPCAST = 1 << 18
+# Rows that are mirrored at a time, to stay in the cache.
+_MIRROR = 256
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,12 @@ class Operand:
         q = min(self.shape)
         gram = torch.zeros(q, q, dtype=dtype)
         for _, block in self.blocks(i, dtype):
-            for start in range(0, q, _GRAM_BLOCK):
-                stop = min(start + _GRAM_BLOCK, q)
-                out = gram[start:stop, start:]
-                if self.is_tall:
-                    blas.gemm(block[:, start:stop], block[:, start:], out, add=True, At=True)
-                else:
-                    blas.gemm(block[start:stop], block[start:], out, add=True, Bt=True)
-        for start in range(0, q, _GRAM_BLOCK):  # mirror what stands right of each diagonal block
-            stop = min(start + _GRAM_BLOCK, q)
+            blas.syrk(block, gram, add=True, At=self.is_tall)
+        for start in range(0, q, _MIRROR):  # only what stands on and above the diagonal was set
+            stop = min(start + _MIRROR, q)
             gram[stop:, start:stop] = gram[start:stop, stop:].T
+            square = gram[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
         return gram
 
     @stage("gram")
@@ -111,30 +109,41 @@ class Operand:
     @stage("products")
     def right(self, X: Tensor) -> Tensor:
         """X·Aᵀ for rows X (b, k, n): the images A·x as rows, (b, k, m)."""
-        if self.plus.device.type != "cpu":
-            return stacked.right(self.plus, self.minus, X)
-        out = X.new_zeros(*X.shape[:-1], self.shape[0])
-        for i, rows in enumerate(X):
-            for part, block in self.blocks(i):
-                if self.is_tall:  # block holds rows of A
-                    blas.gemm(rows, block, out[i][:, part], Bt=True)
-                else:  # block holds columns of A
-                    blas.gemm(rows[:, part], block, out[i], add=True, Bt=True)
-        return out
+        return self._images(X, None)[0]
 
     @stage("products")
     def left(self, Y: Tensor) -> Tensor:
         """Y·A for rows Y (b, k, m): the images Aᵀ·y as rows, (b, k, n)."""
-        if self.plus.device.type != "cpu":
-            return stacked.left(self.plus, self.minus, Y)
-        out = Y.new_zeros(*Y.shape[:-1], self.shape[1])
-        for i, rows in enumerate(Y):
-            for part, block in self.blocks(i):
-                if self.is_tall:
-                    blas.gemm(rows[:, part], block, out[i], add=True)
-                else:
-                    blas.gemm(rows, block, out[i][:, part])
-        return out
+        return self._images(None, Y)[1]
+
+    @stage("products")
+    def both(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """`right(X)` and `left(Y)` in one pass over the entries."""
+        return self._images(X, Y)
+
+    def _images(self, X: Tensor | None, Y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The images of rows X and of rows Y; empty where there are none."""
+        (m, n), given = self.shape, X if Y is None else Y
+        assert given is not None
+        if given.device.type != "cpu":
+            pair, empty = (self.plus, self.minus), given.new_empty(0)
+            return (
+                empty if X is None else stacked.right(*pair, X),
+                empty if Y is None else stacked.left(*pair, Y),
+            )
+        right = given.new_zeros(*given.shape[:-1], 0 if X is None else m)
+        left = given.new_zeros(*given.shape[:-1], 0 if Y is None else n)
+        for i in range(len(self)):
+            for part, block in self.blocks(i):  # rows of A if tall, columns if wide
+                if X is not None and self.is_tall:
+                    blas.gemm(X[i], block, right[i][:, part], Bt=True)
+                elif X is not None:
+                    blas.gemm(X[i][:, part], block, right[i], add=True, Bt=True)
+                if Y is not None and self.is_tall:
+                    blas.gemm(Y[i][:, part], block, left[i], add=True)
+                elif Y is not None:
+                    blas.gemm(Y[i], block, left[i][:, part])
+        return right, left
 
     def blocks(self, i: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
         """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide.
@@ -146,18 +155,27 @@ class Operand:
         length = plus.shape[axis]
         size = (_BLOCK, plus.shape[1]) if self.is_tall else (plus.shape[0], _BLOCK)
         buffer = torch.empty(size, dtype=torch.float64)
-        scratch = torch.empty_like(buffer) if minus is not None else None
+        scratch = buffer.new_empty(max(1, _UPCAST // size[1]), size[1])
         rounded = None if dtype == torch.float64 else torch.empty(size, dtype=dtype)
         for start in range(0, length, _BLOCK):
             count = min(_BLOCK, length - start)
             block = buffer.narrow(axis, 0, count)
             with stage("upcast"):
-                block.copy_(plus.narrow(axis, start, count))
-                if minus is not None and scratch is not None:
-                    other = scratch.narrow(axis, 0, count)
-                    block.sub_(other.copy_(minus.narrow(axis, start, count)))
+                stored = plus.narrow(axis, start, count)
+                if minus is None:
+                    block.copy_(stored)
+                else:
+                    _subtract(stored, minus.narrow(axis, start, count), block, scratch)
             part = slice(start, start + count)
             if rounded is None:
                 yield part, block
             else:
                 yield part, rounded.narrow(axis, 0, count).copy_(block)
+
+
+def _subtract(plus: Tensor, minus: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """out = plus − minus in fp64, a few rows at a time, so that they are still in the cache."""
+    for start in range(0, len(out), len(scratch)):
+        part = out[start : start + len(scratch)].copy_(plus[start : start + len(scratch)])
+        other = scratch[: len(part), : part.shape[1]]
+        part.sub_(other.copy_(minus[start : start + len(scratch)]))

@@ -26,7 +26,7 @@ from geoscope.linalg.stacked import LAST, Eigenpairs, eigenpairs
 from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.profile import stage
 
-__all__ = ["Factors", "factorise", "factorise_leading"]
+__all__ = ["LEAST_GAP", "Factors", "concatenate", "factorise", "factorise_leading"]
 
 _EPS = 2.0**-53
 
@@ -89,7 +89,7 @@ def factorise(
         return _exact(A, vectors, dtype, reason=None)
     if A.plus.device.type == "cpu":
         parts = [_one_on_cpu(A.row(i), vectors, cuts) for i in range(len(A))]
-        return parts[0] if len(parts) == 1 else _cat(parts)
+        return parts[0] if len(parts) == 1 else concatenate(parts)
     return _factorise_stacked(A, vectors, cuts)
 
 
@@ -105,7 +105,7 @@ def factorise_leading(
     if A.plus.device.type != "cpu":
         return _leading_stacked(A, k, cuts, seed, budget)
     parts = [_leading_one(A.row(i), k, cuts, seed, budget) for i in range(len(A))]
-    return parts[0] if len(parts) == 1 else _cat(parts)
+    return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
 def _leading_one(A: Operand, k: int, cuts: Sequence[int], seed: int, budget: int | None) -> Factors:
@@ -144,10 +144,10 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
             d, e, tau = blas.tridiagonalise(gram)
             energies = blas.eigenvalues(d, e)
         S = energies.clamp_min(0).sqrt()
-        mended = _mend_tail(A, gram, d, e, tau, S)
+        mended = _mend_tail(A, (gram, d, e, tau, energies), S)
         if vectors:
             with stage("eigenvectors"):
-                short = blas.eigenvectors(gram, d, e, tau, range(vectors))
+                short = blas.eigenvectors(gram, d, e, tau, energies, range(vectors))
                 gram.diagonal().copy_(diagonal)
                 images = blas.symmetric_times(gram, short)
             residuals = torch.linalg.vector_norm(images - energies[:vectors, None] * short, dim=-1)
@@ -162,9 +162,10 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     return _with_long_side(A, S[None], None if short is None else short[None], (method,))
 
 
-def _mend_tail(A: Operand, gram: Tensor, d: Tensor, e: Tensor, tau: Tensor, S: Tensor) -> bool:
+def _mend_tail(A: Operand, reduced: tuple[Tensor, ...], S: Tensor) -> bool:
     """Computes a short tail of S again, in place, from A on the tail's subspace.
 
+    reduced: what `eigenvectors` takes.
     The tail's vectors carry eps of the leading ones, so σ is then good to eps·σ1. False where the
     tail needs no mending, or is too long for it.
     """
@@ -173,7 +174,7 @@ def _mend_tail(A: Operand, gram: Tensor, d: Tensor, e: Tensor, tau: Tensor, S: T
     first = int((S >= _MEND_FROM * S[0]).sum())
     if len(S) - first > _MEND_AT_MOST:
         return False
-    rows = blas.eigenvectors(gram, d, e, tau, range(first, len(S)))[None]
+    rows = blas.eigenvectors(*reduced, range(first, len(S)))[None]
     images = (A.right(rows) if A.is_tall else A.left(rows))[0]
     triangle = torch.linalg.qr(images.T, mode="r").R
     S[first:] = torch.linalg.svdvals(triangle)
@@ -224,7 +225,7 @@ def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors
     quick = _with_long_side(A, S, found.rows, tuple(methods))
     if not any(reasons):
         return quick
-    return _cat(
+    return concatenate(
         [
             _exact(A.row(i), vectors, torch.float64, reason=reason) if reason else _take(quick, i)
             for i, reason in enumerate(reasons)
@@ -268,7 +269,7 @@ def _leading_stacked(
         some = Operand(A.plus[rest], None if A.minus is None else A.minus[rest]) if parts else A
         whole = factorise(some, vectors=k, cuts=[cut for cut in cuts if cut <= k])
         parts |= {i: _first(_take(whole, n), k, found[i]) for n, i in enumerate(rest)}
-    return _cat([parts[i] for i in range(len(A))])
+    return concatenate([parts[i] for i in range(len(A))])
 
 
 def _of_leading(found: Leading) -> Factors:
@@ -407,7 +408,9 @@ def _take(factors: Factors, i: int) -> Factors:
     )
 
 
-def _cat(parts: Sequence[Factors]) -> Factors:
+def concatenate(parts: Sequence[Factors]) -> Factors:
+    """The factors of several stacks of one shape, as those of one stack."""
+
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
         present = [one for one in tensors if one is not None]
         return torch.cat(present) if present else None

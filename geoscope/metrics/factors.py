@@ -4,7 +4,7 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
 
     base.S, tuned.S, update.S               (b, q)     singular values, descending; not with `quick`
     base.top@j, tuned.top@j, update.top@j   (b, ≥ j)   the leading ones: at least j of them
-    base.norm, tuned.norm, update.norm      (b,)       Frobenius norms, from the entries
+    base.norm, tuned.norm, update.norm      (b,)       Frobenius norms
     base.noise, tuned.noise                 (b,)       √(Σulp²/12): what storing them rounded away
     base.eps, tuned.eps                     (b,)       spacing at 1 of the storage format
     unchanged.relative|absolute|exact       (b,)       shares of entries that did not move
@@ -131,10 +131,11 @@ def pair_factors(
     sides = _from_storage(work, base, tuned, takes)
     W0, update = Operand(base), Operand(tuned, base)
     _spectra(work, W0, Operand(tuned), takes, inside)
-    work.values["update.norm"] = update.norm()
-    _isotropic(work, sides, (m, n), takes)
     if "update.S" in takes or _any(takes, "update.top@"):
         work.factorise("update", update, takes=takes, cuts=())
+    spectrum = work.values.get("update.S")  # Σσ² is the sum over the entries, without a pass
+    work.values["update.norm"] = update.norm() if spectrum is None else spectrum.norm(dim=-1)
+    _isotropic(work, sides, (m, n), takes)
     if _any(takes, "cross."):
         _cross(work, update)
     if _any(takes, "masks."):
@@ -295,8 +296,8 @@ def _cross(work: _Work, update: Operand) -> None:
     assert work.base is not None
     U, Vh = _both(work.base)
     defined = work.base.S[..., 0] > 0
-    right = update.right(Vh)  # (b, K, m): ΔW v_j as rows
-    left = update.left(U.mT.contiguous())  # (b, K, n): u_jᵀΔW as rows
+    # (b, K, m): ΔW v_j as rows, (b, K, n): u_jᵀΔW as rows
+    right, left = update.both(Vh, U.mT.contiguous())
     for name, energies in (
         ("right", right.square().sum(-1)),
         ("left", left.square().sum(-1)),

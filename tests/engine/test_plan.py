@@ -89,13 +89,13 @@ def test_a_device_plans_with_four_fifths_of_what_the_fullest_has_free() -> None:
     assert device_memory(iter([10**10, 5 * 10**9, 2 * 10**10])) == 4 * 10**9
 
 
-def test_a_stack_needs_more_for_a_pair_than_the_blockwise_work_on_the_cpu() -> None:
+def test_a_stack_needs_no_less_for_a_pair_than_the_blockwise_work_on_the_cpu() -> None:
     for shape in ((300, 200), (200, 300), (300, 300), (2000, 20)):
         one = pair("w", shape)
         m, n = shape
         q = min(shape)
         gram, basis, single = 8 * q * q, 8 * q * q, 4 * m * n
-        assert working_bytes(one, stack=True) > working_bytes(one)
+        assert working_bytes(one, stack=True) >= working_bytes(one)
         assert working_bytes(one, stack=True) >= 4 * m * n + max(3 * gram + basis, single)
 
 
