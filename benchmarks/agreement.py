@@ -17,10 +17,18 @@ from torch import Tensor
 from geoscope.analysis.selection import takes_of
 from geoscope.engine import one_blas_thread
 from geoscope.linalg import Factors, Operand, factorise
+from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.metrics import METRICS, Instance, Measured, Settings, instances, measure, pair_factors
 from geoscope.metrics.measure import verdict_dimension
 
-__all__ = ["Check", "factorise_checks", "metric_checks", "of_values", "tolerance"]
+__all__ = [
+    "Check",
+    "factorise_checks",
+    "leading_checks",
+    "metric_checks",
+    "of_values",
+    "tolerance",
+]
 
 SHAPES = ((384, 384), (768, 320), (320, 768))
 # One update in the noise of bf16, one well above it, and one stored in fp32.
@@ -193,3 +201,35 @@ def _misfits(A: Tensor, found: Factors, exact: Tensor) -> dict[str, float]:
         "UᵀU − I": float(((U.mT @ U - unit) * nonzero).abs().max()),
         "(AV − US)/σ1": float(((A @ Vh.mT - U * S[:, None, :k]).abs() / top[..., None]).max()),
     }
+
+
+# --- leading triplets ---------------------------------------------------------------------------
+
+
+def leading_checks(device: torch.device) -> Iterator[Check]:
+    """Batched block Lanczos against the CPU's exact SVD: values, and subspaces beside their bound.
+
+    Where it says that it has not converged there is nothing to check: another route is taken.
+    """
+    for shape in ((640, 640), (1600, 480), (480, 1600)):
+        base, tuned = _stacks(shape, 1e-2, torch.bfloat16, seed=3)
+        update = (tuned.double() - base.double(), Operand(tuned.to(device), base.to(device)))
+        whole = (base.double(), Operand(base.to(device)))
+        wanted = (("update", update, 1), ("base", whole, 8), ("base", whole, 64))
+        for name, (dense, there), k in wanted:
+            group = f"leading {k} of the {name}"
+            U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+            for i, one in enumerate(stacked_leading(there, k, budget=9 * min(shape) // 10)):
+                where = f"{shape[0]}×{shape[1]}, matrix {i}, dimension {one.dimension}"
+                if not one.converged:
+                    yield Check(group, 0.0, "-", 0.0, f"{where}: not converged, Gram route")
+                    continue
+                off = float((one.S.cpu() - S[i, :k]).abs().max() / S[i, 0])
+                yield Check(group, off, "1e-9", off / 1e-9, f"{where}: σ/σ1")
+                for side, ours, exact in (("V", one.Vh, Vh[i, :k]), ("U", one.U, U[i, :, :k].T)):
+                    rows = ours.cpu()
+                    sine = float(torch.linalg.matrix_norm(rows - rows @ exact.T @ exact, 2))
+                    # U = A·V/σ: its error is that of V, by σ1/σk at most.
+                    bound = one.sine * (1 if side == "V" else float(S[i, 0] / S[i, k - 1]))
+                    what = f"{where}: sine of {side}"
+                    yield Check(group, sine, f"{bound:.1e}", sine / bound, what)

@@ -2,16 +2,18 @@
 
 Prints one line of JSON: seconds and the number of weight matrices.
 
-    python benchmarks/computing.py BASE TUNED [--k 8,64] [--quick] [--masks] [--curves]
+    python benchmarks/computing.py BASE TUNED [--k 8,64] [--quick] [--masks] [--curves] [--stages]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 
 from geoscope.analysis import Options, compare
+from geoscope.profile import Profile, profiling
 
 
 def main() -> None:
@@ -23,7 +25,10 @@ def main() -> None:
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stages", action="store_true", help="seconds by stage, all threads")
     given = parser.parse_args()
+    if given.stages:  # read when CUDA starts: a stage then ends when its kernels have
+        os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     options = Options(
         ks=tuple(int(k) for k in given.k.split(",")),
         quick=given.quick,
@@ -33,9 +38,11 @@ def main() -> None:
         cache=None,
     )
     started = time.perf_counter()
-    report = compare(given.base, given.tuned, options=options)
+    with profiling(Profile()) as profile:
+        report = compare(given.base, given.tuned, options=options)
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "matrices": len(report.coverage.matched)}))
+    answer = {"seconds": seconds, "matrices": len(report.coverage.matched)}
+    print(json.dumps({**answer, "stages": profile.seconds} if given.stages else answer))
 
 
 if __name__ == "__main__":

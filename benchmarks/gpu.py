@@ -1,12 +1,13 @@
 """Checks and times everything that runs on CUDA, in one call; Markdown on standard output.
 
-1. Does CUDA give the CPU's numbers? Every metric, and factorise in hard cases.
-2. Stacks of a model's matrices through factorise, stage by stage, beside the device's peaks.
-3. The whole `compare` on synthetic checkpoints, CUDA and CPU.
+1. Does CUDA give the CPU's numbers? Every metric, factorise in hard cases, leading triplets.
+2. Stacks of a model's matrices, stage by stage, beside the device's peaks; their sum over a model.
+3. The whole `compare` on synthetic checkpoints, CUDA and CPU, with the time of each stage.
 
 Ends with 0 and the line "no CUDA device" where there is none, with 1 where numbers disagree.
 
     python benchmarks/gpu.py [--layers 28] [--out table.md]
+    python benchmarks/gpu.py --device cpu --small
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from statistics import median
 
 import synthetic
 import torch
-from agreement import KS, Check, factorise_checks, metric_checks, of_values
+from agreement import KS, Check, factorise_checks, leading_checks, metric_checks, of_values
 from machine import child, facts, set_aside_variables
-from stacks import Peaks, Stage, peaks, stages
+from stacks import UPDATE_PAIR, Peaks, Stage, peaks, stages
 
 from geoscope.analysis import Options, compare
 from geoscope.metrics import METRICS, Measured, instances
@@ -56,52 +57,53 @@ class Timed:
 
 def whole(
     family: str, layers: int, device: torch.device, rounds: int
-) -> tuple[list[Timed], list[Check]]:
-    """Times of the whole comparison, and the agreement of its reports."""
+) -> tuple[list[Timed], dict[str, float], list[Check]]:
+    """Times of the whole comparison, seconds by stage, and the agreement of its reports."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        _say("writing checkpoints")
         synthetic.write(folder, family, layers)
         base, tuned = str(folder / "base"), str(folder / "tuned")
-        lines = _processes(base, tuned, device, rounds)
-        warm, reports = _in_process(base, tuned, device, rounds)
-        small, one_by_one = _once(base, tuned, Options(device=str(device), max_memory="0"))
-        _, reference = _once(base, tuned, Options(device="cpu"))
-    same = "identical when repeated" if _same(*reports[:2]) else "NOT identical when repeated"
-    lines.append(Timed(f"{device}, warm process", warm, same))
-    lines.append(Timed(f"{device}, one pair a batch", [small]))
+        _say("on the CPU")
+        spent, reference = _once(base, tuned, Options(device="cpu", cache=None))
+        lines = [Timed("cpu", [spent])]
+        _say("in fresh processes")
+        cold, seconds = _processes(base, tuned, device)
+        lines += cold
+        _say("in this process")
+        options = Options(device=str(device), cache=None)
+        warm = [_once(base, tuned, options) for _ in range(rounds + 1)]
+        same = "identical when repeated" if _same(warm[0][1], warm[-1][1]) else "NOT identical"
+        lines.append(Timed(f"{device}, warm process", [one for one, _ in warm[1:]], same))
+        first = frozenset({0})
+        alone = Options(device=str(device), max_memory="0", layers=first, cache=None)
+        spent, one_by_one = _once(base, tuned, alone)
+        lines.append(Timed(f"{device}, one pair a batch, first layer only", [spent]))
     checks = [
-        *_agreement("whole compare", reference, reports[0]),
-        *_agreement("whole compare, one pair a batch", reports[0], one_by_one),
+        *_agreement("whole compare", reference, warm[0][1]),
+        *_agreement("whole compare, one pair a batch", warm[0][1], one_by_one),
     ]
-    return lines, checks
+    return lines, seconds, checks
 
 
-def _processes(base: str, tuned: str, device: torch.device, rounds: int) -> list[Timed]:
-    """Computing part in processes of their own, in turns; CUDA starts cold there."""
+def _processes(base: str, tuned: str, device: torch.device) -> tuple[list[Timed], dict[str, float]]:
+    """Computing part in processes of their own, where CUDA starts cold; seconds by stage of one."""
     kinds = {
-        "cpu": ("cpu", ()),
-        f"{device}, cold process": (str(device), ()),
-        f"{device}, cold process, --quick": (str(device), ("--quick",)),
-        f"{device}, cold process, --curves --masks": (str(device), ("--curves", "--masks")),
+        f"{device}, cold process": (),
+        f"{device}, cold process, --quick --k 8": ("--quick", "--k", "8"),
+        f"{device}, cold process, --curves --masks": ("--curves", "--masks"),
+        f"{device}, cold process, each kernel waited for": ("--stages",),
     }
-    seconds: dict[str, list[float]] = {label: [] for label in kinds}
-    failures: dict[str, str] = {}
-    for _ in range(rounds):
-        for label, (where, options) in kinds.items():
-            command = [sys.executable, str(HERE / "computing.py"), base, tuned]
-            run = child([*command, "--device", where, *options], ours=True)
-            if run.answer is None:
-                failures[label] = run.failure or "it printed no JSON"
-            else:
-                seconds[label].append(run.answer["seconds"])
-    return [Timed(label, seconds[label], failures.get(label, "")) for label in kinds]
-
-
-def _in_process(
-    base: str, tuned: str, device: torch.device, rounds: int
-) -> tuple[list[float], list[Report]]:
-    found = [_once(base, tuned, Options(device=str(device))) for _ in range(max(rounds, 1) + 1)]
-    return [seconds for seconds, _ in found[1:]], [report for _, report in found]
+    lines, seconds = [], {}
+    for label, options in kinds.items():
+        command = [sys.executable, str(HERE / "computing.py"), base, tuned]
+        run = child([*command, "--device", str(device), *options], ours=True)
+        if run.answer is None:
+            lines.append(Timed(label, [], run.failure or "it printed no JSON"))
+        else:
+            lines.append(Timed(label, [run.answer["seconds"]]))
+            seconds = run.answer.get("stages", seconds)
+    return lines, seconds
 
 
 def _once(base: str, tuned: str, options: Options) -> tuple[float, Report]:
@@ -115,8 +117,10 @@ def _same(a: Report, b: Report) -> bool:
 
 
 def _agreement(group: str, ours: Report, theirs: Report) -> Iterator[Check]:
-    """Every number of two reports on the same matrices."""
-    for a, b in zip(ours.layers, theirs.layers, strict=True):
+    """Every number of two reports on the matrices that both have."""
+    common = {one.name for one in ours.layers} & {one.name for one in theirs.layers}
+    both = ([one for one in side.layers if one.name in common] for side in (ours, theirs))
+    for a, b in zip(*both, strict=True):
         ks = sorted({*KS, verdict_dimension((a.shape[0], a.shape[1]))})
         selected = [one for metric in METRICS for one in instances(metric, ks)]
         for check in of_values(selected, _numbers(a), _numbers(b)):
@@ -143,6 +147,8 @@ def heading(device: torch.device, peak: Peaks) -> list[str]:
         f"{about['python']}, torch {about['torch']}, CUDA {torch.version.cuda}"
     )
     rows.append(f"- beside it: {about['cpu']}, {about['cores']} cores")
+    if device.type == "cuda":
+        rows.append(f"- such devices: {torch.cuda.device_count()}; whole compares take all of them")
     upload = "" if peak.upload is None else f", pinned upload {peak.upload / 1e9:.0f} GB/s"
     rows.append(
         f"- measured peaks: fp64 products {peak.flops / 1e12:.3g} TFLOP/s, memory "
@@ -223,22 +229,53 @@ def _rate(amount: float, seconds: float, unit: float, peak: float | None) -> str
     return f"{amount / seconds / unit:.3g} | {fraction}"
 
 
-def whole_table(lines: Sequence[Timed], family: str, layers: int) -> list[str]:
+def model_table(found: Sequence[Stage], family: str, layers: int) -> list[str]:
+    """Each stage summed over the kinds of matrices that a model has."""
+    kinds = synthetic.FAMILIES[family].values()
+    names = [name for name in dict.fromkeys(one.name for one in found) if not name.endswith("one")]
+    rows = [
+        f"## The stages over a model: {family}, {layers} layers × {len(kinds)} kinds",
+        "",
+        "Each stage's median, summed over the kinds. A trajectory takes the leading pair of every "
+        "update, for each of its checkpoints.",
+        "",
+        "| stage | s | ms a matrix |",
+        "|---|--:|--:|",
+    ]
+    for name in names:
+        medians = {one.shape: one.median for one in found if one.name == name}
+        shapes = [shape for shape in kinds if shape in medians]
+        total = sum(medians[shape] for shape in shapes)
+        label = f"**{name}**" if name == UPDATE_PAIR else name
+        if len(shapes) < len(kinds):
+            label += f" ({len(shapes)} of {len(kinds)} kinds)"
+        rows.append(f"| {label} | {total:.3g} | {_ms(total / (layers * len(shapes)))} |")
+    return rows
+
+
+def whole_table(
+    lines: Sequence[Timed], seconds: dict[str, float], family: str, layers: int
+) -> list[str]:
     rows = [
         f"## Whole compare: {family}, layers: {layers}",
         "",
         "| | seconds, median (least-most) | cpu/this | remark |",
         "|---|--:|--:|---|",
     ]
-    reference = median(lines[0].seconds) if lines[0].seconds else None
+    reference = median(lines[0].seconds)
     for line in lines:
         if not line.seconds:
             rows.append(f"| {line.label} | failed | | {line.remark} |")
             continue
         spent = median(line.seconds)
-        ratio = f"{reference / spent:.2f}" if reference else ""
+        ratio = "" if "only" in line.label else f"{reference / spent:.2f}"
         spread = f"{spent:.3g} ({min(line.seconds):.3g}-{max(line.seconds):.3g})"
         rows.append(f"| {line.label} | {spread} | {ratio} | {line.remark} |")
+    if seconds:
+        total = sum(seconds.values())
+        rows += ["", "Stages, each kernel waited for; all threads, reading included.", ""]
+        rows += ["| stage | s | of all |", "|---|--:|--:|"]
+        rows += [f"| {name} | {one:.3g} | {one / total:.0%} |" for name, one in seconds.items()]
     return rows
 
 
@@ -258,17 +295,19 @@ def report(given: argparse.Namespace) -> tuple[str, bool]:
     _say("peaks")
     peak = peaks(device)
     _say("agreement")
-    checks = [*factorise_checks(device), *metric_checks(device)]
+    checks = [*factorise_checks(device), *leading_checks(device), *metric_checks(device)]
     found: list[Stage] = []
     for shape in dict.fromkeys(synthetic.FAMILIES[given.family].values()):
         _say(f"{given.layers} × {shape[0]}×{shape[1]}")
         found += stages(*shape, given.layers, device, given.rounds)
     _say("whole compare")
-    lines, more = whole(given.family, given.compare_layers, device, given.rounds)
+    layers = given.layers if given.compare_layers is None else given.compare_layers
+    lines, seconds, more = whole(given.family, layers, device, given.rounds)
     checks += more
     rows = heading(device, peak)
     rows += ["", *check_table(checks), "", *stage_table(found, peak), ""]
-    rows += [*whole_table(lines, given.family, given.compare_layers), *memory_line(device)]
+    rows += [*model_table(found, given.family, given.layers), ""]
+    rows += [*whole_table(lines, seconds, given.family, layers), *memory_line(device)]
     sound = all(check.passed for check in checks) and all(one.sound for one in found)
     return "\n".join(rows) + "\n", sound
 
@@ -282,10 +321,13 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cpu runs the same without CUDA")
     parser.add_argument("--family", choices=sorted(synthetic.FAMILIES), default="qwen2.5-1.5b")
     parser.add_argument("--layers", type=int, default=28, help="matrices in a stack")
-    parser.add_argument("--compare-layers", type=int, default=4, help="of the whole compare")
+    parser.add_argument("--compare-layers", type=int, help="of the whole compare, if not as many")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="small shapes, two layers, one round")
     parser.add_argument("--out", type=Path, help="also write the Markdown to this file")
     given = parser.parse_args()
+    if given.small:
+        given.family, given.layers, given.compare_layers, given.rounds = "small", 2, 2, 1
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         print("no CUDA device")
         return 0

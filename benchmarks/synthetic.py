@@ -28,6 +28,12 @@ FAMILIES: dict[str, dict[str, tuple[int, int]]] = {
         "mlp.up_proj": (8960, 1536),
         "mlp.down_proj": (1536, 8960),
     },
+    "small": {
+        "self_attn.q_proj": (320, 320),
+        "self_attn.k_proj": (80, 320),
+        "mlp.up_proj": (960, 320),
+        "mlp.down_proj": (320, 960),
+    },
     "llama-3-8b": {
         "self_attn.q_proj": (4096, 4096),
         "self_attn.k_proj": (1024, 4096),

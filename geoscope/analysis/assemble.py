@@ -71,7 +71,7 @@ def assemble(
             tool_version=__version__,
             argv=tuple(argv or sys.argv),
             refs=refs,
-            device=str(prepared[0].device),
+            device=prepared[0].device,
             compute_dtype=options.dtype,
             seed=options.seed,
             parameters=_parameters(options),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +14,18 @@ from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.engine import (
     Batch,
     default_memory,
+    device_memory,
     estimate_seconds,
+    free_memory,
     parse_memory,
     plan,
-    resolve_device,
+    resolve_devices,
     resolve_dtype,
 )
 from geoscope.records import Pairing
 from geoscope.report.survey import Survey
 
-__all__ = ["Prepared", "prepare", "survey"]
+__all__ = ["Prepared", "batches_a_shape", "prepare", "survey"]
 
 
 # With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
@@ -42,21 +45,26 @@ class Prepared:
     batches: tuple[Batch, ...]
     memory: int
     workers: int
-    device: torch.device
+    devices: tuple[torch.device, ...]
     bytes_to_fetch: int
+
+    @property
+    def device(self) -> str:
+        """The devices by name, as reports show them."""
+        return ", ".join(str(one) for one in self.devices)
 
 
 def prepare(base: str, tuned: str, options: Options, progress: Progress | None = None) -> Prepared:
     """Headers, pairing and plan of one pair of models; decomposes and downloads nothing."""
     progress = progress or Progress()
-    device = resolve_device(options.device)
-    resolve_dtype(options.dtype, device)
+    devices = resolve_devices(options.device)
+    resolve_dtype(options.dtype, devices[0])
     left = open_checkpoint(base, on_progress=progress.on_download)
     right = open_checkpoint(tuned, on_progress=progress.on_download)
     pairing = pair(left, right, options.selection)
-    memory = _memory(pairing, options, device)
-    on_cpu = device.type == "cpu"
-    workers = options.jobs or (_cores() if on_cpu else 1)
+    memory = _memory(pairing, options, devices)
+    on_cpu = devices[0].type == "cpu"
+    workers = options.jobs or (_cores() if on_cpu else len(devices))
     names = [(one.base.name, one.tuned.name) for one in (*pairing.matrices, *pairing.vectors)]
     return Prepared(
         base=left,
@@ -66,11 +74,12 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
             pairing.matrices,
             memory=memory,
             stack=not on_cpu,
+            parts=batches_a_shape(devices),
             entry_bytes=_MASK_BYTES * options.masks + _CURVE_BYTES * options.curves,
         ),
         memory=memory,
         workers=workers,
-        device=device,
+        devices=devices,
         bytes_to_fetch=left.bytes_to_fetch([a for a, _ in names])
         + right.bytes_to_fetch([b for _, b in names]),
     )
@@ -95,17 +104,22 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
         bytes_to_fetch=prepared.bytes_to_fetch,
         memory=prepared.memory,
         workers=prepared.workers,
-        device=str(prepared.device),
+        device=prepared.device,
         seconds=estimate_seconds(prepared.pairing.matrices, workers=prepared.workers),
     )
 
 
-def _memory(pairing: Pairing, options: Options, device: torch.device) -> int:
+def batches_a_shape(devices: Sequence[torch.device]) -> int:
+    """Into how many batches a shape is cut: two a device, one computed while the other is read."""
+    return 2 * len(devices)
+
+
+def _memory(pairing: Pairing, options: Options, devices: Sequence[torch.device]) -> int:
+    """Bound on the process, or on each of the devices."""
     if options.max_memory is not None:
         return parse_memory(options.max_memory)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(0.8 * free)
+    if devices[0].type == "cuda":
+        return device_memory(free_memory(one) for one in devices)
     return default_memory(pairing.matrices)
 
 

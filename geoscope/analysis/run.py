@@ -46,7 +46,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         prepared.batches,
         read=_reader(prepared),
         work=worker(kind, options, _cache(options)),
-        device=prepared.device,
+        devices=prepared.devices,
         workers=prepared.workers,
         memory=prepared.memory,
     )

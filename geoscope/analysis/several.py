@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from geoscope.analysis.options import Options
-from geoscope.analysis.prepare import Prepared
+from geoscope.analysis.prepare import Prepared, batches_a_shape
 from geoscope.engine import Batch, plan, stream
 from geoscope.errors import NumericsError
 from geoscope.linalg.changes import nonfinite_entries
@@ -36,10 +36,15 @@ def overlaps_of(
         ]
 
     found = stream(
-        plan(common, memory=first.memory, stack=first.device.type != "cpu"),
+        plan(
+            common,
+            memory=first.memory,
+            stack=first.devices[0].type != "cpu",
+            parts=batches_a_shape(first.devices),
+        ),
         read=read,
         work=work,
-        device=first.device,
+        devices=first.devices,
         workers=first.workers,
         memory=first.memory,
     )

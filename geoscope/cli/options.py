@@ -65,7 +65,7 @@ DIMENSIONS: dict[str, Spec] = {
 }
 
 COMPUTE: dict[str, Spec] = {
-    "device": Spec(str, "auto", ("--device",), "auto, cpu, cuda, cuda:N or mps.", "NAME"),
+    "device": Spec(str, "auto", ("--device",), "auto, cpu, cuda (all), cuda:N or mps.", "NAME"),
     "dtype": Spec(
         str, "float64", ("--dtype",), "Precision of the spectra: float64 or float32.", "NAME"
     ),

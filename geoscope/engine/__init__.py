@@ -1,9 +1,10 @@
 """How the work is done: device, plan, stream. Knows nothing of metrics or files."""
 
-from geoscope.engine.device import resolve_device, resolve_dtype
+from geoscope.engine.device import free_memory, resolve_devices, resolve_dtype
 from geoscope.engine.plan import (
     Batch,
     default_memory,
+    device_memory,
     estimate_seconds,
     parse_memory,
     plan,
@@ -14,11 +15,13 @@ __all__ = [
     "Batch",
     "Outcome",
     "default_memory",
+    "device_memory",
     "estimate_seconds",
+    "free_memory",
     "one_blas_thread",
     "parse_memory",
     "plan",
-    "resolve_device",
+    "resolve_devices",
     "resolve_dtype",
     "stream",
 ]

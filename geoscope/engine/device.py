@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision it can."""
+"""Which devices compute, with how much memory, and in which precision they can."""
 
 from __future__ import annotations
 
@@ -8,30 +8,39 @@ import torch
 
 from geoscope.errors import OptionError
 
-__all__ = ["resolve_device", "resolve_dtype"]
+__all__ = ["free_memory", "resolve_devices", "resolve_dtype"]
 
 _DEVICE = re.compile(r"cpu|mps|cuda(?::(?P<index>0|[1-9][0-9]*))?")
 
 
-def resolve_device(given: str) -> torch.device:
-    """The device of `--device auto|cpu|cuda[:N]|mps`. Raises OptionError when it is not there.
+def resolve_devices(given: str) -> tuple[torch.device, ...]:
+    """The devices of `--device auto|cpu|cuda[:N]|mps`. Raises OptionError when one is not there.
 
-    `auto` takes CUDA where there is one, else the CPU: MPS has no fp64, so it has to be asked for.
+    `cuda` is every CUDA device that is visible, `cuda:N` that one. `auto` takes CUDA where there is
+    one, else the CPU: MPS has no fp64, so it has to be asked for.
     """
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    every = tuple(torch.device("cuda", i) for i in range(present))
     if given == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return every or (torch.device("cpu"),)
     match = _DEVICE.fullmatch(given)
     if match is None:
         raise OptionError(f"--device {given!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if given.startswith("cuda"):
-        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(match["index"] or 0) >= present:
             raise OptionError(
                 f"--device {given}: this machine has {present} CUDA devices; use --device cpu"
             )
+        return every if match["index"] is None else (every[int(match["index"])],)
     if given == "mps" and not torch.backends.mps.is_available():
         raise OptionError("--device mps: no MPS device on this machine; use --device cpu")
-    return torch.device(given)
+    return (torch.device(given),)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that work on a CUDA device can have: free ones, and what torch keeps for reuse."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def resolve_dtype(given: str, device: torch.device) -> str:

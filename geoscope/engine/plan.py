@@ -11,6 +11,7 @@ from geoscope.records import WeightPair
 __all__ = [
     "Batch",
     "default_memory",
+    "device_memory",
     "estimate_seconds",
     "parse_memory",
     "plan",
@@ -19,6 +20,13 @@ __all__ = [
 
 # A process with torch loaded and nothing done; counted apart from the matrices.
 BASELINE = 500 * 10**6
+
+# Of a device's free memory the share that is planned with; what remains is for the libraries'
+# handles, for fixed workspaces and for what does not fit between other pieces.
+_PLANNED = 0.8
+# Most stored bytes of one batch. More makes no kernel faster, and what is read ahead lies in
+# page-locked memory of the host.
+_STORED_AT_MOST = 4 * 10**9
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -42,6 +50,11 @@ def default_memory(pairs: Iterable[WeightPair]) -> int:
     return 4 * (2 * 4 * largest) + BASELINE
 
 
+def device_memory(free: Iterable[int]) -> int:
+    """What to plan with on each of several devices, from the free bytes of all."""
+    return int(_PLANNED * min(free))
+
+
 def parse_memory(text: str) -> int:
     """Bytes of `--max-memory`: `8GB`, `500M`, `2000000000`. Raises OptionError."""
     number = text.strip().upper().rstrip("BKMG")
@@ -61,12 +74,19 @@ def room_for_batches(memory: int) -> int:
 
 
 def plan(
-    pairs: Sequence[WeightPair], *, memory: int, stack: bool, entry_bytes: int = 0
+    pairs: Sequence[WeightPair],
+    *,
+    memory: int,
+    stack: bool,
+    parts: int = 1,
+    entry_bytes: int = 0,
 ) -> tuple[Batch, ...]:
     """Batches in order of falling size, so that the longest work starts first.
 
-    stack: put as many equal pairs into a batch as fit the memory (GPU); without it every batch
-    holds one pair, and parallelism comes from workers (CPU). The numbers do not depend on it.
+    stack: put several equal pairs into a batch (GPU): as many as fit half of the memory, because
+    the next batch is there while one is computed; without it every batch holds one pair, and
+    parallelism comes from workers (CPU). The numbers do not depend on it.
+    parts: into how many batches pairs of one shape are cut at least, so that devices share them.
     entry_bytes: what is held beside for each entry of a matrix.
     """
     room = room_for_batches(memory)
@@ -75,8 +95,13 @@ def plan(
         groups.setdefault((pair.shape, pair.base.dtype, pair.tuned.dtype), []).append(pair)
     batches = []
     for members in groups.values():
-        need = working_bytes(members[0]) + entry_bytes * _entries(members[0])
-        size = max(1, room // need) if stack else 1
+        first = members[0]
+        need = working_bytes(first, stack=stack) + entry_bytes * _entries(first)
+        size = 1
+        if stack:
+            stored = max(_stored(first), 1)
+            most = max(1, min(room // (2 * need), _STORED_AT_MOST // stored))
+            size = _ceil(len(members), max(parts, _ceil(len(members), most)))  # even heights
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
             shape = (part[0].shape[0], part[0].shape[1])
@@ -84,14 +109,27 @@ def plan(
     return tuple(sorted(batches, key=lambda batch: -batch.working_bytes))
 
 
-def working_bytes(pair: WeightPair) -> int:
+def working_bytes(pair: WeightPair, *, stack: bool = False) -> int:
     """Peak bytes of one pair in work: as stored, a Gram matrix, and leading vectors of both sides.
 
-    512 fp64 rows stand for the vectors of three roles; products go by two blocks of 1024 rows.
+    512 fp64 rows stand for the vectors of three roles; products go by two blocks of 1024 rows. In a
+    stack on a device a batched eigensolver holds the Gram matrices, all eigenvectors and its own
+    work, and a Krylov space the matrices in fp32.
     """
     m, n = pair.shape
     q = min(m, n)
-    return pair.base.nbytes + pair.tuned.nbytes + 8 * q * (q + 2 * 1024) + 512 * 8 * (m + n)
+    beside = 8 * q * (q + 2 * 1024)
+    if stack:
+        beside = max(beside, 5 * 8 * q * q, 2 * 4 * m * n)
+    return _stored(pair) + beside + 512 * 8 * (m + n)
+
+
+def _stored(pair: WeightPair) -> int:
+    return pair.base.nbytes + pair.tuned.nbytes
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def estimate_seconds(pairs: Iterable[WeightPair], *, workers: int) -> float:

@@ -1,7 +1,8 @@
 """Batches through a pipeline: a read-ahead thread, worker threads, a bound on what is in flight.
 
 torch releases the interpreter lock inside its kernels, so worker threads keep the cores busy; each
-keeps to one BLAS thread, which makes the numbers independent of the number of workers.
+keeps to one BLAS thread, which makes the numbers independent of the number of workers. Several
+devices share one queue: each has a thread that copies one batch ahead of the device's own worker.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from geoscope.engine.plan import Batch, room_for_batches
+from geoscope.engine.upload import Read, Sender, Sent, current, load
 from geoscope.linalg.blas import one_thread
 from geoscope.profile import stage
 from geoscope.records import WeightPair
@@ -25,9 +28,8 @@ from geoscope.records import WeightPair
 __all__ = ["Outcome", "one_blas_thread", "stream"]
 
 T = TypeVar("T")
-Read = Callable[[WeightPair], tuple[Tensor, ...]]
 Work = Callable[..., Sequence[T]]
-_Item = tuple[Batch, tuple[Tensor, ...]]
+_Item = tuple[Batch, Sent]
 
 
 @dataclass(frozen=True)
@@ -77,57 +79,113 @@ def one_blas_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class _Lane:
+    """The batches of one device other than the CPU: one copied ahead of those in work."""
+
+    def __init__(self, device: torch.device, workers: int) -> None:
+        self._sender, self._workers = Sender(device), workers
+        self._there: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(1)
+
+    def move(self, ready: queue.Queue[_Item | None]) -> None:
+        """Takes what is ready as long as there is something; runs on a thread of its own."""
+        while True:
+            self._room.acquire()  # only then is a batch taken: another device may be idle
+            item = ready.get()
+            if item is None:
+                break
+            batch, here = item
+            sent = self._sender.send(here.stacks)
+            self._there.put((batch, sent))
+            sent.wait()
+            del item, here, sent
+
+    def close(self) -> None:
+        """No more comes."""
+        for _ in range(self._workers):
+            self._there.put(None)
+
+    def take(self) -> _Item | None:
+        """The next batch, on the device if it had room for it; None at the end."""
+        item = self._there.get()
+        self._room.release()
+        return item
+
+
 def stream(
     batches: Sequence[Batch],
     *,
     read: Read,
     work: Work[T],
-    device: torch.device,
+    devices: Sequence[torch.device],
     workers: int,
     memory: int,
 ) -> Iterator[Outcome[T]]:
     """Outcome of every pair, in the order in which they finish.
 
     read: the stored tensors of a pair, called on one thread. work(batch, *stacks): the results, one
-    a pair; called on `workers` threads with the stacks on `device`. memory: bound on
-    the process, of which batches in flight have what the baseline leaves.
+    a pair; called on `workers` threads, which share the devices evenly, with the stacks on the
+    thread's device. memory: bound on the process, or on each device, of which batches in flight
+    have what the baseline leaves.
     An exception of either is raised here, after the threads have stopped; so is KeyboardInterrupt.
     """
-    gate = _Gate(room_for_batches(memory))
+    distinct = list(dict.fromkeys(devices))[:workers]
+    places = [distinct[i % len(distinct)] for i in range(workers)]
+    gate = _Gate(room_for_batches(memory) * len(distinct))
     # At most one batch waits beyond those in work: that is the read-ahead.
     ready: queue.Queue[_Item | None] = queue.Queue(maxsize=1)
     done: queue.Queue[list[Outcome[T]] | BaseException] = queue.Queue()
     stop = threading.Event()
+    lanes = {one: _Lane(one, places.count(one)) for one in distinct if one.type != "cpu"}
+    takers = len(lanes) + sum(one not in lanes for one in places)
 
     def reader() -> None:
+        pin = any(one.type == "cuda" for one in distinct)
         try:
             for batch in batches:
                 gate.enter(batch.working_bytes)
                 if stop.is_set():
                     break
-                ready.put((batch, _load(batch, read, device)))
+                with stage("read"), current(distinct[0]):
+                    stacks = load(batch.pairs, read, pin=pin)
+                ready.put((batch, Sent(stacks)))
+                del stacks
         except BaseException as error:
             done.put(error)
         finally:
-            for _ in range(workers):
+            for _ in range(takers):
                 ready.put(None)
 
-    def worker() -> None:
-        while (item := ready.get()) is not None:
-            batch, stacks = item
+    def mover(lane: _Lane) -> None:
+        try:
+            lane.move(ready)
+        except BaseException as error:
+            done.put(error)
+            while ready.get() is not None:
+                pass  # the reader must not be left waiting
+        finally:
+            lane.close()
+
+    def worker(device: torch.device) -> None:
+        take = lanes[device].take if device in lanes else ready.get
+        while (item := take()) is not None:
+            batch, sent = item
             del item
             if not stop.is_set():
                 try:
-                    done.put(_attempt(batch, stacks, work, device))
+                    with current(device):
+                        done.put(_attempt(batch, sent.received(), work, device))
                 except BaseException as error:
                     done.put(error)
-            del stacks
+            del sent
             gate.leave(batch.working_bytes)
 
     # Each thread runs in a copy of this context: a profile that is being taken goes with it.
+    jobs: list[Callable[[], None]] = [reader]
+    jobs += [partial(mover, lane) for lane in lanes.values()]
+    jobs += [partial(worker, place) for place in places]
     threads = [
-        threading.Thread(target=copy_context().run, args=(job,), daemon=True)
-        for job in (reader, *[worker] * workers)
+        threading.Thread(target=copy_context().run, args=(job,), daemon=True) for job in jobs
     ]
     with one_blas_thread():
         for thread in threads:
@@ -157,31 +215,18 @@ def _drain(ready: queue.Queue[_Item | None]) -> None:
         ready.put(None)
 
 
-@stage("read")
-def _load(batch: Batch, read: Read, device: torch.device) -> tuple[Tensor, ...]:
-    """The stacks (b, m, n) of a batch, in storage dtypes; on the device if it has room for them."""
-    rows = [read(pair) for pair in batch.pairs]
-    if len(rows) == 1:
-        stacks = tuple(one.unsqueeze(0) for one in rows[0])
-    else:
-        stacks = tuple(torch.stack([row[i] for row in rows]) for i in range(len(rows[0])))
-    try:
-        return tuple(one.to(device) for one in stacks)
-    except torch.OutOfMemoryError:
-        return stacks
-
-
 def _attempt(
     batch: Batch, stacks: tuple[Tensor, ...], work: Work[T], device: torch.device
 ) -> list[Outcome[T]]:
     """The batch; in halves when the device runs out of memory, and at last on the CPU."""
-    elsewhere = f"computed on the CPU: {device.type} ran out of memory"
-    note = None if next(iter(stacks)).device.type == device.type else elsewhere
     try:
-        results = work(batch, *stacks)
-        return [Outcome(pair, one, note) for pair, one in zip(batch.pairs, results, strict=True)]
+        # Nothing moves where they are there; else the batch before has left its room by now.
+        there = tuple(one.to(device) for one in stacks)
+        results = work(batch, *there)
+        return [Outcome(pair, one) for pair, one in zip(batch.pairs, results, strict=True)]
     except torch.OutOfMemoryError:
         pass  # outside of the handler the failed attempt's tensors are free
+    there = ()
     if len(batch.pairs) > 1:
         half = len(batch.pairs) // 2
         outcomes = []
@@ -190,4 +235,5 @@ def _attempt(
             outcomes += _attempt(smaller, tuple(one[part] for one in stacks), work, device)
         return outcomes
     result = next(iter(work(batch, *(one.cpu() for one in stacks))))
-    return [Outcome(next(iter(batch.pairs)), result, elsewhere)]
+    note = f"computed on the CPU: {device.type} ran out of memory"
+    return [Outcome(next(iter(batch.pairs)), result, note)]

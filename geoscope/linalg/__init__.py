@@ -5,7 +5,8 @@ from geoscope.linalg.operand import Operand
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.quantile import quantile
 from geoscope.linalg.storage import FORMATS, FloatFormat, effective_format
-from geoscope.linalg.svd import Factors, factorise, factorise_leading
+from geoscope.linalg.svd import Factors, factorise
+from geoscope.linalg.svd_leading import factorise_leading
 
 __all__ = [
     "FORMATS",

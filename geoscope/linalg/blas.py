@@ -116,7 +116,8 @@ def syrk(A: Tensor, out: Tensor, *, add: bool = False, At: bool = False) -> Tens
     _call(
         cython_blas, "dsyrk" if double else "ssyrk",
         b"L", b"N" if At else b"T", n, k,
-        _constant(1.0, kind), A, _leading(A), _constant(1.0 if add else 0.0, kind), out, _leading(out),
+        _constant(1.0, kind), A, _leading(A),
+        _constant(1.0 if add else 0.0, kind), out, _leading(out),
     )  # fmt: skip
     return out
 

@@ -51,6 +51,8 @@ _BF16 = FORMATS[torch.bfloat16]
 _EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 # Entries of one step: stays in the cache of one core.
 _BLOCK = 1 << 15
+# The same on other devices, where each step costs a wait: few steps, and room for them.
+_BLOCK_ELSEWHERE = 1 << 24
 # Of a wider base a regular sample of this size serves the expectation of the changed fraction;
 # its standard error is below 5e-4.
 _SAMPLE = 1 << 20
@@ -88,7 +90,7 @@ def side(weight: Tensor) -> Side:
         return Side(float(norm), float(noise), fmt, levels, counts)
     flat = weight.reshape(-1)
     squares = noise_squares = 0.0
-    for block in flat.split(_BLOCK):
+    for block in _split(flat):
         values = block.double()
         squares += float(values.square().sum())
         noise_squares += float(squared_spacing(values, fmt).sum())
@@ -105,7 +107,7 @@ def side(weight: Tensor) -> Side:
 def _histogram(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct values of a 16-bit tensor (fp64) and how often each stands there."""
     codes = weight.contiguous().view(torch.int16).reshape(-1)
-    counts = sum(_occurrences(block) for block in codes.split(32 * _BLOCK))
+    counts = sum(_occurrences(block) for block in _split(codes, 32))
     assert isinstance(counts, Tensor)
     present = counts.nonzero().squeeze(-1)
     levels = present.to(torch.int16).view(weight.dtype).double()
@@ -146,11 +148,11 @@ def nonfinite_entries(weight: Tensor) -> int:
     exponent = _EXPONENT_BITS.get(weight.dtype)
     if exponent is None:
         return flat.numel() - sum(
-            _count(block.double().abs(), operator.lt, math.inf) for block in flat.split(_BLOCK)
+            _count(block.double().abs(), operator.lt, math.inf) for block in _split(flat)
         )
     # All exponent bits set: on integers this is ten times as fast as isfinite on 16-bit floats.
     codes = weight.contiguous().view(torch.int16).reshape(-1)
-    return sum(_count(block & exponent, operator.eq, exponent) for block in codes.split(_BLOCK))
+    return sum(_count(block & exponent, operator.eq, exponent) for block in _split(codes))
 
 
 @stage("entries")
@@ -192,7 +194,12 @@ def _both_bf16(base: Tensor, tuned: Tensor) -> bool:
 
 
 def _blocks(base: Tensor, tuned: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    return zip(base.reshape(-1).split(_BLOCK), tuned.reshape(-1).split(_BLOCK), strict=True)
+    return zip(_split(base.reshape(-1)), _split(tuned.reshape(-1)), strict=True)
+
+
+def _split(flat: Tensor, steps: int = 1) -> tuple[Tensor, ...]:
+    """Blocks of one step, or of several."""
+    return flat.split(_BLOCK * steps if flat.device.type == "cpu" else _BLOCK_ELSEWHERE)
 
 
 def _through_bf16(block: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["RATES_FILE", "Rates", "krylov_takes_gram", "leading_pays", "rates"]
+__all__ = [
+    "RATES_FILE",
+    "Rates",
+    "krylov_takes_gram",
+    "leading_pays",
+    "leading_pays_stacked",
+    "rates",
+]
 
 RATES_FILE = Path(__file__).with_name("rates.json")
 
@@ -61,6 +68,17 @@ def leading_pays(shape: tuple[int, int], k: int, *, values_only: bool = False) -
     table = rates()
     whole = long * q**2 / table.gram64 + (4 / 3 * q**3 + 8 * k * q**2) / table.tridiagonal
     return min(_krylov_seconds(shape, k, values_only=values_only)) < whole / 1e9
+
+
+# From this q on, and up to this part of it, a stack on another device takes leading triplets alone.
+# Not measured: no GPU was at hand.
+_STACKED_FROM = 256
+_STACKED_PART = 0.08
+
+
+def leading_pays_stacked(shape: tuple[int, int], k: int) -> bool:
+    """`leading_pays` for stacks on another device than the CPU."""
+    return min(shape) >= _STACKED_FROM and k <= _STACKED_PART * min(shape)
 
 
 def _krylov_seconds(shape: tuple[int, int], k: int, *, values_only: bool) -> tuple[float, float]:

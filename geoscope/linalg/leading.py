@@ -11,67 +11,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from geoscope.linalg import blas
+from geoscope.linalg.certificate import (
+    HOPE_FROM,
+    LOST,
+    MOST_OF_Q,
+    ROWS,
+    SLACK,
+    STILL,
+    Leading,
+    bounds_of,
+    excess_of,
+    first_block,
+)
 from geoscope.linalg.choice import krylov_takes_gram
 from geoscope.linalg.operand import Operand
 from geoscope.profile import stage
 
-__all__ = ["Leading", "leading_triplets"]
+__all__ = ["leading_triplets"]
 
-# Rows of a Krylov block: more share one pass over the matrix, fewer need a smaller space.
-_ROWS = 4
-# Part of a warm start that is random.
-_STRANGE = 0.1
-# Part of q that the Krylov space may fill before the exact method is the better choice.
-_MOST_OF_Q = 0.45
-# Residual of the Gram eigenproblem, relative to the k-th eigenvalue, that ends the iteration: what
-# fp32 products can reach.
-_TOLERANCE = 5e-7
-# Or this part of the gap behind the last: the sine of a subspace is off by no more.
-_SINE_TOLERANCE = 3e-6
-# Relative error of an eigenvalue where values alone are wanted: half of it is that of σ.
-_VALUE_TOLERANCE = 1e-7
-# A residual in fp64 may be this many times what the fp32 space was asked for; beyond it fp32 did
-# not carry far enough.
-_SLACK = 10
-# Dimension at which a space is looked at first, at the least.
-_FIRST_CHECK = 8
-# Relative move of the leading Ritz values between two checks below which they stand still.
-_STILL = 1e-9
 # A piece of the matrix is multiplied there and back at once: it stays in the cache, and b times
 # its entries stay below what OpenBLAS counts as a small product, for a narrow one is faster there.
 _PRODUCT = 900_000
-# A new direction shorter than this, relative to what was taken out of it, is cleaned once more.
-_LOST = 1e-4
-# From this many triplets on, a space of 4k dimensions in which fewer than k/16 have converged is
-# given up: the spectrum is flat, and the exact method is cheaper than a space that large.
-_HOPE_FROM = 32
-
-
-@dataclass(frozen=True)
-class Leading:
-    """Leading k triplets of one matrix, or the news that they were not found.
-
-    S: (k,), U: (k, m) and Vh: (k, n), rows, leading first; fp64. residual: largest ‖Aᵀu − σv‖/σ1,
-    measured in fp64. With the gap (σ_k − σ_{k+1})/σ1, σ_{k+1} taken from the Krylov space, sine:
-    bound on the subspace's error, ‖residuals‖/gap (Wedin), and bound: on that of every σ relative
-    to σ1, the residual (Weyl) or ‖residuals‖²/gap. dimension: of the Krylov space. converged:
-    whether the tolerance was met within the budget.
-    """
-
-    S: Tensor
-    U: Tensor
-    Vh: Tensor
-    residual: float
-    bound: float
-    sine: float
-    dimension: int
-    converged: bool
+# Dimension at which a space is looked at first, at the least.
+_FIRST_CHECK = 8
 
 
 @stage("lanczos")
@@ -97,7 +64,7 @@ def leading_triplets(
         by_gram = krylov_takes_gram(A.shape, k, values_only=values_only)
     apply = _by_gram(A) if by_gram else _by_products(A)
     q = min(A.shape)
-    limit = min(q, max(int(_MOST_OF_Q * q), 4 * k) if budget is None else budget)
+    limit = min(q, max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget)
     basis, dimension, converged = _krylov(
         apply, q, k, limit, seed=seed, start=start, values_only=values_only
     )
@@ -118,7 +85,7 @@ def _by_gram(A: Operand) -> Callable[[Tensor], Tensor]:
 def _by_products(A: Operand) -> Callable[[Tensor], Tensor]:
     """X ↦ X·G for rows X (b, q), by products with A in fp32."""
     dense = A.single()
-    pieces = dense.split(max(1, _PRODUCT // (_ROWS * min(A.shape))), dim=0 if A.is_tall else 1)
+    pieces = dense.split(max(1, _PRODUCT // (ROWS * min(A.shape))), dim=0 if A.is_tall else 1)
 
     def through(X: Tensor) -> Tensor:
         """Piece by piece there and back, so that each is read from memory once."""
@@ -160,7 +127,7 @@ def _krylov(
 ) -> tuple[Tensor, int, bool]:
     """Ritz vectors (k + 1 rows, fewer if q is smaller), the dimension, whether they converged."""
     warm = start is not None
-    space = _Space(_first_block(q, start, seed), limit)
+    space = _Space(first_block(q, start, seed), limit)
     cadence = _Cadence(min(max(4 * k, _FIRST_CHECK), limit))
     before: Tensor | None = None
     while True:
@@ -172,46 +139,17 @@ def _krylov(
         moved = math.inf if before is None else float((wanted - before).abs().max() / wanted[-1])
         # Of many vectors Ritz values tell when to look: they converge twice as fast, and cost
         # less. Once at the start vectors are worth it, to see whether there is any hope.
-        first = before is None and k >= _HOPE_FROM and not warm
+        first = before is None and k >= HOPE_FROM and not warm
         before = wanted
-        if k >= _HOPE_FROM and moved > _STILL and not (first or space.is_full):
-            cadence.missed("values", moved / _STILL, space)
+        if k >= HOPE_FROM and moved > STILL and not (first or space.is_full):
+            cadence.missed("values", moved / STILL, space)
             continue
         vectors = ritz.vectors(min(k + 1, space.filled))
-        excess = _excess(space.misfit(vectors[:k]), ritz.values, k, values_only=values_only)
+        excess = excess_of(space.misfit(vectors[:k]), ritz.values, k, values_only=values_only)
         found = int((excess <= 1).sum())
         if found == k or space.is_full or (first and found < k / 16):
             return space.combine(vectors), space.filled, found == k
         cadence.missed("vectors", float(excess.max()), space)
-
-
-def _first_block(q: int, start: Tensor | None, seed: int) -> Tensor:
-    """Random rows (b, q), or random mixtures of the rows near the answer with some of these.
-
-    A mixture holds every direction near the answer, in a block that stays narrow; what else is in
-    it keeps the space from being closed to directions that `start` has nothing of.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(_ROWS, q, generator=generator, dtype=torch.float64)
-    if start is None:
-        return noise
-    mixing = torch.randn(_ROWS, len(start), generator=generator, dtype=torch.float64)
-    mixture = mixing @ start
-    return mixture + _STRANGE * mixture.norm() / noise.norm() * noise
-
-
-def _excess(misfit: Tensor, values: Tensor, k: int, *, values_only: bool) -> Tensor:
-    """How many times too large the residual of each of the leading k Ritz pairs is.
-
-    misfit: ‖Gv − λv‖. values: all Ritz values, of which the (k + 1)-th stands for the gap behind
-    the last. An eigenvalue is off by ‖misfit‖²/gap at most, a vector by misfit/gap.
-    """
-    last = values[min(k, len(values)) - 1]
-    gap = last - (values[k] if k < len(values) else 0.0)
-    if values_only:
-        error = torch.minimum(misfit, misfit.square().sum() / gap.clamp_min(1e-300))
-        return error / (_VALUE_TOLERANCE * last)
-    return misfit / torch.maximum(_TOLERANCE * last, _SINE_TOLERANCE * gap)
 
 
 class _Cadence:
@@ -254,7 +192,7 @@ class _Space:
         coefficients = self._orthogonalise(image)
         self._projection[: self.filled, begin : self.filled] = coefficients.T
         self.following, self._remainder = _split(image)
-        if float(self._remainder.diagonal().abs().min()) < _LOST * float(coefficients.norm()):
+        if float(self._remainder.diagonal().abs().min()) < LOST * float(coefficients.norm()):
             # Some direction is little more than the rounding of the subtraction: once it has unit
             # length, what it kept of the basis is no longer small.
             self._orthogonalise(self.following)
@@ -335,30 +273,13 @@ def _rayleigh_ritz(
     long /= scale
     back /= scale[:k]
     misfit = torch.linalg.vector_norm(back - S[:k, None] * short[:k], dim=-1)
-    excess = _excess(S[:k] * misfit, S.square(), k, values_only=values_only)
+    excess = excess_of(S[:k] * misfit, S.square(), k, values_only=values_only)
     U, Vh = (long, short) if A.is_tall else (short, long)
     return Leading(
         S=S[:k],
         U=U[:k],
         Vh=Vh[:k],
-        **_bounds(misfit, S, k),
+        **bounds_of(misfit, S, k),
         dimension=dimension,
-        converged=converged and bool(excess.max() <= _SLACK),
+        converged=converged and bool(excess.max() <= SLACK),
     )
-
-
-def _bounds(misfit: Tensor, S: Tensor, k: int) -> dict[str, float]:
-    """residual, bound and sine of `Leading`. misfit: ‖Aᵀu − σv‖ of the leading k, S: (k + 1,)."""
-    largest = float(S[0])
-    if largest == 0:
-        return {"residual": 0.0, "bound": 0.0, "sine": math.inf}
-    gap = float(S[k - 1] - S[k] if len(S) > k else S[k - 1]) / largest
-    residual = float(misfit.max()) / largest
-    together = float(torch.linalg.vector_norm(misfit)) / largest
-    if gap <= 0:
-        return {"residual": residual, "bound": residual, "sine": math.inf}
-    return {
-        "residual": residual,
-        "bound": max(min(residual, together**2 / gap), torch.finfo(S.dtype).eps),
-        "sine": together / gap,
-    }

@@ -1,7 +1,8 @@
 """A matrix as it is stored, multiplied in fp64 without ever being held in fp64 as a whole.
 
 `Operand(base)` is W0, `Operand(tuned, base)` the update W1 − W0: upcast first, subtracted second,
-block by block on the CPU, so that a pair in work costs its stored bytes and little more.
+block by block, so that a pair in work costs its stored bytes and little more. Stacks on other
+devices go through `stacked`, all matrices at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoscope.linalg import blas
+from geoscope.linalg import blas, stacked
 from geoscope.profile import stage
 
 __all__ = ["Operand"]
@@ -60,7 +61,7 @@ class Operand:
     def norm(self) -> Tensor:
         """Frobenius norms, (b,)."""
         if self.plus.device.type != "cpu":
-            return torch.linalg.vector_norm(self.dense(), dim=(-2, -1))
+            return stacked.norm(self.plus, self.minus)
         squares = [
             sum(float(torch.linalg.vector_norm(block)) ** 2 for _, block in self.blocks(i))
             for i in range(len(self))
@@ -71,8 +72,7 @@ class Operand:
     def gram(self) -> Tensor:
         """Gram matrices of the shorter side, (b, q, q): AᵀA if tall, AAᵀ if wide."""
         if self.plus.device.type != "cpu":
-            A = self.dense()
-            return A.mT @ A if self.is_tall else A @ A.mT
+            return stacked.gram(self.plus, self.minus)
         if len(self) == 1:
             return self._gram(0)[None]
         return torch.stack([self._gram(i) for i in range(len(self))])
@@ -140,9 +140,11 @@ class Operand:
         (m, n), given = self.shape, X if Y is None else Y
         assert given is not None
         if given.device.type != "cpu":
-            A = self.dense()
-            empty = given.new_empty(0)
-            return empty if X is None else X @ A.mT, empty if Y is None else Y @ A
+            pair, empty = (self.plus, self.minus), given.new_empty(0)
+            return (
+                empty if X is None else stacked.right(*pair, X),
+                empty if Y is None else stacked.left(*pair, Y),
+            )
         right = given.new_zeros(*given.shape[:-1], 0 if X is None else m)
         left = given.new_zeros(*given.shape[:-1], 0 if Y is None else n)
         for i in range(len(self)):
@@ -187,7 +189,7 @@ class Operand:
 
 
 def _subtract(plus: Tensor, minus: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """out = plus − minus in the dtype of `out`, some rows at a time, while they are in the cache."""
+    """out = plus − minus in the dtype of `out`, some rows at a time: they stay in the cache."""
     for start in range(0, len(out), len(scratch)):
         part = out[start : start + len(scratch)].copy_(plus[start : start + len(scratch)])
         other = scratch[: len(part), : part.shape[1]]

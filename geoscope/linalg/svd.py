@@ -20,12 +20,11 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
-from geoscope.linalg.choice import leading_pays
-from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.stacked import LAST, Eigenpairs, eigenpairs
 from geoscope.profile import stage
 
-__all__ = ["LEAST_GAP", "Factors", "concatenate", "factorise", "factorise_leading"]
+__all__ = ["LEAST_GAP", "Factors", "concatenate", "factorise", "take"]
 
 _EPS = 2.0**-53
 
@@ -84,75 +83,7 @@ def factorise(
     if A.plus.device.type == "cpu":
         parts = [_one_on_cpu(A.row(i), vectors, cuts) for i in range(len(A))]
         return parts[0] if len(parts) == 1 else concatenate(parts)
-    quick = _stacked(A, vectors, cuts)
-    return concatenate(
-        [
-            _exact(A.row(i), vectors, dtype, reason=reason) if reason else _take(quick, i)
-            for i, reason in enumerate(
-                _reason_against(S, method, cuts)
-                for S, method in zip(quick.S, quick.methods, strict=True)
-            )
-        ]
-    )
-
-
-def factorise_leading(
-    A: Operand,
-    k: int,
-    *,
-    cuts: Sequence[int] = (),
-    seed: int = 0,
-    budget: int | None = None,
-    near: Factors | None = None,
-    values_only: bool = False,
-) -> Factors:
-    """The leading k triplets of A alone; S (b, k).
-
-    Certified block Lanczos on the CPU where that is cheaper than the whole spectrum (see
-    choice.py). A matrix on which it does not converge within the budget (a flat spectrum, mostly)
-    goes through its Gram matrix instead, and its `fallback` says so. near: factors of matrices
-    close to these, from which the search starts. values_only: the vectors may be rough.
-    """
-    short = None
-    if near is not None and near.U is not None:
-        short = near.Vh if A.is_tall else near.U.mT
-    parts = [
-        _leading_one(
-            A.row(i), k, cuts, seed, budget, None if short is None else short[i], values_only
-        )
-        for i in range(len(A))
-    ]
-    return parts[0] if len(parts) == 1 else concatenate(parts)
-
-
-def _leading_one(
-    A: Operand,
-    k: int,
-    cuts: Sequence[int],
-    seed: int,
-    budget: int | None,
-    start: Tensor | None,
-    values_only: bool,
-) -> Factors:
-    reason = None
-    if A.plus.device.type == "cpu" and leading_pays(A.shape, k, values_only=values_only):
-        found = leading_triplets(
-            A, k, seed=seed, start=start, budget=budget, values_only=values_only
-        )
-        if found.converged:
-            method = {
-                "how": f"block-lanczos-{found.dimension}",
-                "bound": found.bound,
-                "subspace_bound": None if values_only else found.sine,
-                "fallback": None,
-            }
-            return Factors(found.S[None], found.U.T[None], found.Vh[None], (method,))
-        reason = f"block Lanczos reached residual {found.residual:.1e} only: a flat spectrum"
-    whole = factorise(A, vectors=k, cuts=[cut for cut in cuts if cut <= k])
-    methods = tuple(
-        {**method, "fallback": method["fallback"] or reason} for method in whole.methods
-    )
-    return replace(whole, S=whole.S[..., :k], methods=methods)
+    return _factorise_stacked(A, vectors, cuts)
 
 
 # --- one matrix on the CPU ----------------------------------------------------------------------
@@ -188,7 +119,9 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     return _with_long_side(A, S[None], None if short is None else short[None], (method,))
 
 
-def _mend_tail(A: Operand, reduced: tuple[Tensor, ...], S: Tensor) -> bool:
+def _mend_tail(
+    A: Operand, reduced: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], S: Tensor
+) -> bool:
     """Computes a short tail of S again, in place, from A on the tail's subspace.
 
     reduced: what `eigenvectors` takes.
@@ -233,25 +166,54 @@ def _of_zero(A: Operand, vectors: int) -> Factors:
 # --- a stack on another device ------------------------------------------------------------------
 
 
-@stage("eigenvectors")
-def _stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
-    """Batched Gram matrices and eigen-decompositions, in torch."""
+def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
+    """The batched route, and the exact method for each matrix on which it does not suffice."""
     gram = A.gram()
-    if vectors == 0:
-        S = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
-        short, residuals = None, [None] * len(A)
-    else:
-        energies, basis = torch.linalg.eigh(gram)
-        energies = energies.flip(-1)
-        S = energies.clamp_min(0).sqrt()
-        short = basis.flip(-1)[..., :vectors].mT.contiguous()
-        misfit = short @ gram - energies[..., :vectors, None] * short
-        residuals = list(torch.linalg.vector_norm(misfit, dim=-1).cpu())
-    methods = tuple(
-        _method(row, cuts, "gram-eigh", residual, mended=False)
-        for row, residual in zip(S.cpu(), residuals, strict=True)
+    with stage("eigenvectors" if vectors else "eigenvalues"):
+        found = eigenpairs(gram, vectors)
+        S = found.values.clamp_min(0).sqrt()
+        mended = _mend_tails(A, gram, S, found)
+    del gram
+    residuals = [None] * len(A) if found.residuals is None else list(found.residuals.cpu())
+    methods, reasons = [], []
+    for i, row in enumerate(S.cpu()):
+        how = "gram-eigh" + ("-mended-tail" if i in mended else "")
+        method = _method(row, cuts, how, residuals[i], mended=i in mended)
+        methods.append(method)
+        reasons.append(found.faults[i] or _reason_against(row, method, cuts, mended=i in mended))
+    quick = _with_long_side(A, S, found.rows, tuple(methods))
+    if not any(reasons):
+        return quick
+    return concatenate(
+        [
+            _exact(A.row(i), vectors, torch.float64, reason=reason) if reason else take(quick, i)
+            for i, reason in enumerate(reasons)
+        ]
     )
-    return _with_long_side(A, S, short, methods)
+
+
+def _mend_tails(A: Operand, gram: Tensor, S: Tensor, found: Eigenpairs) -> set[int]:
+    """`_mend_tail` for the matrices of a stack that want it; their numbers."""
+    short = S[:, -1] < TAIL_FLOOR * S[:, 0]
+    short &= (S < _MEND_FROM * S[:, :1]).sum(-1) <= min(_MEND_AT_MOST, LAST)
+    which = [i for i in short.nonzero().flatten().tolist() if found.faults[i] is None]
+    if not which:
+        return set()
+    last, faults = found.last, (None,) * len(which)
+    if last is None:
+        again = eigenpairs(gram[which], 1)
+        last, faults = again.last, again.faults
+    else:
+        last = last[which]
+    assert last is not None
+    some = Operand(A.plus[which], None if A.minus is None else A.minus[which])
+    images = some.right(last) if A.is_tall else some.left(last)
+    values = torch.linalg.svdvals(torch.linalg.qr(images.mT, mode="r").R)
+    mended = {i: values[n] for n, i in enumerate(which) if faults[n] is None}
+    for i, tail in mended.items():
+        below = int((S[i] < _MEND_FROM * S[i, 0]).sum())
+        S[i, -below:] = tail[-below:]
+    return set(mended)
 
 
 # --- bounds -------------------------------------------------------------------------------------
@@ -359,7 +321,7 @@ def _svd(tall: Tensor, vectors: int, driver: str | None) -> tuple[Tensor, Tensor
 # --- stacks -------------------------------------------------------------------------------------
 
 
-def _take(factors: Factors, i: int) -> Factors:
+def take(factors: Factors, i: int) -> Factors:
     part = slice(i, i + 1)
     return replace(
         factors,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from geoscope.engine import resolve_device, resolve_dtype
+from geoscope.engine import free_memory, resolve_devices, resolve_dtype
 from geoscope.errors import OptionError
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
@@ -26,7 +26,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 def refusal(given: str) -> str:
     with pytest.raises(OptionError) as caught:
-        resolve_device(given)
+        resolve_devices(given)
     message = str(caught.value)
     assert "\n" not in message
     assert "--device" in message
@@ -34,26 +34,34 @@ def refusal(given: str) -> str:
 
 
 def test_auto_takes_cuda_where_there_is_one_else_the_cpu(machine) -> None:
-    assert resolve_device("auto") == CPU
+    assert resolve_devices("auto") == (CPU,)
     machine(cuda=1)
-    assert resolve_device("auto") == CUDA
+    assert resolve_devices("auto") == (torch.device("cuda", 0),)
 
 
 def test_auto_never_takes_mps_for_it_has_no_fp64(machine) -> None:
     machine(mps=True)
-    assert resolve_device("auto") == CPU
-    assert resolve_device("mps") == MPS
+    assert resolve_devices("auto") == (CPU,)
+    assert resolve_devices("mps") == (MPS,)
 
 
 def test_the_cpu_is_always_there(machine) -> None:
     machine(cuda=2, mps=True)
-    assert resolve_device("cpu") == CPU
+    assert resolve_devices("cpu") == (CPU,)
 
 
-def test_cuda_is_taken_by_number(machine) -> None:
-    machine(cuda=2)
-    assert resolve_device("cuda") == CUDA
-    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+def test_without_a_number_every_cuda_device_is_taken_and_with_one_that_one(machine) -> None:
+    machine(cuda=3)
+    every = tuple(torch.device("cuda", i) for i in range(3))
+    assert resolve_devices("cuda") == resolve_devices("auto") == every
+    assert resolve_devices("cuda:1") == every[1:2]
+
+
+def test_what_torch_keeps_for_reuse_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    assert free_memory(torch.device("cuda", 0)) == 1500
 
 
 @pytest.mark.parametrize(("given", "present"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geoscope.engine import default_memory, estimate_seconds, parse_memory, plan
+from geoscope.engine import (
+    default_memory,
+    device_memory,
+    estimate_seconds,
+    parse_memory,
+    plan,
+)
 from geoscope.engine.plan import BASELINE, room_for_batches, working_bytes
 from geoscope.errors import OptionError
 from geoscope.records import TensorInfo, WeightPair
@@ -31,7 +37,8 @@ def names(batches: tuple) -> list[list[str]]:
 
 
 def room_for(count: int, one: WeightPair) -> int:
-    return BASELINE + count * working_bytes(one)
+    """Memory for a stack in work, and another one ahead of it."""
+    return BASELINE + 2 * count * working_bytes(one, stack=True)
 
 
 def test_without_stacking_every_batch_holds_one_pair() -> None:
@@ -50,6 +57,46 @@ def test_equal_pairs_are_stacked_as_far_as_the_memory_reaches() -> None:
     ]
     assert names(plan(pairs, memory=room_for(5, pairs[0]), stack=True)) == [list("abcde")]
     assert len(plan(pairs, memory=room_for(5, pairs[0]) - 1, stack=True)) == 2
+
+
+def test_stacks_of_one_shape_are_of_even_height() -> None:
+    pairs = [pair(str(i), (64, 32)) for i in range(10)]
+    batches = plan(pairs, memory=room_for(9, pairs[0]), stack=True)
+    assert [len(batch.pairs) for batch in batches] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("parts", "heights"), [(1, [8]), (2, [4, 4]), (3, [3, 3, 2]), (20, [1] * 8)]
+)
+def test_a_shape_is_cut_so_that_every_device_has_a_part(parts: int, heights: list[int]) -> None:
+    pairs = [pair(str(i), (64, 32)) for i in range(8)]
+    batches = plan(pairs, memory=10**12, stack=True, parts=parts)
+    assert [len(batch.pairs) for batch in batches] == heights
+    alone = plan(pairs, memory=10**12, stack=False, parts=parts)
+    assert [len(batch.pairs) for batch in alone] == [1] * 8
+
+
+def test_however_large_the_memory_a_stack_holds_four_gb_of_stored_bytes() -> None:
+    pairs = [pair(str(i), (10_000, 10_000)) for i in range(30)]  # 0.4 GB each
+    batches = plan(pairs, memory=10**15, stack=True)
+    assert [len(batch.pairs) for batch in batches] == [10] * 3
+    large = [pair(str(i), (50_000, 50_000)) for i in range(2)]  # 10 GB each
+    assert [len(batch.pairs) for batch in plan(large, memory=10**15, stack=True)] == [1, 1]
+
+
+def test_a_device_plans_with_four_fifths_of_what_the_fullest_has_free() -> None:
+    assert device_memory([10**10]) == 8 * 10**9
+    assert device_memory(iter([10**10, 5 * 10**9, 2 * 10**10])) == 4 * 10**9
+
+
+def test_a_stack_needs_no_less_for_a_pair_than_the_blockwise_work_on_the_cpu() -> None:
+    for shape in ((300, 200), (200, 300), (300, 300), (2000, 20)):
+        one = pair("w", shape)
+        m, n = shape
+        q = min(shape)
+        gram, basis, single = 8 * q * q, 8 * q * q, 4 * m * n
+        assert working_bytes(one, stack=True) >= working_bytes(one)
+        assert working_bytes(one, stack=True) >= 4 * m * n + max(3 * gram + basis, single)
 
 
 @pytest.mark.parametrize("memory", [0, 1, BASELINE, -5])
@@ -99,7 +146,7 @@ def test_every_pair_is_planned_once_and_a_batch_of_several_fits(
     planned = [one.name for batch in batches for one in batch.pairs]
     assert sorted(planned) == sorted(one.name for one in pairs)
     for batch in batches:
-        assert batch.working_bytes == sum(working_bytes(one) for one in batch.pairs)
+        assert batch.working_bytes == sum(working_bytes(one, stack=stack) for one in batch.pairs)
         assert len(batch.pairs) == 1 or batch.working_bytes <= extra
         assert {one.shape for one in batch.pairs} == {batch.shape}
     sizes = [batch.working_bytes for batch in batches]

@@ -57,7 +57,7 @@ def run(batches: Sequence[Batch], **options: Any) -> Iterator[Outcome[Any]]:
     chosen: dict[str, Any] = {
         "read": read,
         "work": work,
-        "device": CPU,
+        "devices": (CPU,),
         "workers": 2,
         "room": 1000,
     } | options
@@ -361,7 +361,8 @@ def test_a_stack_that_does_not_fit_is_halved_until_it_does(fits: int) -> None:
     assert all(one.note is None for one in outcomes)  # a smaller stack on the same device
 
 
-GPU = torch.device("cuda", 0)
+# A device that is not the CPU, and wants none of the streams and events of CUDA.
+GPU, SECOND = torch.device("xpu", 0), torch.device("xpu", 1)
 
 
 @dataclass
@@ -396,7 +397,7 @@ def on_gpu(*, full_for: str, moves: bool) -> dict[str, Outcome[Any]]:
             raise torch.OutOfMemoryError("no room for the work")
         return work(batch, base.held, tuned.held)
 
-    outcomes = run(batches_of([10] * 3), read=bring, work=limited, device=GPU)
+    outcomes = run(batches_of([10] * 3), read=bring, work=limited, devices=(GPU,))
     return {one.pair.name: one for one in outcomes}
 
 
@@ -405,7 +406,7 @@ def test_a_single_pair_that_does_not_fit_is_computed_on_the_cpu_and_says_so(move
     outcomes = on_gpu(full_for="w1", moves=moves)
     assert {name: one.note for name, one in outcomes.items()} == {
         "w0": None,
-        "w1": "computed on the CPU: cuda ran out of memory",
+        "w1": "computed on the CPU: xpu ran out of memory",
         "w2": None,
     }
     assert outcomes["w1"].result == ("w1", 1.0, 1.5)
@@ -417,6 +418,145 @@ def test_what_does_not_fit_on_the_cpu_either_is_an_error() -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match="no room anywhere"):
         list(run(batches_of([10], pairs=4), work=hopeless))
+
+
+def test_room_that_is_there_only_when_its_turn_comes_is_used() -> None:
+    """A batch is copied ahead; if the one in work leaves it no room, it goes when that is done."""
+    busy = threading.Event()
+
+    @dataclass
+    class Waiting(Elsewhere):
+        def to(self, device: torch.device) -> Elsewhere:
+            if busy.is_set():
+                raise torch.OutOfMemoryError("the batch in work has it")
+            return Elsewhere(self.held, device)
+
+    def bring(one: WeightPair) -> tuple[Any, ...]:
+        if one.name == "w0":
+            return tuple(Elsewhere(part) for part in read(one))
+        return tuple(Waiting(part) for part in read(one))
+
+    def working(batch: Batch, base: Any, tuned: Any) -> list[torch.device]:
+        if batch.pairs[0].name == "w0":
+            busy.set()
+            time.sleep(0.1)
+            busy.clear()
+        return [base.device]
+
+    outcomes = list(run(batches_of([10] * 2), read=bring, work=working, devices=(GPU,), workers=1))
+    assert [one.result for one in outcomes] == [GPU, GPU]
+    assert [one.note for one in outcomes] == [None, None]
+
+
+# --- several devices ----------------------------------------------------------------------------
+
+
+def bring(one: WeightPair) -> tuple[Any, ...]:
+    return tuple(Elsewhere(part) for part in read(one))
+
+
+def test_several_devices_share_the_batches() -> None:
+    """Both are at work at the same time, and every pair comes out once, from one of them."""
+    together, met = threading.Barrier(2), set()
+
+    def meeting(batch: Batch, base: Any, tuned: Any) -> list[Any]:
+        assert base.device == tuned.device
+        if base.device not in met:  # the first batch of each waits for that of the other
+            met.add(base.device)
+            together.wait(PATIENCE)
+        return work(batch, base.held, tuned.held)
+
+    batches = batches_of([10] * 8)
+    outcomes = list(run(batches, read=bring, work=meeting, devices=(GPU, SECOND), workers=2))
+    assert sorted(one.pair.name for one in outcomes) == [f"w{i}" for i in range(8)]
+    assert all(one.result[:2] == (one.pair.name, float(one.pair.name[1:])) for one in outcomes)
+    assert met == {GPU, SECOND}
+
+
+def test_a_slow_device_does_not_hold_up_the_other() -> None:
+    release = threading.Event()
+
+    def uneven(batch: Batch, base: Any, tuned: Any) -> list[torch.device]:
+        if base.device == SECOND:
+            release.wait(PATIENCE)
+        return [base.device]
+
+    outcomes = run(batches_of([1] * 30), read=bring, work=uneven, devices=(GPU, SECOND), workers=2)
+    found = []
+    for one in outcomes:
+        found.append(one.result)
+        if len(found) == 26:  # one in work there, one ahead of it, and what is read meanwhile
+            release.set()
+    assert found.count(SECOND) <= 4
+    assert len(found) == 30
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_batch_is_copied_ahead_of_those_in_work(workers: int) -> None:
+    lock, copied, most = threading.Lock(), 0, 0
+
+    @dataclass
+    class Counted(Elsewhere):
+        def to(self, device: torch.device) -> Elsewhere:
+            nonlocal copied, most
+            with lock:
+                copied, most = copied + 1, max(most, copied + 1)
+            return Elsewhere(self.held, device)
+
+    def counted(one: WeightPair) -> tuple[Any, ...]:
+        return (Counted(read(one)[0]),)
+
+    def slow(batch: Batch, base: Any) -> list[None]:
+        nonlocal copied
+        time.sleep(0.005)
+        with lock:
+            copied -= 1
+        return [None]
+
+    outcomes = run(batches_of([1] * 20), read=counted, work=slow, devices=(GPU,), workers=workers)
+    assert len(list(outcomes)) == 20
+    assert most <= workers + 1
+
+
+def test_fewer_workers_than_devices_leave_some_idle() -> None:
+    def where(batch: Batch, base: Any, tuned: Any) -> list[torch.device]:
+        return [base.device]
+
+    outcomes = run(batches_of([1] * 6), read=bring, work=where, devices=(GPU, SECOND), workers=1)
+    assert {one.result for one in outcomes} == {GPU}
+
+
+def test_the_cpu_named_twice_is_one_device() -> None:
+    outcomes = list(run(batches_of([10] * 6), devices=(CPU, CPU), workers=2))
+    assert sorted(one.pair.name for one in outcomes) == [f"w{i}" for i in range(6)]
+    assert weighed([10] * 6, 20, 2).heaviest <= 20
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_exception_on_the_way_to_a_device_is_raised_to_the_caller(count: int) -> None:
+    @dataclass
+    class Lost(Elsewhere):
+        def to(self, device: torch.device) -> Elsewhere:
+            raise Broken("the device is gone")
+
+    def lost(one: WeightPair) -> tuple[Any, ...]:
+        return tuple(Lost(part) for part in read(one))
+
+    devices = (GPU, SECOND)[:count]
+    with pytest.raises(Broken, match="gone"):
+        list(run(batches_of([1] * 10), read=lost, devices=devices, workers=count))
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_an_exception_of_work_on_one_of_several_devices_ends_all(at: int) -> None:
+    def failing(batch: Batch, base: Any, tuned: Any) -> list[None]:
+        if batch.pairs[0].name == f"w{at}":
+            raise Broken
+        return [None]
+
+    outcomes = run(batches_of([1] * 10), read=bring, work=failing, devices=(GPU, SECOND))
+    with pytest.raises(Broken):
+        list(outcomes)
 
 
 # --- the numbers --------------------------------------------------------------------------------

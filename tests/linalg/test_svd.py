@@ -71,14 +71,7 @@ def routes() -> dict[str, Callable[..., Factors]]:
     """The route of the CPU, LAPACK's SVD, and the batched route of other devices, run here."""
 
     def batched(A: Operand, *, vectors: int, cuts: tuple[int, ...]) -> Factors:
-        found = svd_module._stacked(A, vectors, cuts)
-        reasons = [
-            svd_module._reason_against(S, how, cuts)
-            for S, how in zip(found.S, found.methods, strict=True)
-        ]
-        if any(reasons):
-            return svd_module._exact(A, vectors, torch.float64, reason=reasons[0])
-        return found
+        return svd_module._factorise_stacked(A, vectors, cuts)
 
     def lapack(A: Operand, *, vectors: int, cuts: tuple[int, ...]) -> Factors:
         return factorise(A, vectors=vectors, cuts=cuts, solver="exact")
