@@ -21,7 +21,8 @@ from synthetic import update, weight
 from torch import Tensor
 
 from geoscope.linalg import Operand, blas, factorise
-from geoscope.linalg.leading import Leading, leading_triplets
+from geoscope.linalg.certificate import Leading
+from geoscope.linalg.leading import leading_triplets
 
 K = 64
 RHO = 1e-3  # relative size of the update

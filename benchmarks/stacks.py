@@ -17,7 +17,7 @@ from synthetic import update, weight
 from torch import Tensor
 
 from geoscope.linalg import Factors, Operand, factorise, principal_angles, stacked
-from geoscope.linalg.leading import Leading
+from geoscope.linalg.certificate import Leading
 from geoscope.linalg.stacked_leading import stacked_leading
 
 __all__ = ["UPDATE_PAIR", "Peaks", "Stage", "clock", "peaks", "stages"]

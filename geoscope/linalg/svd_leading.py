@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from geoscope.linalg.certificate import Leading
 from geoscope.linalg.choice import leading_pays, leading_pays_stacked
-from geoscope.linalg.leading import Leading, leading_triplets
+from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.linalg.svd import Factors, concatenate, factorise, take
