@@ -12,8 +12,12 @@ import json
 import os
 import time
 
-from geoscope.analysis import Options, compare
-from geoscope.profile import Profile, profiling
+from geoscope.__main__ import steer_process
+
+steer_process()  # before torch is imported, as the command does
+
+from geoscope.analysis import Options, compare  # noqa: E402
+from geoscope.profile import Profile, profiling  # noqa: E402
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -128,7 +129,11 @@ def measured(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         script, shape = str(Path(synthetic.__file__)), ["--family", given.family]
         made = [script, str(folder), *shape, "--layers", str(given.layers)]
         subprocess.run([sys.executable, *made], check=True)
-        planned = lines(folder / "base", folder / "tuned", given.peers)
+        planned = [
+            line
+            for line in lines(folder / "base", folder / "tuned", given.peers)
+            if line.label in (NAIVE, FLOOR) or re.search(given.lines, line.label)
+        ]
         for runs in measure(planned, given.rounds):
             about["load average"] = {"before": before, "after": os.getloadavg()}
             found["lines"] = {label: [asdict(run) for run in some] for label, some in runs.items()}
@@ -153,6 +158,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="OUT.md and OUT.json")
+    parser.add_argument("--lines", default="", help="only lines that match this expression")
     parser.add_argument("--peers", type=Path, help="folder of the peers' virtual environments")
     parser.add_argument("--make-peers", action="store_true", help="make those that are absent")
     parser.add_argument(

@@ -13,21 +13,21 @@ from types import FrameType
 
 from geoscope.errors import GeoscopeError, OptionError, Stopped
 
-__all__ = ["ENVIRONMENT", "main"]
+__all__ = ["ENVIRONMENT", "main", "steer_process"]
 
 # Variables of the command line's own process, where the user has not set them, before any BLAS is
 # loaded: threads that wait do not spin beside workers, and large tensors come in huge pages, for
 # ordinary page faults cost more than the casts into them.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    _give_memory_back()
+    steer_process()
     from geoscope.cli import app
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -47,10 +47,16 @@ def main() -> None:
         sys.exit(2 if isinstance(error, OptionError) else 1)
 
 
-def _give_memory_back() -> None:
-    """Large blocks go back to the system when they are freed (glibc keeps those below 32 MB)."""
+def steer_process() -> None:
+    """Settings of a process that is geoscope's own, before torch is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        # glibc: matrices go back to the system when they are freed (it would keep those below
+        # 32 MB), while the buffers of one step are kept, for fresh pages cost more than the step.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _stop(signum: int, _frame: FrameType | None) -> None:

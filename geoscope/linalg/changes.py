@@ -107,18 +107,16 @@ def side(weight: Tensor) -> Side:
 def _histogram(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct values of a 16-bit tensor (fp64) and how often each stands there."""
     codes = weight.contiguous().view(torch.int16).reshape(-1)
-    counts = sum(_occurrences(block) for block in _split(codes, 32))
-    assert isinstance(counts, Tensor)
+    counts = torch.zeros(65536, dtype=torch.int64, device=weight.device)
+    wide = torch.empty(0, dtype=torch.int32, device=weight.device)
+    for block in _split(codes, 32):
+        if len(wide) < len(block):  # fresh pages would cost more than the counting
+            wide = torch.empty(len(block), dtype=torch.int32, device=weight.device)
+        unsigned = wide[: len(block)].copy_(block).bitwise_and_(0xFFFF)
+        counts += torch.bincount(unsigned, minlength=65536)
     present = counts.nonzero().squeeze(-1)
     levels = present.to(torch.int16).view(weight.dtype).double()
     return levels, counts[present]
-
-
-def _occurrences(codes: Tensor) -> Tensor:
-    """How often each of the 65 536 codes stands in an int16 tensor, by unsigned value."""
-    if codes.device.type == "cpu":  # numpy counts twice as fast there
-        return torch.from_numpy(np.bincount(codes.numpy().view(np.uint16), minlength=65536))
-    return torch.bincount(codes.to(torch.int32) & 0xFFFF, minlength=65536)
 
 
 def _count(left: Tensor, relation: Callable[[Any, Any], Any], right: Tensor | float) -> int:

@@ -13,10 +13,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 from scipy.integrate import quad
-from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import brentq
 from torch import Tensor
 
+from geoscope.linalg import blas
 from geoscope.metrics.size import relative_update
 from geoscope.profile import stage
 
@@ -53,7 +53,7 @@ def iid_spectra(m: int, n: int, seed: int) -> Tensor:
 def _iid_spectra(q: int, M: int, seed: int) -> Tensor:
     generator = np.random.default_rng((seed, q, M))
     draws = max(4, math.ceil(4096 / q))
-    spectra = np.empty((draws, q))
+    spectra = torch.empty(draws, q, dtype=torch.float64)
     for draw in range(draws):
         diagonal = np.sqrt(generator.chisquare(np.arange(M, M - q, -1)))
         below = np.sqrt(generator.chisquare(np.arange(q - 1, 0, -1)))
@@ -61,9 +61,9 @@ def _iid_spectra(q: int, M: int, seed: int) -> Tensor:
         main = diagonal**2
         main[1:] += below**2
         side = diagonal[:-1] * below
-        values = eigh_tridiagonal(main, side, eigvals_only=True) if q > 1 else main
-        spectra[draw] = np.sqrt(np.clip(values[::-1], 0, None))
-    return torch.from_numpy(spectra)
+        values = blas.eigenvalues(torch.from_numpy(main), torch.from_numpy(side))
+        spectra[draw] = values.clamp_min(0).sqrt()
+    return spectra
 
 
 @lru_cache(maxsize=64)
