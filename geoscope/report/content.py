@@ -32,7 +32,6 @@ __all__ = ["headline", "page", "title"]
 
 _WORST = 5
 _COUNT = Head("n")
-_LEGEND = f"(…) isotropic update of the same size · {DASH} see statuses · ~ rounding visible"
 
 
 def page(report: Report, *, verbose: bool = False, explain: bool = False) -> list[Block]:
@@ -47,8 +46,12 @@ def page(report: Report, *, verbose: bool = False, explain: bool = False) -> lis
         blocks += _section_blocks(kind, part, verbose=verbose, is_only=len(parts) == 1)
         blocks += explain_blocks(part) if explain else []
     blocks += [overlap_block(report, first), anchor_block(report, kind, first)]
-    blocks += [Block("", (_LEGEND,)), status_block(report), coverage_block(report)]
+    blocks += [Block("", (_legend(kind),)), status_block(report), coverage_block(report)]
     return [block for block in blocks if block.lines or (block.grid and block.grid.rows)]
+
+
+def _legend(kind: Kind) -> str:
+    return f"(…) {kind.null[1]} · {DASH} see statuses · ~ rounding visible"
 
 
 def title(report: Report) -> str:

@@ -26,16 +26,11 @@ __all__ = [
 MATRIX = Head("matrix", is_words=True, is_name=True)
 VERDICT = Head("verdict", is_words=True)
 
-_MODEL_HEADS = (
-    Head("", is_words=True),
-    Head("value"),
-    Head("isotropic"),
-    Head("ratio"),
-    Head("matrices"),
-    Head("base"),
-    Head("tuned"),
-    Head("", is_words=True),
-)
+
+def _model_heads(kind: Kind) -> tuple[Head, ...]:
+    plain = ("value", kind.null[0], "ratio", "matrices", "base", "tuned")
+    words = Head("", is_words=True)
+    return (words, *map(Head, plain), words)
 
 
 def model_grid(kind: Kind, whole: Subject, ks: Collection[int]) -> Grid:
@@ -44,7 +39,7 @@ def model_grid(kind: Kind, whole: Subject, ks: Collection[int]) -> Grid:
     for group, patterns in kind.model:
         own = [row for pattern in patterns for row in _model_rows(whole, QUANTITIES[pattern], ks)]
         rows += [(Cell(group),), *own] if own else []
-    return Grid(_MODEL_HEADS, tuple(rows))
+    return Grid(_model_heads(kind), tuple(rows))
 
 
 def _model_rows(

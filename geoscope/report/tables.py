@@ -32,7 +32,8 @@ class Kind:
 
     model: groups of ids of the model block. columns: ids of the tables. worst: the id that orders
     the matrices where no verdict flags any. sentence: the id and the words of the headline where
-    there is no verdict. panels: rows of panels of the figure (geoscope.report.panels).
+    there is no verdict. panels: rows of panels of the figure (geoscope.report.panels). null:
+    what the nulls of this kind are, as the head of their column and in the legend.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Kind:
     worst: str
     sentence: tuple[str, str]
     panels: tuple[tuple[str, ...], ...]
+    null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
 
 
 _TABLE = (
@@ -119,6 +121,21 @@ _TABLE = (
         "changed entries on principal ones",
     ),
     Quantity("mask_lift_principal", "lift princ.", "mask lift, principal", "over its matched null"),
+    Quantity("tau_spec", "τ spec", "threshold τ_spec", "of |W_r|, at quantile rho"),
+    Quantity("tau_euc", "τ euc", "threshold τ_euc", "of |W|, at quantile rho"),
+    Quantity("density_spec", "spec", "density, spectral mask", "entries with |W_r| ≤ τ_spec"),
+    Quantity("density_euc", "euc", "density, magnitude mask", "entries with |W| ≤ τ_euc"),
+    Quantity("density_union", "mask", "density of the mask", "in either of the two"),
+    Quantity("density_intersection", "both", "density of the intersection", "in both"),
+    Quantity("jaccard", "Jaccard", "Jaccard of the two", "intersection over union"),
+    Quantity("masked_energy", "masked E", "masked energy", "‖W_geo‖² over ‖W‖²"),
+    Quantity("captured_energy", "E_r", "captured energy E_r", "of what was decomposed, in rank r"),
+    Quantity("gap", "gap", "gap at r", "small: the subspace is ill-conditioned"),
+    Quantity("head_energy", "head E", "head energy", "of s·B₀A₀ on the base's leading r"),
+    Quantity("relative_norm", "‖sB₀A₀‖/‖W‖", "relative norm", "of s·B₀A₀ over the weight's"),
+    Quantity(
+        "reconstruction_error", "start error", "start error, relative", "as the files are written"
+    ),
 )
 
 QUANTITIES = {quantity.id: quantity for quantity in _TABLE}
@@ -277,6 +294,40 @@ KINDS = {
         panels=(("lift_map", "capture"), ("spectra", "angles")),
     ),
 }
+
+
+_ADAPTER = {
+    "mask": (
+        "density_union",
+        "density_spec",
+        "density_euc",
+        "density_intersection",
+        "jaccard",
+        "masked_energy",
+    ),
+    "adapter": ("captured_energy", "gap", "head_energy", "relative_norm", "reconstruction_error"),
+}
+KINDS["init-adapter"] = Kind(
+    title="Adapter initialised",
+    model=tuple(_ADAPTER.items()),
+    columns=(
+        "relative_norm",
+        "captured_energy",
+        "head_energy",
+        "reconstruction_error",
+        "gap",
+        "density_union",
+        "masked_energy",
+        "jaccard",
+    ),
+    worst="relative_norm",
+    sentence=(
+        "relative_norm",
+        "The initial product s·B₀A₀ is {value} of the weights' norm, averaged over the matrices.",
+    ),
+    panels=(("adapter_energies", "adapter_masks"),),
+    null=("of noise", "a Gaussian matrix of the same shape under the same rule"),
+)
 
 
 def kind_of(name: str) -> Kind:

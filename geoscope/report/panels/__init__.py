@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import SubFigure
 
+from geoscope.report.panels.adapters import draw_adapter_energies, draw_adapter_masks
 from geoscope.report.panels.angles import draw_angles, draw_angles_by_module
 from geoscope.report.panels.capture import draw_capture
 from geoscope.report.panels.lift_map import draw_lift_map
@@ -43,4 +44,6 @@ PANELS = {
     "angles": Panel(draw_angles, _one),
     "spectra_by_module": Panel(draw_spectra_by_module, _grid),
     "angles_by_module": Panel(draw_angles_by_module, _grid),
+    "adapter_masks": Panel(draw_adapter_masks, _one),
+    "adapter_energies": Panel(draw_adapter_energies, _one),
 }
