@@ -28,8 +28,8 @@ _KL = {
     "copies the adapter, so its reference is right.",
     "mirror": "Without the adapter the model is the original base, so `adapter off` is the right "
     "KL reference everywhere.",
-    "anchor": "Keep both adapters active, in the reference, too. TRL with beta ≠ 0 drops the second "
-    "one without a word: own loops only.",
+    "anchor": "Keep both adapters active, in the reference, too. TRL with beta ≠ 0 drops the "
+    "second one without a word: own loops only.",
     "": "Without the adapter the model is the original base, so `adapter off` is the right KL "
     "reference everywhere.",
 }
@@ -40,7 +40,7 @@ class AdapterCard:
     """What the card tells.
 
     folder: how the recipes name the folder. base: reference of the original model. layout:
-    residual, mirror, anchor, or empty where the method has none. rank, alpha: those of the adapter's config.
+    residual, mirror, anchor, or empty where the method has none. rank, alpha: as in the config.
     start_errors: dtype → largest relative error of a weight at the start.
     """
 
