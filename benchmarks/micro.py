@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -75,10 +75,7 @@ def complete(A: Operand, found: Leading) -> bool:
 def without_one(found: Leading) -> Leading:
     """The triplets with the middle one left out, which the check has to notice."""
     kept = [i for i in range(len(found.S)) if i != len(found.S) // 2]
-    return Leading(
-        found.S[kept], found.U[kept], found.Vh[kept],
-        found.residual, found.sine, found.dimension, found.converged,
-    )  # fmt: skip
+    return replace(found, S=found.S[kept], U=found.U[kept], Vh=found.Vh[kept])
 
 
 def value_error(S: Tensor, truth: Tensor) -> float:
