@@ -1,0 +1,95 @@
+"""The last k triplets of a matrix, exact where an error relative to σ1 is not good enough.
+
+The fp64 Gram matrix gives the tail's subspace to eps·σ1²/gap; the triplets are then taken from the
+images A·v, whose QR and small SVD know nothing of σ1². Where the bound on the subspace is not met
+(an ill-conditioned matrix), the exact SVD is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope.errors import NumericsError
+from geoscope.linalg import blas
+from geoscope.linalg.operand import Operand
+from geoscope.linalg.svd import factorise
+from geoscope.profile import stage
+
+__all__ = ["Tail", "tail_triplets"]
+
+# Sine of the subspace's error up to which the Gram route serves.
+_TOLERANCE = 1e-9
+_EPS = 2.0**-53
+_GRAM_ERROR = 8  # as in svd.py
+_MOST_OF_Q = 1 / 8  # beyond it inverse iteration and its orthogonalisation cost as much as all
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Last k triplets in fp64: S (k,) descending, U (m, k), Vh (k, n).
+
+    spectrum: all singular values (q,), those of the tail included. method: as in `Factors.methods`.
+    """
+
+    S: Tensor
+    U: Tensor
+    Vh: Tensor
+    spectrum: Tensor
+    method: dict[str, Any]
+
+
+@stage("tail triplets")
+def tail_triplets(W: Tensor, k: int, *, solver: str = "auto") -> Tail:
+    """The last k triplets of W (m, n), finite and of any storage dtype, 1 ≤ k ≤ min(m, n).
+
+    σ to eps·σ1 and the subspace to 1e-9, or by LAPACK's SVD in fp64. Raises NumericsError when no
+    driver converges.
+    """
+    q, reason = min(W.shape), None
+    if solver == "auto" and W.device.type == "cpu" and k <= _MOST_OF_Q * q:
+        found = _through_gram(Operand(W[None]), k)
+        if isinstance(found, Tail):
+            return found
+        reason = found
+    factors = factorise(Operand(W[None]), vectors=q, solver="exact")
+    assert factors.U is not None and factors.Vh is not None
+    last = slice(q - k, q)
+    method = {**factors.methods[0], "fallback": reason}
+    S = factors.S[0]
+    return Tail(S[last], factors.U[0][:, last], factors.Vh[0][last], S, method)
+
+
+def _through_gram(A: Operand, k: int) -> Tail | str:
+    """The tail, or why it is not good enough."""
+    gram = A.gram()[0]
+    q = len(gram)
+    diagonal = gram.diagonal().clone()
+    try:
+        d, e, tau = blas.tridiagonalise(gram)
+        energies = blas.eigenvalues(d, e)
+        rows = blas.eigenvectors(gram, d, e, tau, energies, range(q - k, q))
+    except NumericsError as error:
+        return str(error)
+    gram.diagonal().copy_(diagonal)
+    misfit = blas.symmetric_times(gram, rows) - energies[q - k :, None] * rows
+    gap = float(energies[q - k - 1] - energies[q - k])
+    error = float(torch.linalg.vector_norm(misfit)) + _GRAM_ERROR * _EPS * float(energies[0])
+    sine = error / gap if gap > 0 else math.inf
+    if sine > _TOLERANCE:
+        return f"subspace bound {sine:.1e} above {_TOLERANCE:g}"
+    rows = torch.linalg.qr(rows.T).Q.T
+    images = (A.right(rows[None]) if A.is_tall else A.left(rows[None]))[0]
+    basis, core = torch.linalg.qr(images.T)  # A·rowsᵀ = basis·core
+    U, S, Vh = torch.linalg.svd(core)
+    long, short = basis @ U, Vh @ rows
+    method = {"how": "gram-tail", "bound": 8 * _EPS, "subspace_bound": sine, "fallback": None}
+    spectrum = energies.clamp_min(0).sqrt()
+    spectrum[q - k :] = S
+    if A.is_tall:
+        return Tail(S, long, short, spectrum, method)
+    return Tail(S, short.T, long.T, spectrum, method)
