@@ -1,0 +1,134 @@
+"""Which base weights do the modules of an adapter adapt, and which does each side lack?
+
+By the path of the module in the live model. A stack of experts adapts a 3-D tensor, or the experts'
+own matrices where files keep them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from geoscope.checkpoints import Checkpoint
+from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.lora_adapter import LoraModule, expert_parts, is_targeted
+from geoscope.names import in_natural_order
+
+__all__ = ["AdapterMatch", "Piece"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A base weight, or one of its experts, and the rows of a module's product that adapt it."""
+
+    module: LoraModule
+    name: str
+    expert: int = 0
+    rows: slice = field(default_factory=lambda: slice(None))
+    inside: int | None = None  # which matrix of a 3-D tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.inside is None else tensor[self.inside]
+
+
+@dataclass(frozen=True)
+class AdapterMatch:
+    """adapter, and which base weights its modules adapt.
+
+    pieces: of the modules whose shape fits. adapted: names of the base weights of all modules.
+    unmatched: modules that are none of the base's; lacking: modules of the base that PEFT would
+    adapt and that have no factors; untargeted: modules that `target_modules` does not name;
+    misshapen: module → (its shape, that of the weight).
+    """
+
+    adapter: Adapter
+    pieces: tuple[Piece, ...]
+    adapted: frozenset[str]
+    unmatched: tuple[str, ...]
+    lacking: tuple[str, ...]
+    untargeted: tuple[str, ...]
+    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, adapter: Adapter, base: Checkpoint, paths: Mapping[str, str]) -> AdapterMatch:
+        by_path = {
+            paths[name]: name for name, info in base.tensors.items() if len(info.shape) in (2, 3)
+        }
+        found = {name: _pieces(one, by_path, base) for name, one in adapter.modules.items()}
+        misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        pieces: list[Piece] = []
+        for name, parts in found.items():
+            wrong = _misfit(adapter.modules[name], parts, base)
+            if wrong is None:
+                pieces += parts
+            else:
+                misshapen[name] = wrong
+        matrices = {path for path, name in by_path.items() if len(base.tensors[name].shape) == 2}
+        return cls(
+            adapter,
+            tuple(pieces),
+            frozenset(piece.name for parts in found.values() for piece in parts),
+            tuple(name for name, parts in found.items() if not parts),
+            tuple(in_natural_order(_expected(adapter, matrices) - set(adapter.modules))),
+            tuple(
+                name
+                for name, one in adapter.modules.items()
+                if found[name] and not one.is_stack and not _is_named(adapter, name)
+            ),
+            misshapen,
+        )
+
+
+def _pieces(module: LoraModule, by_path: Mapping[str, str], base: Checkpoint) -> tuple[Piece, ...]:
+    """The weights of one module; () where the base has none of that path."""
+    if module.name in by_path:
+        name = by_path[module.name]
+        if not module.is_stack:
+            return (Piece(module, name),)
+        experts = min(module.experts, base.tensors[name].shape[0])
+        return tuple(Piece(module, name, e, inside=e) for e in range(experts))
+    parts = expert_parts(module, by_path)
+    return tuple(
+        Piece(module, by_path[path], e, _share(module, k, len(row)))
+        for e, row in enumerate(parts)
+        for k, path in enumerate(row)
+    )
+
+
+def _share(module: LoraModule, k: int, count: int) -> slice:
+    """The k-th of `count` equal parts of the rows."""
+    rows = module.shape[0] // count
+    return slice(k * rows, (k + 1) * rows)
+
+
+def _misfit(
+    module: LoraModule, parts: Iterable[Piece], base: Checkpoint
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shapes of the product and of the weight, where they differ."""
+    for piece in parts:
+        shape = base.tensors[piece.name].shape
+        matrix = shape[-2:]
+        rows = range(module.shape[0])[piece.rows]
+        if (len(rows), module.shape[1]) != matrix:
+            return module.shape, shape
+        if piece.inside is not None and module.experts != shape[0]:
+            return (module.experts, *module.shape), shape
+    return None
+
+
+def _is_named(adapter: Adapter, module: str) -> bool:
+    targets = adapter.config.get("target_modules")
+    return targets == "all-linear" or is_targeted(adapter.config, module)
+
+
+def _expected(adapter: Adapter, matrices: set[str]) -> set[str]:
+    """Modules of the base that PEFT would adapt, with factors or without.
+
+    "all-linear" stands for modules of the kinds that are adapted.
+    """
+    if adapter.config.get("target_modules") != "all-linear":
+        return {path for path in matrices if is_targeted(adapter.config, path)}
+    leaves = {name.rpartition(".")[2] for name in adapter.modules}
+    return {path for path in matrices if path.rpartition(".")[2] in leaves}

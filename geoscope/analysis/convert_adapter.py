@@ -1,0 +1,357 @@
+"""`convert_adapter`: what training made of an initialised adapter, as a plain LoRA on the original.
+
+The initial and the trained adapter are read, checked to belong together, and combined module by
+module (`geoscope.adapters.conversion`). No model is opened; nothing is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope import __version__
+from geoscope.adapters.conversion import alpha_for, compressed, concatenated, fused_experts
+from geoscope.adapters.peft_config import adapter_config
+from geoscope.adapters.peft_names import lora_keys
+from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.adapter_folder import AdapterFolder, adapter_folder, record_beside
+from geoscope.checkpoints.lora_adapter import LoraModule, expert_parts, unstacked
+from geoscope.checkpoints.reference import HubReference, parse_reference
+from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
+from geoscope.errors import CheckpointError, NumericsError, OptionError, PairingError, first_names
+from geoscope.linalg import Product
+
+__all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
+
+# What a converted config keeps of the trained one where it is set, beside ranks and targets. The
+# rest of a config says how training began or ran.
+_KEPT = (
+    "auto_mapping",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+)
+
+
+@dataclass(frozen=True)
+class ModuleEnergy:
+    """What the rank leaves out of one module, its experts taken together.
+
+    energy: ‖ΔW‖_F². discarded: the part of it beyond the rank, Σ σ_i².
+    """
+
+    name: str
+    energy: float
+    discarded: float
+
+    @property
+    def share(self) -> float:
+        """discarded / energy, 0 for an update of zero."""
+        return discarded_share([self])
+
+
+def discarded_share(modules: Sequence[ModuleEnergy]) -> float:
+    """Σ discarded / Σ energy, 0 where all updates are zero."""
+    energy = sum(one.energy for one in modules)
+    return sum(one.discarded for one in modules) / energy if energy > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """A plain LoRA on the original base, to be written. Made by `convert_adapter`.
+
+    config: adapter_config.json. plan: of adapter_model.safetensors; factors are fp32, tensors of
+    `modules_to_save` as the trained adapter holds them. notes: one-line remarks for the user.
+    """
+
+    config: Mapping[str, Any]
+    plan: FilePlan
+    notes: tuple[str, ...]
+    trained: Adapter
+    initial: Adapter | None
+    parts: Mapping[str, tuple[str, ...]]
+    compress_to: int | None
+
+    def write(self, put: Callable[[str, Tensor], None]) -> tuple[ModuleEnergy, ...]:
+        """Hands every tensor to `put(name, tensor)` in the order of the plan, module by module.
+
+        Returns what the compression leaves out of each; empty for the exact form.
+        Raises NumericsError for factors that are not finite.
+        """
+        module_of = {lora_keys(one.path)[0]: one for one in self.trained.modules.values()}
+        waiting: dict[str, Tensor] = {}
+        found: list[ModuleEnergy] = []
+        for name in self.plan.order:
+            if name in module_of:
+                module = module_of[name]
+                B, A, energy = self._convert(module)
+                found += energy
+                waiting[lora_keys(module.path)[1]] = B
+                put(name, A)
+            elif name in waiting:
+                put(name, waiting.pop(name))
+            else:
+                put(name, self.trained.read(name))
+        return tuple(found)
+
+    def _convert(self, module: LoraModule) -> tuple[Tensor, Tensor, list[ModuleEnergy]]:
+        """B and A of one module as they are stored."""
+        B, A = self.trained.factors(module.name)
+        start = self._initial_factors(module)
+        try:
+            if self.compress_to is None:
+                assert start is not None
+                return *unstacked(*concatenated(B, A, *start)), []
+            update = Product.of(B, A, module.scaling)
+            if start is not None:
+                update = update - Product.of(*start, module.scaling)
+            made = compressed(update, self.compress_to, _scaling(self.trained))
+        except NumericsError as error:
+            raise NumericsError(f"{module.name}: {error}") from error
+        energy = ModuleEnergy(module.name, made.energy, made.discarded)
+        return *unstacked(made.B, made.A), [energy]
+
+    def _initial_factors(self, module: LoraModule) -> tuple[Tensor, Tensor] | None:
+        if self.initial is None:
+            return None
+        parts = self.parts[module.name]
+        if parts == (module.name,):
+            return self.initial.factors(module.name)
+        return _fused(self.initial, parts, module.experts)
+
+
+def _fused(initial: Adapter, parts: tuple[str, ...], experts: int) -> tuple[Tensor, Tensor]:
+    """The stack that PEFT makes of per-expert factors; parts expert by expert."""
+    each = len(parts) // experts
+    stacks = [
+        fused_experts([initial.factors(name) for name in parts[e * each : (e + 1) * each]])
+        for e in range(experts)
+    ]
+    return torch.cat([B for B, _ in stacks]), torch.cat([A for _, A in stacks])
+
+
+def convert_adapter(
+    initial: str, trained: str, *, rank: int | None = None, base: str | None = None
+) -> Conversion:
+    """The trained adapter as a plain LoRA on the model it started from.
+
+    initial: the output folder of `init-adapter`, or an adapter folder saved before training.
+    trained: the adapter after training. rank: compress to it; the exact form has twice the rank.
+    base: reference of the original model, where neither folder tells it.
+    Raises OptionError, PairingError (the two do not belong together) or CheckpointError.
+
+    >>> conversion = convert_adapter("OUT/", "checkpoint-500/")  # doctest: +SKIP
+    >>> conversion.config["r"]  # doctest: +SKIP
+    64
+    """
+    origin = adapter_folder(initial)
+    end = open_adapter(adapter_folder(trained).adapter)
+    start = open_adapter(origin.adapter)
+    parts = _matched(start, end)
+    starts_at_zero = origin.layout == "mirror" or origin.record.get("method") == "lora"
+    _refuse_rank(rank, end, starts_at_zero, origin)
+    reference, revision = _original(origin, start, end, starts_at_zero, base)
+    config = _config(end, rank, reference, revision)
+    others = _carried(end)
+    return Conversion(
+        config=config,
+        plan=_plan(end, rank, others),
+        notes=_notes(start, end, others),
+        trained=end,
+        initial=None if starts_at_zero else start,
+        parts=parts,
+        compress_to=rank,
+    )
+
+
+# --- do the two belong together? ----------------------------------------------------------------
+
+
+def _matched(start: Adapter, end: Adapter) -> dict[str, tuple[str, ...]]:
+    """Module of the trained adapter → its modules in the initial one. Raises PairingError."""
+    parts = {name: _parts(start, one) for name, one in end.modules.items()}
+    lacking = [name for name, found in parts.items() if not found]
+    used = {name for found in parts.values() for name in found}
+    left = [name for name in start.modules if name not in used]
+    for names, here, there in ((lacking, end, start), (left, start, end)):
+        if names:
+            raise PairingError(
+                f"{len(names)} modules of {here.given} are not in {there.given}: "
+                f"{first_names(names)}; give the initial adapter of this very run"
+            )
+    for name, found in parts.items():
+        _refuse_difference(start, end, end.modules[name], [start.modules[one] for one in found])
+    return parts
+
+
+def _parts(start: Adapter, module: LoraModule) -> tuple[str, ...]:
+    """The same module, or the experts' own matrices that PEFT has joined; () for none."""
+    if module.name in start.modules:
+        return (module.name,)
+    return tuple(name for row in expert_parts(module, start.modules) for name in row)
+
+
+def _refuse_difference(
+    start: Adapter, end: Adapter, module: LoraModule, found: list[LoraModule]
+) -> None:
+    each = max(1, len(found) // module.experts)
+    m = sum(one.shape[0] for one in found[:each])
+    rank = sum(one.rank for one in found[:each])
+    sides = {
+        "shape": (module.shape, (m, found[0].shape[1])),
+        "experts": (module.experts, found[0].experts if found[0].is_stack else len(found) // each),
+        "rank": (module.rank, rank),
+        "scaling": (module.scaling, found[0].scaling),
+    }
+    for what, (trained, initial) in sides.items():
+        if trained != initial:
+            raise PairingError(
+                f"{module.name}: {what} {trained} in {end.given}, {initial} in {start.given}; "
+                "give the initial adapter of this very run"
+            )
+
+
+def _refuse_rank(
+    rank: int | None, end: Adapter, starts_at_zero: bool, origin: AdapterFolder
+) -> None:
+    largest = max(one.rank for one in end.modules.values()) * (1 if starts_at_zero else 2)
+    if rank is None and starts_at_zero:
+        what = "mirror layout" if origin.layout == "mirror" else "method lora"
+        raise OptionError(
+            f"{end.given}: trained from the {what}, it is a plain LoRA on the original base "
+            "already; use it as it is, or compress it with --rank"
+        )
+    if rank is not None and not 1 <= rank < largest:
+        raise OptionError(
+            f"--rank {rank}: compresses to 1 … {largest - 1}; rank {largest} is exact: "
+            + ("use the adapter as it is" if starts_at_zero else "leave --rank out")
+        )
+
+
+def _notes(start: Adapter, end: Adapter, others: tuple[str, ...]) -> tuple[str, ...]:
+    notes: list[str] = []
+    if start.base != end.base:
+        notes.append(
+            f"base_model_name_or_path is {end.base} in {end.given} and {start.base} in "
+            f"{start.given}; taken as one model under two names"
+        )
+    if others:
+        notes.append(
+            f"{len(others)} tensors of modules_to_save are copied as stored: {first_names(others)}"
+        )
+    return tuple(notes)
+
+
+# --- the original model -------------------------------------------------------------------------
+
+
+def _original(
+    origin: AdapterFolder,
+    start: Adapter,
+    end: Adapter,
+    starts_at_zero: bool,
+    base: str | None,
+) -> tuple[str, str | None]:
+    """Reference and revision of the model that the result is an adapter of."""
+    if base is not None:
+        parsed = parse_reference(base)
+        if isinstance(parsed, HubReference) and not parsed.folder:
+            return parsed.repo, parsed.revision
+        return base, None
+    for record in (origin.record, record_beside(end.base), record_beside(start.base)):
+        known = record.get("base") or {}
+        if known.get("reference"):
+            return known["reference"], known.get("commit")
+    on_the_original = starts_at_zero or origin.layout == "anchor"
+    if on_the_original or any(_decomposes_at_load(one) for one in (start, end)):
+        name = end.base or start.base
+        if name is not None:
+            return name, end.config.get("revision")
+    raise OptionError(
+        f"{start.given} does not tell the original model ({end.base} may be the rewritten one), "
+        "which the converted adapter names as its base; give it with --base"
+    )
+
+
+def _decomposes_at_load(adapter: Adapter) -> bool:
+    """Whether PEFT itself initialised it, from the original model under that model's name."""
+    return isinstance(adapter.config.get("init_lora_weights"), str)
+
+
+# --- what is written ----------------------------------------------------------------------------
+
+
+def _scaling(adapter: Adapter) -> float:
+    """The global one, which the modules share after a compression."""
+    return next(iter(adapter.modules.values())).scaling
+
+
+def _config(end: Adapter, rank: int | None, reference: str, revision: str | None) -> dict[str, Any]:
+    """adapter_config.json: the keys of a plain LoRA, sorted, none of our own."""
+    was = end.config
+    use_rslora = bool(was.get("use_rslora"))
+    growth = 2**0.5 if use_rslora else 2  # of alpha where the rank doubles
+    patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
+    if rank is None:
+        r, alpha = 2 * int(was["r"]), growth * was["lora_alpha"]
+        for key, value in (was.get("rank_pattern") or {}).items():
+            patterns["rank_pattern"][key] = 2 * value
+        for key, value in (was.get("alpha_pattern") or {}).items():
+            patterns["alpha_pattern"][key] = _number(growth * value)
+    else:
+        r, alpha = rank, alpha_for(_scaling(end), rank, use_rslora=use_rslora)
+    targets = was.get("target_modules") or ()
+    config = adapter_config(
+        base=reference,
+        rank=r,
+        alpha=_number(alpha),
+        targets=() if isinstance(targets, str) else targets,
+        revision=revision,
+        fan_in_fan_out=bool(was.get("fan_in_fan_out")),
+        parameters=was.get("target_parameters") or (),
+    )
+    kept = {key: was[key] for key in _KEPT if was.get(key)}
+    expression = {"target_modules": targets} if isinstance(targets, str) else {}
+    changed = {"task_type": was.get("task_type"), "use_rslora": use_rslora, **patterns}
+    return dict(sorted({**config, **kept, **expression, **changed}.items()))
+
+
+def _number(value: float) -> int | float:
+    """As an integer where it is one, which older readers of lora_alpha expect."""
+    near = round(value)
+    return near if abs(value - near) <= 1e-12 * abs(value) else float(value)
+
+
+def _carried(end: Adapter) -> tuple[str, ...]:
+    """Tensors beside the factors that mean the same on the original base: modules_to_save."""
+    saved = end.config.get("modules_to_save") or ()
+    strange = [
+        name
+        for name in end.others
+        if ".base_layer." in name
+        or ".original_module." in name
+        or not any(f".{one}." in f".{name}" for one in saved)
+    ]
+    if strange:
+        raise CheckpointError(
+            f"{end.given}: {len(strange)} tensors are neither factors nor of modules_to_save: "
+            f"{first_names(strange)}; save the adapter again with PeftModel.save_pretrained"
+        )
+    return end.others
+
+
+def _plan(end: Adapter, rank: int | None, others: tuple[str, ...]) -> FilePlan:
+    tensors: dict[str, TensorPlan] = {}
+    for one in end.modules.values():
+        r = (2 * one.rank if rank is None else rank) * one.experts
+        key_A, key_B = lora_keys(one.path)
+        tensors[key_A] = TensorPlan("float32", (r, one.shape[1]))
+        tensors[key_B] = TensorPlan("float32", (one.shape[0], r))
+    for name in others:
+        tensors[name] = TensorPlan(end.tensors[name].dtype, end.tensors[name].shape)
+    return FilePlan(tensors, {"geoscope_version": __version__})

@@ -1,0 +1,260 @@
+"""Is a trained adapter, converted, the same model on the original base? Asked of PEFT itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import tiny_models
+from adapters.tiny_models import live, logits
+from adapters.trained import (
+    DEPRECATION,
+    adapted,
+    edit,
+    initialised,
+    mirrored,
+    peft,
+    record,
+    relative,
+    residual_folder,
+    saved,
+    train,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from geoscope.analysis.convert_adapter import (
+    Conversion,
+    ModuleEnergy,
+    convert_adapter,
+    discarded_share,
+)
+from geoscope.errors import OptionError
+
+pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning")
+
+SAME = 1e-5  # relative difference of logits, fp32 throughout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Tensor]:
+    """The original model, the folder of an initialisation, a trained adapter, what it says."""
+    folder = tmp_path_factory.mktemp("residual")
+    base = tiny_models.llama(folder / "original")
+    model = initialised(adapted(base))
+    out = residual_folder(model, base, folder / "out")
+    trained = saved(train(model), folder / "checkpoint-3")
+    return base, out, trained, logits(model)
+
+
+def written(conversion: Conversion, folder: Path) -> tuple[ModuleEnergy, ...]:
+    """The conversion as files; checks that they are what the plan promised."""
+    tensors: dict[str, Tensor] = {}
+    energies = conversion.write(tensors.__setitem__)
+    assert tuple(tensors) == conversion.plan.order
+    for name, plan in conversion.plan.tensors.items():
+        assert tuple(tensors[name].shape) == plan.shape
+        assert str(tensors[name].dtype) == f"torch.{plan.dtype}"
+        assert tensors[name].is_contiguous()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(dict(conversion.config))
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    return energies
+
+
+def loaded(base: Path, adapter: Path) -> Any:
+    """PEFT's model; any warning, such as one about missing keys, is an error."""
+    model = live(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", DEPRECATION, FutureWarning)
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def test_the_converted_adapter_on_the_original_base_is_the_trained_model(
+    run: tuple[Path, Path, Path, Tensor], tmp_path: Path
+) -> None:
+    base, out, trained, said = run
+    conversion = convert_adapter(str(out), str(trained))
+    assert written(conversion, tmp_path / "lora") == ()
+    assert conversion.config["r"] == 8
+    assert conversion.config["lora_alpha"] == 16
+    assert conversion.config["base_model_name_or_path"] == str(base)
+    model = loaded(base, tmp_path / "lora")
+    assert relative(logits(model), said) < SAME
+    with model.disable_adapter():
+        assert relative(logits(model), said) > 1e-3  # so that the test can fail
+        assert torch.equal(logits(model), logits(live(base)))
+
+
+def test_out_and_the_adapter_inside_are_the_same_initial(
+    run: tuple[Path, Path, Path, Tensor],
+) -> None:
+    _, out, trained, _ = run
+    one, two = (convert_adapter(str(path), str(trained)) for path in (out, out / "adapter"))
+    assert one.config == two.config
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_patterns_and_rslora_keep_their_scaling(tmp_path: Path, rslora: bool) -> None:
+    base = tiny_models.llama(tmp_path / "original")
+    model = initialised(
+        adapted(base, use_rslora=rslora, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3},
+                alpha_pattern={"v_proj": 6})
+    )  # fmt: skip
+    initial = saved(model, tmp_path / "initial")
+    trained = saved(train(model), tmp_path / "trained")
+    written(convert_adapter(str(initial), str(trained), base=str(base)), tmp_path / "lora")
+    assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < SAME
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 5, 7])
+def test_compression_loses_what_it_says(
+    run: tuple[Path, Path, Path, Tensor], tmp_path: Path, rank: int, rslora: bool
+) -> None:
+    base, out, trained, _ = run
+    if rslora:
+        shutil.copytree(out, tmp_path / "out")
+        shutil.copytree(trained, tmp_path / "trained")
+        out, trained = tmp_path / "out", tmp_path / "trained"
+        for one in (out / "adapter", trained):
+            edit(one, use_rslora=True, lora_alpha=4)
+    energies = written(convert_adapter(str(out), str(trained), rank=rank), tmp_path / "lora")
+    start, end = (
+        load_file(one / "adapter_model.safetensors") for one in (out / "adapter", trained)
+    )
+    model = loaded(base, tmp_path / "lora")
+    assert len(energies) == 14
+    for one in energies:
+        key = f"base_model.model.{one.name}"
+        update = 2 * sum(
+            sign * (side[f"{key}.lora_B.weight"].double() @ side[f"{key}.lora_A.weight"].double())
+            for sign, side in ((1, end), (-1, start))
+        )
+        S = torch.linalg.svdvals(torch.as_tensor(update))
+        assert one.energy == pytest.approx(float(S.square().sum()), rel=1e-10)
+        tail = float(S[rank:].square().sum())
+        assert one.discarded == pytest.approx(tail, rel=1e-6, abs=1e-12 * one.energy)
+        made = model.base_model.model.get_submodule(one.name).get_delta_weight("default")
+        missed = float((made.double() - update).norm())
+        assert missed == pytest.approx(tail**0.5, rel=1e-4, abs=1e-6 * one.energy**0.5)
+    total = sum(one.discarded for one in energies) / sum(one.energy for one in energies)
+    assert discarded_share(energies) == pytest.approx(total)
+
+
+def test_a_rank_above_that_of_a_small_matrix_is_filled_with_zeros(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "original", num_key_value_heads=1)  # k_proj: 4 × 16
+    model = initialised(adapted(base))
+    initial, trained = saved(model, tmp_path / "a"), saved(train(model), tmp_path / "b")
+    conversion = convert_adapter(str(initial), str(trained), rank=7, base=str(base))
+    written(conversion, tmp_path / "lora")
+    assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < 1e-2
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {one.shape[0] for name, one in tensors.items() if "lora_A" in name} == {7}
+
+
+# --- PEFT's own initialisations -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_initialised_converts_as_peft_does(tmp_path: Path, init: str) -> None:
+    base = tiny_models.llama(tmp_path / "original")
+    model = adapted(base, init_lora_weights=init)
+    model.peft_config["default"].init_lora_weights = True
+    initial = saved(model, tmp_path / f"{init}_init")
+    model.peft_config["default"].init_lora_weights = init
+    trained = saved(train(model), tmp_path / "trained")
+    shutil.copytree(initial, tmp_path / "copy" / "start")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(
+            tmp_path / "theirs",
+            path_initial_model_for_weight_conversion=str(tmp_path / "copy/start"),
+        )
+    conversion = convert_adapter(str(initial), str(trained))
+    written(conversion, tmp_path / "ours")
+    assert conversion.config["base_model_name_or_path"] == str(base)  # told by init_lora_weights
+    ours, theirs = (
+        load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs")
+    )
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=2e-7, atol=0)
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in ("r", "lora_alpha")} == {
+        key: conversion.config[key] for key in ("r", "lora_alpha")
+    }
+    assert relative(logits(loaded(base, tmp_path / "ours")), logits(model)) < SAME
+
+
+def test_pissa_beside_its_residual_base_needs_the_original_by_name(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "original")
+    model = adapted(base, init_lora_weights="pissa")
+    model.peft_config["default"].init_lora_weights = True
+    initial = saved(model, tmp_path / "residual" / "pissa_init")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        residual = model.unload()
+        residual.save_pretrained(tmp_path / "residual")
+    again = peft.PeftModel.from_pretrained(live(tmp_path / "residual"), str(initial),
+                                           is_trainable=True)  # fmt: skip
+    trained = saved(train(again), tmp_path / "trained")
+    with pytest.raises(OptionError, match=r"does not tell the original model .* --base"):
+        convert_adapter(str(initial), str(trained))
+    written(convert_adapter(str(initial), str(trained), base=str(base)), tmp_path / "ours")
+    assert relative(logits(loaded(base, tmp_path / "ours")), logits(again)) < SAME
+
+
+# --- other layouts and families -----------------------------------------------------------------
+
+
+def test_mirror_is_a_plain_lora_already_and_compresses_as_stored(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "original")
+    model = mirrored(adapted(base, r=6, lora_alpha=6))
+    out = saved(model, tmp_path / "out")
+    record(out, base, layout="mirror")
+    trained = saved(train(model, lr=0.1), tmp_path / "trained")  # far from any symmetry
+    with pytest.raises(OptionError, match=r"mirror layout, it is a plain LoRA .* --rank"):
+        convert_adapter(str(out), str(trained))
+    energies = written(convert_adapter(str(out), str(trained), rank=5), tmp_path / "lora")
+    made, was = (
+        loaded(base, one).base_model.model.get_submodule(name).get_delta_weight("default").double()
+        for name in ["model.layers.0.mlp.down_proj"]
+        for one in (tmp_path / "lora", trained)
+    )
+    S = torch.linalg.svdvals(was)
+    assert float((made - was).norm()) == pytest.approx(float(S[5:].norm()), rel=1e-4)
+    assert 0 < discarded_share(energies) < 0.5
+    with pytest.raises(OptionError, match=r"--rank 6: .* 1 … 5; rank 6 is exact"):
+        convert_adapter(str(out), str(trained), rank=6)
+
+
+def test_anchor_converts_to_its_difference(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "original")
+    model = initialised(adapted(base))
+    out = tmp_path / "out"
+    adapter = saved(model, out / "adapter")
+    shutil.copytree(adapter, out / "anchor")
+    record(out, base, layout="anchor")
+    trained = saved(train(model), tmp_path / "trained")
+    conversion = convert_adapter(str(out), str(trained))
+    written(conversion, tmp_path / "lora")
+    assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < SAME
+
+
+def test_conv1d_keeps_the_shape_of_its_factors(tmp_path: Path) -> None:
+    base = tiny_models.gpt2(tmp_path / "original")
+    model = adapted(base, leaves=("c_attn", "c_proj", "c_fc"), fan_in_fan_out=True)
+    initial = saved(initialised(model), tmp_path / "initial")
+    trained = saved(train(model), tmp_path / "trained")
+    conversion = convert_adapter(str(initial), str(trained), base=str(base))
+    assert conversion.config["fan_in_fan_out"] is True
+    written(conversion, tmp_path / "lora")
+    assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < SAME
