@@ -19,7 +19,18 @@ with warnings.catch_warnings():  # of packages that transformers imports
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
 
-__all__ = ["VOCABULARY", "gpt2", "live", "llama", "logits", "phi3", "qwen2_tied", "qwen3_moe"]
+__all__ = [
+    "VOCABULARY",
+    "assert_same_logits",
+    "gpt2",
+    "live",
+    "llama",
+    "logits",
+    "mixtral",
+    "phi3",
+    "qwen2_tied",
+    "qwen3_moe",
+]
 
 VOCABULARY = 48
 
@@ -27,7 +38,7 @@ VOCABULARY = 48
 def llama(
     folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
 ) -> Path:
-    """Two blocks, grouped-query attention, untied head; four shards or so."""
+    """Two blocks, grouped-query attention, untied head; a few shards."""
     settings: dict[str, Any] = {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
@@ -65,13 +76,26 @@ def qwen3_moe(
 ) -> Path:
     """Two blocks of four experts, two of them active; one matrix per expert on disk."""
     settings: dict[str, Any] = {
-        "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12,
+        "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 16,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": VOCABULARY,
         "tie_word_embeddings": False, **config,
     }  # fmt: skip
     made = transformers.Qwen3MoeConfig(**settings)
     return _saved(transformers.Qwen3MoeForCausalLM, made, folder, seed, dtype)
+
+
+def mixtral(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
+    """Two blocks of four experts under the names of Mixtral: block_sparse_moe, w1, w2, w3."""
+    settings: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": False, **config,
+    }  # fmt: skip
+    made = transformers.MixtralConfig(**settings)
+    return _saved(transformers.MixtralForCausalLM, made, folder, seed, dtype)
 
 
 def phi3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
@@ -94,7 +118,7 @@ def _saved(kind: Any, config: Any, folder: Path, seed: int, dtype: torch.dtype) 
             drawn = torch.randn(parameter.shape, generator=generator)
             scale = 0.3 if parameter.dim() > 1 else 0.1
             parameter.copy_(drawn * scale + (parameter.dim() == 1))
-    model.to(dtype).save_pretrained(folder, max_shard_size="6KB")
+    model.to(dtype).save_pretrained(folder, max_shard_size="3KB")
     return folder
 
 
@@ -111,3 +135,9 @@ def logits(model: Any, *, seed: int = 1) -> Tensor:
     )
     with torch.no_grad():
         return model(input_ids=tokens).logits
+
+
+def assert_same_logits(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    """‖actual − expected‖ / ‖expected‖ within the tolerance of FORMATS §7.1 for fp32."""
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert float(error) <= tolerance

@@ -1,0 +1,230 @@
+"""Under which name does PEFT look for a matrix that a file calls by another?
+
+A key of an adapter is `base_model.model.<module path of the live model>.lora_A.weight`. The path is
+mostly the name on disk without `.weight`. It differs for checkpoints of a bare backbone (`h.0.…`
+for `transformer.h.0.…`), and for multimodal models, whose files keep the names of transformers 4.
+The tables follow transformers 5.23 (`conversion_mapping.py`); a family that is not in them is told.
+
+Experts have two styles: a key for each expert's matrix, as the files name them, which PEFT itself
+converts where the live model stacks its experts; and `target_parameters`, whose factors are stacked
+as the parameters are (FORMATS §4.7).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope.errors import first_names
+from geoscope.names import is_output_head
+
+__all__ = [
+    "ModulePaths",
+    "expert_findings",
+    "lora_keys",
+    "module_paths",
+    "parameter_keys",
+    "stack_experts",
+]
+
+_PREFIX = "base_model.model."
+
+# Model type → attribute that holds the backbone in the model with a head; the others: `model`.
+_BACKBONES = {
+    **dict.fromkeys(
+        (
+            *("bloom", "codegen", "ctrl", "dbrx", "falcon", "gpt-sw3", "gpt2", "gpt_bigcode"),
+            *("gpt_neo", "gptj", "mpt", "openai-gpt", "xlm", "xlnet"),
+        ),
+        "transformer",
+    ),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "xlstm"), "backbone"),
+    **dict.fromkeys(("biogpt", "cpmant", "gpt_neox", "gpt_neox_japanese", "reformer", "rwkv"), ""),
+}
+
+# How names of a multimodal file become those of the live model; the first rule that fits is used.
+_Rules = tuple[tuple[re.Pattern[str], str], ...]
+_LLAVA: _Rules = (
+    (re.compile(r"^language_model\.(?=lm_head(?:\.|$))"), ""),
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (
+        re.compile(
+            r"^(?=(?:language_model|vision_tower|vision_model|multi_modal_projector|image_newline"
+            r"|image_tower|video_tower)(?:\.|$))"
+        ),
+        "model.",
+    ),
+)
+_QWEN2_VL: _Rules = (
+    (re.compile(r"^(?=visual\.)"), "model."),
+    (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
+)
+_MULTIMODAL: dict[str, _Rules] = {
+    **dict.fromkeys(
+        (
+            *("aria", "aya_vision", "fuyu", "gemma3", "got_ocr2", "internvl", "llava"),
+            *("llava_next", "llava_next_video", "llava_onevision", "mistral3", "mllama"),
+            *("paligemma", "video_llava", "vipllava"),
+        ),
+        _LLAVA,
+    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN2_VL),
+    # Files and live models agree.
+    **dict.fromkeys(
+        (
+            *("gemma3n", "glm4v", "glm4v_moe", "idefics2", "idefics3", "llama4", "qwen3_5"),
+            *("qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
+        ),
+        (),
+    ),
+}
+_OTHER_SENSES = ("vision_config", "audio_config", "text_config")
+
+_EXPERT = re.compile(r"(?P<container>.*\.experts)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
+# Two matrices of each expert that the live model holds as one parameter, and the other one.
+_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+@dataclass(frozen=True)
+class ModulePaths:
+    """paths: name on disk → path of the module in the live model. notes: one-line remarks."""
+
+    paths: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def module_paths(names: Collection[str], config: Mapping[str, Any]) -> ModulePaths:
+    """The live paths of a checkpoint's parameters, for the model with its output head.
+
+    names: all parameters of the checkpoint, for a bare backbone is told by what is not there.
+    config: config.json; {} when there is none.
+
+    >>> dict(module_paths(["h.0.attn.c_attn.weight"], {"model_type": "gpt2"}).paths)
+    {'h.0.attn.c_attn.weight': 'transformer.h.0.attn.c_attn'}
+    """
+    family = config.get("model_type")
+    modules = {name: name.removesuffix(".weight") for name in names}
+    if family in _MULTIMODAL:
+        rules = _MULTIMODAL[family]
+        return ModulePaths({name: _renamed(path, rules) for name, path in modules.items()})
+    if any(isinstance(config.get(part), Mapping) for part in _OTHER_SENSES):
+        note = (
+            f"unknown family {family!r}, disk names used as module paths; verify-adapter "
+            "--with-peft shows whether they are right"
+        )
+        return ModulePaths(modules, (note,))
+    return _with_backbone(modules, family)
+
+
+def _renamed(path: str, rules: _Rules) -> str:
+    for pattern, replacement in rules:
+        renamed, count = pattern.subn(replacement, path, count=1)
+        if count:
+            return renamed
+    return path
+
+
+def _with_backbone(modules: Mapping[str, str], family: Any) -> ModulePaths:
+    backbone = _backbone(modules.values(), family)
+    if any(path.startswith(f"{backbone}.") for path in modules.values()):
+        return ModulePaths(modules)
+    if not any(_starts_with_blocks(path) for path in modules.values()):
+        note = f"unknown family {family!r}, disk names used as module paths"
+        return ModulePaths(modules, (note,))
+    paths = {
+        name: path if is_output_head(name) else f"{backbone}.{path}"
+        for name, path in modules.items()
+    }
+    note = f"weights of a bare backbone: its modules are {backbone}.… in the model with a head"
+    return ModulePaths(paths, (note,))
+
+
+def _backbone(paths: Collection[str], family: Any) -> str:
+    if isinstance(family, str):
+        return _BACKBONES.get(family, "model") or family
+    return "transformer" if any(path.startswith("h.") for path in paths) else "model"
+
+
+def _starts_with_blocks(path: str) -> bool:
+    return re.match(r"(?:decoder\.)?(?:layers|h|blocks)\.\d+\.", path) is not None
+
+
+def lora_keys(path: str) -> tuple[str, str]:
+    """Keys of A (r, in) and B (out, r) of a module in `adapter_model.safetensors`."""
+    return f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def expert_findings(adapted: Collection[str], every: Collection[str]) -> tuple[str, ...]:
+    """Why PEFT on transformers 5 cannot load per-expert keys for these modules, a line each.
+
+    The live model holds the experts of a block as two stacked parameters, and PEFT takes every
+    entry of target_modules that ends in the name of an expert's matrix for them: so all experts are
+    adapted or none, gate with up, both with down, and no other module of those names.
+    adapted, every: module paths, as for `target_modules`.
+    """
+    experts = {path for path in every if _EXPERT.fullmatch(path)}
+    if not experts:
+        return ()
+    leaves = {path.rpartition(".")[2] for path in experts}
+    chosen = set(adapted)
+    found: list[str] = []
+    for leaf in sorted(leaves):
+        of_leaf = {path for path in experts if path.endswith(f".{leaf}")}
+        left = sorted(of_leaf - chosen)
+        if left and len(left) < len(of_leaf):
+            found.append(
+                f"{len(left)} of {len(of_leaf)} {leaf} of experts are not adapted "
+                f"({first_names(left, 1)}): the live model stacks them; adapt all or none"
+            )
+    adapted_leaves = {path.rpartition(".")[2] for path in experts & chosen}
+    for *fused, last in _PARTS:
+        lacking = [leaf for leaf in fused if leaf not in adapted_leaves]
+        if 0 < len(lacking) < len(fused):
+            found.append(
+                f"experts are adapted without {lacking[0]}: the live model holds "
+                f"{' and '.join(fused)} as one parameter; adapt both or none"
+            )
+        elif not lacking and last not in adapted_leaves:
+            found.append(
+                f"experts are adapted without {last}: PEFT looks for {' and '.join(fused)} in a "
+                f"place that only exists beside it; adapt {last}, too"
+            )
+    namesakes = sorted(path for path in chosen - experts if path.rpartition(".")[2] in leaves)
+    if namesakes:
+        found.append(
+            f"{first_names(namesakes)} cannot be adapted beside experts of the same name: PEFT "
+            "takes the name for the stacked experts; leave it out"
+        )
+    return tuple(found)
+
+
+def parameter_keys(container: str, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Keys of A and B of stacked parameters: name of the parameter → (key of A, key of B).
+
+    container: path of the module (`model.layers.0.mlp.experts`); names: its adapted parameters in
+    the order in which the module has them (gate_up_proj, down_proj). PEFT wraps the module once for
+    each, the first innermost.
+    """
+    last = len(names) - 1
+    return {
+        name: lora_keys(container + ".base_layer" * (last - place))
+        for place, name in enumerate(names)
+    }
+
+
+def stack_experts(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Factors of E experts as those of their stacked parameter.
+
+    A: E times (r, in) → (E·r, in), rows expert by expert, e·r + j. B: E times (out, r) →
+    (out, r·E), columns rank by rank, j·E + e. ΔW_e = s·B[:, e::E] @ A[e·r : (e+1)·r].
+    """
+    stacked = torch.stack(list(B), dim=-1)  # (out, r, E)
+    return torch.cat(list(A)), stacked.flatten(1).contiguous()

@@ -1,0 +1,331 @@
+"""Is an output folder either complete or not loadable, whatever happens on the way?"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.files import llama, write_model, write_sharded
+from geoscope.checkpoints import open_checkpoint
+from geoscope.checkpoints.output_folder import OutputFolder, travelling_files, travels
+from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
+from geoscope.checkpoints.writing import INDEX, plan_model
+from geoscope.checkpoints.writing import write_model as write_again
+from geoscope.errors import CheckpointError
+
+PLAN = FilePlan({"a": TensorPlan("float32", (4,))})
+SIZES = {"model.safetensors": PLAN.nbytes, "config.json": 2, "README.md": 5}
+
+
+def fill(out: OutputFolder) -> None:
+    out.write("config.json", b"{}")
+    with out.tensors("model.safetensors", PLAN) as writer:
+        writer.write("a", torch.ones(4))
+    out.write("README.md", b"hello")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_holds_what_was_planned(tmp_path: Path) -> None:
+    out = OutputFolder(tmp_path / "a b" / "out", SIZES)
+    assert not (tmp_path / "a b").exists()  # checks write nothing
+    with out:
+        fill(out)
+        assert names(out.path) == {"model.safetensors", "README.md"}  # the rest waits
+    assert names(out.path) == set(SIZES)
+
+
+def test_an_error_leaves_nothing_loadable(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), OutputFolder(tmp_path / "out", SIZES) as out:
+        fill(out)
+        raise RuntimeError
+    assert names(tmp_path / "out") == {"model.safetensors", "README.md"}
+
+
+def test_what_was_planned_has_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not written: model\.safetensors"):
+        with OutputFolder(tmp_path / "out", SIZES) as out:
+            out.write("config.json", b"{}")
+            out.write("README.md", b"hello")
+    assert names(tmp_path / "out") == {"README.md"}
+    with pytest.raises(ValueError, match="other is not planned"):
+        with OutputFolder(tmp_path / "two", SIZES) as out:
+            out.write("other", b"")
+
+
+def refused(path: Path, words: str, sizes: dict[str, int] = SIZES, **options: object) -> None:
+    """The folder is refused in one line, and nothing was touched."""
+    before = names(path.parent)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        OutputFolder(path, sizes, **options)  # pyright: ignore[reportArgumentType]
+    assert "\n" not in str(caught.value)
+    assert names(path.parent) == before
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with OutputFolder(tmp_path / "out", SIZES) as out:  # empty is fine
+        fill(out)
+    refused(tmp_path / "out", r"is not empty \(README.md, config.json, model.safetensors\); give")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "is a file")
+
+
+def test_force_replaces_what_is_written_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    for _ in range(2):
+        with OutputFolder(path, SIZES, force=True) as out:
+            assert not (path / "config.json").exists()  # the old weights are not loadable now
+            fill(out)
+        (path / "notes.txt").write_text("mine")
+    assert names(path) == {*SIZES, "notes.txt"}
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "pytorch_model.bin", INDEX, "adapter_config.json"]
+)
+def test_force_does_not_write_beside_foreign_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("")
+    refused(tmp_path / "out", f"{name} would be read with", force=True)
+
+
+def test_an_input_is_never_written_to(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", llama())
+    for given in (model, model / "model.safetensors"):
+        refused(model, "holds the input", force=True, inputs=(given,))
+    (tmp_path / "link").symlink_to(model)
+    refused(tmp_path / "link", "holds the input", force=True, inputs=(model,))
+    inside = {"model/config.json": 2}
+    refused(tmp_path, "holds the input", inside, force=True, inputs=(model,))
+
+
+def test_the_disk_is_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500))
+    refused(tmp_path / "out", r"5\.00 GB are to be written, 1\.50 kB are free", {"a": 5 * 10**9})
+    with OutputFolder(tmp_path / "out", {"a": 1_500}) as out:
+        out.write("a", b"as much as there is")
+
+
+def test_parts_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".model.safetensors.4.geoscope-part").write_text("half")
+    with OutputFolder(tmp_path / "out", SIZES, force=True) as out:
+        fill(out)
+    assert names(tmp_path / "out") == set(SIZES)
+
+
+# --- a process that is killed ---------------------------------------------------------------------
+
+WRITER = """
+import sys, time, torch
+from pathlib import Path
+from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
+plan = FilePlan({f"t{i}": TensorPlan("float32", (64,)) for i in range(4)})
+index = b'{"weight_map": {}}'
+names = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+sizes = dict.fromkeys(names, plan.nbytes) | {"model.safetensors.index.json": len(index)}
+sizes |= {"config.json": 2, "tokenizer.json": 2}
+print("ready", flush=True)
+while True:
+    with OutputFolder(Path(sys.argv[1]), sizes, force=True) as out:
+        out.write("config.json", b"{}")
+        out.write("tokenizer.json", b"{}")
+        for name in names:
+            with out.tensors(name, plan) as writer:
+                for one in plan.order:
+                    writer.write(one, torch.ones(64))
+        out.write("model.safetensors.index.json", index)
+    print("complete", flush=True)
+"""
+
+
+def is_loadable(folder: Path) -> bool:
+    """What transformers asks for first: configuration, and weights or their index."""
+    return (folder / "config.json").exists() and (folder / INDEX).exists()
+
+
+def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """The writer starts anew over its own folder without end; it is killed at random moments."""
+    generator = random.Random(0)
+    complete = 0
+    for attempt in range(12):
+        folder = tmp_path / f"out {attempt}"
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(generator.random() * 0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        if is_loadable(folder):
+            complete += 1
+            for number in (1, 2, 3):
+                shard = open_checkpoint(str(folder / f"model-{number:05d}-of-00003.safetensors"))
+                assert all(torch.equal(shard.read(f"t{i}"), torch.ones(64)) for i in range(4))
+    assert complete < 12  # some were stopped on the way
+
+
+# --- small files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
+        *("chat_template.jinja", "LICENSE", "LICENSE.txt", "preprocessor_config.json"),
+        *("added_tokens.json", "vocab.bpe"),
+    ],
+)
+def test_configuration_and_tokenizer_travel(name: str) -> None:
+    assert travels(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"),
+        *("tf_model.h5", "flax_model.msgpack", "model.onnx", "model.gguf", "tokenizer.safetensors"),
+        *("adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "README.md"),
+        *("training_args.bin", "geoscope.json", ".gitattributes", "modeling_x.py", "optimizer.pt"),
+    ],
+)
+def test_weights_adapters_and_states_stay(name: str) -> None:
+    assert not travels(name)
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    model, elsewhere = tmp_path / "model", tmp_path / "secret.json"
+    model.mkdir()
+    elsewhere.write_text("{}")
+    (model / "config.json").write_text("{}")
+    (model / "a.json").symlink_to(elsewhere)
+    (model / "b.json").symlink_to(model / "config.json")
+    (model / "c.json").mkdir()
+    found, notes = travelling_files(model)
+    assert list(found) == ["b.json", "config.json"]
+    assert notes == ("a.json is a link out of the folder and is not copied",)
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are(tmp_path: Path) -> None:
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "123").write_text("{}")
+    (tmp_path / "snapshots" / "abc" / "config.json").symlink_to(tmp_path / "blobs" / "123")
+    found, notes = travelling_files(tmp_path / "snapshots" / "abc")
+    assert list(found) == ["config.json"]
+    assert notes == ()
+
+
+def test_small_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(bytes(range(256)))
+    (tmp_path / "config.json").write_bytes(b'{"a":\r\n 1}')
+    sizes = {"in/tokenizer.model": 256, "in/config.json": 10}
+    with OutputFolder(tmp_path / "out", sizes) as out:
+        for name in sizes:
+            out.copy(name, tmp_path / Path(name).name)
+        assert names(out.path) == {"in/tokenizer.model"}
+    assert (tmp_path / "out/in/tokenizer.model").read_bytes() == bytes(range(256))
+    assert (tmp_path / "out/in/config.json").read_bytes() == b'{"a":\r\n 1}'
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        with OutputFolder(tmp_path / "two", {"a.txt": 1}) as out:
+            out.copy("a.txt", tmp_path / "absent.txt")
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def rewritten(
+    model: Path, out: Path, replaced: dict[str, torch.Tensor]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    checkpoint = open_checkpoint(str(model))
+    dtypes = {name: str(one.dtype).removeprefix("torch.") for name, one in replaced.items()}
+    plan = plan_model(checkpoint, dtypes, {"layout": "residual"})
+    with OutputFolder(out, {f"residual/{k}": v for k, v in plan.sizes.items()}) as folder:
+        write_again(folder, "residual", checkpoint, plan, replaced.get)
+    return dict(plan.sources), plan.notes
+
+
+def test_shards_keep_their_names_and_other_tensors_their_bytes(tmp_path: Path) -> None:
+    tensors = llama() | {"model.count": torch.arange(5), "model.f8": torch.ones(3, 3).half()}
+    weight_map = write_sharded(tmp_path / "model", tensors, 3)
+    name = "model.layers.1.mlp.down_proj.weight"
+    new = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+    sources, notes = rewritten(tmp_path / "model", tmp_path / "out", {name: new})
+    assert notes == ()
+    assert sources == {file: file for file in weight_map.values()}
+    folder = tmp_path / "out/residual"
+    index = json.loads((folder / INDEX).read_text())
+    assert index["weight_map"] == dict(sorted(weight_map.items()))
+    after = tensors | {name: new}
+    assert index["metadata"]["total_size"] == sum(one.nbytes for one in after.values())
+    (folder / "config.json").write_text("{}")
+    back = open_checkpoint(str(folder))
+    assert set(back.tensors) == set(after)
+    for one, tensor in after.items():
+        assert back.tensors[one].dtype == str(tensor.dtype).removeprefix("torch.")
+        assert torch.equal(back.read(one), tensor)
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"),
+    [
+        (["pytorch_model.bin"], ["model.safetensors"]),
+        (
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+    ],
+)
+def test_pickles_become_safetensors_under_their_stem(
+    tmp_path: Path, shards: list[str], expected: list[str]
+) -> None:
+    tensors = llama()
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        part = {name: tensors[name] for name in sorted(tensors)[i :: len(shards)]}
+        torch.save(part, model / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (model / "pytorch_model.bin.index.json").write_text(text)
+    sources, notes = rewritten(model, tmp_path / "out", {})
+    assert sources == dict(zip(expected, shards, strict=True))
+    assert notes and f"{shards[0]} as {expected[0]}" in notes[0]
+    back = open_checkpoint(str(tmp_path / "out/residual"))
+    assert all(torch.equal(back.read(name), one) for name, one in tensors.items())
+
+
+def test_a_single_file_of_another_name_gets_the_usual_one(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", llama())
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    sources, notes = rewritten(model, tmp_path / "out", {})
+    assert sources == {"model.safetensors": "weights.safetensors"}
+    assert "weights.safetensors as model.safetensors" in notes[0]
+
+
+def test_inputs_stay_as_they_are(tmp_path: Path) -> None:
+    write_sharded(tmp_path / "model", llama(), 3)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    rewritten(tmp_path / "model", tmp_path / "out", {"lm_head.weight": torch.zeros(32, 8)})
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
