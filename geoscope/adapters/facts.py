@@ -58,14 +58,13 @@ def captured(S: Tensor, Vh: Tensor, leading: Tensor) -> float:
     return float((energy @ (Vh @ leading.T).square().sum(-1)) / energy.sum())
 
 
-def gap_note(gap: float | None, bound: float | None) -> tuple[str, ...]:
-    """A line for the user where σ_r and σ_{r+1} are nearly equal."""
+def gap_note(gap: float | None) -> tuple[str, ...]:
+    """A line for the user where σ_r and σ_{r+1} are nearly equal; the same for all such matrices."""
     if gap is None or gap >= ILL_CONDITIONED:
         return ()
-    known = "" if bound is None else f" (here it is certain to {bound:.0e} rad)"
     return (
-        f"ill-conditioned subspace: σ_r and σ_r+1 differ by {gap:.1e} only, so that rounding and "
-        f"other hardware may turn it{known}",
+        f"ill-conditioned subspace: σ_r and σ_r+1 differ by less than {ILL_CONDITIONED:g} of "
+        "themselves, so that rounding and other hardware may turn it; see `gap`",
     )
 
 

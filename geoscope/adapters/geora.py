@@ -94,4 +94,4 @@ def _notes(geo: Head, mask: Masked, rho: float) -> tuple[str, ...]:
         for what, one in (("W", mask.euc), ("W_r", mask.spec))
         if one.tau == 0
     ]
-    return (*zero, *gap_note(geo.gap, geo.method["subspace_bound"]))
+    return (*zero, *gap_note(geo.gap))

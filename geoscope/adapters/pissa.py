@@ -31,5 +31,5 @@ def pissa(W: Tensor, rank: int, *, alpha: float | None = None, solver: str = "au
         B, A, s, facts, status,
         nulls={"head_energy": rank / W.shape[1]},
         method={"spectral": head.method},
-        notes=gap_note(head.gap, head.method["subspace_bound"]),
+        notes=gap_note(head.gap),
     )  # fmt: skip

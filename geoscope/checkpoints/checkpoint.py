@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from geoscope.checkpoints.container import Container
@@ -25,6 +26,10 @@ class Source(Protocol):
 
     def open(self, file: str) -> Container:
         """The file, opened; it is fetched first when it is not here yet."""
+        ...
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        """Name → file of the configuration and tokenizer beside the weights, and remarks."""
         ...
 
 

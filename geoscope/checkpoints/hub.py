@@ -25,6 +25,7 @@ from geoscope.checkpoints.hub_errors import hub_errors
 from geoscope.checkpoints.hub_progress import Report, quiet_download
 from geoscope.checkpoints.local import LocalFolder
 from geoscope.checkpoints.opening import Identity, open_folder
+from geoscope.checkpoints.output_folder import travels
 from geoscope.checkpoints.readers import SAFETENSORS, open_container
 from geoscope.checkpoints.reference import HubReference
 from geoscope.checkpoints.safetensors_file import checked_entries, file_header
@@ -180,6 +181,9 @@ class HubFolder:
     def fetch(self, files: Collection[str]) -> None:
         for file in files:
             self._download(file)
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        return {name: self._download(name) for name in sorted(self.names()) if travels(name)}, ()
 
     def absent(self, shard: str, count: int) -> CheckpointError:
         return CheckpointError(

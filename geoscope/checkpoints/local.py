@@ -14,6 +14,7 @@ from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.layout import choose_layout, is_other_copy, shard_count
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
+from geoscope.checkpoints.output_folder import travelling_files
 from geoscope.checkpoints.readers import open_container
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
@@ -108,6 +109,9 @@ class LocalFolder:
 
     def fetch(self, files: Collection[str]) -> None:
         return None
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        return travelling_files(self.path)
 
     def absent(self, shard: str, count: int) -> CheckpointError:
         if self.cached_as is not None:

@@ -15,9 +15,11 @@ from geoscope import report as reports
 from geoscope.records import Report
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from geoscope.analysis import Prepared, Progress
 
-__all__ = ["check_outputs", "data", "document", "emit", "progress", "say"]
+__all__ = ["check_outputs", "data", "document", "emit", "matrices", "progress", "say"]
 
 
 def data(text: str) -> None:
@@ -100,18 +102,7 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     if quiet or not sys.stderr.isatty():
         yield Progress(on_plan=plan, on_recalled=recalled)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    bar = _bar()
     tasks: dict[str, Any] = {}
 
     def download(file: str, done: int, total: int) -> None:
@@ -131,6 +122,38 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
     with bar:
         yield Progress(on_download=download, on_plan=planned, on_pair=paired, on_recalled=recalled)
+
+
+@contextmanager
+def matrices(*, quiet: bool) -> Iterator[Progress]:
+    """A progress bar over matrices, on a terminal only."""
+    from geoscope.analysis import Progress
+
+    if quiet or not sys.stderr.isatty():
+        yield Progress()
+        return
+    with _bar() as bar:
+        task = bar.add_task("matrices", total=None)
+
+        def paired(done: int, total: int, _name: str) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield Progress(on_pair=paired)
+
+
+def _bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
 
 
 def _note_lines(prepared: Prepared) -> list[str]:

@@ -41,6 +41,7 @@ class AdapterCard:
 
     folder: how the recipes name the folder. base: reference of the original model. layout:
     residual, mirror, anchor, or empty where the method has none. rank, alpha: as in the config.
+    served_rank: what vLLM has to be told, None where it serves no such rank.
     start_errors: dtype → largest relative error of a weight at the start.
     """
 
@@ -51,6 +52,7 @@ class AdapterCard:
     layout: str
     rank: int
     alpha: float
+    served_rank: int | None
     command: str
     version: str
     matrices: int
@@ -130,7 +132,7 @@ def _recipes(card: AdapterCard) -> list[str]:
         "TRL: give the loaded `model` to `GRPOTrainer(model=model, …)` and no `peft_config`; a "
         "`peft_config` would start a fresh LoRA. The TRL command line cannot load an adapter.\n",
         f"verl (FSDP):\n\n```\n{_verl(card, base, adapter)}\n```\n",
-        f"vLLM:\n\n```\n{_vllm(card, base, adapter)}\n```\n",
+        _vllm(card, base, adapter),
         "Where the rollout merges the adapter in place, load the base in float32.\n",
     ]
 
@@ -175,8 +177,11 @@ def _verl(card: AdapterCard, base: str, adapter: str) -> str:
 
 
 def _vllm(card: AdapterCard, base: str, adapter: str) -> str:
+    if card.served_rank is None:
+        return f"vLLM serves no adapter of rank {card.rank}.\n"
     warning = "# the base's own name serves W_res, a damaged model\n"
-    return (warning if card.layout == "residual" else "") + (
-        f"vllm serve {base} --enable-lora --max-lora-rank {card.rank} "
+    command = (
+        f"vllm serve {base} --enable-lora --max-lora-rank {card.served_rank} "
         f"--lora-modules {card.method}={adapter}"
     )
+    return f"vLLM:\n\n```\n{warning if card.layout == 'residual' else ''}{command}\n```\n"

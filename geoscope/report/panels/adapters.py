@@ -93,4 +93,13 @@ def _positive(layer: LayerRecord, key: str) -> float | None:
 
 
 def _key(axes: Axes) -> None:
-    axes.legend(loc="best", frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(-0.02, -0.13),
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
