@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -131,55 +127,86 @@ def test_parts_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 
 # --- a process that is killed ---------------------------------------------------------------------
 
+# Writes version 2 over version 1, in a child that kills itself at the k-th line of our code, for
+# one k after the other until a child comes to the end. Prints what stood there after each.
 WRITER = """
-import sys, time, torch
+import collections, json, os, shutil, signal, sys, torch
 from pathlib import Path
 from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
-plan = FilePlan({f"t{i}": TensorPlan("float32", (64,)) for i in range(4)})
-index = b'{"weight_map": {}}'
-names = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
-sizes = dict.fromkeys(names, plan.nbytes) | {"model.safetensors.index.json": len(index)}
-sizes |= {"config.json": 2, "tokenizer.json": 2}
-print("ready", flush=True)
-while True:
-    with OutputFolder(Path(sys.argv[1]), sizes, force=True) as out:
-        out.write("config.json", b"{}")
-        out.write("tokenizer.json", b"{}")
+
+plan = FilePlan({"a": TensorPlan("float32", (8,)), "b": TensorPlan("bfloat16", (3,))})
+names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+sizes = dict.fromkeys(names, plan.nbytes) | {INDEX: 2, CONFIG: 2, "tokenizer.json": 2}
+
+def write(folder, version):
+    with OutputFolder(folder, sizes, force=True) as out:
+        for name in (CONFIG, INDEX, "tokenizer.json"):
+            out.write(name, b"v%d" % version)
         for name in names:
             with out.tensors(name, plan) as writer:
-                for one in plan.order:
-                    writer.write(one, torch.ones(64))
-        out.write("model.safetensors.index.json", index)
-    print("complete", flush=True)
+                writer.write("a", torch.full((8,), float(version)))
+                writer.write("b", torch.full((3,), float(version)).bfloat16())
+
+def versions(folder):
+    found = {(folder / name).read_text() for name in (CONFIG, INDEX, "tokenizer.json")}
+    for name in names:
+        file = SafetensorsFile.open(folder / name, name)
+        found |= {f"v{int(number)}" for key in "ab" for number in file.read(key, None).unique()}
+    return found
+
+def state(folder):
+    if not (folder / CONFIG).exists() or not (folder / INDEX).exists():
+        return "cannot be loaded"
+    found = versions(folder)
+    return "complete " + found.pop() if len(found) == 1 else f"mixed {sorted(found)} at line {k}"
+
+def trace(frame, event, argument):
+    global lines
+    if "geoscope" not in frame.f_code.co_filename:
+        return None
+    lines += event == "line"
+    if lines > k:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return trace
+
+root, again = Path(sys.argv[1]), sys.argv[2] == "again"
+states, k = collections.Counter(), 0
+while True:
+    folder = root / str(k)
+    if again:
+        write(folder, 1)
+    child = os.fork()
+    if child == 0:
+        lines = 0
+        sys.settrace(trace)
+        write(folder, 2)
+        os._exit(0)
+    ended = os.waitpid(child, 0)[1] == 0
+    states[state(folder)] += 1
+    shutil.rmtree(folder, ignore_errors=True)
+    if ended:
+        break
+    k += 5
+print(json.dumps(states))
 """
 
 
-def is_loadable(folder: Path) -> bool:
-    """What transformers asks for first: configuration, and weights or their index."""
-    return (folder / "config.json").exists() and (folder / INDEX).exists()
-
-
-def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """The writer starts anew over its own folder without end; it is killed at random moments."""
-    generator = random.Random(0)
-    complete = 0
-    for attempt in range(12):
-        folder = tmp_path / f"out {attempt}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(generator.random() * 0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        if is_loadable(folder):
-            complete += 1
-            for number in (1, 2, 3):
-                shard = open_checkpoint(str(folder / f"model-{number:05d}-of-00003.safetensors"))
-                assert all(torch.equal(shard.read(f"t{i}"), torch.ones(64)) for i in range(4))
-    assert complete < 12  # some were stopped on the way
+@pytest.mark.parametrize("before", ["new", "again"])
+def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path, before: str) -> None:
+    """Killed at every fifth line of code, over nothing and over an older version of itself."""
+    result = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path), before],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    states: dict[str, int] = json.loads(result.stdout)
+    old = {"complete v1"} if before == "again" else set()
+    assert set(states) == {"cannot be loaded", "complete v2", *old}
+    assert states["cannot be loaded"] > 30
 
 
 # --- small files ----------------------------------------------------------------------------------
