@@ -149,9 +149,9 @@ def convert_adapter(
     >>> conversion.config["r"]  # doctest: +SKIP
     64
     """
-    origin = adapter_folder(initial)
-    end = open_adapter(adapter_folder(trained).adapter)
-    start = open_adapter(origin.adapter)
+    origin, last = adapter_folder(initial), adapter_folder(trained)
+    start = open_adapter(origin.adapter, given=origin.label)
+    end = open_adapter(last.adapter, given=last.label)
     parts = _matched(start, end)
     starts_at_zero = origin.layout == "mirror" or origin.record.get("method") == "lora"
     _refuse_rank(rank, end, starts_at_zero, origin)

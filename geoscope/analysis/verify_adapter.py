@@ -36,7 +36,10 @@ LOSSY = 1e-5
 
 @dataclass(frozen=True)
 class Check:
-    """One claim about the folder. `worst` is the number it stands on, `name` where it occurs."""
+    """One claim about the folder; `text` tells all of it.
+
+    worst: the number it stands on, None where there is none or it is not finite. name: where.
+    """
 
     id: str
     ok: bool
@@ -80,7 +83,7 @@ def verify_adapter(
     True
     """
     origin = adapter_folder(folder)
-    adapter = open_adapter(origin.adapter)
+    adapter = open_adapter(origin.adapter, given=origin.label)
     layout = _layout(origin, adapter)
     reference = _reference(origin, adapter, layout, base)
     original = open_checkpoint(reference)
@@ -105,7 +108,7 @@ def verify_adapter(
     if layout == "mirror" or origin.record.get("method") == "lora":
         checks.append(_product_check(match, original, tick))
     if layout == "anchor" and origin.anchor is not None:
-        checks.append(_anchor_check(adapter, open_adapter(origin.anchor)))
+        checks.append(_anchor_check(adapter, open_adapter(origin.anchor, given=f"{folder}/anchor")))
     if origin.record:
         checks.append(_hashes_check(origin.record, match, original))
     if with_peft and checks[0].ok:
@@ -287,12 +290,16 @@ def _weights_check(
     text = f"W_res + s·B·A misses W by at most {worst:.1e} of ‖W‖, {mean:.1e} on average"
     if not exact:
         text += f" ({LOSSY:.0e} needed), worst {name}: {_why_lossy(residual, name, accepted)}"
-    return Check("weights", exact or accepted, text, worst, name)
+    return Check("weights", exact or accepted, text, _number(worst), name)
 
 
 def _badness(error: float) -> float:
     """For comparisons: what is no number is worst."""
     return error if error == error else float("inf")
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _why_lossy(residual: Checkpoint, name: str, accepted: bool) -> str:
@@ -357,7 +364,7 @@ def _product_check(match: AdapterMatch, base: Checkpoint, tick: _Counter) -> Che
     text = f"max|s·B·A| is at most {worst:.1e} of max|W|"
     if not zero:
         text += f" ({MIRROR_TOLERANCE:.0e} needed), worst {name}: trained already, or damaged"
-    return Check("product", zero, text, worst, name)
+    return Check("product", zero, text, _number(worst), name)
 
 
 def _anchor_check(adapter: Adapter, anchor: Adapter) -> Check:
@@ -441,7 +448,7 @@ def _peft_checks(found: LogitDifferences, layout: str | None, *, allow_lossy: bo
         text = f"{way}: logits differ by {error:.1e} from the original"
         if not same:
             text += f" ({LOSSY:.0e} allowed); training would not start at the model"
-        checks.append(Check(f"peft-{way}", same, text, error))
+        checks.append(Check(f"peft-{way}", same, text, _number(error)))
     text = f"disabled: logits differ by {found.disabled:.1e} from the original"
     if layout == "residual":
         text += ": it is W_res, not the model, and no KL reference"

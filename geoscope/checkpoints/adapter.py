@@ -66,13 +66,14 @@ class Adapter:
         return stacked(one, self.read(one.B.name), self.read(one.A.name))
 
 
-def open_adapter(path: str | Path) -> Adapter:
+def open_adapter(path: str | Path, *, given: str | None = None) -> Adapter:
     """The adapter in a local folder, from its config and header; no tensor data is read.
 
+    given: how messages name the folder, where that is not its path.
     Raises CheckpointNotFound, UnsupportedFormat (a type or an extra that is not read yet), or
     CheckpointError for a damaged or contradictory folder.
     """
-    given, folder = str(path), Path(path).expanduser()
+    folder, given = Path(path).expanduser(), str(path) if given is None else given
     if not folder.is_dir():
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
     config = _config(folder, given)

@@ -33,8 +33,9 @@ _REPO = re.compile(r"^(?:hf://)?[^/]+/[^/]+")
 class AdapterFolder:
     """An adapter folder and what lies beside it.
 
-    adapter: the folder with adapter_config.json. residual, anchor: the rewritten base and the
-    frozen second adapter, where there are any. record: geoscope.json, empty without one.
+    given: as the user named it. adapter: the folder with adapter_config.json. residual, anchor: the
+    rewritten base and the frozen second adapter, where there are any. record: geoscope.json, empty
+    without one.
     """
 
     given: str
@@ -42,6 +43,12 @@ class AdapterFolder:
     residual: Path | None
     anchor: Path | None
     record: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The folder with adapter_config.json, in the words of the user."""
+        inside = self.adapter.name == "adapter" and Path(self.given).name != "adapter"
+        return f"{self.given.rstrip('/')}/adapter" if inside else self.given
 
     @property
     def layout(self) -> str | None:

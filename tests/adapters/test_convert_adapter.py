@@ -14,8 +14,10 @@ from adapters import tiny_models
 from adapters.tiny_models import live, logits
 from adapters.trained import (
     DEPRECATION,
+    PATTERNS,
     adapted,
     edit,
+    expert_folder,
     initialised,
     mirrored,
     peft,
@@ -28,15 +30,21 @@ from adapters.trained import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from geoscope.adapters.peft_config import adapter_config
 from geoscope.analysis.convert_adapter import (
     Conversion,
     ModuleEnergy,
     convert_adapter,
     discarded_share,
 )
-from geoscope.errors import OptionError
+from geoscope.analysis.verify_adapter import verify_adapter
+from geoscope.checkpoints.hashes import file_sha256
+from geoscope.errors import CheckpointError, NumericsError, OptionError, PairingError
 
-pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning"),
+    pytest.mark.filterwarnings(f"ignore:{PATTERNS}:RuntimeWarning"),
+]
 
 SAME = 1e-5  # relative difference of logits, fp32 throughout
 
@@ -74,6 +82,7 @@ def loaded(base: Path, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", DEPRECATION, FutureWarning)
+        warnings.filterwarnings("ignore", PATTERNS, RuntimeWarning)
         return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
@@ -258,3 +267,135 @@ def test_conv1d_keeps_the_shape_of_its_factors(tmp_path: Path) -> None:
     assert conversion.config["fan_in_fan_out"] is True
     written(conversion, tmp_path / "lora")
     assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < SAME
+
+
+@pytest.mark.parametrize("rank", [None, 7])
+def test_experts_that_peft_stacks_while_it_trains(tmp_path: Path, rank: int | None) -> None:
+    base = tiny_models.qwen3_moe(tmp_path / "original")
+    out = expert_folder(base, tmp_path / "out")
+    model = live(out / "residual")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", DEPRECATION, FutureWarning)
+        warnings.filterwarnings("ignore", PATTERNS, RuntimeWarning)
+        model = peft.PeftModel.from_pretrained(model, str(out / "adapter"), is_trainable=True)
+    assert relative(logits(model.eval()), logits(live(base))) < SAME
+    trained = saved(train(model), tmp_path / "trained")
+    conversion = convert_adapter(str(out), str(trained), rank=rank)
+    assert set(conversion.config["target_parameters"]) == {"gate_up_proj", "down_proj"}
+    energies = written(conversion, tmp_path / "lora")
+    missed = relative(logits(loaded(base, tmp_path / "lora")), logits(model))
+    assert missed < (1e-2 if rank else SAME)  # rank 8 is exact for gate_up_proj
+    assert 0 < discarded_share(energies) < 0.05 if rank else energies == ()
+    verified = verify_adapter(str(tmp_path / "lora"))
+    assert {check.id for check in verified.checks if not check.ok} <= {"vllm"}
+
+
+# --- what does not belong together --------------------------------------------------------------
+
+
+def test_another_run_is_refused_by_what_differs(
+    run: tuple[Path, Path, Path, Tensor], tmp_path: Path
+) -> None:
+    _, out, trained, _ = run
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    edit(other, lora_alpha=4)
+    with pytest.raises(PairingError, match=r"down_proj: scaling 1\.0 in .*other, 2\.0 in .*out"):
+        convert_adapter(str(out), str(other))
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    tensors = load_file(trained / "adapter_model.safetensors")
+    wide = {**tensors, key.format("A"): torch.zeros(4, 17)}
+    edit(other, lora_alpha=8)
+    save_file(wide, other / "adapter_model.safetensors")
+    with pytest.raises(PairingError, match=r"up_proj: shape \(24, 17\) in .*, \(24, 16\) in"):
+        convert_adapter(str(out), str(other))
+    fewer = {name: one for name, one in tensors.items() if "layers.0.mlp.up_proj" not in name}
+    save_file(fewer, other / "adapter_model.safetensors")
+    with pytest.raises(
+        PairingError, match=r"1 modules of .*out/adapter are not in .*other: model\.layers\.0"
+    ):
+        convert_adapter(str(out), str(other))
+    with pytest.raises(PairingError, match=r"1 modules of .*checkpoint-3 are not in .*other"):
+        convert_adapter(str(other), str(trained))
+
+
+def test_a_converted_adapter_is_not_converted_again(
+    run: tuple[Path, Path, Path, Tensor], tmp_path: Path
+) -> None:
+    _, out, trained, _ = run
+    written(convert_adapter(str(out), str(trained)), tmp_path / "lora")
+    with pytest.raises(PairingError, match=r"rank 8 in .*lora, 4 in"):
+        convert_adapter(str(out), str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 8, 100])
+def test_a_rank_that_does_not_compress_is_refused(
+    run: tuple[Path, Path, Path, Tensor], rank: int
+) -> None:
+    _, out, trained, _ = run
+    with pytest.raises(OptionError, match=rf"--rank {rank}: compresses to 1 … 7; rank 8 is exact"):
+        convert_adapter(str(out), str(trained), rank=rank)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_diverged_run_is_told_with_its_module(
+    run: tuple[Path, Path, Path, Tensor], tmp_path: Path, rank: int | None
+) -> None:
+    _, out, trained, _ = run
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    tensors = load_file(other / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = torch.nan
+    save_file(tensors, other / "adapter_model.safetensors")
+    with pytest.raises(NumericsError, match=r"^model\.layers\.1\.mlp\.up_proj: .*NaN"):
+        convert_adapter(str(out), str(other), rank=rank).write(lambda name, tensor: None)
+
+
+def test_tensors_of_modules_to_save_travel_and_strangers_do_not(
+    run: tuple[Path, Path, Path, Tensor], tmp_path: Path
+) -> None:
+    _, out, trained, _ = run
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    tensors = load_file(other / "adapter_model.safetensors")
+    head = "base_model.model.lm_head.weight"
+    tensors[head] = torch.randn(48, 16).to(torch.bfloat16)
+    save_file(tensors, other / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors are neither factors .*lm_head"):
+        convert_adapter(str(out), str(other))
+    edit(other, modules_to_save=["lm_head"])
+    conversion = convert_adapter(str(out), str(other))
+    assert conversion.plan.order[-1] == head
+    written(conversion, tmp_path / "lora")
+    made = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert torch.equal(made[head], tensors[head])
+    assert any("modules_to_save are copied" in note for note in conversion.notes)
+
+
+def test_a_hub_reference_keeps_its_commit(
+    run: tuple[Path, Path, Path, Tensor], tmp_path: Path
+) -> None:
+    base, out, trained, _ = run
+    copy = Path(shutil.copytree(out, tmp_path / "out"))
+    record(copy, base, layout="residual", base={"reference": "org/name", "commit": "c0ffee"})
+    config = convert_adapter(str(copy), str(trained)).config
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "c0ffee")
+    config = convert_adapter(str(copy), str(trained), base="org/other@v2").config
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/other", "v2")
+
+
+def test_the_config_has_no_keys_beyond_those_of_old_peft(
+    run: tuple[Path, Path, Path, Tensor],
+) -> None:
+    _, out, trained, _ = run
+    config = convert_adapter(str(out), str(trained)).config
+    least = adapter_config(base="x", rank=1, alpha=1, targets=["q_proj"])
+    assert list(config) == sorted(least)
+    assert config["init_lora_weights"] is True
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_inputs_stay_as_they_are(run: tuple[Path, Path, Path, Tensor], tmp_path: Path) -> None:
+    _, out, trained, _ = run
+    files = [path for top in (out, trained) for path in sorted(top.rglob("*")) if path.is_file()]
+    before = [file_sha256(path) for path in files]
+    written(convert_adapter(str(out), str(trained), rank=3), tmp_path / "lora")
+    assert [file_sha256(path) for path in files] == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import torch
 from adapters import tiny_models
 from adapters.trained import (
     DEPRECATION,
+    PATTERNS,
     adapted,
     edit,
+    expert_folder,
     initialised,
     mirrored,
+    peft,
     record,
     residual_folder,
     saved,
@@ -28,7 +32,10 @@ from geoscope.analysis.convert_adapter import convert_adapter
 from geoscope.analysis.verify_adapter import Check, Verification, verify_adapter
 from geoscope.errors import CheckpointNotFound, OptionError
 
-pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning"),
+    pytest.mark.filterwarnings(f"ignore:{PATTERNS}:RuntimeWarning"),
+]
 
 FACTORS = "adapter_model.safetensors"
 
@@ -185,6 +192,7 @@ def test_nan_is_no_small_error(out: Path) -> None:
     found = failed(verify_adapter(str(out)))
     assert set(found) == {"weights", "sha256"}
     assert found["weights"].name == f"{module}.weight"
+    assert found["weights"].worst is None
     assert "weights" in failed(verify_adapter(str(out), allow_lossy=True))
 
 
@@ -244,22 +252,25 @@ def test_a_mirror_is_zero_until_it_is_trained(tmp_path: Path, recorded: bool) ->
     assert "1e-12 needed" in check.text
 
 
-def test_an_anchor_is_the_opposite(tmp_path: Path) -> None:
-    base = tiny_models.llama(tmp_path / "original")
-    model = initialised(adapted(base))
-    out = tmp_path / "out"
-    adapter = saved(model, out / "adapter")
-    anchor = Path(shutil.copytree(adapter, out / "anchor"))
-
-    def negate(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if "lora_B" in name:
-                tensor.neg_()
-
-    change(anchor / FACTORS, negate)
+def anchored(base: Path, out: Path) -> Path:
+    """OUT of the anchor layout: adapter/ and anchor/, which is the same with B negated."""
+    adapter = saved(initialised(adapted(base)), out / "adapter")
+    shutil.copytree(adapter, out / "anchor")
+    change(out / "anchor" / FACTORS, negate)
     record(out, base, layout="anchor")
+    return out
+
+
+def negate(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.neg_()
+
+
+def test_an_anchor_is_the_opposite(tmp_path: Path) -> None:
+    out = anchored(tiny_models.llama(tmp_path / "original"), tmp_path / "out")
     assert failed(verify_adapter(str(out))) == {}
-    change(anchor / FACTORS, negate)
+    change(out / "anchor" / FACTORS, negate)
     check = failed(verify_adapter(str(out)))["anchor"]
     assert "14 modules of anchor/ are not the opposite" in check.text
 
@@ -299,6 +310,26 @@ def test_tied_embeddings_are_no_loss(tmp_path: Path) -> None:
     assert failed(verify_adapter(str(out))) == {}
 
 
+def test_experts_one_by_one_and_as_a_stack(tmp_path: Path) -> None:
+    base = tiny_models.qwen3_moe(tmp_path / "original")
+    out = expert_folder(base, tmp_path / "out")
+    found = verify_adapter(str(out), with_peft=True)
+    assert failed(found) == {}
+    live = peft.PeftModel.from_pretrained(tiny_models.live(out / "residual"), str(out / "adapter"))
+    stacked = saved(live, tmp_path / "stacked" / "adapter")
+    shutil.copytree(out / "residual", tmp_path / "stacked" / "residual")
+    record(tmp_path / "stacked", base, layout="residual")
+    again = verify_adapter(str(stacked.parent))
+    assert set(failed(again)) == {"vllm"}  # PEFT writes patterns
+    one, two = (
+        next(check.worst for check in which.checks if check.id == "weights")
+        for which in (found, again)
+    )
+    assert one is not None
+    assert one < 1e-7
+    assert two == pytest.approx(one, rel=0.5)
+
+
 # --- with PEFT ----------------------------------------------------------------------------------
 
 
@@ -324,12 +355,44 @@ def test_peft_agrees_on_a_mirror(tmp_path: Path) -> None:
     assert differences(found)["peft-disabled"] == 0
 
 
-def test_peft_finds_doubled_alpha_and_missing_keys(out: Path) -> None:
+def test_peft_agrees_on_an_anchor(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "original")
+    out = anchored(base, tmp_path / "out")
+    found = verify_adapter(str(out), with_peft=True)
+    assert failed(found) == {}
+    assert differences(found)["peft-enabled"] < 2e-6
+
+
+def test_peft_finds_doubled_alpha(out: Path) -> None:
     edit(out / "adapter", lora_alpha=16)
-    name = key("model.layers.0.mlp.up_proj", "A")
-    change(out / "adapter" / FACTORS, lambda tensors: tensors[name].mul_(2))
+    assert set(failed(verify_adapter(str(out), with_peft=True))) == {
+        "peft-enabled",
+        "peft-merged",
+        "weights",
+    }
+
+
+def test_peft_tells_missing_keys(out: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for side in "AB":
+            del tensors[key(name, side)]
+
+    change(out / "adapter" / FACTORS, drop)
     found = failed(verify_adapter(str(out), with_peft=True))
-    assert {"peft-enabled", "peft-merged", "weights"} <= set(found)
+    assert "missing adapter keys" in found["peft-loads"].text
+    assert {"keys", "weights", "peft-enabled"} & set(found) == {"keys", "peft-enabled"}
+
+
+def test_without_peft_the_extra_is_named(
+    sound: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        OptionError, match=r"peft is not installed; run `pip install 'geoscope\[peft"
+    ):
+        verify_adapter(str(sound[1]), with_peft=True)
 
 
 def test_peft_unused_keys_are_a_failure(out: Path) -> None:

@@ -14,6 +14,7 @@ from adapters.tiny_models import VOCABULARY, live
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from geoscope.adapters.peft_config import adapter_config
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
 
 with warnings.catch_warnings():  # of packages that peft imports
@@ -22,8 +23,10 @@ with warnings.catch_warnings():  # of packages that peft imports
 
 __all__ = [
     "DEPRECATION",
+    "PATTERNS",
     "adapted",
     "edit",
+    "expert_folder",
     "initialised",
     "mirrored",
     "record",
@@ -35,6 +38,8 @@ __all__ = [
 
 # Of transformers 5.23 about a name that peft 0.21 still uses.
 DEPRECATION = "`is_gradient_checkpointing` is deprecated"
+# Of peft 0.21 about the patterns that it makes itself for stacked experts, and does use.
+PATTERNS = "The following .*_pattern keys did not match"
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -83,6 +88,33 @@ def residual_folder(model: Any, base: Path, out: Path, *, dtype: torch.dtype | N
     files = {file.name: file_sha256(file) for file in base.glob("*.safetensors")}
     origin = {"reference": str(base), "commit": None, "sha256": files}
     record(out, base, layout="residual", matrices=matrices, base=origin)
+    return out
+
+
+def expert_folder(base: Path, out: Path, *, seed: int = 7) -> Path:
+    """OUT of the residual layout for every projection of a model, experts one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    shutil.copytree(base, out / "residual")
+    factors: dict[str, Tensor] = {}
+    leaves: set[str] = set()
+    for file in sorted((out / "residual").glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in sorted(tensors):
+            path, _, leaf = name.removesuffix(".weight").rpartition(".")
+            if not leaf.endswith("_proj"):
+                continue
+            leaves.add(leaf)
+            m, n = tensors[name].shape
+            A, B = (torch.randn(shape, generator=generator) * 0.1 for shape in ((2, n), (m, 2)))
+            tensors[name] = tensors[name] - 2 * B @ A
+            key = f"base_model.model.{path}.{leaf}"
+            factors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+        save_file(tensors, file, metadata={"format": "pt"})
+    (out / "adapter").mkdir()
+    save_file(factors, out / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = adapter_config(base=str(out / "residual"), rank=2, alpha=4, targets=sorted(leaves))
+    (out / "adapter" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    record(out, base, layout="residual")
     return out
 
 

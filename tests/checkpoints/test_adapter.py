@@ -1,0 +1,302 @@
+"""Is an adapter read as PEFT reads it, and is every folder that is not one refused in one line?"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from geoscope.checkpoints.adapter import open_adapter
+from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
+from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
+from geoscope.checkpoints.lora_adapter import is_targeted, stacked, unstacked
+from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.v_proj"
+CONFIG = {
+    "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+    "base_model_name_or_path": "org/base",
+}  # fmt: skip
+
+
+def factors(
+    *modules: str, rank: int = 4, prefix: str = "base_model.model.", adapter: str = ""
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        A, B = (torch.randn(shape, generator=generator) for shape in ((rank, 6), (5, rank)))
+        tensors[f"{prefix}{module}.lora_A{adapter}.weight"] = A
+        tensors[f"{prefix}{module}.lora_B{adapter}.weight"] = B
+    return tensors
+
+
+def folder(path: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}), encoding="utf-8")
+    stored = factors(V, Q) if tensors is None else tensors
+    save_file(stored, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def refused(path: Path, kind: type[CheckpointError], text: str) -> None:
+    with pytest.raises(kind, match=text) as caught:
+        open_adapter(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_modules_in_natural_order_with_their_factors(tmp_path: Path) -> None:
+    adapter = open_adapter(folder(tmp_path))
+    assert list(adapter.modules) == [Q, V]  # layer 0 before layer 10
+    one = adapter.modules[Q]
+    assert (one.shape, one.rank, one.alpha, one.scaling, one.experts) == ((5, 6), 4, 8.0, 2.0, 1)
+    B, A = adapter.factors(Q)
+    assert B.shape == (1, 5, 4)
+    assert A.shape == (1, 4, 6)
+    stored = factors(V, Q)
+    assert torch.equal(B[0], stored[f"base_model.model.{Q}.lora_B.weight"])
+    assert torch.equal(A[0], stored[f"base_model.model.{Q}.lora_A.weight"])
+    assert adapter.base == "org/base"
+    assert adapter.others == ()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "adapter"),
+    [("base_model.model.", ".default"), ("", ""), ("base_model.model.", ".x")],
+)
+def test_raw_state_dicts_name_the_adapter(tmp_path: Path, prefix: str, adapter: str) -> None:
+    tensors = factors(Q, V, prefix=prefix, adapter=adapter)
+    assert list(open_adapter(folder(tmp_path, tensors)).modules) == [Q, V]
+
+
+def test_a_pickle_is_read_without_running_it(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    (path / "adapter_model.safetensors").unlink()
+    torch.save(factors(Q), path / "adapter_model.bin")
+    adapter = open_adapter(path)
+    assert torch.equal(adapter.factors(Q)[0][0], factors(Q)[f"base_model.model.{Q}.lora_B.weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "scaling"),
+    [
+        ({}, 4, 2.0),
+        ({"use_rslora": True}, 4, 4.0),
+        ({"rank_pattern": {"q_proj": 2}}, 2, 4.0),
+        ({"alpha_pattern": {"q_proj": 2}}, 4, 0.5),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\..*": 1}}, 2, 0.5),
+        ({"rank_pattern": {"q_proj": 2}, "use_rslora": True}, 2, 8 / math.sqrt(2)),
+        ({"rank_pattern": {"q_pro": 2, "proj": 3}}, 4, 2.0),  # a whole part of the path, or none
+        ({"rank_pattern": {".*q_proj": 2, "q_proj": 3}}, 2, 4.0),  # the first that matches
+        ({"lora_alpha": 0.5}, 4, 0.125),
+    ],
+)
+def test_rank_and_scaling_are_those_of_peft(
+    tmp_path: Path, config: dict[str, Any], rank: int, scaling: float
+) -> None:
+    one = open_adapter(folder(tmp_path, factors(Q, rank=rank), **config)).modules[Q]
+    assert (one.rank, one.scaling) == (rank, scaling)
+
+
+def test_stacked_experts_come_apart_as_peft_multiplies_them(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    experts, r, up, down = 3, 4, (10, 6), (6, 5)
+    path = "base_model.model.model.layers.0.mlp.experts"
+    tensors: dict[str, Tensor] = {}
+    for inner, (m, n), rank in ((".base_layer", up, 2 * r), ("", down, r)):
+        A = torch.randn(experts * rank, n, generator=generator)
+        B = torch.randn(m, rank * experts, generator=generator)
+        tensors |= {f"{path}{inner}.lora_A.weight": A, f"{path}{inner}.lora_B.weight": B}
+    config: dict[str, Any] = {
+        "target_parameters": ["down_proj", "gate_up_proj"], "target_modules": ["q_proj"],
+        "rank_pattern": {r".*\.gate_up_proj": 2 * r}, "alpha_pattern": {r".*\.gate_up_proj": 16},
+    }  # fmt: skip
+    adapter = open_adapter(folder(tmp_path, tensors, **config))
+    for leaf, inner, shape, rank in (
+        ("gate_up_proj", ".base_layer", up, 2 * r),
+        ("down_proj", "", down, r),
+    ):
+        one = adapter.modules[f"model.layers.0.mlp.experts.{leaf}"]
+        assert (one.shape, one.rank, one.experts, one.scaling) == (shape, rank, experts, 2.0)
+        B, A = adapter.factors(one.name)
+        for e in range(experts):
+            stored_A = tensors[f"{path}{inner}.lora_A.weight"][e * rank : (e + 1) * rank]
+            stored_B = tensors[f"{path}{inner}.lora_B.weight"][:, e::experts]
+            torch.testing.assert_close(B[e] @ A[e], stored_B @ stored_A)
+        again = unstacked(*stacked(one, *(adapter.read(info.name) for info in (one.B, one.A))))
+        assert torch.equal(again[0], tensors[f"{path}{inner}.lora_B.weight"])
+        assert torch.equal(again[1], tensors[f"{path}{inner}.lora_A.weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "named"),
+    [
+        ({"target_modules": ["q_proj"]}, Q, True),
+        ({"target_modules": ["proj"]}, Q, False),
+        ({"target_modules": [Q]}, Q, True),
+        ({"target_modules": ["0.self_attn.q_proj"]}, "model.layers.10.self_attn.q_proj", False),
+        ({"target_modules": r".*\.q_proj"}, Q, True),
+        ({"target_modules": "q_proj"}, Q, False),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]}, Q, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, Q, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, Q, True),
+        ({}, Q, False),
+    ],
+)
+def test_targets_are_matched_by_the_rule_of_peft(
+    config: dict[str, Any], module: str, named: bool
+) -> None:
+    assert is_targeted(config, module) is named
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["IA3", "VERA", "ADALORA", None])
+def test_other_types_are_refused_by_name(tmp_path: Path, kind: str | None) -> None:
+    text = rf"peft_type is {kind!r}; geoscope reads LORA adapters\. Merge it"
+    refused(folder(tmp_path, peft_type=kind), UnsupportedFormat, text)
+
+
+@pytest.mark.parametrize(
+    ("config", "called"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "a bias on lora_B"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"layer_replication": [[0, 2]]}, "layer replication"),
+        ({"trainable_token_indices": [1]}, "trainable tokens"),
+    ],
+)
+def test_extras_that_change_the_update_are_refused(
+    tmp_path: Path, config: dict[str, Any], called: str
+) -> None:
+    refused(folder(tmp_path, **config), UnsupportedFormat, called)
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        (f"base_model.model.{Q}.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "an adapted embedding"),
+        (f"base_model.model.{Q}.lora_B.bias", "a bias on lora_B"),
+        ("lora_unet_down.lora_down.weight", "a kohya or diffusers LoRA"),
+    ],
+)
+def test_tensors_of_other_kinds_are_refused(tmp_path: Path, name: str, called: str) -> None:
+    tensors = {**factors(Q), name: torch.zeros(5)}
+    refused(folder(tmp_path, tensors), UnsupportedFormat, rf"{called} \(tensor {re.escape(name)}\)")
+
+
+def test_what_is_no_adapter_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", CheckpointNotFound, "no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", CheckpointNotFound, "holds no adapter_config.json; give the folder")
+    folder(tmp_path / "run" / "checkpoint-1")
+    refused(tmp_path / "run", CheckpointNotFound, r"give .*run/checkpoint-1$")
+    path = folder(tmp_path / "config")
+    (path / "adapter_model.safetensors").unlink()
+    refused(path, CheckpointNotFound, "without factors; copy adapter_model.safetensors or")
+    (path / "adapter_model-00001-of-00002.safetensors").write_bytes(b"")
+    refused(path, UnsupportedFormat, "in 1 shards")
+    (path / "adapter_config.json").write_text("[1]", encoding="utf-8")
+    refused(path, CheckpointError, "the JSON is no object")
+
+
+def test_damaged_factors(tmp_path: Path) -> None:
+    whole = factors(Q, V)
+    half = {name: one for name, one in whole.items() if f"{V}.lora_B" not in name}
+    refused(folder(tmp_path, half), CheckpointError, rf"first {re.escape(V)} without lora_B")
+    flat = {name: one.reshape(-1) for name, one in whole.items()}
+    refused(folder(tmp_path, flat), CheckpointError, "ZeRO-3 or FSDP save whose shards were not")
+    refused(folder(tmp_path, {"x": torch.zeros(2)}), CheckpointError, "no lora_A or lora_B among")
+    refused(folder(tmp_path, r=8), CheckpointError, r"lora_A \(4, 6\) .* the config rank 8")
+    two = {**factors(Q, adapter=".a"), **factors(V, adapter=".b")}
+    refused(folder(tmp_path, two), CheckpointError, r"holds 2 adapters \(a, b\)")
+    twice = {**factors(Q), **factors(Q, adapter=".default")}
+    refused(folder(tmp_path, twice), CheckpointError, "stands there twice")
+
+
+@pytest.mark.parametrize("alpha", [0, None, "8", True, -1])
+def test_an_alpha_that_is_none_is_asked_for(tmp_path: Path, alpha: Any) -> None:
+    refused(
+        folder(tmp_path, lora_alpha=alpha),
+        CheckpointError,
+        rf"lora_alpha of {re.escape(Q)} is {alpha!r}",
+    )
+
+
+# --- what lies beside it ------------------------------------------------------------------------
+
+
+def record(path: Path, **content: Any) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"schema": "geoscope.adapter/1", **content})
+    (path / "geoscope.json").write_text(text, encoding="utf-8")
+
+
+def model(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}", encoding="utf-8")
+    save_file({"a.weight": torch.zeros(2, 2)}, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_the_output_folder_and_its_adapter_name_the_same(tmp_path: Path, inside: str) -> None:
+    out = tmp_path / "out"
+    folder(out / "adapter")
+    residual = model(out / "residual")
+    record(out, layout="residual", base={"reference": "org/base", "commit": "c0ffee"})
+    found = adapter_folder(out / inside)
+    assert (found.adapter, found.residual, found.anchor) == (out / "adapter", residual, None)
+    assert (found.layout, found.original) == ("residual", "org/base@c0ffee")
+    assert record_beside(str(residual)) == found.record
+    assert record_beside("org/base") == record_beside(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("reference", "commit", "original"),
+    [
+        ("org/base", None, "org/base"),
+        ("org/base@v1", "c0ffee", "org/base@v1"),
+        ("hf://org/base/sub", "c0ffee", "hf://org/base@c0ffee/sub"),
+        (None, None, None),
+    ],
+)
+def test_the_original_is_pinned(
+    tmp_path: Path, reference: str | None, commit: str | None, original: str | None
+) -> None:
+    record(folder(tmp_path), layout="mirror", base={"reference": reference, "commit": commit})
+    assert adapter_folder(tmp_path).original == original
+
+
+def test_a_model_around_the_adapter_is_a_residual_only_where_peft_puts_it(tmp_path: Path) -> None:
+    around = model(tmp_path / "model")
+    assert adapter_folder(folder(around / "pissa_init")).residual == around
+    assert adapter_folder(folder(around / "lora")).layout is None
+
+
+def test_a_record_of_another_schema_is_refused(tmp_path: Path) -> None:
+    record(folder(tmp_path), schema="geoscope.report/1")
+    with pytest.raises(CheckpointError, match=r"schema is 'geoscope\.report/1', needs"):
+        adapter_folder(tmp_path)
+
+
+def test_hashes_are_those_of_the_bytes(tmp_path: Path) -> None:
+    tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    assert tensor_sha256(tensor) == tensor_sha256(tensor.T.contiguous().T)
+    assert tensor_sha256(tensor) != tensor_sha256(tensor.T)
+    raw = tensor.view(torch.uint8).numpy().tobytes()
+    (tmp_path / "raw").write_bytes(raw)
+    assert tensor_sha256(tensor) == file_sha256(tmp_path / "raw")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        file_sha256(tmp_path / "nowhere")
