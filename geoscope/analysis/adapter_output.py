@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from geoscope.adapters.layouts import anchor, mirror
 from geoscope.adapters.peft_config import adapter_config, config_bytes
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.analysis.adapter_targets import Targets
+from geoscope.analysis.convert_adapter import Conversion, ModuleEnergy
 from geoscope.analysis.init_options import InitOptions
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.adapter_folder import RECORD
@@ -31,7 +32,14 @@ from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
 from geoscope.checkpoints.writing import ModelPlan, plan_model
 
-__all__ = ["AdapterFiles", "Spool", "plan_files", "write_configs", "write_record"]
+__all__ = [
+    "AdapterFiles",
+    "Spool",
+    "plan_files",
+    "write_configs",
+    "write_conversion",
+    "write_record",
+]
 
 _WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 # Room for what is written at the end: the record of one matrix, the card and the configuration.
@@ -162,3 +170,16 @@ def write_record(out: OutputFolder, record: Mapping[str, Any]) -> None:
     """geoscope.json."""
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     out.write(RECORD, (text + "\n").encode())
+
+
+def write_conversion(
+    conversion: Conversion, out: Path, *, force: bool = False, inputs: Sequence[Path] = ()
+) -> tuple[ModuleEnergy, ...]:
+    """The converted adapter as a folder; what a compression leaves out of each module."""
+    config = config_bytes(conversion.config)
+    sizes = {_WEIGHTS: conversion.plan.nbytes, _CONFIG: len(config)}
+    with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
+        with folder.tensors(_WEIGHTS, conversion.plan) as writer:
+            found = conversion.write(writer.write)
+        folder.write(_CONFIG, config)
+    return found

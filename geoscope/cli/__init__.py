@@ -51,6 +51,8 @@ for _command in (
     pairs.alignment,
     pairs.compare,
     adapters.init_adapter,
+    adapters.verify_adapter,
+    adapters.convert_adapter,
     reading.show,
     reading.metrics,
     demo.demo,

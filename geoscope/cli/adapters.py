@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +17,9 @@ from geoscope.errors import CheckpointError, OptionError
 if TYPE_CHECKING:
     from geoscope.analysis.init_options import InitOptions
     from geoscope.analysis.initialise import Initialised
+    from geoscope.analysis.verify_adapter import Verification
 
-__all__ = ["init_adapter"]
+__all__ = ["convert_adapter", "init_adapter", "verify_adapter"]
 
 _METHOD: dict[str, opt.Spec] = {
     "method": opt.Spec(str, "geora", ("--method",), "geora, pissa, milora, olora or lora.", "NAME"),
@@ -200,3 +203,138 @@ def _tell(made: Initialised, chosen: InitOptions, options: dict[str, Any]) -> No
         output.say(f"note: {note}", quiet=quiet)
     what = layout_words(chosen.chosen_layout)
     output.say(f"wrote {made.out}: {what}; README.md there tells how to load it", quiet=quiet)
+
+
+# --- verify-adapter -------------------------------------------------------------------------------
+
+_QUIET = {name: opt.OUTPUT[name] for name in ("as_json", "quiet", "debug")}
+_BASE = {
+    "base": opt.Spec(
+        str | None,
+        None,
+        ("--base",),
+        "The original model, where the folder does not tell it: folder or org/name[@revision].",
+        "MODEL",
+    ),
+}
+
+
+@opt.with_options(
+    _BASE,
+    {
+        "allow_lossy": opt.Spec(
+            bool,
+            False,
+            ("--allow-lossy",),
+            "A start further off the model than 1e-5 is told and is no failure.",
+        ),
+        "with_peft": opt.Spec(
+            bool,
+            False,
+            ("--with-peft",),
+            "Also load it with transformers and PEFT, and compare the logits.",
+        ),
+    },
+    _QUIET,
+)
+def verify_adapter(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Output of init-adapter, or an adapter folder.")
+    ],
+    **options: Any,
+) -> None:
+    """Is an adapter folder what it says it is?"""
+    from geoscope.analysis.verify_adapter import verify_adapter as verify
+
+    with output.matrices(quiet=options["quiet"]) as progress:
+        found = verify(
+            folder,
+            base=options["base"],
+            allow_lossy=options["allow_lossy"],
+            with_peft=options["with_peft"],
+            on_module=lambda done, total: progress.on_pair(done, total, ""),
+        )
+    if options["as_json"]:
+        output.document(json.dumps({**asdict(found), "ok": found.ok}, indent=2, sort_keys=True))
+    else:
+        output.data(_verification(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _verification(found: Verification) -> str:
+    """One line a check, what failed with its reason."""
+    layout = f", layout {found.layout}" if found.layout else ""
+    lines = [f"{found.folder} on {found.base}{layout}"]
+    for check in found.checks:
+        where = f" at {check.name}" if check.name and not check.ok else ""
+        lines.append(f"{'ok  ' if check.ok else 'FAIL'} {check.text}{where}")
+    lines += [f"note: {note}" for note in found.notes]
+    failed = sum(not check.ok for check in found.checks)
+    lines.append(f"{failed} of {len(found.checks)} checks failed" if failed else "all checks hold")
+    return "\n".join(lines)
+
+
+# --- convert-adapter ------------------------------------------------------------------------------
+
+
+@opt.with_options(
+    {
+        "out_folder": opt.Spec(
+            Path, ..., ("--out", "-o"), "Folder to write the plain LoRA to.", "OUT"
+        ),
+        "rank": opt.Spec(
+            int | None,
+            None,
+            ("--rank", "-r"),
+            "Compress to this rank, and say what is lost. Default: exact, twice the rank.",
+            "R",
+        ),
+        **_BASE,
+        "force": opt.Spec(bool, False, ("--force",), "Replace files of an earlier run in OUT."),
+    },
+    _QUIET,
+)
+def convert_adapter(
+    initial: Annotated[
+        str,
+        typer.Argument(
+            metavar="INIT", help="Output of init-adapter, or an adapter saved before training."
+        ),
+    ],
+    trained: Annotated[
+        str, typer.Argument(metavar="TRAINED", help="The same adapter after training.")
+    ],
+    **options: Any,
+) -> None:
+    """A trained adapter as a plain LoRA on its original base."""
+    from geoscope.analysis.adapter_output import write_conversion
+    from geoscope.analysis.convert_adapter import convert_adapter as convert
+    from geoscope.analysis.convert_adapter import discarded_share
+    from geoscope.report.numbers import number
+
+    conversion = convert(initial, trained, rank=options["rank"], base=options["base"])
+    out = options["out_folder"]
+    found = write_conversion(
+        conversion, out, force=options["force"], inputs=[Path(initial), Path(trained)]
+    )
+    config = conversion.config
+    lost = discarded_share(found)
+    if options["as_json"]:
+        told = {"out": str(out), "rank": config["r"], "lora_alpha": config["lora_alpha"]}
+        told |= {"base": config["base_model_name_or_path"], "discarded": lost}
+        told |= {"modules": [{**asdict(one), "share": one.share} for one in found]}
+        output.document(json.dumps(told, indent=2, sort_keys=True))
+        return
+    output.data(
+        f"{out}: LoRA of rank {config['r']}, lora_alpha {config['lora_alpha']:g}, on "
+        f"{config['base_model_name_or_path']}"
+    )
+    if found:
+        worst = max(found, key=lambda one: one.share)
+        output.data(
+            f"left out by the rank: {number(lost)} of the update's energy, at most "
+            f"{number(worst.share)} ({worst.name})"
+        )
+    for note in conversion.notes:
+        output.say(f"note: {note}", quiet=options["quiet"])
