@@ -59,7 +59,7 @@ def captured(S: Tensor, Vh: Tensor, leading: Tensor) -> float:
 
 
 def gap_note(gap: float | None) -> tuple[str, ...]:
-    """A line for the user where σ_r and σ_{r+1} are nearly equal; the same for all such matrices."""
+    """A line for the user where σ_r and σ_{r+1} are nearly equal; the same for all matrices."""
     if gap is None or gap >= ILL_CONDITIONED:
         return ()
     return (

@@ -42,11 +42,11 @@ from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.checkpoints.writing import write_model
 from geoscope.engine import one_blas_thread, resolve_devices
-from geoscope.errors import GeoscopeError
+from geoscope.errors import CheckpointError, GeoscopeError, OptionError
 from geoscope.records import Report, TensorInfo
 from geoscope.report.card import AdapterCard, adapter_card
 
-__all__ = ["Initialised", "default_output", "initialise"]
+__all__ = ["Initialised", "default_output", "initialise", "model_here"]
 
 # dtypes in which a trainer may hold the base: the start error is measured for each.
 _TRAINER = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,6 +71,17 @@ class _Made:
     factors: LoraFactors
     residual: Tensor | None
     errors: Mapping[str, float]
+
+
+def model_here() -> str:
+    """The current folder as a model. Raises OptionError where it holds none."""
+    try:
+        open_checkpoint(".")
+    except CheckpointError as error:
+        raise OptionError(
+            f"no MODEL given, and the current folder is none ({error}); name a folder or a Hub id"
+        ) from None
+    return "."
 
 
 def default_output(model: str, options: InitOptions) -> Path:
@@ -196,7 +207,8 @@ def _make(
     chosen = options.method_options
     if "seed" in chosen and not options.initialisation.needs_layout:
         # Each matrix draws its own A; the seed of a null is shared by equal shapes.
-        chosen["seed"] = (options.seed << 32) ^ zlib.crc32(info.name.encode())
+        # 32 bits: the CPU's generator looks at no more.
+        chosen["seed"] = zlib.crc32(f"{options.seed}:{info.name}".encode())
     try:
         factors = options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
     except GeoscopeError as error:

@@ -12,7 +12,6 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     from geoscope.analysis.init_options import InitOptions
@@ -142,15 +141,9 @@ def _model(given: str | None) -> str:
     """MODEL, or the current folder where it holds one."""
     if given is not None:
         return given
-    from geoscope.checkpoints import open_checkpoint
+    from geoscope.analysis.initialise import model_here
 
-    try:
-        open_checkpoint(".")
-    except CheckpointError as error:
-        raise OptionError(
-            f"no MODEL given, and the current folder is none ({error}); name a folder or a Hub id"
-        ) from None
-    return "."
+    return model_here()
 
 
 def _options(options: dict[str, Any]) -> InitOptions:
