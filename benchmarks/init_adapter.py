@@ -1,0 +1,119 @@
+"""Seconds of GeoRA factors for one layer, beside the recipe of two full SVDs and PEFT's PiSSA.
+
+One thread each, every method in every round on the same matrix. The recipe is timed by its two
+torch.linalg.svd in fp32 alone (of the matrix turned tall), without its quantiles and masks; PEFT by
+LoRA layers with init_lora_weights="pissa" on an nn.Linear of the same weights. Errors are sines of
+the subspace of W_geo, left side, against an fp64 SVD of the same W_geo (with --errors). Nulls are
+computed once a shape and a process; their seconds stand apart. Prints Markdown.
+
+    python benchmarks/init_adapter.py [--rank 16] [--rounds 3] [--family qwen2.5-1.5b] [--errors]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from peft import LoraConfig, get_peft_model
+from synthetic import FAMILIES, weight
+from torch import Tensor, nn
+
+from geoscope.adapters import geora
+from geoscope.linalg import blas
+from geoscope.linalg.head import head_triplets
+from geoscope.linalg.iid import iid_top_share
+from geoscope.linalg.masked import keep_small
+
+
+def two_svds(tall: Tensor) -> None:
+    for _ in range(2):
+        torch.linalg.svd(tall, full_matrices=False)
+
+
+def peft_pissa(model: nn.Module, rank: int) -> None:
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["0"], init_lora_weights="pissa"
+    )  # pyright: ignore
+    get_peft_model(model, config)  # pyright: ignore
+
+
+def timed(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def seconds(W: Tensor, rank: int, rounds: int) -> dict[str, list[float]]:
+    """Method → seconds in each round."""
+    single = W.float()
+    tall = single if W.shape[0] >= W.shape[1] else single.T.contiguous()
+    found: dict[str, list[float]] = {"geora": [], "two SVDs": [], "PEFT pissa": []}
+    for _ in range(rounds):
+        found["geora"].append(timed(lambda: geora(W, rank)))
+        found["two SVDs"].append(timed(lambda: two_svds(tall)))
+        model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False))
+        model[0].weight.data = single.clone()  # pyright: ignore
+        found["PEFT pissa"].append(timed(lambda model=model: peft_pissa(model, rank)))
+    return found
+
+
+def errors(W: Tensor, rank: int) -> tuple[float, float]:
+    """Sines of the subspaces of W_geo: geoscope's, and that of an fp32 SVD."""
+    base = head_triplets(W, rank)
+    kept = keep_small(W, base.U, base.S[:-1], base.Vh, 0.2).kept
+    kept = kept if W.shape[0] >= W.shape[1] else kept.T.contiguous()
+    truth = torch.linalg.svd(kept.double(), full_matrices=False).U[:, :rank]
+    single = torch.linalg.svd(kept.float(), full_matrices=False).U[:, :rank].double()
+    ours = head_triplets(kept, rank).U
+
+    def sine(U: Tensor) -> float:
+        return float(torch.linalg.matrix_norm(U - truth @ (truth.T @ U), 2))
+
+    return sine(ours), sine(single)
+
+
+def spread(values: list[float]) -> str:
+    return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen2.5-1.5b")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--errors", action="store_true", help="also against fp64 SVDs (slow)")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    totals = {"geora": 0.0, "two SVDs": 0.0, "PEFT pissa": 0.0}
+    nulls = 0.0
+    print(f"rank {given.rank}, {given.rounds} rounds, torch {torch.__version__}, one thread\n")
+    print("| matrix | geora, s | two fp32 SVDs, s | ratio | PEFT pissa, s | ratio | sine | fp32 |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    with blas.one_thread():
+        for name, (m, n) in FAMILIES[given.family].items():
+            W = weight(m, n, generator).bfloat16()
+            nulls += timed(lambda m=m, n=n: iid_top_share(m, n, given.rank, 0))
+            found = seconds(W, given.rank, given.rounds)
+            middle = {key: median(values) for key, values in found.items()}
+            totals = {key: totals[key] + middle[key] for key in totals}
+            sines = [f"{one:.0e}" for one in errors(W, given.rank)] if given.errors else ["", ""]
+            print(
+                f"| {name} {m}×{n} | {spread(found['geora'])} | {spread(found['two SVDs'])} "
+                f"| {middle['two SVDs'] / middle['geora']:.1f} | {spread(found['PEFT pissa'])} "
+                f"| {middle['PEFT pissa'] / middle['geora']:.1f} | {sines[0]} | {sines[1]} |",
+                flush=True,
+            )
+    print(
+        f"| layer | {totals['geora']:.2f} | {totals['two SVDs']:.2f} "
+        f"| **{totals['two SVDs'] / totals['geora']:.1f}** | {totals['PEFT pissa']:.2f} "
+        f"| **{totals['PEFT pissa'] / totals['geora']:.1f}** | | |"
+    )
+    print(f"\nNulls, once a shape: {nulls:.2f} s.")
+
+
+if __name__ == "__main__":
+    main()
