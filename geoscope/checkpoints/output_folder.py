@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -71,6 +71,8 @@ class OutputFolder:
         self.path = path
         self._planned = dict(planned)
         self._waiting: dict[str, bytes] = {}
+        self._written: list[Path] = []
+        self._made: list[Path] = []
         _refuse_unusable(path)
         _refuse_inputs(path, planned, inputs)
         _refuse_filled(path, force)
@@ -81,6 +83,7 @@ class OutputFolder:
         """Makes the folders; what would make a half-written folder loadable goes first."""
         try:
             for folder in _folders(self.path, self._planned):
+                self._made += [] if folder.exists() else [folder]
                 folder.mkdir(parents=True, exist_ok=True)
                 for stale in folder.glob(f".*{TEMPORARY}"):
                     stale.unlink(missing_ok=True)
@@ -100,11 +103,20 @@ class OutputFolder:
         traceback: TracebackType | None,
     ) -> None:
         if kind is not None:
+            self._take_back()
             return
         if self._planned:
             raise ValueError(f"planned and not written: {first_names(sorted(self._planned))}")
         for name in _in_order(self._waiting):
             self._replace(name, self._waiting[name])
+
+    def _take_back(self) -> None:
+        """After an error: what was written goes, and the folders that were made for it."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
+        for folder in reversed(self._made):
+            with suppress(OSError):  # something else lies in it now
+                folder.rmdir()
 
     @contextmanager
     def tensors(self, name: str, plan: FilePlan) -> Iterator[TensorWriter]:
@@ -112,6 +124,7 @@ class OutputFolder:
         self._take(name)
         with write_tensors(self.path / name, plan) as writer:
             yield writer
+        self._written.append(self.path / name)
 
     def write(self, name: str, data: bytes) -> None:
         """A small file; an index or a configuration waits until the folder is complete."""
@@ -130,6 +143,7 @@ class OutputFolder:
             self._take(name)
             with source.open("rb") as original, replacing(self.path / name) as file:
                 shutil.copyfileobj(original, file, _CHUNK)
+            self._written.append(self.path / name)
         except OSError as error:
             raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from None
 
@@ -140,6 +154,7 @@ class OutputFolder:
     def _replace(self, name: str, data: bytes) -> None:
         with replacing(self.path / name) as file:
             file.write(data)
+        self._written.append(self.path / name)
 
 
 def _rank(name: str) -> int:

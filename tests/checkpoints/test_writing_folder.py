@@ -43,11 +43,23 @@ def test_a_folder_holds_what_was_planned(tmp_path: Path) -> None:
     assert names(out.path) == set(SIZES)
 
 
-def test_an_error_leaves_nothing_loadable(tmp_path: Path) -> None:
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), OutputFolder(tmp_path / "out", SIZES) as out:
         fill(out)
         raise RuntimeError
-    assert names(tmp_path / "out") == {"model.safetensors", "README.md"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_takes_back_our_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.md").write_text("mine")
+    with (
+        pytest.raises(RuntimeError),
+        OutputFolder(tmp_path / "out", SIZES, force=True) as out,
+    ):
+        fill(out)
+        raise RuntimeError
+    assert names(tmp_path / "out") == {"notes.md"}
 
 
 def test_what_was_planned_has_to_be_written(tmp_path: Path) -> None:
