@@ -3,8 +3,9 @@
 >>> import geoscope
 >>> report = geoscope.compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
 
-`compare` is what the commands call; `read_report` opens what they wrote. The names below are
-loaded when they are first used, so that `geoscope --help` needs no torch.
+`compare`, `initialise` and `verify_adapter` are what the commands call; `read_report` opens what
+they wrote; `geora` initialises one matrix. The names below are loaded when they are first used, so
+that `geoscope --help` needs no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from geoscope.adapters import LoraFactors, geora
     from geoscope.analysis import Interrupted, Options, Progress, compare
+    from geoscope.analysis.init_options import InitOptions
+    from geoscope.analysis.initialise import initialise
+    from geoscope.analysis.verify_adapter import verify_adapter
     from geoscope.errors import GeoscopeError
     from geoscope.metrics import METRICS
     from geoscope.records import LayerRecord, Report, Status
@@ -25,14 +30,19 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "METRICS",
     "GeoscopeError",
+    "InitOptions",
     "Interrupted",
     "LayerRecord",
+    "LoraFactors",
     "Options",
     "Progress",
     "Report",
     "Status",
     "compare",
+    "geora",
+    "initialise",
     "read_report",
+    "verify_adapter",
     "write_report",
 ]
 
@@ -40,14 +50,19 @@ __all__ = [
 _HOMES = {
     "METRICS": ("geoscope.metrics", "METRICS"),
     "GeoscopeError": ("geoscope.errors", "GeoscopeError"),
+    "InitOptions": ("geoscope.analysis.init_options", "InitOptions"),
     "Interrupted": ("geoscope.analysis", "Interrupted"),
     "LayerRecord": ("geoscope.records", "LayerRecord"),
+    "LoraFactors": ("geoscope.adapters", "LoraFactors"),
     "Options": ("geoscope.analysis", "Options"),
     "Progress": ("geoscope.analysis", "Progress"),
     "Report": ("geoscope.records", "Report"),
     "Status": ("geoscope.records", "Status"),
     "compare": ("geoscope.analysis", "compare"),
+    "geora": ("geoscope.adapters", "geora"),
+    "initialise": ("geoscope.analysis.initialise", "initialise"),
     "read_report": ("geoscope.report", "read"),
+    "verify_adapter": ("geoscope.analysis.verify_adapter", "verify_adapter"),
     "write_report": ("geoscope.report", "write"),
 }
 

@@ -226,9 +226,11 @@ def _refuse_rank(
             f"{end.given}: trained from the {what}, it is a plain LoRA on the original base "
             "already; use it as it is, or compress it with --rank"
         )
-    if rank is not None and not 1 <= rank < largest:
+    # At the largest rank nothing is left out; it is of use where it makes different ranks one.
+    limit = largest - (len({one.rank for one in end.modules.values()}) == 1)
+    if rank is not None and not 1 <= rank <= limit:
         raise OptionError(
-            f"--rank {rank}: compresses to 1 … {largest - 1}; rank {largest} is exact: "
+            f"--rank {rank}: takes 1 … {limit}; rank {largest} is exact: "
             + ("use the adapter as it is" if starts_at_zero else "leave --rank out")
         )
 

@@ -3,7 +3,7 @@
 The Gram matrix and its tridiagonalisation are done in fp32, which gives every leading direction to
 1e-4 or so and, as a by-product, a near-perfect preconditioner: (T − θ)⁻¹ costs nothing. A pass over
 the stored weights in fp64 then measures the residuals, and one correction squares the error
-(iterative refinement of invariant subspaces). Two or three passes reach 1e-9, even where
+(iterative refinement of invariant subspaces). Two or three passes reach 4e-9, even where
 σ_k/σ_{k+1} is 1.00x. The last pass certifies the result; without a certificate the whole spectrum
 is taken in fp64 instead. [Dongarra, Moler & Wilkinson 1983; Davis & Kahan 1970]
 """
@@ -24,23 +24,24 @@ from torch import Tensor
 
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
-from geoscope.linalg.svd import Factors, factorise
+from geoscope.linalg.svd import SUBSPACE_TOLERANCE, Factors, factorise
 from geoscope.profile import stage
 
 __all__ = ["Head", "head_triplets"]
 
-# Sine of the subspace's error below which the passes end. In 14 million entries of a rank-k part
-# this moves less than one entry in a hundred matrices across a quantile.
-TOLERANCE = 1e-9
+# Sine of the subspace's error below which the passes end, as for angles. In 14 million entries of a
+# rank-k part it moves one across a quantile once in a score of matrices, at the most.
+TOLERANCE = SUBSPACE_TOLERANCE
 _PASSES = 4
 # Directions beyond the k-th that are refined along: a near tie at the cut may fall either way.
 _BESIDE = 4
 # fp32 Gram matrix and tridiagonalisation: error of an eigenvalue relative to the largest. 4e-7 is
 # the most seen; 3e-6 leaves room.
 _ERROR32 = 3e-6
-# Below this shorter side, or above this part of it, the whole spectrum in fp64 is as cheap.
+# Below this shorter side, or above this part of it (twice that of a square matrix, where the passes
+# are short), the whole spectrum in fp64 is as cheap.
 _LEAST_SIDE = 512
-_MOST_OF_Q = 1 / 12
+_MOST_OF_Q = 1 / 24
 _EPS = 2.0**-53
 
 
@@ -68,12 +69,12 @@ class Head:
 def head_triplets(W: Tensor, k: int, *, solver: str = "auto") -> Head:
     """The leading k triplets of W (m, n), finite and of any storage dtype, 1 ≤ k ≤ min(m, n).
 
-    The subspaces are exact to 1e-9 rad (auto; 4e-9 where `method` names a fp64 Gram route), unless
-    the cut is a tie to 1e-6. solver="exact" forces LAPACK's or cuSOLVER's SVD in fp64. Raises
-    NumericsError when no driver converges.
+    The subspaces are exact to 4e-9 rad, unless the cut is a tie to 1e-6. solver="exact" forces
+    LAPACK's or cuSOLVER's SVD in fp64. Raises NumericsError when no driver converges.
     """
-    A, q = Operand(W[None]), min(W.shape)
-    worth = W.device.type == "cpu" and q >= _LEAST_SIDE and k <= _MOST_OF_Q * q
+    A, (q, M) = Operand(W[None]), sorted(W.shape)
+    few = k + _BESIDE <= _MOST_OF_Q * q * (1 + q / M)
+    worth = W.device.type == "cpu" and q >= _LEAST_SIDE and few
     reason = None
     if solver == "auto" and worth:
         found = _refined(A, k)
@@ -101,17 +102,15 @@ def _refined(A: Operand, k: int) -> Head | str:
     reduced = _Reduced.of(A.gram32(), k + _BESIDE)
     if reduced is None:
         return "the fp32 Gram matrix overflows"
-    pairs = _Pairs.of(A, reduced.back(reduced.vectors), k)
+    pairs = _Pairs.of(A, reduced.back(reduced.vectors), k, reduced.following)
     passes = 1
     while pairs.sine > TOLERANCE:
         if passes == _PASSES or pairs.gap < 1e3 * _EPS * pairs.top:
             return f"refinement stopped at a subspace bound of {pairs.sine:.1e}"
         top = pairs.top
         step = reduced.correction(pairs.misfit / top, pairs.energies / top, top)
-        pairs = _Pairs.of(A, pairs.short + step, k)
+        pairs = _Pairs.of(A, pairs.short + step, k, reduced.following)
         passes += 1
-    if float(pairs.energies[k - 1]) <= reduced.following + _ERROR32 * pairs.top:
-        return "directions behind the cut are too close to it to be told apart in fp32"
     return pairs.head(A, k, passes)
 
 
@@ -120,18 +119,20 @@ class _Pairs:
     """Ritz pairs of the Gram matrix of the shorter side, from one pass over the stored weights.
 
     short: (p, q) orthonormal rows, long: their images (p, M), energies: θ (p,) descending, misfit:
-    G·x − θ·x (p, q). together: ‖misfit‖_F of the leading k.
+    G·x − θ·x (p, q), orthogonal to all rows. gap: θ_k − θ_{k+1}. sine: bound on the error of the
+    leading k.
     """
 
     short: Tensor
     long: Tensor
     energies: Tensor
     misfit: Tensor
-    together: float
     gap: float
+    sine: float
 
     @classmethod
-    def of(cls, A: Operand, rows: Tensor, k: int) -> _Pairs:
+    def of(cls, A: Operand, rows: Tensor, k: int, following: float) -> _Pairs:
+        """following: the (p + 1)-th eigenvalue of the fp32 Gram matrix."""
         X = torch.linalg.qr(rows.T).Q.T.contiguous()
         long, back = A.there_and_back(X)
         energies, rotation = torch.linalg.eigh(long @ long.T)
@@ -139,23 +140,19 @@ class _Pairs:
         energies = energies.flip(0).clamp_min(0)
         X, long, back = rotation @ X, rotation @ long, rotation @ back
         misfit = back - energies[:, None] * X
-        together = float(torch.linalg.vector_norm(misfit[:k]))
-        return cls(X, long, energies, misfit, together, float(energies[k - 1] - energies[k]))
+        gap = float(energies[k - 1] - energies[k])
+        return cls(X, long, energies, misfit, gap, _sine(energies, misfit, k, following))
 
     @property
     def top(self) -> float:
         return float(self.energies[0])
 
-    @property
-    def sine(self) -> float:
-        """Bound on the error of the leading k: residual and rounding over the gap."""
-        return (self.together + 8 * _EPS * self.top) / self.gap if self.gap > 0 else math.inf
-
     def head(self, A: Operand, k: int, passes: int) -> Head:
         S = self.energies[: k + 1].sqrt()
         short, long = self.short[:k], self.long[:k] / S[:k, None]
         # the error of θ is the residual's square over the gap; that of σ relative to σ1:
-        error = self.together**2 / self.gap / (2 * float(S[k - 1]) * float(S[0]))
+        together = float(torch.linalg.vector_norm(self.misfit[:k]))
+        error = together**2 / self.gap / (2 * float(S[k - 1]) * float(S[0]))
         method = {
             "how": f"gram32-refined-{passes}",
             "bound": error + 8 * _EPS,
@@ -164,6 +161,22 @@ class _Pairs:
         }
         U, Vh = (long.T, short) if A.is_tall else (short.T, long)
         return Head(S, U, Vh, method)
+
+
+def _sine(energies: Tensor, misfit: Tensor, k: int, following: float) -> float:
+    """Bound on the sine of the error angle of the leading k of p Ritz rows, inf where none is known.
+
+    Residuals are orthogonal to all p rows, so they turn the leading k out of these over the gap to
+    what is left outside, and towards the other rows to second order only; rounding does so over
+    the gap at the cut. What is outside lies below `following` and the errors of fp32, so that the
+    bound also says that no direction was missed. [Davis & Kahan 1970; Stewart 1973]
+    """
+    top, gap = float(energies[0]), float(energies[k - 1] - energies[k])
+    leading, whole = (float(torch.linalg.vector_norm(one)) for one in (misfit[:k], misfit))
+    outside = float(energies[k - 1]) - (following + _ERROR32 * top + whole)
+    if gap <= 0 or outside <= 0:
+        return math.inf
+    return leading / outside + whole**2 / (gap * outside) + 8 * _EPS * top / gap
 
 
 # --- the fp32 tridiagonal form ------------------------------------------------------------------

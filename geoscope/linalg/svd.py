@@ -24,7 +24,7 @@ from geoscope.linalg.operand import Operand
 from geoscope.linalg.stacked import LAST, Eigenpairs, eigenpairs
 from geoscope.profile import stage
 
-__all__ = ["LEAST_GAP", "Factors", "concatenate", "factorise", "take"]
+__all__ = ["LEAST_GAP", "SUBSPACE_TOLERANCE", "Factors", "concatenate", "factorise", "take"]
 
 _EPS = 2.0**-53
 

@@ -1,0 +1,45 @@
+"""init-adapter on a Hub id: real HTTP through huggingface_hub, against a server on the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_models
+from hub_server import HubServer, Repo, commit_of
+
+
+def test_a_model_on_the_hub_becomes_a_residual_and_an_adapter(tmp_path: Path) -> None:
+    source = tiny_models.llama(tmp_path / "source")
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    files["tokenizer.model"] = bytes(range(256))  # no text: it has to come byte for byte
+    with HubServer({"org/tiny": Repo(files)}) as hub:
+        environment = {
+            "PATH": os.environ.get("PATH", ""),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        words = ["init-adapter", "org/tiny@main", "--rank", "4", "--layers", "0", "-q"]
+        done = subprocess.run(
+            [sys.executable, "-m", "geoscope", *words],
+            capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "tiny-geora-r4"
+    for name in ("config.json", "generation_config.json", "tokenizer.model"):
+        assert (out / "residual" / name).read_bytes() == files[name]
+    record = json.loads((out / "geoscope.json").read_text())
+    assert record["base"]["reference"] == "org/tiny"
+    assert record["base"]["commit"] == commit_of(files)
+    assert len(record["matrices"]) == 7
+    found = subprocess.run(
+        [sys.executable, "-m", "geoscope", "verify-adapter", str(out), "--base", str(source)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
