@@ -164,7 +164,7 @@ class _Pairs:
 
 
 def _sine(energies: Tensor, misfit: Tensor, k: int, following: float) -> float:
-    """Bound on the sine of the error angle of the leading k of p Ritz rows, inf where none is known.
+    """Bound on the sine of the error angle of the leading k of p Ritz rows, inf where unknown.
 
     Residuals are orthogonal to all p rows, so they turn the leading k out of these over the gap to
     what is left outside, and towards the other rows to second order only; rounding does so over

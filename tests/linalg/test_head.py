@@ -43,9 +43,9 @@ def test_leading_triplets_in_fp64(spectrum: np.ndarray, turned: bool) -> None:
     found = head_triplets(W, 12)
     assert found.method["how"].startswith("gram32-refined"), found.method
     torch.testing.assert_close(found.S, S[:13], atol=1e-12 * float(S[0]), rtol=0)
-    assert sine(found.U, U[:, :12]) <= 2e-9
-    assert sine(found.Vh.T, Vh[:12].T) <= 2e-9
-    assert found.method["subspace_bound"] <= 1e-9
+    assert sine(found.U, U[:, :12]) <= 4e-9
+    assert sine(found.Vh.T, Vh[:12].T) <= 4e-9
+    assert found.method["subspace_bound"] <= 4e-9
     part, truth = (found.U * found.S[:12]) @ found.Vh, (U[:, :12] * S[:12]) @ Vh[:12]
     assert float((part - truth).norm()) <= 1e-8 * float(truth.norm())
 
@@ -55,7 +55,7 @@ def test_a_flat_spectrum_is_found_too() -> None:
     U, S, _ = torch.linalg.svd(W.double(), full_matrices=False)
     found = head_triplets(W, 16)
     assert found.method["how"].startswith("gram32-refined")
-    assert sine(found.U, U[:, :16]) <= 2e-9
+    assert sine(found.U, U[:, :16]) <= 4e-9
     assert found.gap == pytest.approx(float((S[15] - S[16]) / S[15]), abs=1e-12)
 
 
