@@ -248,10 +248,10 @@ def _base_of(checkpoint: Checkpoint, out: Path, options: InitOptions) -> tuple[s
 
 
 def _reference(checkpoint: Checkpoint) -> str:
-    """The base without its revision, which stands beside it."""
+    """The base for the files: a folder by its whole path, a Hub id without its revision."""
     ref = checkpoint.ref
     if ref.commit is None:
-        return ref.given
+        return str(Path(ref.given).expanduser().resolve())
     return ref.given.removeprefix("hf://").partition("@")[0]
 
 
@@ -265,7 +265,7 @@ def _card(
 ) -> AdapterCard:
     return AdapterCard(
         folder=out.as_posix(),
-        base=_reference(checkpoint),
+        base=checkpoint.ref.given if checkpoint.ref.commit is None else _reference(checkpoint),
         commit=checkpoint.ref.commit,
         method=options.method,
         layout=options.chosen_layout,

@@ -259,9 +259,7 @@ def _verification(found: Verification) -> str:
     """One line a check, what failed with its reason."""
     layout = f", layout {found.layout}" if found.layout else ""
     lines = [f"{found.folder} on {found.base}{layout}"]
-    for check in found.checks:
-        where = f" at {check.name}" if check.name and not check.ok else ""
-        lines.append(f"{'ok  ' if check.ok else 'FAIL'} {check.text}{where}")
+    lines += [f"{'ok  ' if check.ok else 'FAIL'} {check.text}" for check in found.checks]
     lines += [f"note: {note}" for note in found.notes]
     failed = sum(not check.ok for check in found.checks)
     lines.append(f"{failed} of {len(found.checks)} checks failed" if failed else "all checks hold")

@@ -205,3 +205,21 @@ def test_needs_a_layout_exactly_if_it_moves_the_weights(name: str) -> None:
 def test_a_tail_of_zeros_is_noted() -> None:
     W = with_spectrum(20, 16, np.r_[np.linspace(2, 1, 14), 0.0, 0.0], seed=3)
     assert milora(W, 4).notes == ("2 of the last 4 singular values are zero to rounding",)
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_one
+def test_devices_agree(name: str) -> None:
+    """Its CPU twin is every other test here."""
+    W = with_spectrum(600, 520, np.geomspace(1, 1e-2, 520), seed=11).bfloat16()
+    here, there = INITIALISATIONS[name](W, 8), INITIALISATIONS[name](W.cuda(), 8)
+    assert there.A.is_cuda and there.B.is_cuda
+    truth = initial(here)
+    found = there.scaling * (there.B.cpu().double() @ there.A.cpu().double()).numpy()
+    assert np.linalg.norm(found - truth) <= 1e-6 * np.linalg.norm(truth)
+    for key, value in here.facts.items():
+        assert there.facts[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
