@@ -1,0 +1,158 @@
+"""What is kept of a series of checkpoints: the inner products of its increments.
+
+H_ij = ⟨δ_i, δ_j⟩ with δ_i = W_i − W_{i−1} is T × T, whatever the size of the weights. The Gram matrix
+of the updates Δ_i = W_i − W_0 is G = L·H·Lᵀ with L the lower-triangular ones. H is the one to keep:
+its entries do not share large common parts, so that nothing cancels (METHODS §6.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geoscope.errors import NumericsError
+from geoscope.linalg.product import Product
+from geoscope.linalg.storage import effective_format, squared_spacing
+from geoscope.profile import stage
+
+__all__ = ["Increments", "gram_of_steps", "increments_of_products", "increments_of_weights"]
+
+# Entries of a block of all checkpoints in fp64: 32 MB.
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Increments:
+    """What one pass over a series keeps of one tensor, or of a sum of tensors.
+
+    steps: t_0 (base) < t_1 < … < t_T. H: (T, T) fp64, ⟨δ_i, δ_j⟩. rounding: N_0 … N_T, Σulp(W_i)²/12
+    of each checkpoint as stored. base_energy: ‖W_0‖².
+    """
+
+    steps: tuple[float, ...]
+    H: Tensor
+    rounding: tuple[float, ...]
+    base_energy: float
+
+    def __post_init__(self) -> None:
+        T = len(self.steps) - 1
+        if T < 1 or tuple(self.H.shape) != (T, T) or len(self.rounding) != T + 1:
+            shape = "×".join(map(str, self.H.shape))
+            raise NumericsError(
+                f"{len(self.steps)} steps, a {shape} Gram matrix and {len(self.rounding)} rounding "
+                "energies do not belong together; T + 1, T×T and T + 1 do, T ≥ 1"
+            )
+        for before, after in zip(self.steps, self.steps[1:], strict=False):
+            if not before < after:
+                raise NumericsError(
+                    f"step {after:g} follows step {before:g}; steps must increase, the base first"
+                )
+
+    def __len__(self) -> int:
+        """T, the number of checkpoints after the base."""
+        return len(self.steps) - 1
+
+    def __add__(self, other: Increments) -> Increments:
+        """Of both tensors together: module, layer and model are sums. Same steps."""
+        if self.steps != other.steps:
+            raise NumericsError(
+                f"series of {len(self)} and {len(other)} checkpoints have different steps; "
+                "only series of the same steps add up"
+            )
+        return Increments(
+            self.steps,
+            self.H + other.H,
+            tuple(one + two for one, two in zip(self.rounding, other.rounding, strict=True)),
+            self.base_energy + other.base_energy,
+        )
+
+    @property
+    def G(self) -> Tensor:
+        """⟨Δ_i, Δ_j⟩ = L·H·Lᵀ, (T, T)."""
+        return self.H.cumsum(0).cumsum(1)
+
+    @property
+    def elapsed(self) -> Tensor:
+        """t_i − t_0, i = 1 … T, (T,): steps since the base, where Δ is zero."""
+        return torch.tensor([t - self.steps[0] for t in self.steps[1:]], dtype=torch.float64)
+
+    @property
+    def gaps(self) -> Tensor:
+        """Δt_i = t_i − t_{i−1}, (T,)."""
+        return torch.tensor(self.steps, dtype=torch.float64).diff()
+
+    def observed(self, count: int) -> Increments:
+        """The first `count` checkpoints after the base."""
+        if not 1 <= count <= len(self):
+            raise NumericsError(f"a series of {len(self)} checkpoints has no first {count}")
+        return Increments(
+            self.steps[: count + 1],
+            self.H[:count, :count],
+            self.rounding[: count + 1],
+            self.base_energy,
+        )
+
+
+def gram_of_steps(G: Tensor) -> Tensor:
+    """H of a Gram matrix of updates: L⁻¹·G·L⁻ᵀ, differences along both sides. (T, T)."""
+    padded = torch.nn.functional.pad(G.to(torch.float64), (1, 0, 1, 0))
+    return padded.diff(dim=0).diff(dim=1)
+
+
+@stage("increments")
+def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> Increments:
+    """Of one tensor at every step, the base first: upcast, then subtract, in blocks of entries.
+
+    weights: T + 1 tensors of one shape and of any float dtype. Raises NumericsError for entries
+    that are not finite.
+    """
+    if len({tuple(W.shape) for W in weights}) != 1 or len(weights) != len(steps):
+        shapes = sorted({"×".join(map(str, W.shape)) for W in weights})
+        raise NumericsError(
+            f"{len(weights)} weights of shape {', '.join(shapes)} at {len(steps)} steps; "
+            "one weight per step is needed, all of one shape"
+        )
+    T = len(weights) - 1
+    H = torch.zeros(T, T, dtype=torch.float64)
+    base_energy = 0.0
+    rounding = [0.0] * (T + 1)
+    flat = [W.reshape(-1) for W in weights]
+    formats = [effective_format(W) for W in weights]
+    width = max(1, _BLOCK // (T + 1))
+    for start in range(0, flat[0].numel(), width):
+        block = torch.stack([W[start : start + width].to(torch.float64) for W in flat])
+        base_energy += float(block[0].square().sum())
+        for i, (row, fmt) in enumerate(zip(block, formats, strict=True)):
+            rounding[i] += float(squared_spacing(row, fmt).sum()) / 12
+        steps_taken = block.diff(dim=0)
+        H += (steps_taken @ steps_taken.T).cpu()
+    if not (bool(torch.isfinite(H).all()) and math.isfinite(base_energy)):
+        raise NumericsError("the series holds NaN or infinity, or overflows fp64")
+    return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy)
+
+
+@stage("increments")
+def increments_of_products(
+    steps: Sequence[float],
+    updates: Sequence[Product],
+    *,
+    rounding: Sequence[float],
+    base_energy: float,
+) -> Increments:
+    """Of one tensor under adapters, from their factors; nothing is made dense.
+
+    updates: Δ_1 … Δ_T, each a stack of one; an adapter that does not start at zero brings its
+    initial factors with it (METHODS §4). steps and rounding have T + 1 entries, the base first.
+    δ_i = Δ_i − Δ_{i−1} is a product of rank 2r.
+    """
+    taken = [updates[0]]
+    taken += [after - before for before, after in zip(updates, updates[1:], strict=False)]
+    H = torch.zeros(len(taken), len(taken), dtype=torch.float64)
+    for i, one in enumerate(taken):
+        for j in range(i + 1):
+            H[i, j] = H[j, i] = float(one.inner(taken[j]))
+    return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy)
