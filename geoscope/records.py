@@ -276,6 +276,8 @@ class Coverage:
 
 Values = Mapping[str, float | int | None]
 Curve = tuple[tuple[float, float], ...]
+# One number for each step of a series.
+Steps = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,8 @@ class LayerRecord:
     isotropic update of the same shape and size gives. raw: the number behind a BELOW_RESOLUTION.
     verdict: {"code": str, "k": int, "clause": str}. method: factor → {"how", "bound", "fallback"}.
     curves: id → points for figures. tuned: number of the tuned model when there are several, as in
-    `provenance.refs`.
+    `provenance.refs`. series: id → one number a step, and gram, the H of METHODS §6.1 (T, T): of
+    trajectories.
     """
 
     name: str
@@ -302,6 +305,8 @@ class LayerRecord:
     curves: Mapping[str, Curve] = field(default_factory=dict[str, Curve])
     notes: tuple[str, ...] = ()
     tuned: int | None = None
+    series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
+    gram: tuple[tuple[float, ...], ...] = ()
 
     def status_of(self, key: str) -> Status:
         return self.status.get(key, Status.OK)
@@ -312,7 +317,7 @@ class LayerRecord:
             "layer": self.layer,
             "module": self.module,
             "shape": list(self.shape),
-            "values": dict(self.values),
+            "values": _with_series(self.values, self.series),
             "nulls": dict(self.nulls),
             "status": {key: value.value for key, value in self.status.items()},
             "raw": dict(self.raw),
@@ -326,16 +331,19 @@ class LayerRecord:
             data["notes"] = list(self.notes)
         if self.tuned is not None:
             data["tuned"] = self.tuned
+        if self.gram:
+            data["gram"] = [list(row) for row in self.gram]
         return data
 
     @classmethod
     def from_json(cls, data: Json) -> LayerRecord:
+        values, series = _without_series(data["values"])
         return cls(
             name=data["name"],
             layer=data["layer"],
             module=data["module"],
             shape=tuple(data["shape"]),
-            values=data["values"],
+            values=values,
             nulls=data["nulls"],
             status={key: Status(value) for key, value in data["status"].items()},
             raw=data["raw"],
@@ -347,7 +355,20 @@ class LayerRecord:
             },
             notes=tuple(data.get("notes", ())),
             tuned=data.get("tuned"),
+            series=series,
+            gram=tuple(tuple(row) for row in data.get("gram", ())),
         )
+
+
+def _with_series(values: Values, series: Mapping[str, Steps]) -> Json:
+    """In JSON a step-wise id stands among the others, with a list."""
+    return {**values, **{key: list(steps) for key, steps in series.items()}}
+
+
+def _without_series(found: Json) -> tuple[Values, dict[str, Steps]]:
+    lists = {key: cast(list[Any], one) for key, one in found.items() if isinstance(one, list)}
+    values = {key: value for key, value in found.items() if key not in lists}
+    return values, {key: tuple(one) for key, one in lists.items()}
 
 
 @dataclass(frozen=True)
@@ -434,7 +455,8 @@ class Summary:
     """Aggregates over the model and over each module kind (METHODS §2), with their nulls.
 
     `anchor`, with `--anchor`: {"ref": as in `provenance.refs`, "ratios": {id: ratio},
-    "spectrum_preserving": bool|None}.
+    "spectrum_preserving": bool|None}. steps, of a trajectory: that of the base, then of each
+    checkpoint; series: id → one number a step.
     """
 
     model: Values
@@ -444,14 +466,18 @@ class Summary:
     verdict: Verdict | None = None
     runs: tuple[Run, ...] = ()
     anchor: Mapping[str, Any] | None = None
+    steps: tuple[int, ...] = ()
+    series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
 
     def to_json(self) -> Json:
         data: Json = {
-            "model": dict(self.model),
+            "model": _with_series(self.model, self.series),
             "nulls": dict(self.nulls),
             "modules": {key: dict(value) for key, value in self.modules.items()},
             "module_nulls": {key: dict(value) for key, value in self.module_nulls.items()},
         }
+        if self.steps:
+            data["steps"] = list(self.steps)
         if self.verdict is not None:
             data["verdict"] = self.verdict.to_json()
         if self.runs:
@@ -462,14 +488,17 @@ class Summary:
 
     @classmethod
     def from_json(cls, data: Json) -> Summary:
+        model, series = _without_series(data["model"])
         return cls(
-            model=data["model"],
+            model=model,
             nulls=data["nulls"],
             modules=data["modules"],
             module_nulls=data["module_nulls"],
             verdict=Verdict.from_json(data["verdict"]) if "verdict" in data else None,
             runs=tuple(Run.from_json(run) for run in data.get("runs", ())),
             anchor=data.get("anchor"),
+            steps=tuple(data.get("steps", ())),
+            series=series,
         )
 
 

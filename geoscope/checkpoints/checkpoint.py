@@ -73,6 +73,13 @@ class Checkpoint:
         tensor = self.source.open(info.source).read(name, buffer)
         return tensor.T if info.transposed else tensor
 
+    def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Entries begin … end − 1 in the order of the file, 1-D, in the storage dtype.
+
+        The order is that of (in, out) for a weight that is stored so.
+        """
+        return self.source.open(self._info(name).source).read_part(name, begin, end)
+
     def _files(self, names: Iterable[str]) -> list[str]:
         return sorted({self._info(name).source for name in names})
 

@@ -41,6 +41,10 @@ class Container(Protocol):
         """The tensor in its storage dtype and shape, inside `buffer` when one is given."""
         ...
 
+    def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Entries begin … end − 1 of the tensor, in the order of the file, 1-D."""
+        ...
+
 
 def byte_view(nbytes: int, buffer: torch.Tensor | None) -> torch.Tensor:
     """The first `nbytes` of the caller's buffer, or of a new one: uint8, (nbytes,)."""

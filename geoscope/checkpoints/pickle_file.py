@@ -54,6 +54,11 @@ class PickleFile:
         raw = byte_view(nbytes, buffer)
         return raw.view(mapped.dtype).reshape(mapped.shape).copy_(mapped)
 
+    def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
+        mapped = self._tensors()[name]
+        self._touched += (end - begin) * mapped.element_size()
+        return mapped.reshape(-1)[begin:end].clone()
+
     def __getstate__(self) -> dict[str, Any]:
         """Another process maps the file for itself."""
         return {**self.__dict__, "_loaded": None}

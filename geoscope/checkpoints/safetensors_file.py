@@ -205,6 +205,16 @@ class SafetensorsFile:
         self._fill(raw.numpy().data, self.parsed.data_start + entry.begin, name)
         return raw.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
+    def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
+        import torch
+
+        entry = self.parsed.entries[name]
+        width = (entry.end - entry.begin) // max(1, math.prod(entry.shape))
+        raw = byte_view((end - begin) * width, None)
+        place = self.parsed.data_start + entry.begin + begin * width
+        self._fill(raw.numpy().data, place, name)
+        return raw.view(getattr(torch, entry.dtype))
+
     def _fill(self, target: memoryview, offset: int, name: str) -> None:
         try:
             with self.path.open("rb", buffering=0) as file:

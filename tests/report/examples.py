@@ -29,6 +29,11 @@ from geoscope.records import (
 FALLBACK = "subspace bound 5.3e-09 above 4e-09 at k in [8, 64]"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ATTENTION = MODULES[:4]
+_ADAPTER = (
+    *("tau_spec", "tau_euc", "density_spec", "density_euc", "density_union"),
+    *("density_intersection", "jaccard", "masked_energy", "captured_energy", "gap"),
+    *("head_energy", "relative_norm", "reconstruction_error"),
+)
 _THRESHOLDS = {
     "distorted.nss": 0.05,
     "distorted.angle": 0.1745329,
@@ -143,6 +148,8 @@ def _belongs(key: str, kind: str) -> bool:
     spectrum = key.startswith(("update.", "base.", "tuned."))
     aligned = key.startswith(("energy_", "lift", "versus", "angle", "gap"))
     size = key in ("relative_update", "precision_ratio", "update_sparsity")
+    if key in _ADAPTER or kind == "init-adapter":
+        return key in _ADAPTER and kind == "init-adapter"
     shown = {
         "collapse": key != "gap@8" and (not spectrum or key == "update.stable_rank"),
         "anisotropy": size or spectrum,
@@ -175,7 +182,9 @@ def _numbers(
         "rank_ratio": generator.gauss(1, 0.01),
         "intruders": int(generator.random() < 0.25),
     }
+    values |= {key: 0.02 * place for place, key in enumerate(_ADAPTER, start=1)}
     nulls = {
+        **dict.fromkeys(("captured_energy", "head_energy", "density_intersection"), 0.04),
         "update_sparsity": min(0.99, 1.6e-3 / size),
         "update.stable_rank": isotropic,
         "update.entropy_rank": 0.7 * q,

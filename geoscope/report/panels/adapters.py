@@ -70,7 +70,7 @@ def _draw(axes: Axes, section: Section, ids: Sequence[tuple[str, str, str]]) -> 
             y = row + 0.18 * (place - (len(ids) - 1) / 2)
             seen += _dots(axes, subject, key, y, colour, label if row == 0 else "")
     axes.set_yticks(range(len(modules)), [module for module, _ in modules])
-    axes.set_ylim(len(modules) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(modules)) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     return seen
 
