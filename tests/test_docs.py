@@ -37,6 +37,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 DEMO = "geoscope-demo"
 ELLIPSIS = "…"
+HOME = "/home/me"
 
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -272,7 +273,10 @@ def stable(lines: Sequence[str]) -> list[str]:
 
 
 def run(command: str) -> tuple[list[str], int]:
-    """What a terminal of 80 columns shows, output and remarks together, and the exit code."""
+    """What a terminal of 80 columns shows, output and remarks together, and the exit code.
+
+    Whole paths are shown as if the current folder were HOME.
+    """
     arguments = shlex.split(command)
     assert arguments[0] == "geoscope", f"not a command of geoscope: {command}"
     buffer = io.StringIO()
@@ -289,7 +293,8 @@ def run(command: str) -> tuple[list[str], int]:
             finally:
                 for signum, handler in handlers.items():
                     signal.signal(signum, handler)
-    return buffer.getvalue().rstrip("\n").split("\n"), code
+    text = buffer.getvalue().replace(str(Path.cwd()), HOME)
+    return text.rstrip("\n").split("\n"), code
 
 
 def replayed(block: str) -> str:
