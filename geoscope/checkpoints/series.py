@@ -1,0 +1,275 @@
+"""What is a series of checkpoints? Arguments in any order, sorted by the steps in their names.
+
+    series = open_series(["runs/grpo"])                      # or its folders, a glob, Hub branches
+    [point.step for point in series.points]                  # [20, 40, 60, …]
+
+Nothing is guessed: what has no number or no weights is passed over and listed with its reason, the
+same step twice is an error, epochs and steps are not mixed, nor models and adapters. Headers are
+read here; data on demand, by the checkpoint or adapter of each point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.local import open_local
+from geoscope.checkpoints.readers import is_readable
+from geoscope.checkpoints.reference import HubReference, LocalReference
+from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
+from geoscope.checkpoints.run_folder import (
+    Candidate,
+    candidates,
+    is_run_folder,
+    run_folder,
+    runs_below,
+)
+from geoscope.checkpoints.step_folder import Found, find_places, open_step_folder
+from geoscope.checkpoints.steps import Step
+from geoscope.errors import CheckpointError, OptionError, first_names
+from geoscope.names import in_natural_order
+from geoscope.records import Skipped
+
+__all__ = ["Series", "SeriesPoint", "open_series"]
+
+_NO_NUMBER = "no step number in its name; set the steps by hand with --steps"
+_NO_WEIGHTS = "a file without weights"
+_Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SeriesPoint:
+    """A checkpoint of a series. Of `checkpoint` and `adapter` one is None.
+
+    given: as it was named. place: the sub-folder that was chosen, what it holds, and over what.
+    """
+
+    step: int
+    given: str
+    place: str
+    kind: Literal["model", "adapter"]
+    checkpoint: Checkpoint | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def resolved(self) -> str:
+        """The path, or org/name@commit, of what was opened."""
+        if self.checkpoint is not None:
+            return self.checkpoint.ref.resolved
+        assert self.adapter is not None  # one of the two
+        return str(self.adapter.path)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Checkpoints by step, all of one kind.
+
+    passed_over: what is no point, `missing` where a step is lost with it. notes: one-line remarks.
+    unit: what the numbers count, `step` or `epoch`.
+    """
+
+    points: tuple[SeriesPoint, ...]
+    passed_over: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+    unit: str = "step"
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(point.step for point in self.points)
+
+    @property
+    def kind(self) -> Literal["model", "adapter"]:
+        return self.points[0].kind
+
+
+def open_series(
+    references: Sequence[str],
+    *,
+    steps: Sequence[int] | None = None,
+    on_progress: _Progress | None = None,
+) -> Series:
+    """The series that the references name, sorted by step, whatever their order.
+
+    references: see geoscope/checkpoints/run_folder.py. steps: one number for each reference, in
+    their order, in place of those in the names. on_progress: as of `open_checkpoint`.
+    Raises OptionError for references that make no series, CheckpointError when nothing is left.
+    """
+    found = candidates(references)
+    passed: tuple[Skipped, ...] = ()
+    if steps is not None:
+        found = _by_hand(found, steps)
+    elif len(found) == 1 and _is_run(found[0]):
+        found, passed = run_folder(found[0])
+    opened: list[tuple[Candidate, SeriesPoint]] = []
+    notes: list[str] = []
+    lost: list[tuple[Candidate, Skipped]] = []
+    for one in _in_order(found):
+        point, remarks = _open(one, on_progress)
+        if isinstance(point, Skipped):
+            lost.append((one, point))
+            continue
+        opened.append((one, point))
+        notes.extend(remarks)
+    opened, repeated = _without_repeats(opened)
+    read = {point.step for _, point in opened}
+    skipped = _sorted((*passed, *(_lost(*each, read) for each in lost), *repeated))
+    if not opened:
+        raise _nothing(skipped)
+    unit = _one_unit(opened)
+    points = tuple(sorted((point for _, point in opened), key=lambda point: point.step))
+    _check_steps(points)
+    _check_kinds(points)
+    if unit == "epoch":
+        notes.append("the numbers of this series are epochs, not steps")
+    return Series(points, skipped, tuple(notes), unit)
+
+
+def _by_hand(found: Sequence[Candidate], steps: Sequence[int]) -> tuple[Candidate, ...]:
+    if len(found) != len(steps):
+        raise OptionError(
+            f"--steps has {len(steps)} numbers for {len(found)} checkpoints; "
+            "name each checkpoint and give one number for each, in their order"
+        )
+    if any(step < 0 for step in steps):
+        raise OptionError(f"--steps has {min(steps)}; steps are whole numbers from 0 on")
+    return tuple(replace(one, step=Step(int(step))) for one, step in zip(found, steps, strict=True))
+
+
+def _is_run(one: Candidate) -> bool:
+    return isinstance(one.reference, LocalReference) and is_run_folder(one.reference.path)
+
+
+def _in_order(found: Sequence[Candidate]) -> list[Candidate]:
+    """By step, then by name; those without a step last: the order of the arguments is no matter."""
+    place = {given: i for i, given in enumerate(in_natural_order({one.given for one in found}))}
+
+    def key(one: Candidate) -> tuple[bool, int, int]:
+        return one.step is None, one.step.number if one.step else 0, place[one.given]
+
+    return sorted(found, key=key)
+
+
+def _sorted(skipped: Sequence[Skipped]) -> tuple[Skipped, ...]:
+    place = {name: i for i, name in enumerate(in_natural_order({one.name for one in skipped}))}
+    return tuple(sorted(skipped, key=lambda one: (place[one.name], one.reason)))
+
+
+def _lost(one: Candidate, skipped: Skipped, read: Collection[int]) -> Skipped:
+    """Marked as missing where no other folder has its step."""
+    if one.step is None or skipped.reason == _NO_WEIGHTS:
+        return skipped
+    return replace(skipped, missing=one.step.number not in read)
+
+
+# --- one candidate ------------------------------------------------------------------------------
+
+
+def _open(
+    one: Candidate, on_progress: _Progress | None
+) -> tuple[SeriesPoint | Skipped, tuple[str, ...]]:
+    """The point, or why there is none; and remarks."""
+    reason = _no_candidate(one)
+    if reason is not None or one.step is None:
+        return Skipped(one.given, reason or _NO_NUMBER), ()
+    label = f"{one.step.unit} {one.step.number}"
+    try:
+        found = _found(one, on_progress)
+    except CheckpointError as error:
+        # A Hub that refuses or does not answer ends it, and its error is raised while that of
+        # huggingface_hub is handled; a branch without weights is passed over like a folder.
+        if isinstance(one.reference, HubReference) and error.__context__ is not None:
+            raise
+        return Skipped(one.given, f"{label}: {error}"), ()
+    kind = "model" if found.adapter is None else "adapter"
+    point = SeriesPoint(
+        one.step.number, one.given, found.place, kind, found.checkpoint, found.adapter
+    )
+    return point, tuple(f"{label}: {note}" for note in found.notes)
+
+
+def _no_candidate(one: Candidate) -> str | None:
+    """Why something on this disk can be no checkpoint at all: what a shell's glob brings along."""
+    if not isinstance(one.reference, LocalReference):
+        return None
+    path = one.reference.path
+    if path.is_file() and (is_never_opened(path.name) or not is_readable(path.name)):
+        return _NO_WEIGHTS
+    if not path.is_dir() or find_places(path):
+        return None
+    if one.step is not None:
+        return None  # opening it says what is wrong
+    if is_run_folder(path):
+        return "a run folder with steps of its own; give it alone"
+    runs = runs_below(path)
+    return "a folder without weights" + (f"; steps are in {first_names(runs)}" if runs else "")
+
+
+def _found(one: Candidate, on_progress: _Progress | None) -> Found:
+    if isinstance(one.reference, HubReference):
+        from geoscope.checkpoints.hub import open_hub  # local paths need no huggingface_hub
+
+        checkpoint = open_hub(one.reference, on_progress)
+        return Found(f"{one.reference.folder or '.'}/: model folder on the Hub", checkpoint)
+    path = one.reference.path
+    if path.is_dir():
+        return open_step_folder(path, one.given)
+    if is_adapter_file(path.name):
+        folder = open_step_folder(path.parent, str(Path(one.given).parent))
+        return replace(folder, place=f"{path.name}: adapter, named itself")
+    return Found(f"{path.name}: file of weights, named itself", open_local(one.reference))
+
+
+# --- the series as a whole ----------------------------------------------------------------------
+
+
+def _without_repeats(
+    opened: Sequence[tuple[Candidate, SeriesPoint]],
+) -> tuple[list[tuple[Candidate, SeriesPoint]], list[Skipped]]:
+    """The same place at the same step, named twice (overlapping globs): once is enough."""
+    kept: dict[tuple[int, str], tuple[Candidate, SeriesPoint]] = {}
+    repeated: list[Skipped] = []
+    for one, point in opened:
+        key = point.step, point.resolved
+        if key in kept:
+            repeated.append(Skipped(point.given, f"given twice, as {kept[key][1].given} too"))
+        else:
+            kept[key] = one, point
+    return list(kept.values()), repeated
+
+
+def _nothing(skipped: Sequence[Skipped]) -> CheckpointError:
+    reasons = first_names([f"{one.name}: {one.reason}" for one in skipped], 2)
+    return CheckpointError(f"no checkpoint of a step among what was given ({reasons})")
+
+
+def _one_unit(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> str:
+    by_unit = {one.step.unit: point.given for one, point in opened if one.step is not None}
+    if len(by_unit) > 1:
+        raise OptionError(
+            f"{by_unit['epoch']} counts epochs and {by_unit['step']} steps; give those of one "
+            "kind, or set the steps by hand with --steps"
+        )
+    return next(iter(by_unit))
+
+
+def _check_steps(points: Sequence[SeriesPoint]) -> None:
+    for one, other in pairwise(points):
+        if one.step == other.step:
+            raise OptionError(
+                f"step {one.step} is there twice: {one.given} and {other.given}; give one of them"
+            )
+
+
+def _check_kinds(points: Sequence[SeriesPoint]) -> None:
+    first = {kind: point for point in reversed(points) for kind in (point.kind,)}
+    if len(first) > 1:
+        adapter, model = first["adapter"], first["model"]
+        raise OptionError(
+            f"step {adapter.step} is an adapter ({adapter.resolved}) and step {model.step} a full "
+            f"model ({model.resolved}); a series has one kind: name the sub-folders that are meant"
+        )
