@@ -5,8 +5,8 @@
     epoch_2                                         epochs, which are not mixed with steps
 
 The last part of a path comes first, then the parents that can lie between weights and step. A part
-must match as a whole: what is only like one (`checkpoint-200-merged`, `tmp-checkpoint-200`) tells no
-step of its own.
+must match as a whole: what is only like one (`checkpoint-200-merged`, `tmp-checkpoint-200`) tells
+no step of its own.
 """
 
 from __future__ import annotations
