@@ -1,8 +1,8 @@
 """What is kept of a series of checkpoints: the inner products of its increments.
 
-H_ij = ⟨δ_i, δ_j⟩ with δ_i = W_i − W_{i−1} is T × T, whatever the size of the weights. The Gram matrix
-of the updates Δ_i = W_i − W_0 is G = L·H·Lᵀ with L the lower-triangular ones. H is the one to keep:
-its entries do not share large common parts, so that nothing cancels (METHODS §6.1).
+H_ij = ⟨δ_i, δ_j⟩ with δ_i = W_i − W_{i−1} is T × T, whatever the size of the weights. The Gram
+matrix of the updates Δ_i = W_i − W_0 is G = L·H·Lᵀ with L the lower-triangular ones. H is the one
+to keep: its entries do not share large common parts, so that nothing cancels (METHODS §6.1).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from geoscope.linalg.product import Product
 from geoscope.linalg.storage import effective_format, squared_spacing
 from geoscope.profile import stage
 
-__all__ = ["Increments", "gram_of_steps", "increments_of_products", "increments_of_weights"]
+__all__ = ["Increments", "increment_gram", "increments_of_products", "increments_of_weights"]
 
 # Entries of a block of all checkpoints in fp64: 32 MB.
 _BLOCK = 1 << 22
@@ -29,8 +30,8 @@ _BLOCK = 1 << 22
 class Increments:
     """What one pass over a series keeps of one tensor, or of a sum of tensors.
 
-    steps: t_0 (base) < t_1 < … < t_T. H: (T, T) fp64, ⟨δ_i, δ_j⟩. rounding: N_0 … N_T, Σulp(W_i)²/12
-    of each checkpoint as stored. base_energy: ‖W_0‖².
+    steps: t_0 (base) < t_1 < … < t_T. H: (T, T) fp64, ⟨δ_i, δ_j⟩. rounding: N_0 … N_T, Σulp²/12 of
+    each checkpoint as stored. base_energy: ‖W_0‖².
     """
 
     steps: tuple[float, ...]
@@ -46,7 +47,7 @@ class Increments:
                 f"{len(self.steps)} steps, a {shape} Gram matrix and {len(self.rounding)} rounding "
                 "energies do not belong together; T + 1, T×T and T + 1 do, T ≥ 1"
             )
-        for before, after in zip(self.steps, self.steps[1:], strict=False):
+        for before, after in pairwise(self.steps):
             if not before < after:
                 raise NumericsError(
                     f"step {after:g} follows step {before:g}; steps must increase, the base first"
@@ -97,7 +98,7 @@ class Increments:
         )
 
 
-def gram_of_steps(G: Tensor) -> Tensor:
+def increment_gram(G: Tensor) -> Tensor:
     """H of a Gram matrix of updates: L⁻¹·G·L⁻ᵀ, differences along both sides. (T, T)."""
     padded = torch.nn.functional.pad(G.to(torch.float64), (1, 0, 1, 0))
     return padded.diff(dim=0).diff(dim=1)
@@ -150,7 +151,7 @@ def increments_of_products(
     δ_i = Δ_i − Δ_{i−1} is a product of rank 2r.
     """
     taken = [updates[0]]
-    taken += [after - before for before, after in zip(updates, updates[1:], strict=False)]
+    taken += [after - before for before, after in pairwise(updates)]
     H = torch.zeros(len(taken), len(taken), dtype=torch.float64)
     for i, one in enumerate(taken):
         for j in range(i + 1):
