@@ -3,7 +3,7 @@
 >>> import geoscope
 >>> report = geoscope.compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
 
-`compare`, `initialise` and `verify_adapter` are what the commands call; `read_report` opens what
+`compare`, `follow`, `initialise` and `verify_adapter` are what the commands call; `read_report` opens what
 they wrote; `geora` initialises one matrix. The names below are loaded when they are first used, so
 that `geoscope --help` needs no torch.
 """
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from geoscope.adapters import LoraFactors, geora
     from geoscope.analysis import Interrupted, Options, Progress, compare
+    from geoscope.analysis.follow import follow
+    from geoscope.analysis.follow_options import FollowOptions
     from geoscope.analysis.init_options import InitOptions
     from geoscope.analysis.initialise import initialise
     from geoscope.analysis.verify_adapter import verify_adapter
@@ -29,6 +31,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "METRICS",
+    "FollowOptions",
     "GeoscopeError",
     "InitOptions",
     "Interrupted",
@@ -39,6 +42,7 @@ __all__ = [
     "Report",
     "Status",
     "compare",
+    "follow",
     "geora",
     "initialise",
     "read_report",
@@ -49,6 +53,7 @@ __all__ = [
 # public name → where it lives
 _HOMES = {
     "METRICS": ("geoscope.metrics", "METRICS"),
+    "FollowOptions": ("geoscope.analysis.follow_options", "FollowOptions"),
     "GeoscopeError": ("geoscope.errors", "GeoscopeError"),
     "InitOptions": ("geoscope.analysis.init_options", "InitOptions"),
     "Interrupted": ("geoscope.analysis", "Interrupted"),
@@ -59,6 +64,7 @@ _HOMES = {
     "Report": ("geoscope.records", "Report"),
     "Status": ("geoscope.records", "Status"),
     "compare": ("geoscope.analysis", "compare"),
+    "follow": ("geoscope.analysis.follow", "follow"),
     "geora": ("geoscope.adapters", "geora"),
     "initialise": ("geoscope.analysis.initialise", "initialise"),
     "read_report": ("geoscope.report", "read"),

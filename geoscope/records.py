@@ -30,6 +30,7 @@ __all__ = [
     "ShapeMismatch",
     "Skipped",
     "Status",
+    "Steps",
     "Summary",
     "TensorInfo",
     "Values",

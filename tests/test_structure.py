@@ -320,6 +320,7 @@ def test_what_others_import_is_listed(path: Path) -> None:
 PUBLIC = {
     *("METRICS", "GeoscopeError", "Interrupted", "LayerRecord", "Options", "Progress"),
     *("Report", "Status", "compare", "read_report", "write_report"),
+    *("FollowOptions", "follow"),
     *("InitOptions", "LoraFactors", "geora", "initialise", "verify_adapter"),
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from geoscope import __version__
-from geoscope.cli import adapters, cache, demo, pairs, reading
+from geoscope.cli import adapters, cache, demo, pairs, reading, series
 
 __all__ = ["app"]
 
@@ -50,6 +50,7 @@ for _command in (
     pairs.anisotropy,
     pairs.alignment,
     pairs.compare,
+    series.trajectory,
     adapters.init_adapter,
     adapters.verify_adapter,
     adapters.convert_adapter,

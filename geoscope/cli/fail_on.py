@@ -56,7 +56,7 @@ def parse_fail_on(
 
 
 def _parse(text: str, kind: str, codes: Collection[str], ids: Collection[str]) -> Condition:
-    match = re.fullmatch(r"([\w.@]+)\s*(?:([<>])\s*([-+.\deE]+))?", text)
+    match = re.fullmatch(r"([\w.@()]+)\s*(?:([<>])\s*([-+.\deE]+))?", text)
     if match is None:
         raise OptionError(f"--fail-on {text!r}: write CODE, CODE>SHARE, ID>NUMBER or ID<NUMBER")
     subject, sign, number = match.group(1), match.group(2) or "", match.group(3)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from geoscope.records import LayerRecord, ModelRef, Report, Status, Values, Verdict
+from geoscope.records import LayerRecord, ModelRef, Report, Status, Steps, Values, Verdict
 from geoscope.report.numbers import shorten
 
 __all__ = [
@@ -67,13 +67,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Section:
-    """One tuned model, numbered as in `provenance.refs`: its aggregates and its matrices."""
+    """One tuned model, numbered as in `provenance.refs`: its aggregates and its matrices.
+
+    steps: of a series, the base first; series: id → one number a step.
+    """
 
     tuned: int
     label: str
     whole: Subject
     modules: Mapping[str, Subject]
     verdict: Verdict | None
+    steps: tuple[int, ...] = ()
+    series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
 
     @property
     def layers(self) -> tuple[LayerRecord, ...]:
@@ -86,7 +91,8 @@ def sections(report: Report) -> tuple[Section, ...]:
     if not summary.runs:
         whole = Subject(summary.model, summary.nulls, report.layers)
         modules = _modules(report.layers, summary.modules, summary.module_nulls)
-        return (Section(1, _tuned_label(report, 1), whole, modules, summary.verdict),)
+        label, verdict = _tuned_label(report, 1), summary.verdict
+        return (Section(1, label, whole, modules, verdict, summary.steps, summary.series),)
     found: list[Section] = []
     for run in summary.runs:
         layers = tuple(layer for layer in report.layers if layer.tuned == run.tuned)

@@ -33,7 +33,9 @@ class Kind:
     model: groups of ids of the model block. columns: ids of the tables. worst: the id that orders
     the matrices where no verdict flags any. sentence: the id and the words of the headline where
     there is no verdict. panels: rows of panels of the figure (geoscope.report.panels). null:
-    what the nulls of this kind are, as the head of their column and in the legend.
+    what the nulls of this kind are, as the head of their column and in the legend. drops_empty:
+    rows and columns in which no matrix has a number are left out. has_cautions: whether rounding
+    may mark a number.
     """
 
     title: str
@@ -43,6 +45,8 @@ class Kind:
     sentence: tuple[str, str]
     panels: tuple[tuple[str, ...], ...]
     null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
+    drops_empty: bool = False
+    has_cautions: bool = True
 
 
 _TABLE = (
@@ -130,12 +134,48 @@ _TABLE = (
     Quantity("jaccard", "Jaccard", "Jaccard of the two", "intersection over union"),
     Quantity("masked_energy", "masked E", "masked energy", "‖W_geo‖² over ‖W‖²"),
     Quantity("captured_energy", "E_r", "captured energy E_r", "of what was decomposed, in rank r"),
-    Quantity("gap", "gap", "gap at r", "small: the subspace is ill-conditioned"),
+    Quantity("gap", "gap", "gap at r", "the smallest; small: the subspace is ill-conditioned"),
     Quantity("head_energy", "head E", "head energy", "of s·B₀A₀ on the base's leading r"),
     Quantity("relative_norm", "‖sB₀A₀‖/‖W‖", "relative norm", "of s·B₀A₀ over the weight's"),
     Quantity(
-        "reconstruction_error", "start error", "start error, relative", "as the files are written"
+        "reconstruction_error",
+        "start error",
+        "start error, relative",
+        "the largest, as the files are written",
     ),
+    Quantity("drift_fraction", "φ", "drift fraction φ", "energy of an interval that is drift"),
+    Quantity(
+        "drift_fraction_corrected", "φ corr.", "φ without rounding", "the same, rounding subtracted"
+    ),
+    Quantity("drift_p", "p", "sign-flip p", "chance that a walk shows as much"),
+    Quantity("increment_cosine", "incr. cos", "increment cosine", "neighbouring increments"),
+    Quantity(
+        "increment_cosine_corrected", "cos corr.", "cosine without rounding", "rounding subtracted"
+    ),
+    Quantity("straightness", "straight", "straightness", "distance over length of the path"),
+    Quantity("curvature", "curvature", "curvature", "change of velocity over mean speed"),
+    Quantity("step_precision_ratio", "ν(δ)", "rounding of a step ν(δ)", "below .6 to be resolved"),
+    Quantity("path_length", "length", "path length", "Σ‖δ_i‖"),
+    Quantity("temporal_pc1", "pc1", "temporal pc1", "variance on one direction (RELEX)"),
+    Quantity("temporal_pc1_centred", "pc1 centred", "temporal pc1, centred", "around the mean"),
+    Quantity("rank1_coefficient_r2", "R² c1", "R² of its coefficient", "on a line in t"),
+    Quantity("linear_r2", "R² line", "R² of a line", "all of the update, with intercept"),
+    Quantity("linear_r2_origin", "R² origin", "R² of a line from the base", "without intercept"),
+    Quantity("rank1_share_last", "rank-1", "spatial rank-1 share", "σ1² over ‖Δ‖², last step"),
+    Quantity("norm_fraction", "σ1/‖Δ‖", "norm fraction (AlphaRL)", "σ1 over ‖Δ‖, last step"),
+    Quantity("gap21_last", "σ2/σ1", "σ2/σ1", "above .9 the direction is ill-defined"),
+    Quantity(
+        "direction_cosine_mean", "dir. cos", "cosine of neighbouring pairs", "of σ1 directions"
+    ),
+    Quantity("rank1_linearity", "R² rank-1", "R² of a line, rank-1 part", "of σ1·u·vᵀ over t"),
+    Quantity("sigma1_exponent", "exponent", "exponent of σ1", "1 drift, ½ diffusion"),
+    Quantity("skill@two_point", "two-point", "skill: two-point", "held out, over hold"),
+    Quantity("skill@linear", "linear", "skill: linear", "held out, over hold"),
+    Quantity("skill@damped(linear)", "damped", "skill: linear, damped", "held out, over hold"),
+    Quantity("skill@relex", "RELEX", "skill: RELEX", "held out, over hold"),
+    Quantity("skill@relex_pinned", "pinned", "skill: RELEX, pinned", "held out, over hold"),
+    Quantity("skill@auto", "auto", "skill: auto", "each matrix its best so far"),
+    Quantity("horizon", "horizon", "credible horizon, in steps", "0: none"),
 )
 
 QUANTITIES = {quantity.id: quantity for quantity in _TABLE}
@@ -326,7 +366,75 @@ KINDS["init-adapter"] = Kind(
         "The initial product s·B₀A₀ is {value} of the weights' norm, averaged over the matrices.",
     ),
     panels=(("adapter_energies", "adapter_masks"),),
-    null=("of noise", "a Gaussian matrix of the same shape under the same rule"),
+    null=(
+        "by chance",
+        "by chance: a Gaussian matrix without a mask (captured energy), independent masks, random "
+        "directions (head energy)",
+    ),
+    drops_empty=True,
+    has_cautions=False,
+)
+
+
+KINDS["trajectory"] = Kind(
+    title="Trajectory",
+    model=(
+        ("size and storage", ("relative_update", "path_length", "step_precision_ratio")),
+        (
+            "drift or diffusion",
+            (
+                "drift_fraction",
+                "drift_fraction_corrected",
+                "drift_p",
+                "increment_cosine",
+                "increment_cosine_corrected",
+                "straightness",
+                "curvature",
+            ),
+        ),
+        (
+            "temporal rank 1",
+            (
+                "temporal_pc1",
+                "temporal_pc1_centred",
+                "rank1_coefficient_r2",
+                "linear_r2",
+                "linear_r2_origin",
+            ),
+        ),
+        ("spatial rank 1", ("rank1_share_last", "norm_fraction")),
+        (
+            "held-out skill",
+            (
+                "skill@two_point",
+                "skill@linear",
+                "skill@damped(linear)",
+                "skill@relex",
+                "skill@relex_pinned",
+                "skill@auto",
+                "horizon",
+            ),
+        ),
+    ),
+    columns=(
+        "relative_update",
+        "drift_fraction",
+        "increment_cosine",
+        "temporal_pc1",
+        "linear_r2",
+        "rank1_share_last",
+        "direction_cosine_mean",
+        "gap21_last",
+        "skill@damped(linear)",
+    ),
+    worst="relative_update",
+    sentence=("drift_fraction", "Drift fraction {value}; of a random walk {null}."),
+    panels=(
+        ("trajectory_norms", "trajectory_cosines"),
+        ("trajectory_rank1", "trajectory_sigma1"),
+        ("trajectory_pca", "trajectory_skill"),
+    ),
+    null=("random walk", "a random walk with the same step norms; of shares, an isotropic matrix"),
 )
 
 

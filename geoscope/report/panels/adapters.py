@@ -20,7 +20,12 @@ from geoscope.report.panels.drawing import (
 from geoscope.report.panels.modules import shown_modules, shown_words
 from geoscope.report.sections import Section, Subject
 
-__all__ = ["draw_adapter_energies", "draw_adapter_masks"]
+__all__ = [
+    "draw_adapter_energies",
+    "draw_adapter_masks",
+    "has_adapter_energies",
+    "has_adapter_masks",
+]
 
 _MASKS = (
     ("density_spec", "spectral |W_r| ≤ τ", RIGHT),
@@ -33,6 +38,20 @@ _ENERGIES = (
     ("head_energy", "on the base's leading r", LEFT),
     ("relative_norm", "‖s·B₀A₀‖/‖W‖", INK),
 )
+
+
+def has_adapter_masks(section: Section) -> bool:
+    """Whether a matrix was masked."""
+    return _has(section, _MASKS)
+
+
+def has_adapter_energies(section: Section) -> bool:
+    """Whether there is an initial product at all."""
+    return _has(section, _ENERGIES)
+
+
+def _has(section: Section, ids: Sequence[tuple[str, str, str]]) -> bool:
+    return any(_positive(layer, key) for layer in section.layers for key, _, _ in ids)
 
 
 def draw_adapter_masks(area: SubFigure, section: Section) -> None:

@@ -1,0 +1,38 @@
+"""What may be chosen when a series is followed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from geoscope.errors import OptionError
+from geoscope.names import Selection
+
+__all__ = ["FollowOptions"]
+
+
+@dataclass(frozen=True)
+class FollowOptions:
+    """Every field is an option of `geoscope trajectory`.
+
+    base: the model at step 0; without one the first checkpoint of a series of models is the base.
+    initial_adapter: the adapter before training, where that does not start at zero. steps: such as
+    "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the leading pair of every update and of every step. jobs: worker threads; default one a core.
+    """
+
+    base: str | None = None
+    initial_adapter: str | None = None
+    steps: str | None = None
+    directions: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+    jobs: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.include, self.exclude, self.layers)

@@ -1,0 +1,303 @@
+"""The tensors of a series, ready to be read: which they are, and how each changes step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Protocol
+
+from geoscope.adapters.peft_names import module_paths
+from geoscope.analysis.follow_options import FollowOptions
+from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
+from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.series import Series, open_series
+from geoscope.checkpoints.steps import given_steps
+from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.linalg import Operand, Product
+from geoscope.names import in_natural_order
+from geoscope.records import ModelRef, Skipped
+from geoscope.trajectory.increments import (
+    Increments,
+    increments_of_products,
+    increments_of_weights,
+)
+
+__all__ = ["Change", "Followed", "SeriesTensor", "open_followed"]
+
+Change = Operand | Product
+
+# Bytes of all checkpoints' entries of a block in fp64: what a pass over a tensor costs in memory.
+_BLOCK_BYTES = 64 << 20
+# Initialisations of PEFT whose product is not zero before training.
+_NOT_FROM_ZERO = ("pissa", "olora", "corda", "milora", "loftq", "lora_ga", "pissa_niter")
+
+
+class SeriesTensor(Protocol):
+    """One weight matrix over the series."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def increments(self, steps: Sequence[float]) -> Increments:
+        """H and what belongs to it, in one pass over the files."""
+        ...
+
+    def changes(self) -> Iterator[tuple[Change, Change]]:
+        """(Δ_i, δ_i) of every checkpoint, one after the other."""
+        ...
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A series that can be followed. steps: t_0 of the base, then of every checkpoint. tensors:
+    name → tensor, in natural order. refs: of the base and of the last checkpoint.
+    """
+
+    steps: tuple[int, ...]
+    tensors: Mapping[str, SeriesTensor]
+    refs: tuple[ModelRef, ...]
+    points: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+    series: Series
+    base: Checkpoint | None
+
+
+def open_followed(references: Sequence[str], options: FollowOptions) -> Followed:
+    """The series and its base, matched tensor by tensor, from headers alone.
+
+    Raises OptionError, CheckpointError, PairingError.
+    """
+    steps = None if options.steps is None else given_steps(options.steps)
+    series = open_series(references, steps=steps)
+    if series.kind == "adapter":
+        return _of_adapters(series, options)
+    if options.initial_adapter is not None:
+        raise OptionError("--initial-adapter is for series of adapters; these are whole models")
+    return _of_models(series, options)
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ModelTensor:
+    name: str
+    shape: tuple[int, int]
+    places: tuple[tuple[Checkpoint, str], ...]  # the base first
+
+    def increments(self, steps: Sequence[float]) -> Increments:
+        entries = self.shape[0] * self.shape[1]
+        width = max(1, _BLOCK_BYTES // (8 * len(self.places)))
+        parts = (
+            increments_of_weights(
+                steps,
+                [
+                    one.read_part(name, start, min(start + width, entries))
+                    for one, name in self.places
+                ],
+            )
+            for start in range(0, entries, width)
+        )
+        return reduce(add, parts)
+
+    def changes(self) -> Iterator[tuple[Change, Change]]:
+        first, *others = self.places
+        base = first[0].read(first[1])[None]
+        before = base
+        for one, name in others:
+            weight = one.read(name)[None]
+            yield Operand(weight, base), Operand(weight, before)
+            before = weight
+
+
+def _of_models(series: Series, options: FollowOptions) -> Followed:
+    models = [point.checkpoint for point in series.points]
+    checkpoints = [one for one in models if one is not None]
+    steps = list(series.steps)
+    if options.base is not None:
+        base = open_checkpoint(options.base)
+        if steps[0] <= 0:
+            raise OptionError(
+                f"{series.points[0].given}: step {steps[0]} stands beside --base, which is step 0; "
+                "leave one of them out"
+            )
+        steps = [0, *steps]
+    else:
+        base, checkpoints = checkpoints[0], checkpoints[1:]
+    if not checkpoints:
+        raise OptionError(
+            f"{series.points[0].given}: one checkpoint makes no series; give more, or --base"
+        )
+    pairings = [pair(base, one, options.selection) for one in checkpoints]
+    names = [{one.name: one for one in found.matrices} for found in pairings]
+    common = [name for name in names[0] if all(name in found for found in names)]
+    absent = {name for found in names for name in found} - set(common)
+    absent |= {name for found in pairings for name in found.missing}
+    if not common:
+        raise PairingError(
+            f"{base.ref.given}: no matrix is in all {len(checkpoints)} checkpoints with one shape; "
+            "see `geoscope inspect` on the first and the last"
+        )
+    tensors: dict[str, SeriesTensor] = {}
+    for name in in_natural_order(common):
+        pairs = [found[name] for found in names]
+        places = (
+            (base, pairs[0].base.name),
+            *((one, two.tuned.name) for one, two in zip(checkpoints, pairs, strict=True)),
+        )
+        if len({one.tensors[stored].transposed for one, stored in places}) > 1:
+            absent.add(name)
+            continue
+        m, n = pairs[0].shape
+        tensors[name] = _ModelTensor(name, (m, n), places)
+    for one in (base, *checkpoints):
+        one.fetch(
+            [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one]
+        )
+    return Followed(
+        steps=tuple(steps),
+        tensors=tensors,
+        refs=(base.ref, checkpoints[-1].ref),
+        points=tuple(point.given for point in series.points),
+        skipped=(*series.passed_over, *pairings[0].skipped),
+        missing=tuple(in_natural_order(absent)),
+        notes=series.notes,
+        series=series,
+        base=base,
+    )
+
+
+def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
+    assert isinstance(tensor, _ModelTensor)
+    return tensor.places
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _AdapterTensor:
+    """Updates from factors; nothing is made dense. base_energy: ‖W_0‖², 0 where it is not known."""
+
+    name: str
+    shape: tuple[int, int]
+    adapters: tuple[Adapter, ...]
+    initial: Adapter | None
+    base: tuple[Checkpoint, str] | None
+
+    def increments(self, steps: Sequence[float]) -> Increments:
+        energy = 0.0
+        if self.base is not None:
+            checkpoint, name = self.base
+            energy = float(Operand(checkpoint.read(name)[None]).norm()) ** 2
+        return increments_of_products(
+            steps, self._updates(), rounding=[0.0] * len(steps), base_energy=energy
+        )
+
+    def changes(self) -> Iterator[tuple[Change, Change]]:
+        before: Product | None = None
+        for update in self._updates():
+            yield update, update if before is None else update - before
+            before = update
+
+    def _updates(self) -> list[Product]:
+        start = None if self.initial is None else _product(self.initial, self.name)
+        found = [_product(one, self.name) for one in self.adapters]
+        return found if start is None else [one - start for one in found]
+
+
+def _product(adapter: Adapter, module: str) -> Product:
+    return Product.of(*adapter.factors(module), adapter.modules[module].scaling)
+
+
+def _of_adapters(series: Series, options: FollowOptions) -> Followed:
+    adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
+    initial = None
+    if options.initial_adapter is not None:
+        initial = open_adapter(options.initial_adapter)
+    else:
+        _refuse_unknown_start(adapters[0])
+    if series.steps[0] <= 0:
+        raise OptionError(
+            f"{series.points[0].given}: step {series.steps[0]} is that of the base; leave it out, "
+            "or give it as --initial-adapter"
+        )
+    every = [*adapters, *([] if initial is None else [initial])]
+    selection = options.selection
+    names: list[str] = []
+    skipped = list(series.passed_over)
+    missing: list[str] = []
+    for name, module in adapters[0].modules.items():
+        shapes = {one.modules[name].shape for one in every if name in one.modules}
+        reason = selection.reason_against(f"{name}.weight", in_default_scope=True, scope_reason="")
+        if reason is not None:
+            skipped.append(Skipped(name, reason))
+        elif module.is_stack:
+            skipped.append(Skipped(name, "stacked experts are not followed yet", missing=True))
+            missing.append(name)
+        elif len(shapes) != 1 or not all(name in one.modules for one in every):
+            missing.append(name)
+        else:
+            names.append(name)
+    if not names:
+        raise PairingError(
+            f"{adapters[0].given}: no module is in all {len(adapters)} adapters with one shape"
+        )
+    base = None if options.base is None else open_checkpoint(options.base)
+    weights = {} if base is None else _weights_of(base, names)
+    tensors: dict[str, SeriesTensor] = {
+        name: _AdapterTensor(
+            name, adapters[0].modules[name].shape, adapters, initial, weights.get(name)
+        )
+        for name in in_natural_order(names)
+    }
+    last = adapters[-1]
+    stored = last.tensors[last.modules[names[0]].A.name].dtype
+    first = (
+        ModelRef(last.base or "base", last.base or "base", None, stored)
+        if base is None
+        else base.ref
+    )
+    notes = list(series.notes)
+    if base is None:
+        notes.append("without --base the size of the base is not known: no relative update")
+    return Followed(
+        steps=(0, *series.steps),
+        tensors=tensors,
+        refs=(first, ModelRef(last.given, str(last.path), None, stored)),
+        points=tuple(point.given for point in series.points),
+        skipped=tuple(skipped),
+        missing=tuple(missing),
+        notes=tuple(notes),
+        series=series,
+        base=base,
+    )
+
+
+def _refuse_unknown_start(adapter: Adapter) -> None:
+    """An adapter that did not start at zero, without the one that it started from."""
+    start = adapter.config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_NOT_FROM_ZERO):
+        raise OptionError(
+            f"{adapter.given}: init_lora_weights is {start!r}, so its update is not s·B·A; give "
+            "the adapter before training as --initial-adapter"
+        )
+
+
+def _weights_of(base: Checkpoint, names: Sequence[str]) -> dict[str, tuple[Checkpoint, str]]:
+    """Module → its weight in the base. Raises PairingError for one that the base lacks."""
+    live = module_paths(list(base.tensors), base.config).paths
+    by_path = {path: name for name, path in live.items()}
+    if lacking := [name for name in names if name not in by_path]:
+        raise PairingError(
+            f"{base.ref.given}: lacks {len(lacking)} modules of the adapters: "
+            f"{first_names(lacking)}; give the model that they were trained on"
+        )
+    return {name: (base, by_path[name]) for name in names}

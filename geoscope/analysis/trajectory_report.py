@@ -1,0 +1,301 @@
+"""From increments and rank-1 paths to a Report of kind `trajectory`.
+
+Sums of increments give module kinds and the model; skill is pooled over matrices, never over their
+sum. Ids that are one number a step are series; where METHODS has one number and a series under one
+name, the series is `…_by_step`, but `rank1_share`, `gap21` and `direction_cosine` are series, and
+their numbers `…_last` and `…_mean`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+from geoscope import __version__
+from geoscope.analysis.follow_options import FollowOptions
+from geoscope.analysis.series_tensors import Followed
+from geoscope.linalg.small import gram_eigen
+from geoscope.names import layer_index, module_kind
+from geoscope.records import (
+    Coverage,
+    LayerRecord,
+    Provenance,
+    Report,
+    Skipped,
+    Status,
+    Summary,
+    Verdict,
+)
+from geoscope.trajectory.backtest import Backtest, backtest
+from geoscope.trajectory.headline import CODES, THRESHOLDS, drift_or_diffusion
+from geoscope.trajectory.horizon import credible_horizon
+from geoscope.trajectory.increments import Increments
+from geoscope.trajectory.rank1 import Rank1Path, rank1_statistics, rank1_totals
+from geoscope.trajectory.statistics import STATISTICS, Statistics, statistics
+from geoscope.trajectory.walk import walk
+
+__all__ = ["CODES", "IDS", "KIND", "METHODS", "Trajectory", "trajectory_report"]
+
+KIND = "trajectory"
+# What is backtested, beside each of it damped, and `auto`.
+METHODS = ("two_point", "linear", "linear_origin", "relex", "relex_pinned")
+_SKILLS = ("hold", *METHODS, *(f"damped({name})" for name in METHODS), "auto")
+# Ids of the model's numbers.
+IDS = (
+    *STATISTICS,
+    "rank1_share_last",
+    "norm_fraction",
+    *(f"skill@{name}" for name in _SKILLS),
+    "horizon",
+)
+_LAST = {"rank1_share": "rank1_share_last", "gap21": "gap21_last"}
+_MEAN = {"direction_cosine": "direction_cosine_mean"}
+_Series = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the pass over a series keeps: name → increments, leading pairs of Δ_i and of δ_i."""
+
+    increments: Mapping[str, Increments]
+    paths: Mapping[str, Rank1Path]
+    local: Mapping[str, Rank1Path]
+    failed: tuple[Skipped, ...]
+
+    @property
+    def total(self) -> Increments:
+        return reduce(add, self.increments.values())
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Values of one subject with all that stands beside them."""
+
+    values: dict[str, float | None]
+    nulls: dict[str, float]
+    status: dict[str, Status]
+    raw: dict[str, float]
+    series: dict[str, _Series]
+
+
+def trajectory_report(
+    found: Followed,
+    made: Trajectory,
+    options: FollowOptions,
+    *,
+    argv: tuple[str, ...],
+    seconds: float,
+) -> Report:
+    """The report of one series."""
+    base_exact = options.base is not None
+    test = backtest(made.increments, METHODS)
+    layers = tuple(
+        _record(name, found, made, test, base_exact=base_exact) for name in made.increments
+    )
+    missing = (*found.missing, *(one.name for one in made.failed))
+    return Report(
+        kind=KIND,
+        provenance=Provenance(
+            tool_version=__version__,
+            argv=argv,
+            refs=found.refs,
+            device="cpu",
+            compute_dtype="float64",
+            seed=options.seed,
+            parameters=_parameters(found, options),
+            seconds=seconds,
+        ),
+        coverage=Coverage(
+            matched=tuple(made.increments),
+            skipped=(*found.skipped, *made.failed),
+            missing=missing,
+        ),
+        layers=layers,
+        summary=_summary(found, made, test, options, base_exact=base_exact),
+    )
+
+
+def _record(
+    name: str, found: Followed, made: Trajectory, test: Backtest, *, base_exact: bool
+) -> LayerRecord:
+    inc = made.increments[name]
+    numbers = _of_statistics(statistics(inc, base_exact=base_exact))
+    method: dict[str, dict[str, Any]] = {}
+    if name in made.paths:
+        _add_rank1(numbers, name, inc, made, base_exact=base_exact)
+    for one in test.methods:
+        _put(numbers, f"skill@{one}", test.tensor_skill(one)[name])
+    return LayerRecord(
+        name=name,
+        layer=layer_index(name),
+        module=module_kind(name),
+        shape=found.tensors[name].shape,
+        values=numbers.values,
+        nulls=numbers.nulls,
+        status=numbers.status,
+        raw=numbers.raw,
+        method=method,
+        series=numbers.series,
+        gram=tuple(tuple(row) for row in inc.H.tolist()),
+    )
+
+
+def _of_statistics(found: Statistics) -> _Numbers:
+    series = {
+        f"{key}_by_step" if key in found.values else key: value
+        for key, value in found.series.items()
+    }
+    return _Numbers(
+        dict(found.values), dict(found.nulls), dict(found.status), dict(found.raw), series
+    )
+
+
+def _add_rank1(
+    numbers: _Numbers, name: str, inc: Increments, made: Trajectory, *, base_exact: bool
+) -> None:
+    found = rank1_statistics(
+        made.paths[name], inc, local=made.local.get(name), base_exact=base_exact
+    )
+    renamed = _LAST | _MEAN
+    for target, source in (
+        (numbers.values, found.values),
+        (numbers.nulls, found.nulls),
+        (numbers.status, found.status),
+        (numbers.raw, found.raw),
+    ):
+        target.update({renamed.get(key, key): value for key, value in source.items()})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    numbers.series.update(
+        {
+            f"{key}_by_step" if key in found.values and key not in renamed else key: value
+            for key, value in found.series.items()
+        }
+    )
+
+
+def _put(numbers: _Numbers, key: str, value: float | None) -> None:
+    numbers.values[key] = value
+    if value is None:
+        numbers.status[key] = Status.NOT_APPLICABLE
+
+
+def _summary(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    options: FollowOptions,
+    *,
+    base_exact: bool,
+) -> Summary:
+    total = made.total
+    whole = statistics(total, base_exact=base_exact)
+    numbers = _of_statistics(whole)
+    if made.paths:
+        _add_totals(numbers, [*made.paths.values()])
+    for one in test.methods:
+        _put(numbers, f"skill@{one}", test.skill(one))
+    best = test.best()
+    horizon = credible_horizon(test, best, seed=options.seed) if best != "hold" else None
+    _put(numbers, "horizon", 0.0 if horizon is None else horizon.steps)
+    numbers.series.update(_paths_of(total))
+    for one in test.methods:
+        far = credible_horizon(test, one, seed=options.seed, draws=1).distances
+        numbers.series[f"skill_by_distance@{one}"] = tuple(each.skill for each in far)
+        numbers.series["distance"] = tuple(each.steps for each in far)
+    modules = {module_kind(name): None for name in made.increments}
+    by_module = {
+        module: _module(
+            [name for name in made.increments if module_kind(name) == module],
+            made,
+            test,
+            base_exact=base_exact,
+        )
+        for module in modules
+    }
+    motion = drift_or_diffusion(whole)
+    return Summary(
+        model=numbers.values,
+        nulls=numbers.nulls,
+        modules={key: one.values for key, one in by_module.items()},
+        module_nulls={key: one.nulls for key, one in by_module.items()},
+        verdict=Verdict(
+            code=motion.code,
+            share=None,
+            shares={},
+            flagged=(),
+            counts={},
+            text=f"{motion.text}. {_foretold(test, best, numbers.values['horizon'])}",
+            thresholds=dict(THRESHOLDS),
+        ),
+        steps=found.steps,
+        series=numbers.series,
+    )
+
+
+def _foretold(test: Backtest, best: str, horizon: float | None) -> str:
+    """How far the run can be foretold, in words."""
+    if not bool(test.rolling.any()):
+        return "Too few checkpoints to hold any out"
+    if best == "hold":
+        return "No extrapolator beats holding the last checkpoint"
+    skill = test.skill(best)
+    words = f"Best held-out: {best}, skill {skill:.2f} over holding the last checkpoint"
+    if not horizon:
+        return f"{words}; no horizon at which that is credible"
+    return f"{words}; credible up to {horizon:g} steps ahead"
+
+
+def _module(
+    names: Sequence[str], made: Trajectory, test: Backtest, *, base_exact: bool
+) -> _Numbers:
+    inc = reduce(add, (made.increments[name] for name in names))
+    numbers = _of_statistics(statistics(inc, base_exact=base_exact))
+    if paths := [made.paths[name] for name in names if name in made.paths]:
+        _add_totals(numbers, paths)
+    return numbers
+
+
+def _add_totals(numbers: _Numbers, paths: Sequence[Rank1Path]) -> None:
+    """Shares of several tensors together."""
+    totals = rank1_totals(paths)
+    numbers.series["rank1_share"] = totals.rank1_share
+    numbers.series["norm_fraction"] = totals.norm_fraction
+    for key, value, null in (
+        ("rank1_share_last", totals.final_share, totals.null_share[-1]),
+        ("norm_fraction", totals.final_fraction, totals.null_fraction[-1]),
+    ):
+        if key in numbers.series:
+            numbers.series[f"{key}_by_step"] = numbers.series.pop(key)
+        _put(numbers, key, value)
+        if null is not None:
+            numbers.nulls[key] = null
+
+
+def _paths_of(total: Increments) -> dict[str, _Series]:
+    """The run in its own two leading temporal directions, and a walk in its own."""
+    found: dict[str, _Series] = {}
+    for prefix, inc in (("", total), ("walk_", walk(total))):
+        values, vectors = gram_eigen(inc.G)
+        coordinates = (vectors * values.sqrt()).T
+        last = coordinates[:, -1:]
+        coordinates = coordinates * last.sign().where(last != 0, last.new_ones(()))
+        for place, row in enumerate(coordinates[:2].tolist(), start=1):
+            found[f"{prefix}component{place}"] = tuple(row)
+    return found
+
+
+def _parameters(found: Followed, options: FollowOptions) -> dict[str, Any]:
+    return {
+        "base": options.base,
+        "initial_adapter": options.initial_adapter,
+        "points": list(found.points),
+        "places": [point.place for point in found.series.points],
+        "unit": found.series.unit,
+        "directions": options.directions,
+        "include": list(options.include),
+        "exclude": list(options.exclude),
+        "layers": None if options.layers is None else sorted(options.layers),
+        "notes": list(found.notes),
+    }

@@ -1,0 +1,101 @@
+"""Commands on a series of checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from geoscope.cli import options as opt
+from geoscope.cli import output
+from geoscope.cli.fail_on import holding, parse_fail_on
+from geoscope.errors import first_names
+
+if TYPE_CHECKING:
+    from geoscope.analysis.follow_options import FollowOptions
+
+__all__ = ["trajectory"]
+
+Points = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoints in any order, one run folder, globs, or repo@step_* on the Hub.",
+    ),
+]
+
+_SERIES: dict[str, opt.Spec] = {
+    "base": opt.Spec(
+        str | None,
+        None,
+        ("--base",),
+        "The model at step 0. Default: the first checkpoint of a series of models; an adapter "
+        "starts at zero.",
+        "MODEL",
+    ),
+    "initial_adapter": opt.Spec(
+        str | None,
+        None,
+        ("--initial-adapter",),
+        "The adapter before training, where it did not start at zero (PiSSA, GeoRA, OLoRA …).",
+        "DIR",
+    ),
+    "steps": opt.Spec(
+        str | None,
+        None,
+        ("--steps",),
+        "Steps of the checkpoints in the order given, such as 10,20,50, in place of their names.",
+        "LIST",
+    ),
+    "directions": opt.Spec(
+        bool,
+        True,
+        ("--directions/--no-directions",),
+        "Leading pairs of every update and step: the spatial rank-1 statistics.",
+    ),
+    "jobs": opt.COMPUTE["jobs"],
+    "seed": opt.Spec(int, 0, ("--seed",), "Seed of bootstraps and searches.", "N"),
+}
+_SHOW = {name: spec for name, spec in opt.OUTPUT.items() if name != "dry_run"}
+
+
+@opt.with_options(_SERIES, _SHOW, opt.SELECT, opt.FAIL_ON)
+def trajectory(points: Points, **options: Any) -> None:
+    """Drift or diffusion? A run step by step, and how far it can be foretold."""
+    from geoscope.analysis.follow import follow
+    from geoscope.analysis.trajectory_report import CODES, IDS
+
+    chosen = _options(options)
+    conditions = parse_fail_on(options["fail_on"], kind="trajectory", codes=CODES, ids=IDS)
+    output.check_outputs(options["out"], force=options["force"])
+    with output.matrices(quiet=options["quiet"]) as progress:
+        report = follow(points, options=chosen, progress=progress)
+    output.emit(report, options)
+    for note in report.provenance.parameters["notes"]:
+        output.say(f"note: {note}", quiet=options["quiet"])
+    if options["strict"] and report.coverage.missing:
+        output.say(
+            f"geoscope: --strict: {len(report.coverage.missing)} matrices not followed: "
+            f"{first_names(report.coverage.missing)}"
+        )
+        raise typer.Exit(1)
+    if met := holding(conditions, report):
+        output.say(f"geoscope: --fail-on: {', '.join(met)}")
+        raise typer.Exit(3)
+
+
+def _options(options: dict[str, Any]) -> FollowOptions:
+    from geoscope.analysis.follow_options import FollowOptions
+    from geoscope.names import parse_layers
+
+    return FollowOptions(
+        base=options["base"],
+        initial_adapter=options["initial_adapter"],
+        steps=options["steps"],
+        directions=options["directions"],
+        include=tuple(options["include"] or ()),
+        exclude=tuple(options["exclude"] or ()),
+        layers=parse_layers(options["layers"]) if options["layers"] else None,
+        jobs=options["jobs"],
+        seed=options["seed"],
+    )
