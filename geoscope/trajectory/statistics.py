@@ -67,6 +67,23 @@ def _corrected_drift(inc: Increments) -> float | None:
     return temporal.drift_fraction(storage_noise.corrected_gram(inc), inc.gaps)
 
 
+def _corrected_cosine(inc: Increments) -> float | None:
+    """Mean cosine of successive increments of H without its expected rounding.
+
+    Over the pairs of which neither step is below resolution: what is left of such a step's energy
+    is a small difference, and one of them would decide the mean.
+    """
+    cosines = temporal.step_cosines(storage_noise.corrected_gram(inc))
+    lost = [
+        storage_noise.noise_status(one) is Status.BELOW_RESOLUTION
+        for one in storage_noise.step_precision_ratios(inc)
+    ]
+    kept = [
+        one for i, one in enumerate(cosines) if one is not None and not (lost[i] or lost[i + 1])
+    ]
+    return math.fsum(kept) / len(kept) if kept else None
+
+
 def _drift_p(inc: Increments) -> float | None:
     """Sign-flip p-value against drift.
 
@@ -106,11 +123,7 @@ STATISTICS: Mapping[str, Statistic] = {
         lambda inc: temporal.increment_cosine(inc.H), needs=2, noise="step"
     ),
     "drift_fraction_corrected": Statistic(_corrected_drift, needs=2, noise="step"),
-    "increment_cosine_corrected": Statistic(
-        lambda inc: temporal.increment_cosine(storage_noise.corrected_gram(inc)),
-        needs=2,
-        noise="step",
-    ),
+    "increment_cosine_corrected": Statistic(_corrected_cosine, needs=2, noise="step"),
     "drift_to_noise": Statistic(_drift_to_noise, needs=2, noise="step"),
     "drift_p": Statistic(_drift_p, needs=2, noise="step", null=False),
     "straightness": Statistic(temporal.straightness, needs=2, noise="step"),

@@ -64,7 +64,7 @@ def drift_fraction(H: Tensor, gaps: Tensor) -> float | None:
     T, energy = len(H), float(rates.trace())
     if energy <= 0:
         return None
-    return (float(rates.sum()) - energy) / ((T - 1) * energy)
+    return float((rates - rates.diagonal().diag()).sum()) / ((T - 1) * energy)
 
 
 def step_cosines(H: Tensor) -> Numbers:

@@ -244,6 +244,16 @@ def test_the_correction_takes_out_the_expected_rounding() -> None:
     assert base == pytest.approx(math.sqrt((0.25 + 2 * 0.5 + 2 * 1 + 2) / 27))
 
 
+def test_one_step_below_resolution_does_not_decide_the_corrected_cosine() -> None:
+    """The fifth step is a tenth as long, and .8 of it is rounding."""
+    lengths = torch.tensor([1.0, 1, 1, 1, 0.1, 1, 1, 1], dtype=torch.float64)
+    H = lengths[:, None] * one(8, 1.0).H / 2 * lengths
+    rounding = (0.0, *[0.0032] * 8)
+    found = statistics(Increments(tuple(range(9)), H, rounding, 1.0))
+    assert found.step_status[4] is Status.BELOW_RESOLUTION
+    assert found.values["increment_cosine_corrected"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_status_by_the_noise_of_what_is_measured() -> None:
     """ν(δ) = .4 and ν(Δ) less: the steps are CAUTION, the path is OK."""
     inc = replace(one(12, 1.0), rounding=(0.0, *[0.16] * 12))
