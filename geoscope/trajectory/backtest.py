@@ -187,15 +187,20 @@ class Backtest:
         return {name: (skill or 0) > 0 for name, skill in self.tensor_skill(method).items()}
 
     def choice(self, methods: Sequence[str] | None = None) -> dict[str, str]:
-        """`auto`: per tensor the method of the best skill on the reported pairs, hold where none
-        has any. methods: to choose from, default every one of `moves`, plain and damped.
+        """What `auto` takes beyond the series: per tensor the method with the least error on the
+        past pairs, hold where none is better than that or no pair is reported.
+
+        A damped method is judged with the λ* that it will be used with, as at every origin of the
+        backtest, so that the skill of `auto` is that of this very choice. methods: to choose from,
+        default every one of `moves`, plain and damped.
         """
         candidates = self._candidates(methods)
-        chosen = self._pick(self._errors(candidates), self.rolling)
-        return {
-            name: "hold" if which < 0 else candidates[which]
-            for name, which in zip(self.names, chosen.tolist(), strict=True)
-        }
+        if not candidates or not bool(self.rolling.any()):
+            return dict.fromkeys(self.names, "hold")
+        errors = torch.stack([self._at(one, self.count) for one in candidates])
+        names = [*candidates, "hold"]
+        picked = self._pick(errors, self.count).tolist()
+        return {name: names[which] for name, which in zip(self.names, picked, strict=True)}
 
     def best(self, methods: Sequence[str] | None = None) -> str:
         """The one method of the best pooled skill, hold where none has any."""
@@ -221,27 +226,35 @@ class Backtest:
             return list(methods)
         return [name for one in self.moves for name in (one, f"damped({one})")]
 
-    def _errors(self, methods: Sequence[str]) -> Tensor:
-        """Of each method and, last, of hold: (C + 1, M, P)."""
-        return torch.stack([*(self.error(one) for one in methods), self.held])
+    def _at(self, method: str, origin: int) -> Tensor:
+        """Errors of a method with what it has learned at one origin, for all pairs. (M, P)"""
+        inner = undamped(method)
+        if inner is None:
+            return self._moves(method).error(self.held)
+        return self._moves(inner).error(self.held, self.factor(inner, origin))
 
-    def _pick(self, errors: Tensor, learned_from: Tensor) -> Tensor:
-        """Per tensor the place of the method with the least error there, −1 for hold. (M,)"""
-        sums = errors[:, :, learned_from].sum(2)
-        if len(sums) == 1:
-            return torch.full((sums.shape[1],), -1)
-        least, which = sums[:-1].min(0)
-        return torch.where(least < sums[-1], which, -1)
+    def _pick(self, errors: Tensor, origin: int) -> Tensor:
+        """Per tensor the place of the method with the least error on the past pairs of an origin,
+        or C for hold. errors: (C, M, P) → (M,).
+        """
+        past = self.past(origin)
+        sums = errors[:, :, past].sum(2)
+        held = self.held[:, past].sum(1)
+        if not len(sums):
+            return torch.zeros(len(held), dtype=torch.long)
+        least, which = sums.min(0)
+        return torch.where(least < held, which, len(sums))
 
     def _chosen(self, methods: Sequence[str]) -> Tensor:
         """Errors when the choice at each origin is made from its past. (M, P)"""
-        errors = self._errors(methods)
         chosen = self.held.clone()
         for origin in sorted(set(self.origins.tolist())):
-            which = self._pick(errors, self.past(origin)).remainder(len(errors))
+            errors = [self._at(one, origin) for one in methods]
+            stack = torch.stack([*errors, self.held])
+            which = self._pick(stack[:-1], origin)
             here = self.origins == origin
             index = which[None, :, None].expand(1, -1, int(here.sum()))
-            chosen[:, here] = errors[:, :, here].gather(0, index)[0]
+            chosen[:, here] = stack[:, :, here].gather(0, index)[0]
         return chosen
 
 

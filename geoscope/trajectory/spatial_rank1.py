@@ -1,0 +1,264 @@
+"""Extrapolators from the leading pair of each update: spatial_rank1, alpha_rank1 (METHODS §6.4).
+
+They are not linear in Δ, so the Gram matrix alone does not tell their errors. What a pass has to
+keep besides is C[τ, i, j] = u_iᵀ·Δ_τ·v_j, T³ numbers per tensor: every prediction here is
+Z = σ̂·û·v̂ᵀ with û = Σa_iu_i and v̂ = Σb_jv_j, so that ⟨Z, Δ_τ⟩ = σ̂·aᵀC_τb and ‖Z‖² = σ̂². The
+signs of the pairs are aligned first, so that no number depends on those of the solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geoscope.errors import NumericsError, OptionError
+from geoscope.profile import stage
+from geoscope.trajectory.backtest import Moves, pairs_of
+from geoscope.trajectory.increments import Increments
+from geoscope.trajectory.rank1 import Rank1Path, align_signs
+
+__all__ = [
+    "SPATIAL",
+    "Pair",
+    "alpha_rank1",
+    "outer_moves",
+    "pair_products",
+    "spatial_moves",
+    "spatial_rank1",
+]
+
+# spatial_rank1: W0 + Z(t*). spatial_rank1_pinned: W_T + Z(t*) − Z_T keeps the rest of the last
+# checkpoint, as relex_pinned does. alpha_rank1: W0 + λ·‖Δ_T‖·u1·v1ᵀ.
+SPATIAL = ("spatial_rank1", "spatial_rank1_pinned", "alpha_rank1")
+
+# 1 − cos below which two directions are one, and 1 + cos below which they are opposite.
+_SAME = 1e-13
+
+
+@dataclass(frozen=True)
+class Pair:
+    """σ·u·vᵀ: u (m,), v (n,) of unit length, fp64; a learned σ may be negative."""
+
+    sigma: float
+    u: Tensor
+    v: Tensor
+
+    def dense(self) -> Tensor:
+        """(m, n)."""
+        return self.sigma * torch.outer(self.u, self.v)
+
+
+@stage("pair products")
+def pair_products(u: Tensor, v: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    """C[τ, i, j] = u_iᵀ·Δ_τ·v_j, (T, a, b), from one pass over the updates.
+
+    u: (a, m), v: (b, n). blocks: rows 0 … r−1, r …, in order, of all updates at once, (T, r, n)
+    each; one block is all of them. The same of δ gives the increments of C.
+    """
+    total, start = None, 0
+    for block in blocks:
+        stop = start + block.shape[1]
+        part = u[:, start:stop].double() @ (block.double() @ v.double().T)
+        total = part if total is None else total + part
+        start = stop
+    if total is None or start != u.shape[1]:
+        raise NumericsError(
+            f"blocks of {start} rows for left vectors of {u.shape[1]} entries; "
+            "all rows of the matrix are needed, in order"
+        )
+    return total
+
+
+# --- where the pair is going --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """sigma (k,), left and right (k, o): coefficients of û and v̂ on the aligned u_i and v_i."""
+
+    sigma: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def _predict(
+    sigma: Tensor, by_left: Tensor, by_right: Tensor, t: Tensor, targets: Tensor
+) -> _Prediction:
+    """From what was observed: σ1 (o,), Grams of aligned u and v (o, o), t (o,), targets (k,)."""
+    moved = sigma > 0
+    return _Prediction(
+        _power_law(sigma[moved], t[moved], targets),
+        _tangent_step(by_left, moved, t.log(), targets.log()),
+        _tangent_step(by_right, moved, t.log(), targets.log()),
+    )
+
+
+def _power_law(sigma: Tensor, t: Tensor, targets: Tensor) -> Tensor:
+    """exp of the least-squares line of ln σ1 on ln t; (k,). One σ1 > 0 stays as it is."""
+    x, y = t.log(), sigma.log()
+    centred = x - x.mean()
+    spread = centred.square().sum()
+    slope = (centred @ y) / spread if len(x) > 1 else spread
+    return (y.mean() + slope * (targets.log() - x.mean())).exp()
+
+
+def _tangent_step(gram: Tensor, moved: Tensor, t: Tensor, targets: Tensor) -> Tensor:
+    """Along the great circle through the last direction, at the speed of the observed ones; (k, o).
+
+    gram: of the aligned directions (o, o). t (o,), targets (k,): on any clock; it is ln t here,
+    that of σ1's power law, for directions settle and a constant speed in t overshoots.
+
+    The logarithm of u_i at u_o is θ_i/sin θ_i·(u_i − cos θ_i·u_o); ω is the least-squares slope of
+    the logarithms on t_i − t_o, and û = cos(|ω|s)·u_o + sin(|ω|s)·ω/|ω| with s = t* − t_o. A
+    direction that stands still, or moves on a great circle at constant speed, is met exactly.
+    """
+    cosine = gram[:, -1].clamp(-1, 1)
+    apart = (1 - cosine > _SAME) & (1 + cosine > _SAME) & moved
+    angle = torch.where(apart, cosine, 0.0).arccos()
+    stretch = torch.where(apart, angle / angle.sin(), 0.0)
+    behind = torch.where(moved, t - t[-1], 0.0)
+    slope = behind / behind.square().sum().clamp_min(torch.finfo(t.dtype).tiny)
+    omega = slope * stretch
+    omega[-1] = omega[-1] - (slope * stretch * cosine).sum()
+    speed = (omega @ gram @ omega).clamp_min(0).sqrt()
+    last = torch.zeros_like(omega)
+    last[-1] = 1
+    if not float(speed) > 0:
+        return last.expand(len(targets), -1)
+    ahead = (speed * (targets - t[-1]))[:, None]
+    return ahead.cos() * last + ahead.sin() * omega / speed
+
+
+def spatial_rank1(path: Rank1Path, observed: Increments, target: float) -> Pair:
+    """Z(t*) of `spatial_rank1`: σ1 by its power law, u and v by a tangent step. Of zero updates: 0.
+
+    path: the leading pairs of Δ_1 … Δ_T.
+    """
+    path = _checked(path, observed)
+    if float(path.sigma[-1]) == 0:
+        return Pair(0.0, path.u[-1], path.v[-1])
+    ahead = torch.tensor([target - observed.steps[0]], dtype=torch.float64)
+    found = _predict(path.sigma, path.u @ path.u.T, path.v @ path.v.T, observed.elapsed, ahead)
+    return Pair(float(found.sigma[0]), found.left[0] @ path.u, found.right[0] @ path.v)
+
+
+def alpha_rank1(path: Rank1Path, factor: float = 1.0) -> Pair:
+    """λ·‖Δ_T‖_F·u1·v1ᵀ, the rank-1 part of the last update with its norm restored (AlphaRL)."""
+    return Pair(factor * float(path.norm[-1]), path.u[-1], path.v[-1])
+
+
+def _checked(path: Rank1Path, increments: Increments) -> Rank1Path:
+    """The path with aligned signs."""
+    if len(path) != len(increments):
+        raise NumericsError(
+            f"a path of {len(path)} steps and increments of {len(increments)} do not belong "
+            "together"
+        )
+    return align_signs(path)[0]
+
+
+# --- held-out errors ----------------------------------------------------------------------------
+
+
+def spatial_moves(
+    paths: Mapping[str, Rank1Path],
+    increments: Mapping[str, Increments],
+    products: Mapping[str, Tensor],
+) -> dict[str, Moves]:
+    """The moves of SPATIAL on all tensors, in the order of `increments`, for `backtest(others=)`.
+
+    products: `pair_products` of each path's u and v with the updates, (T, T, T). A tensor whose
+    last update is zero is held.
+    """
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in SPATIAL}
+    for name, inc in increments.items():
+        if name not in paths or name not in products:
+            raise OptionError(
+                f"{name}: no rank-1 path and pair products; give those of all tensors"
+            )
+        found = _tensor_moves(paths[name], inc, products[name])
+        for method in SPATIAL:
+            rows[method].append(found[method])
+    return {method: _stacked(found) for method, found in rows.items()}
+
+
+def _stacked(rows: list[tuple[Tensor, Tensor]]) -> Moves:
+    return Moves(torch.stack([a for a, _ in rows]), torch.stack([e for _, e in rows]))
+
+
+def _tensor_moves(
+    path: Rank1Path, inc: Increments, products: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """method → (ahead (P,), energy (P,)) of one tensor."""
+    T, t, G = len(inc), inc.elapsed, inc.G
+    if tuple(products.shape) != (T, T, T):
+        raise NumericsError(
+            f"pair products of shape {tuple(products.shape)}; {(T, T, T)} is needed"
+        )
+    aligned = _checked(path, inc)
+    # The products were taken with the signs as they came.
+    left, right = ((one * two).sum(1).sign() for one, two in
+                   ((path.u, aligned.u), (path.v, aligned.v)))  # fmt: skip
+    C = products * left[:, None] * right
+    by_left, by_right = aligned.u @ aligned.u.T, aligned.v @ aligned.v.T
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in SPATIAL}
+    for o in range(2, T):
+        here, nothing = o - 1, t.new_zeros(T - o)
+        if not (float(path.sigma[here]) > 0):
+            for rows in found.values():
+                rows.append((nothing, nothing))
+            continue
+        size = G[here, here]
+        toward = G[here, o:] - size  # ⟨Δ_o, Δ_τ − Δ_o⟩
+        guess = _predict(path.sigma[:o], by_left[:o, :o], by_right[:o, :o], t[:o], t[o:])
+        weighted = guess.sigma[:, None] * guess.left
+        seen = torch.einsum("ki,ij,kj->k", weighted, C[here, :o, :o], guess.right)
+        later = torch.einsum("ki,kij,kj->k", weighted, C[o:, :o, :o], guess.right)
+        energy = guess.sigma.square()
+        found["spatial_rank1"].append((later - seen - toward, energy - 2 * seen + size))
+        # Z_o = σ·u·vᵀ of the last checkpoint seen.
+        sigma, last = path.sigma[here], C[:, here, here]
+        overlap = (weighted @ by_left[:o, here]) * (guess.right @ by_right[:o, here])
+        found["spatial_rank1_pinned"].append(
+            (
+                later - seen - sigma * (last[o:] - last[here]),
+                energy - 2 * sigma * overlap + sigma.square(),
+            )
+        )
+        norm = size.sqrt()
+        found["alpha_rank1"].append(
+            (
+                norm * (last[o:] - last[here]) - toward,
+                (2 * size - 2 * norm * last[here]).expand(T - o),
+            )
+        )
+    if T < 3:
+        return {name: (t.new_zeros(0), t.new_zeros(0)) for name in SPATIAL}
+    return {
+        name: (torch.cat([a for a, _ in rows]), torch.cat([e for _, e in rows]).clamp_min(0))
+        for name, rows in found.items()
+    }
+
+
+def outer_moves(
+    inc: Increments, guesses: Mapping[int, Pair], products: Mapping[int, Tensor], horizon: int
+) -> tuple[Tensor, Tensor]:
+    """(ahead, energy), (P,) each, of predictions W_o + c·σ̂·û·v̂ᵀ such as those of NExt.
+
+    guesses: origin o → the step predicted for `horizon` checkpoints ahead; c is the distance in
+    steps over that of `horizon` checkpoints. products: origin → ûᵀΔ_τv̂ of every τ, (T,), by
+    `pair_products`. Origins without a guess hold.
+    """
+    T, t = len(inc), inc.elapsed
+    pairs = pairs_of(T)
+    ahead, energy = (torch.zeros(len(pairs), dtype=torch.float64) for _ in range(2))
+    unit = float(t[-1]) / T * horizon
+    for place, (o, tau) in enumerate(pairs):
+        if o in guesses:
+            length = float(t[tau - 1] - t[o - 1]) / unit * guesses[o].sigma
+            ahead[place] = length * (products[o][tau - 1] - products[o][o - 1])
+            energy[place] = length * length
+    return ahead, energy
