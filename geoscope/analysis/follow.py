@@ -32,8 +32,9 @@ class _Kept:
     """What the pass keeps of one tensor."""
 
     increments: Increments
-    path: Rank1Path | None
-    local: Rank1Path | None
+    path: Rank1Path | None = None
+    local: Rank1Path | None = None
+    products: torch.Tensor | None = None
 
 
 def follow(
@@ -86,6 +87,7 @@ def measure_series(found: Followed, options: FollowOptions, progress: Progress) 
         increments={name: kept[name].increments for name in names},
         paths={name: path for name in names if (path := kept[name].path) is not None},
         local={name: path for name in names if (path := kept[name].local) is not None},
+        products={name: one for name in names if (one := kept[name].products) is not None},
         failed=tuple(failed),
     )
 
@@ -94,11 +96,18 @@ def _measured(tensor: SeriesTensor, found: Followed, options: FollowOptions) -> 
     try:
         increments = tensor.increments(found.steps)
         if not options.directions:
-            return _Kept(increments, None, None)
+            return _Kept(increments)
         path, local = _paths(tensor, increments, options.seed)
+        products = _pair_products(tensor, path)
     except NumericsError as error:
         raise NumericsError(f"{tensor.name}: {error}") from None
-    return _Kept(increments, path, local)
+    return _Kept(increments, path, local, products)
+
+
+def _pair_products(tensor: SeriesTensor, path: Rank1Path) -> torch.Tensor:
+    """u_iᵀ·Δ_τ·v_j of all τ, i, j, (T, T, T): what backtests of rank-1 predictions take."""
+    rows = [path.u @ whole.right(path.v[None])[0].T for whole, _ in tensor.changes()]
+    return torch.stack(rows)
 
 
 def _paths(tensor: SeriesTensor, increments: Increments, seed: int) -> tuple[Rank1Path, Rank1Path]:

@@ -16,7 +16,8 @@ class FollowOptions:
 
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     initial_adapter: the adapter before training, where that does not start at zero. steps: such as
-    "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the leading pair of every update and of every step. jobs: worker threads; default one a core.
+    "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the
+    leading pair of every update and of every step. jobs: worker threads; default one a core.
     """
 
     base: str | None = None

@@ -24,7 +24,7 @@ from geoscope.trajectory.increments import (
     increments_of_weights,
 )
 
-__all__ = ["Change", "Followed", "SeriesTensor", "open_followed"]
+__all__ = ["Change", "Followed", "ModelTensor", "SeriesTensor", "open_followed"]
 
 Change = Operand | Product
 
@@ -87,10 +87,12 @@ def open_followed(references: Sequence[str], options: FollowOptions) -> Followed
 
 
 @dataclass(frozen=True)
-class _ModelTensor:
+class ModelTensor:
+    """A weight in whole models: (checkpoint, name there) at every step, the base first."""
+
     name: str
     shape: tuple[int, int]
-    places: tuple[tuple[Checkpoint, str], ...]  # the base first
+    places: tuple[tuple[Checkpoint, str], ...]
 
     def increments(self, steps: Sequence[float]) -> Increments:
         entries = self.shape[0] * self.shape[1]
@@ -156,7 +158,7 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
             absent.add(name)
             continue
         m, n = pairs[0].shape
-        tensors[name] = _ModelTensor(name, (m, n), places)
+        tensors[name] = ModelTensor(name, (m, n), places)
     for one in (base, *checkpoints):
         one.fetch(
             [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one]
@@ -175,7 +177,7 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
 
 
 def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
-    assert isinstance(tensor, _ModelTensor)
+    assert isinstance(tensor, ModelTensor)
     return tensor.places
 
 

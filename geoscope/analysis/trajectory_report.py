@@ -14,6 +14,8 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from torch import Tensor
+
 from geoscope import __version__
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.series_tensors import Followed
@@ -34,6 +36,7 @@ from geoscope.trajectory.headline import CODES, THRESHOLDS, drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.rank1 import Rank1Path, rank1_statistics, rank1_totals
+from geoscope.trajectory.spatial_rank1 import SPATIAL, spatial_moves
 from geoscope.trajectory.statistics import STATISTICS, Statistics, statistics
 from geoscope.trajectory.walk import walk
 
@@ -42,7 +45,8 @@ __all__ = ["CODES", "IDS", "KIND", "METHODS", "Trajectory", "trajectory_report"]
 KIND = "trajectory"
 # What is backtested, beside each of it damped, and `auto`.
 METHODS = ("two_point", "linear", "linear_origin", "relex", "relex_pinned")
-_SKILLS = ("hold", *METHODS, *(f"damped({name})" for name in METHODS), "auto")
+_PLAIN = (*METHODS, *SPATIAL)
+_SKILLS = ("hold", *_PLAIN, *(f"damped({name})" for name in _PLAIN), "auto")
 # Ids of the model's numbers.
 IDS = (
     *STATISTICS,
@@ -58,12 +62,22 @@ _Series = tuple[float | None, ...]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the pass over a series keeps: name → increments, leading pairs of Δ_i and of δ_i."""
+    """What the pass over a series keeps: name → increments, leading pairs of Δ_i and of δ_i, and
+    u_iᵀΔ_τv_j.
+    """
 
     increments: Mapping[str, Increments]
     paths: Mapping[str, Rank1Path]
     local: Mapping[str, Rank1Path]
+    products: Mapping[str, Tensor]
     failed: tuple[Skipped, ...]
+
+    def backtest(self) -> Backtest:
+        """Of METHODS, and of the rank-1 predictions where leading pairs were taken."""
+        others = None
+        if self.paths:
+            others = spatial_moves(self.paths, self.increments, self.products)
+        return backtest(self.increments, METHODS, others=others)
 
     @property
     def total(self) -> Increments:
@@ -91,7 +105,7 @@ def trajectory_report(
 ) -> Report:
     """The report of one series."""
     base_exact = options.base is not None
-    test = backtest(made.increments, METHODS)
+    test = made.backtest()
     layers = tuple(
         _record(name, found, made, test, base_exact=base_exact) for name in made.increments
     )

@@ -51,6 +51,7 @@ for _command in (
     pairs.alignment,
     pairs.compare,
     series.trajectory,
+    series.extrapolate,
     adapters.init_adapter,
     adapters.verify_adapter,
     adapters.convert_adapter,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +16,7 @@ from geoscope.errors import first_names
 if TYPE_CHECKING:
     from geoscope.analysis.follow_options import FollowOptions
 
-__all__ = ["trajectory"]
+__all__ = ["extrapolate", "trajectory"]
 
 Points = Annotated[
     list[str],
@@ -99,3 +101,60 @@ def _options(options: dict[str, Any]) -> FollowOptions:
         jobs=options["jobs"],
         seed=options["seed"],
     )
+
+
+@opt.with_options(
+    {
+        "to_step": opt.Spec(int, ..., ("--to-step",), "The step to predict.", "N"),
+        "method": opt.Spec(
+            str,
+            "auto",
+            ("--method",),
+            "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, "
+            "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, or damped(…) "
+            "of one.",
+            "NAME",
+        ),
+        "out_folder": opt.Spec(
+            Path, ..., ("--out", "-o"), "Folder to write the predicted model to.", "OUT"
+        ),
+        "force": opt.Spec(
+            bool, False, ("--force",), "Beyond the credible horizon, and over an earlier output."
+        ),
+    },
+    {name: spec for name, spec in _SERIES.items() if name not in ("initial_adapter", "directions")},
+    {name: opt.OUTPUT[name] for name in ("as_json", "quiet", "debug")},
+    opt.SELECT,
+)
+def extrapolate(points: Points, **options: Any) -> None:
+    """Predicted weights of a later step, as far as held-out checkpoints justify them."""
+    from geoscope.analysis.extrapolate import extrapolate as run
+    from geoscope.report.numbers import number
+
+    chosen = _options({**options, "initial_adapter": None, "directions": True})
+    with output.matrices(quiet=options["quiet"]) as progress:
+        made = run(
+            points,
+            options["out_folder"],
+            options["to_step"],
+            method=options["method"],
+            options=chosen,
+            force=options["force"],
+            progress=progress,
+        )
+    if options["as_json"]:
+        told = {"out": str(made.out), "to_step": made.target, "last_step": made.last}
+        told |= {"method": made.method, "skill": made.skill, "horizon": made.horizon}
+        told |= {"tensors": dict(made.chosen)}
+        output.document(json.dumps(told, indent=2, sort_keys=True))
+        return
+    counts = ", ".join(f"{name} {count}" for name, count in made.counts.items())
+    output.data(
+        f"{made.out}: step {made.target} from checkpoints up to step {made.last}\n"
+        f"matrices by method: {counts}\n"
+        f"held-out skill of {made.method}: {number(made.skill)} over holding the last checkpoint; "
+        f"credible up to {number(made.horizon)} steps ahead, asked for {made.ahead}\n"
+        "skill is about weights: necessary for a better model, and not sufficient; evaluate it"
+    )
+    for note in made.notes:
+        output.say(f"note: {note}", quiet=options["quiet"])

@@ -1,0 +1,231 @@
+"""Weights of a step that was not trained, as far as held-out checkpoints justify them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope import __version__
+from geoscope.analysis.follow import measure_series
+from geoscope.analysis.follow_options import FollowOptions
+from geoscope.analysis.options import Progress
+from geoscope.analysis.series_tensors import Followed, ModelTensor, open_followed
+from geoscope.analysis.trajectory_report import METHODS, Trajectory
+from geoscope.checkpoints import Checkpoint
+from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.writing import plan_model, write_model
+from geoscope.errors import OptionError
+from geoscope.trajectory.backtest import Backtest
+from geoscope.trajectory.extrapolators import undamped, weights_of
+from geoscope.trajectory.horizon import credible_horizon
+from geoscope.trajectory.spatial_rank1 import SPATIAL, Pair, alpha_rank1, spatial_rank1
+
+__all__ = ["Extrapolation", "extrapolate", "methods"]
+
+_RECORD = "geoscope.json"
+_RECORD_SCHEMA = "geoscope.extrapolation/1"
+_SMALL, _PER_TENSOR = 1 << 16, 2048
+# Entries of a block of all checkpoints.
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """What was written. chosen: tensor → method. skill: pooled held-out skill of what was asked
+    for. horizon: credible distance in steps; ahead: the distance that was asked for.
+    """
+
+    out: Path
+    target: int
+    last: int
+    method: str
+    chosen: Mapping[str, str]
+    skill: float | None
+    horizon: float
+    notes: tuple[str, ...]
+
+    @property
+    def ahead(self) -> int:
+        return self.target - self.last
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(self.chosen.values()).most_common())
+
+
+def methods() -> tuple[str, ...]:
+    """Names that `--method` takes, as `backtest` spells them."""
+    plain = (*METHODS, *SPATIAL)
+    return ("auto", "hold", *plain, *(f"damped({name})" for name in plain))
+
+
+def extrapolate(
+    references: Sequence[str],
+    out: Path,
+    target: int,
+    *,
+    method: str = "auto",
+    options: FollowOptions | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Extrapolation:
+    """Writes the predicted model of step `target` into the folder `out`.
+
+    method: one of `methods`; `auto` takes for each tensor the one with the best held-out skill and
+    holds where none has any. force: beyond the credible horizon, too, and over an earlier output.
+    Tensors that are not followed are copied from the last checkpoint. Raises GeoscopeError.
+    """
+    options = options or FollowOptions()
+    method = method.replace("-", "_")
+    if method not in methods():
+        raise OptionError(f"--method {method!r} is not one of {', '.join(methods())}")
+    found = open_followed(references, options)
+    if found.series.kind == "adapter":
+        raise OptionError("a series of adapters cannot be extrapolated yet; merge them first")
+    last = found.steps[-1]
+    if target <= last:
+        raise OptionError(f"--to-step {target}: the series ends at step {last}; give a later step")
+    made = measure_series(found, options, progress or Progress())
+    test = made.backtest()
+    horizon = 0.0 if method == "hold" else credible_horizon(test, method, seed=options.seed).steps
+    skill = test.skill(method)
+    if method != "hold" and target - last > horizon and not force:
+        raise OptionError(_beyond(method, target - last, horizon, skill))
+    chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
+    result = Extrapolation(out, target, last, method, chosen, skill, horizon, found.notes)
+    _write(found, made, test, result, force=force)
+    return result
+
+
+def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str:
+    known = "unknown" if skill is None else f"{skill:.2f}"
+    credible = f"up to {horizon:g} steps" if horizon else "at no distance"
+    return (
+        f"{ahead} steps ahead: {method} is credible {credible} ahead (held-out skill {known}); "
+        "give a nearer --to-step, or --force"
+    )
+
+
+# --- the model that is written --------------------------------------------------------------------
+
+
+def _write(
+    found: Followed, made: Trajectory, test: Backtest, result: Extrapolation, *, force: bool
+) -> None:
+    last = _models(found)[-1][0]
+    stored = {_stored(found, name): name for name in made.increments}
+    replaced = {
+        place: last.tensors[place].dtype
+        for place, name in stored.items()
+        if result.chosen[name] != "hold"
+    }
+    plan = plan_model(last, replaced, {"geoscope_version": __version__, "extrapolated": "true"})
+    travelling, _ = last.source.travelling()
+    sizes = {
+        **plan.sizes,
+        **{name: path.stat().st_size for name, path in travelling.items()},
+        _RECORD: _SMALL + _PER_TENSOR * len(stored),
+    }
+    given = [Path(point).expanduser() for point in found.points]
+    with OutputFolder(
+        result.out, sizes, force=force, inputs=[path for path in given if path.exists()]
+    ) as folder:
+
+        def replacement(place: str) -> Tensor | None:
+            if place not in replaced:
+                return None
+            return _predicted(found, made, test, stored[place], result)
+
+        write_model(folder, "", last, plan, replacement)
+        for name, path in travelling.items():
+            folder.copy(name, path)
+        folder.write(_RECORD, _record(found, test, result))
+
+
+def _models(found: Followed) -> tuple[tuple[Checkpoint, str], ...]:
+    return _model_tensor(found, next(iter(found.tensors))).places
+
+
+def _model_tensor(found: Followed, name: str) -> ModelTensor:
+    tensor = found.tensors[name]
+    assert isinstance(tensor, ModelTensor)  # adapters were refused
+    return tensor
+
+
+def _stored(found: Followed, name: str) -> str:
+    """The name of a tensor in the last checkpoint."""
+    return _model_tensor(found, name).places[-1][1]
+
+
+def _predicted(
+    found: Followed, made: Trajectory, test: Backtest, name: str, result: Extrapolation
+) -> Tensor:
+    """The weight at the target step, as the last checkpoint's file would hold it."""
+    method, inc = result.chosen[name], made.increments[name]
+    tensor = _model_tensor(found, name)
+    inner = undamped(method) or method
+    if inner not in SPATIAL:
+        weights = weights_of(method, inc, result.target, factors=test.factors)
+        return _combination(tensor, weights)
+    path = made.paths[name]
+    pair = alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
+    factor = 1.0 if inner == method else test.factors[inner]
+    taken = spatial_rank1(path, inc, found.steps[-1]) if inner == "spatial_rank1_pinned" else None
+    return _with_pair(tensor, pair, taken, factor)
+
+
+def _combination(tensor: ModelTensor, weights: Tensor) -> Tensor:
+    """W_0 + Σw_i(W_i − W_0) in fp64, block by block in the order of the file."""
+    checkpoint, stored = tensor.places[-1]
+    info = checkpoint.tensors[stored]
+    dtype = getattr(torch, info.dtype)
+    m, n = info.shape
+    out = torch.empty(m * n, dtype=dtype)
+    width = max(1, _BLOCK // len(tensor.places))
+    for start in range(0, m * n, width):
+        stop = min(start + width, m * n)
+        base, *others = (one.read_part(name, start, stop).double() for one, name in tensor.places)
+        total = base.clone()
+        for weight, block in zip(weights.tolist(), others, strict=True):
+            if weight:
+                total.add_(block.sub_(base), alpha=weight)
+        out[start:stop] = total.to(dtype)
+    return out.reshape((n, m) if info.transposed else (m, n))
+
+
+def _with_pair(tensor: ModelTensor, pair: Pair, taken: Pair | None, factor: float) -> Tensor:
+    """W_0 + Z, or W_T + Z − Z_T, and of it the part λ beyond W_T: W_T + λ(Ŵ − W_T)."""
+    (first, base), (last, stored) = tensor.places[0], tensor.places[-1]
+    info = last.tensors[stored]
+    held = last.read(stored).double()
+    if taken is None:
+        moved = first.read(base).double().add_(pair.dense()).sub_(held)
+    else:
+        moved = pair.dense() - taken.dense()
+    weight = held.add_(moved, alpha=factor).to(getattr(torch, info.dtype))
+    return weight.T.contiguous() if info.transposed else weight
+
+
+def _record(found: Followed, test: Backtest, result: Extrapolation) -> bytes:
+    record: dict[str, Any] = {
+        "schema": _RECORD_SCHEMA,
+        "geoscope_version": __version__,
+        "method": result.method,
+        "to_step": result.target,
+        "steps": list(found.steps),
+        "points": list(found.points),
+        "base": found.refs[0].given,
+        "horizon": result.horizon,
+        "skill": result.skill,
+        "factors": test.factors,
+        "tensors": dict(result.chosen),
+    }
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
