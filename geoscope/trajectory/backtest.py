@@ -73,7 +73,8 @@ class Backtest:
 
     steps: base first. names: the tensors. pairs: (o, τ), P of them, those that only λ and choices
     learn from too; `rolling` marks the ones that are reported, o = max(3, ⌈T/3⌉) … T−1. held:
-    ‖Δ_τ − Δ_o‖², size: ‖Δ_τ‖², both (M, P). moves: method → its moves.
+    ‖Δ_τ − Δ_o‖², size: ‖Δ_τ‖², rounding: N_o of checkpoint o as stored, all (M, P). moves: method →
+    its moves.
 
     Methods are named as in `moves`; beside them stand `hold`, `damped(x)` with the pooled λ*,
     `gated(x)` (per tensor x or hold) and `auto` (per tensor the best of all, or hold).
@@ -84,6 +85,7 @@ class Backtest:
     pairs: tuple[tuple[int, int], ...]
     held: Tensor
     size: Tensor
+    rounding: Tensor
     moves: Mapping[str, Moves]
 
     @property
@@ -290,9 +292,17 @@ def backtest(
         moves[name] = one
     size = H.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
     targets = torch.tensor([tau for _, tau in pairs], dtype=torch.long)
+    origins = torch.tensor([o for o, _ in pairs], dtype=torch.long)
+    rounding = torch.tensor([one.rounding for one in series], dtype=torch.float64)
     return Backtest(
-        steps, tuple(increments), pairs, _held(H), size[:, targets - 1], moves
-    )  # fmt: skip
+        steps,
+        tuple(increments),
+        pairs,
+        _held(H),
+        size[:, targets - 1],
+        rounding[:, origins],
+        moves,
+    )
 
 
 def _origins(T: int) -> range:

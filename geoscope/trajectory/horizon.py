@@ -10,6 +10,7 @@ ones; 0 when the nearest fails.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class Distance:
     """A group of pairs that are equally many checkpoints apart.
 
     steps: least t_τ − t_o in it. origins: with anything to predict. skill: median over them, None
-    without one; bound: its 5 % bootstrap bound. error: √(Σerr/Σ‖Δ_τ‖²), and held: that of hold.
+    without one; bound: its 5 % bootstrap bound; floor: the same median of ΣN_o/Σerr_hold, what the
+    removal of storage rounding could give. error: √(Σerr/Σ‖Δ_τ‖²), and held: that of hold.
     """
 
     checkpoints: int
@@ -38,31 +40,40 @@ class Distance:
     origins: int
     skill: float | None
     bound: float | None
+    floor: float | None
     error: float | None
     held: float | None
 
     @property
     def passes(self) -> bool:
         """Whether prediction this far ahead is credible."""
+        return self._above(0.0)
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether it is so beyond what storage rounding explains."""
+        return self._above(self.floor or 0.0)
+
+    def _above(self, least: float) -> bool:
         if self.skill is None or self.bound is None or self.origins < LEAST_ORIGINS:
             return False
-        return self.skill > 0 and self.bound > 0
+        return self.skill > least and self.bound > least
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """steps: the credible horizon, 0 for none. stopped_by: what failed at the next distance,
-    `skill`, `bound`, `origins`, or `end` when all distances with enough origins passed.
+    """steps: the credible horizon, 0 for none; resolved: as far as the skill is above what storage
+    rounding explains, at most `steps`. stopped_by: what failed at the next distance, `skill`,
+    `bound`, `origins`, or `end` when all distances with enough origins passed.
     """
 
     steps: float
+    resolved: float
     stopped_by: str
     distances: tuple[Distance, ...]
 
 
-def credible_horizon(
-    test: Backtest, method: str, *, seed: int = 0, draws: int = 999
-) -> Horizon:  # fmt: skip
+def credible_horizon(test: Backtest, method: str, *, seed: int = 0, draws: int = 999) -> Horizon:
     """The horizon of a method by name, `damped(linear)` say. Seeded; on the CPU.
 
     With one tensor there is nothing to resample and the bound is the median itself: give the
@@ -72,12 +83,13 @@ def credible_horizon(
     error, held = test.error(method)[:, chosen], test.held[:, chosen]
     size, distance = test.size[:, chosen], test.distance[chosen]
     ahead = (test.targets - test.origins)[chosen]
+    rounding, total_held = test.rounding[:, chosen].sum(0), held.sum(0)
     drawn_error, drawn_held = _resampled(error, held, seed, draws)
     distances = []
     for group in sorted(set(ahead.tolist())):
         here = ahead == group
-        usable = here & (held.sum(0) > 0)
-        skills = _skills(error.sum(0)[usable], held.sum(0)[usable])
+        usable = here & (total_held > 0)
+        skills = _skills(error.sum(0)[usable], total_held[usable])
         medians = _median(_skills(drawn_error[:, usable], drawn_held[:, usable]))
         total = float(size[:, here].sum())
         distances.append(
@@ -87,6 +99,7 @@ def credible_horizon(
                 int(usable.sum()),
                 float(_median(skills)) if len(skills) else None,
                 quantile(medians, LEVEL) if len(skills) else None,
+                float(_median((rounding / total_held)[usable])) if len(skills) else None,
                 (float(error[:, here].sum()) / total) ** 0.5 if total > 0 else None,
                 (float(held[:, here].sum()) / total) ** 0.5 if total > 0 else None,
             )
@@ -95,12 +108,12 @@ def credible_horizon(
 
 
 def _horizon(distances: tuple[Distance, ...]) -> Horizon:
-    steps = 0.0
-    for one in distances:
-        if not one.passes:
-            return Horizon(steps, _failure(one, steps), distances)
-        steps = one.steps
-    return Horizon(steps, "end" if distances else "origins", distances)
+    passed = list(takewhile(lambda one: one.passes, distances))
+    resolved = list(takewhile(lambda one: one.is_resolved, distances))
+    steps, far = (one[-1].steps if one else 0.0 for one in (passed, resolved))
+    if len(passed) < len(distances):
+        return Horizon(steps, far, _failure(distances[len(passed)], steps), distances)
+    return Horizon(steps, far, "end" if distances else "origins", distances)
 
 
 def _failure(one: Distance, reached: float) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from geoscope.trajectory.backtest import Backtest, backtest
 from geoscope.trajectory.horizon import credible_horizon
-from geoscope.trajectory.increments import Increments
+from geoscope.trajectory.increments import Increments, increments_of_weights
 
 EQUAL = tuple(10.0 * i for i in range(13))
 UNEQUAL = (0.0, 4.0, 10.0, 25.0, 30.0, 44.0, 50.0, 51.0, 70.0, 90.0, 95.0, 120.0, 130.0)
@@ -57,6 +57,7 @@ def test_a_drift_has_one(steps: tuple[float, ...]) -> None:
     for method in ("linear_origin", "damped(linear)", "damped(relex_pinned)", "auto"):
         found = credible_horizon(test, method)
         assert found.stopped_by == "end"
+        assert found.resolved == found.steps
         # origins 4 … 11, three of which reach six checkpoints ahead
         reached = [one for one in found.distances if one.passes]
         assert [one.checkpoints for one in reached] == [1, 2, 3, 4, 5, 6]
@@ -98,6 +99,27 @@ def test_tensors_that_never_move() -> None:
     assert (found.steps, found.stopped_by) == (0, "origins")
     assert found.distances[0].skill is None
     assert found.distances[0].error is None
+
+
+@pytest.mark.parametrize(("drift", "found"), [(0.0, 0.0), (1.0, 6.0)])
+def test_storage_rounding_is_not_taken_for_skill(drift: float, found: float) -> None:
+    """bf16: fits average the last checkpoint's rounding away, which is a gain of a walk too."""
+    generator = torch.Generator().manual_seed(1)
+    inc = {}
+    for number in range(8):
+        A, W = (torch.randn(40000, generator=generator).double() for _ in range(2))
+        path = [W.bfloat16()]
+        for _ in range(12):
+            W = W + 0.01 * (torch.randn(40000, generator=generator).double() + drift * A)
+            path.append(W.bfloat16())
+        inc[str(number)] = increments_of_weights(range(13), path)
+    test = backtest(inc)
+    horizons = {method: credible_horizon(test, method, draws=199) for method in test.methods}
+    if drift == 0:
+        assert horizons["damped(relex)"].steps > 0  # the gain
+        assert max(one.resolved for one in horizons.values()) == found
+    else:
+        assert horizons["damped(linear)"].resolved == horizons["auto"].resolved == found
 
 
 def test_seeded() -> None:
