@@ -17,7 +17,7 @@ from geoscope.analysis.follow import measure_series
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.options import Progress
 from geoscope.analysis.series_tensors import Followed, ModelTensor, open_followed
-from geoscope.analysis.trajectory_report import METHODS, Trajectory
+from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.writing import plan_model, write_model
@@ -99,7 +99,8 @@ def extrapolate(
     if method != "hold" and target - last > horizon and not force:
         raise OptionError(_beyond(method, target - last, horizon, skill))
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
-    result = Extrapolation(out, target, last, method, chosen, skill, horizon, found.notes)
+    notes = (*found.notes, *traps_of(found, made, base_exact=options.base is not None))
+    result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes)
     _write(found, made, test, result, force=force)
     return result
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from geoscope import __version__
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.series_tensors import Followed
+from geoscope.analysis.series_traps import series_traps
 from geoscope.linalg.small import gram_eigen
 from geoscope.names import layer_index, module_kind
 from geoscope.records import (
@@ -40,7 +41,7 @@ from geoscope.trajectory.spatial_rank1 import SPATIAL, spatial_moves
 from geoscope.trajectory.statistics import STATISTICS, Statistics, statistics
 from geoscope.trajectory.walk import walk
 
-__all__ = ["CODES", "IDS", "KIND", "METHODS", "Trajectory", "trajectory_report"]
+__all__ = ["CODES", "IDS", "KIND", "METHODS", "Trajectory", "trajectory_report", "traps_of"]
 
 KIND = "trajectory"
 # What is backtested, beside each of it damped, and `auto`.
@@ -119,7 +120,7 @@ def trajectory_report(
             device="cpu",
             compute_dtype="float64",
             seed=options.seed,
-            parameters=_parameters(found, options),
+            parameters=_parameters(found, options, traps_of(found, made, base_exact=base_exact)),
             seconds=seconds,
         ),
         coverage=Coverage(
@@ -300,7 +301,13 @@ def _paths_of(total: Increments) -> dict[str, _Series]:
     return found
 
 
-def _parameters(found: Followed, options: FollowOptions) -> dict[str, Any]:
+def traps_of(found: Followed, made: Trajectory, *, base_exact: bool) -> tuple[str, ...]:
+    """Signs that the series is not what it seems, one line each."""
+    adapters = found.series.kind == "adapter"
+    return series_traps(made.total, adapters=adapters, base_exact=base_exact)
+
+
+def _parameters(found: Followed, options: FollowOptions, traps: Sequence[str]) -> dict[str, Any]:
     return {
         "base": options.base,
         "initial_adapter": options.initial_adapter,
@@ -311,5 +318,5 @@ def _parameters(found: Followed, options: FollowOptions) -> dict[str, Any]:
         "include": list(options.include),
         "exclude": list(options.exclude),
         "layers": None if options.layers is None else sorted(options.layers),
-        "notes": list(found.notes),
+        "notes": [*found.notes, *traps],
     }

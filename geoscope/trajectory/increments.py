@@ -17,13 +17,15 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.product import Product
-from geoscope.linalg.storage import effective_format, squared_spacing
+from geoscope.linalg.storage import FloatFormat, effective_format
 from geoscope.profile import stage
 
 __all__ = ["Increments", "increment_gram", "increments_of_products", "increments_of_weights"]
 
-# Entries of a block of all checkpoints in fp64: 32 MB.
-_BLOCK = 1 << 22
+# Entries of a block of all checkpoints: 8 MB in fp64, which a cache holds.
+_BLOCK = 1 << 20
+# The exponent of an fp64 number.
+_EXPONENT = 0x7FF0_0000_0000_0000
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,39 @@ def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> 
     rounding = [0.0] * (T + 1)
     flat = [W.reshape(-1) for W in weights]
     formats = [effective_format(W) for W in weights]
-    width = max(1, _BLOCK // (T + 1))
+    width = min(flat[0].numel(), max(1, _BLOCK // (T + 1)))
+    room = torch.empty(T + 1, width, dtype=torch.float64, device=flat[0].device)
+    differences = torch.empty(T, width, dtype=torch.float64, device=flat[0].device)
     for start in range(0, flat[0].numel(), width):
-        block = torch.stack([W[start : start + width].to(torch.float64) for W in flat])
-        base_energy += float(block[0].square().sum())
+        count = min(width, flat[0].numel() - start)
+        block, taken = room[:, :count], differences[:, :count]
+        for row, W in zip(block, flat, strict=True):
+            row.copy_(W[start : start + count])
+        torch.sub(block[1:], block[:-1], out=taken)
+        H += (taken @ taken.T).cpu()
+        base_energy += float(block[0].dot(block[0]))
         for i, (row, fmt) in enumerate(zip(block, formats, strict=True)):
-            rounding[i] += float(squared_spacing(row, fmt).sum()) / 12
-        steps_taken = block.diff(dim=0)
-        H += (steps_taken @ steps_taken.T).cpu()
+            rounding[i] += _rounding_energy(row, fmt)
     if not (bool(torch.isfinite(H).all()) and math.isfinite(base_energy)):
-        raise NumericsError("the series holds NaN or infinity, or overflows fp64")
+        broken = _first_broken(H, base_energy)
+        raise NumericsError(f"step {steps[broken]:g} holds NaN or infinity, or overflows fp64")
     return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy)
+
+
+def _rounding_energy(values: Tensor, fmt: FloatFormat) -> float:
+    """Σulp²/12 of fp64 values (n,), which are lost: their exponents are all that it takes.
+
+    Without its fraction a number is 2^⌊log2|w|⌋, and ulp is 2^-f of that, or of the least normal.
+    """
+    powers = values.view(torch.int64).bitwise_and_(_EXPONENT).view(torch.float64)
+    powers.clamp_min_(2.0**fmt.min_exponent)
+    return float(powers.dot(powers)) * 4.0**-fmt.fraction_bits / 12
+
+
+def _first_broken(H: Tensor, base_energy: float) -> int:
+    """The first checkpoint, 0 the base, that is not finite."""
+    broken = ~torch.isfinite(H.diagonal())
+    return int(broken.nonzero()[0]) + 1 if math.isfinite(base_energy) and bool(broken.any()) else 0
 
 
 @stage("increments")
