@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from geoscope.analysis.follow_metric import metric_curve
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.options import Progress
 from geoscope.analysis.series_tensors import Change, Followed, SeriesTensor, open_followed
@@ -52,9 +53,16 @@ def follow(
     options = options or FollowOptions()
     started = time.perf_counter()
     found = open_followed(references, options)
+    curve, notes = metric_curve(found.series, options)
+    found = replace(found, notes=(*found.notes, *notes))
     measured = measure_series(found, options, progress or Progress())
     return trajectory_report(
-        found, measured, options, argv=tuple(sys.argv), seconds=time.perf_counter() - started
+        found,
+        measured,
+        options,
+        curve=curve,
+        argv=tuple(sys.argv),
+        seconds=time.perf_counter() - started,
     )
 
 

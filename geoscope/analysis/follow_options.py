@@ -17,13 +17,17 @@ class FollowOptions:
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     initial_adapter: the adapter before training, where that does not start at zero. steps: such as
     "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the
-    leading pair of every update and of every step. jobs: worker threads; default one a core.
+    leading pair of every update and of every step. metrics: a file of metric curves; default is
+    trainer_state.json of the last checkpoint. metric: the curve in it; default the only one.
+    jobs: worker threads; default one a core.
     """
 
     base: str | None = None
     initial_adapter: str | None = None
     steps: str | None = None
     directions: bool = True
+    metrics: str | None = None
+    metric: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: frozenset[int] | None = None

@@ -8,8 +8,9 @@ their numbers `…_last` and `…_mean`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from geoscope import __version__
+from geoscope.analysis.follow_metric import MetricCurve, MetricLink, metric_link
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.series_tensors import Followed
 from geoscope.analysis.series_traps import series_traps
@@ -32,10 +34,11 @@ from geoscope.records import (
     Summary,
     Verdict,
 )
-from geoscope.trajectory.backtest import Backtest, backtest
+from geoscope.trajectory.backtest import Backtest, Moves, backtest
 from geoscope.trajectory.headline import CODES, THRESHOLDS, drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
+from geoscope.trajectory.metric_relation import METRIC_RELATIONS
 from geoscope.trajectory.rank1 import Rank1Path, rank1_statistics, rank1_totals
 from geoscope.trajectory.spatial_rank1 import SPATIAL, spatial_moves
 from geoscope.trajectory.statistics import STATISTICS, Statistics, statistics
@@ -55,6 +58,9 @@ IDS = (
     "norm_fraction",
     *(f"skill@{name}" for name in _SKILLS),
     "horizon",
+    *METRIC_RELATIONS,
+    "pls_r2_mean",
+    "pls_skill_mean",
 )
 _LAST = {"rank1_share": "rank1_share_last", "gap21": "gap21_last"}
 _MEAN = {"direction_cosine": "direction_cosine_mean"}
@@ -73,12 +79,12 @@ class Trajectory:
     products: Mapping[str, Tensor]
     failed: tuple[Skipped, ...]
 
-    def backtest(self) -> Backtest:
-        """Of METHODS, and of the rank-1 predictions where leading pairs were taken."""
-        others = None
+    def backtest(self, others: Mapping[str, Moves] | None = None) -> Backtest:
+        """Of METHODS, of the rank-1 predictions where leading pairs were taken, and of others."""
+        spatial: dict[str, Moves] = {}
         if self.paths:
-            others = spatial_moves(self.paths, self.increments, self.products)
-        return backtest(self.increments, METHODS, others=others)
+            spatial = spatial_moves(self.paths, self.increments, self.products)
+        return backtest(self.increments, METHODS, others={**spatial, **(others or {})})
 
     @property
     def total(self) -> Increments:
@@ -101,14 +107,19 @@ def trajectory_report(
     made: Trajectory,
     options: FollowOptions,
     *,
+    curve: MetricCurve | None = None,
     argv: tuple[str, ...],
     seconds: float,
 ) -> Report:
-    """The report of one series."""
+    """The report of one series. curve: of a metric, to relate it to."""
     base_exact = options.base is not None
     test = made.backtest()
+    link = None
+    if curve is not None:
+        link = metric_link(curve, made.increments, made.paths, seed=options.seed)
+        found = replace(found, notes=(*found.notes, link.note))
     layers = tuple(
-        _record(name, found, made, test, base_exact=base_exact) for name in made.increments
+        _record(name, found, made, test, link, base_exact=base_exact) for name in made.increments
     )
     missing = (*found.missing, *(one.name for one in made.failed))
     return Report(
@@ -129,12 +140,18 @@ def trajectory_report(
             missing=missing,
         ),
         layers=layers,
-        summary=_summary(found, made, test, options, base_exact=base_exact),
+        summary=_summary(found, made, test, options, link, layers, base_exact=base_exact),
     )
 
 
 def _record(
-    name: str, found: Followed, made: Trajectory, test: Backtest, *, base_exact: bool
+    name: str,
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    link: MetricLink | None,
+    *,
+    base_exact: bool,
 ) -> LayerRecord:
     inc = made.increments[name]
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
@@ -143,6 +160,7 @@ def _record(
         _add_rank1(numbers, name, inc, made, base_exact=base_exact)
     for one in test.methods:
         _put(numbers, f"skill@{one}", test.tensor_skill(one)[name])
+    _add_relation(numbers, link, [name])
     return LayerRecord(
         name=name,
         layer=layer_index(name),
@@ -201,6 +219,8 @@ def _summary(
     made: Trajectory,
     test: Backtest,
     options: FollowOptions,
+    link: MetricLink | None,
+    layers: Sequence[LayerRecord],
     *,
     base_exact: bool,
 ) -> Summary:
@@ -214,6 +234,9 @@ def _summary(
     best = test.best()
     horizon = credible_horizon(test, best, seed=options.seed) if best != "hold" else None
     _put(numbers, "horizon", 0.0 if horizon is None else horizon.steps)
+    _add_relation(numbers, link, [*made.increments])
+    if link is not None:
+        _add_means(numbers, layers)
     numbers.series.update(_paths_of(total))
     for one in test.methods:
         far = credible_horizon(test, one, seed=options.seed, draws=1).distances
@@ -224,7 +247,7 @@ def _summary(
         module: _module(
             [name for name in made.increments if module_kind(name) == module],
             made,
-            test,
+            link,
             base_exact=base_exact,
         )
         for module in modules
@@ -263,13 +286,33 @@ def _foretold(test: Backtest, best: str, horizon: float | None) -> str:
 
 
 def _module(
-    names: Sequence[str], made: Trajectory, test: Backtest, *, base_exact: bool
+    names: Sequence[str], made: Trajectory, link: MetricLink | None, *, base_exact: bool
 ) -> _Numbers:
     inc = reduce(add, (made.increments[name] for name in names))
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
     if paths := [made.paths[name] for name in names if name in made.paths]:
         _add_totals(numbers, paths)
+    _add_relation(numbers, link, names)
     return numbers
+
+
+def _add_relation(numbers: _Numbers, link: MetricLink | None, names: Sequence[str]) -> None:
+    """How these matrices go with the metric, where there is one."""
+    if link is None:
+        return
+    relation = link.of(names)
+    numbers.values.update(relation.values)
+    numbers.nulls.update(relation.nulls)
+    numbers.status.update(relation.status)
+
+
+def _add_means(numbers: _Numbers, layers: Sequence[LayerRecord]) -> None:
+    """AlphaRL's average over matrices, of the fit in sample and held out."""
+    for key in ("pls_r2", "pls_skill"):
+        values = [one for layer in layers if (one := layer.values[key]) is not None]
+        _put(numbers, f"{key}_mean", math.fsum(values) / len(values) if values else None)
+        if nulls := [layer.nulls[key] for layer in layers if key in layer.nulls]:
+            numbers.nulls[f"{key}_mean"] = math.fsum(nulls) / len(nulls)
 
 
 def _add_totals(numbers: _Numbers, paths: Sequence[Rank1Path]) -> None:

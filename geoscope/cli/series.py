@@ -11,7 +11,7 @@ import typer
 from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.fail_on import holding, parse_fail_on
-from geoscope.errors import first_names
+from geoscope.errors import OptionError, first_names
 
 if TYPE_CHECKING:
     from geoscope.analysis.follow_options import FollowOptions
@@ -55,6 +55,21 @@ _SERIES: dict[str, opt.Spec] = {
         ("--directions/--no-directions",),
         "Leading pairs of every update and step: the spatial rank-1 statistics.",
     ),
+    "metrics": opt.Spec(
+        str | None,
+        None,
+        ("--metrics",),
+        "Metric curves: trainer_state.json, .csv or .jsonl with a step column. Default: the "
+        "trainer_state.json of the last checkpoint.",
+        "FILE",
+    ),
+    "metric": opt.Spec(
+        str | None,
+        None,
+        ("--metric",),
+        "The curve to relate the weights to, such as reward. Default: the only one.",
+        "NAME",
+    ),
     "jobs": opt.COMPUTE["jobs"],
     "seed": opt.Spec(int, 0, ("--seed",), "Seed of bootstraps and searches.", "N"),
 }
@@ -95,6 +110,8 @@ def _options(options: dict[str, Any]) -> FollowOptions:
         initial_adapter=options["initial_adapter"],
         steps=options["steps"],
         directions=options["directions"],
+        metrics=options.get("metrics"),
+        metric=options.get("metric"),
         include=tuple(options["include"] or ()),
         exclude=tuple(options["exclude"] or ()),
         layers=parse_layers(options["layers"]) if options["layers"] else None,
@@ -111,9 +128,19 @@ def _options(options: dict[str, Any]) -> FollowOptions:
             "auto",
             ("--method",),
             "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, "
-            "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, or damped(…) "
-            "of one.",
+            "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, next (trains "
+            "networks: minutes), or damped(…) of one.",
             "NAME",
+        ),
+        "predict_extend": opt.Spec(
+            str | None,
+            None,
+            ("--predict-extend",),
+            "Of --method next: write W_T + c·Δ̂ for each c into OUT/c….",
+            "C,C,…",
+        ),
+        "device": opt.Spec(
+            str, "cpu", ("--device",), "Where --method next trains: cpu, cuda or cuda:N.", "NAME"
         ),
         "out_folder": opt.Spec(
             Path, ..., ("--out", "-o"), "Folder to write the predicted model to.", "OUT"
@@ -122,7 +149,7 @@ def _options(options: dict[str, Any]) -> FollowOptions:
             bool, False, ("--force",), "Beyond the credible horizon, and over an earlier output."
         ),
     },
-    {name: spec for name, spec in _SERIES.items() if name not in ("initial_adapter", "directions")},
+    {name: _SERIES[name] for name in ("base", "steps", "jobs", "seed")},
     {name: opt.OUTPUT[name] for name in ("as_json", "quiet", "debug")},
     opt.SELECT,
 )
@@ -139,6 +166,8 @@ def extrapolate(points: Points, **options: Any) -> None:
             options["to_step"],
             method=options["method"],
             options=chosen,
+            extend=_factors(options["predict_extend"]),
+            device=options["device"],
             force=options["force"],
             progress=progress,
         )
@@ -158,3 +187,11 @@ def extrapolate(points: Points, **options: Any) -> None:
     )
     for note in made.notes:
         output.say(f"note: {note}", quiet=options["quiet"])
+
+
+def _factors(text: str | None) -> tuple[float, ...]:
+    """The numbers of --predict-extend."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise OptionError(f"--predict-extend {text!r}: write numbers such as 0.5,1,2") from None

@@ -176,6 +176,25 @@ _TABLE = (
     Quantity("skill@relex_pinned", "pinned", "skill: RELEX, pinned", "held out, over hold"),
     Quantity("skill@auto", "auto", "skill: auto", "each matrix its best so far"),
     Quantity("horizon", "horizon", "credible horizon, in steps", "0: none"),
+    Quantity("metric_points", "points", "checkpoints with a value", "of the metric"),
+    Quantity("metric_correlation", "corr c1", "correlation of c1", "of the first temporal one"),
+    Quantity("metric_correlation_p", "p", "p, metric shuffled", "two that rise go together"),
+    Quantity("metric_correlation_shift_p", "p shift", "p, metric shifted", "around; ≥ 1/points"),
+    Quantity(
+        "metric_increment_correlation", "corr δ", "correlation of increments", "of c1 and metric"
+    ),
+    Quantity("metric_increment_correlation_p", "p", "p, metric shuffled", "of the increments'"),
+    Quantity("metric_norm_spearman", "ρ ‖Δ‖", "Spearman of ‖Δ‖", "rank correlation"),
+    Quantity("metric_sigma1_spearman", "ρ σ1", "Spearman of σ1", "rank correlation"),
+    Quantity("pls_skill", "PLS skill", "PLS on u1: held-out skill", "over the last value seen"),
+    Quantity("pls_skill_mean", "PLS skill", "the same, mean of matrices", "each fitted alone"),
+    Quantity("pls_skill_p", "p", "p, metric shuffled", "of the held-out skill"),
+    Quantity("pls_rmse", "RMSE", "PLS on u1: held-out RMSE", "in units of the metric"),
+    Quantity(
+        "pls_r2", "R² PLS", "PLS on u1: R² in sample", "null: metric shuffled; void without skill"
+    ),
+    Quantity("pls_r2_mean", "R² PLS", "the same, mean of matrices (AlphaRL)", "void without skill"),
+    Quantity("pls_r2_shift_p", "p shift", "p, metric shifted", "of R² in sample"),
 )
 
 QUANTITIES = {quantity.id: quantity for quantity in _TABLE}
@@ -413,6 +432,26 @@ KINDS["trajectory"] = Kind(
                 "skill@relex_pinned",
                 "skill@auto",
                 "horizon",
+            ),
+        ),
+        (
+            "relation with the metric",
+            (
+                "metric_points",
+                "metric_correlation",
+                "metric_correlation_p",
+                "metric_correlation_shift_p",
+                "metric_increment_correlation",
+                "metric_increment_correlation_p",
+                "metric_norm_spearman",
+                "metric_sigma1_spearman",
+                "pls_skill",
+                "pls_skill_mean",
+                "pls_skill_p",
+                "pls_rmse",
+                "pls_r2",
+                "pls_r2_mean",
+                "pls_r2_shift_p",
             ),
         ),
     ),
