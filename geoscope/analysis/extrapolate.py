@@ -134,7 +134,7 @@ def _write(
         **{name: path.stat().st_size for name, path in travelling.items()},
         _RECORD: _SMALL + _PER_TENSOR * len(stored),
     }
-    given = [Path(point).expanduser() for point in found.points]
+    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
     with OutputFolder(
         result.out, sizes, force=force, inputs=[path for path in given if path.exists()]
     ) as folder:
