@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from geoscope import __version__
 from geoscope.analysis.follow import measure_series
 from geoscope.analysis.follow_options import FollowOptions
+from geoscope.analysis.next_series import NEXT, NextForecast, next_forecast
 from geoscope.analysis.options import Progress
 from geoscope.analysis.series_tensors import Followed, ModelTensor, open_followed
 from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
@@ -62,7 +63,7 @@ class Extrapolation:
 
 def methods() -> tuple[str, ...]:
     """Names that `--method` takes, as `backtest` spells them."""
-    plain = (*METHODS, *SPATIAL)
+    plain = (*METHODS, *SPATIAL, NEXT)
     return ("auto", "hold", *plain, *(f"damped({name})" for name in plain))
 
 
@@ -73,14 +74,20 @@ def extrapolate(
     *,
     method: str = "auto",
     options: FollowOptions | None = None,
+    extend: Sequence[float] = (),
+    training: int = 1000,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Extrapolation:
     """Writes the predicted model of step `target` into the folder `out`.
 
     method: one of `methods`; `auto` takes for each tensor the one with the best held-out skill and
-    holds where none has any. force: beyond the credible horizon, too, and over an earlier output.
-    Tensors that are not followed are copied from the last checkpoint. Raises GeoscopeError.
+    holds where none has any; it leaves out `next`, whose networks take minutes. extend: of `next`,
+    the published family W_T + c·Ẑ, a model in `out`/c… for each c. training: steps of its networks,
+    1000 as published. device: where they train. force: beyond the credible horizon, too, and over
+    an earlier output. Tensors that are not followed are copied from the last checkpoint.
+    Raises GeoscopeError.
     """
     options = options or FollowOptions()
     method = method.replace("-", "_")
@@ -93,7 +100,14 @@ def extrapolate(
     if target <= last:
         raise OptionError(f"--to-step {target}: the series ends at step {last}; give a later step")
     made = measure_series(found, options, progress or Progress())
-    test = made.backtest()
+    forecast = None
+    if (undamped(method) or method) == NEXT:
+        forecast = next_forecast(
+            found, made, target, seed=options.seed, device=device, training=training
+        )
+    elif extend:
+        raise OptionError("--predict-extend is the family of --method next; leave it out")
+    test = made.backtest(None if forecast is None else {NEXT: forecast.moves})
     horizon = 0.0 if method == "hold" else credible_horizon(test, method, seed=options.seed).steps
     skill = test.skill(method)
     if method != "hold" and target - last > horizon and not force:
@@ -101,7 +115,12 @@ def extrapolate(
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
     notes = (*found.notes, *traps_of(found, made, base_exact=options.base is not None))
     result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes)
-    _write(found, made, test, result, force=force)
+    if forecast is None or not extend:
+        _write(found, made, test, result, forecast, force=force)
+        return result
+    for factor in extend:
+        place = replace(result, out=out / f"c{factor:g}")
+        _write(found, made, test, place, replace(forecast, scale=factor), force=force)
     return result
 
 
@@ -118,7 +137,13 @@ def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str
 
 
 def _write(
-    found: Followed, made: Trajectory, test: Backtest, result: Extrapolation, *, force: bool
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    result: Extrapolation,
+    forecast: NextForecast | None,
+    *,
+    force: bool,
 ) -> None:
     last = _models(found)[-1][0]
     stored = {_stored(found, name): name for name in made.increments}
@@ -142,7 +167,7 @@ def _write(
         def replacement(place: str) -> Tensor | None:
             if place not in replaced:
                 return None
-            return _predicted(found, made, test, stored[place], result)
+            return _predicted(found, made, test, stored[place], result, forecast)
 
         write_model(folder, "", last, plan, replacement)
         for name, path in travelling.items():
@@ -166,18 +191,26 @@ def _stored(found: Followed, name: str) -> str:
 
 
 def _predicted(
-    found: Followed, made: Trajectory, test: Backtest, name: str, result: Extrapolation
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    name: str,
+    result: Extrapolation,
+    forecast: NextForecast | None,
 ) -> Tensor:
     """The weight at the target step, as the last checkpoint's file would hold it."""
     method, inc = result.chosen[name], made.increments[name]
     tensor = _model_tensor(found, name)
     inner = undamped(method) or method
+    factor = 1.0 if inner == method else test.factors[inner]
+    if forecast is not None:
+        step = forecast.pairs[name]
+        return _moved(tensor, replace(step, sigma=factor * forecast.scale * step.sigma))
     if inner not in SPATIAL:
         weights = weights_of(method, inc, result.target, factors=test.factors)
         return _combination(tensor, weights)
     path = made.paths[name]
     pair = alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
-    factor = 1.0 if inner == method else test.factors[inner]
     taken = spatial_rank1(path, inc, found.steps[-1]) if inner == "spatial_rank1_pinned" else None
     return _with_pair(tensor, pair, taken, factor)
 
@@ -211,6 +244,14 @@ def _with_pair(tensor: ModelTensor, pair: Pair, taken: Pair | None, factor: floa
     else:
         moved = pair.dense() - taken.dense()
     weight = held.add_(moved, alpha=factor).to(getattr(torch, info.dtype))
+    return weight.T.contiguous() if info.transposed else weight
+
+
+def _moved(tensor: ModelTensor, step: Pair) -> Tensor:
+    """W_T + σ·u·vᵀ."""
+    last, stored = tensor.places[-1]
+    info = last.tensors[stored]
+    weight = last.read(stored).double().add_(step.dense()).to(getattr(torch, info.dtype))
     return weight.T.contiguous() if info.transposed else weight
 
 

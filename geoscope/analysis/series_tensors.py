@@ -118,6 +118,12 @@ class ModelTensor:
             yield Operand(weight, base), Operand(weight, before)
             before = weight
 
+    def spans(self, count: int) -> Iterator[Operand]:
+        """W_{i+count} − W_i of i = 1 … T − count, for what predicts so many checkpoints ahead."""
+        places = self.places[1:]
+        for (one, name), (other, later) in zip(places, places[count:], strict=False):
+            yield Operand(other.read(later)[None], one.read(name)[None])
+
 
 def _of_models(series: Series, options: FollowOptions) -> Followed:
     models = [point.checkpoint for point in series.points]

@@ -34,7 +34,7 @@ from geoscope.records import (
     Summary,
     Verdict,
 )
-from geoscope.trajectory.backtest import Backtest, backtest
+from geoscope.trajectory.backtest import Backtest, Moves, backtest
 from geoscope.trajectory.headline import CODES, THRESHOLDS, drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
@@ -79,12 +79,12 @@ class Trajectory:
     products: Mapping[str, Tensor]
     failed: tuple[Skipped, ...]
 
-    def backtest(self) -> Backtest:
-        """Of METHODS, and of the rank-1 predictions where leading pairs were taken."""
-        others = None
+    def backtest(self, others: Mapping[str, Moves] | None = None) -> Backtest:
+        """Of METHODS, of the rank-1 predictions where leading pairs were taken, and of others."""
+        spatial: dict[str, Moves] = {}
         if self.paths:
-            others = spatial_moves(self.paths, self.increments, self.products)
-        return backtest(self.increments, METHODS, others=others)
+            spatial = spatial_moves(self.paths, self.increments, self.products)
+        return backtest(self.increments, METHODS, others={**spatial, **(others or {})})
 
     @property
     def total(self) -> Increments:

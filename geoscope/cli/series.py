@@ -11,7 +11,7 @@ import typer
 from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.fail_on import holding, parse_fail_on
-from geoscope.errors import first_names
+from geoscope.errors import OptionError, first_names
 
 if TYPE_CHECKING:
     from geoscope.analysis.follow_options import FollowOptions
@@ -128,9 +128,22 @@ def _options(options: dict[str, Any]) -> FollowOptions:
             "auto",
             ("--method",),
             "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, "
-            "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, or damped(…) "
-            "of one.",
+            "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, next (trains "
+            "networks: minutes), or damped(…) of one.",
             "NAME",
+        ),
+        "predict_extend": opt.Spec(
+            str | None,
+            None,
+            ("--predict-extend",),
+            "Of --method next: write W_T + c·Δ̂ for each c into OUT/c….",
+            "C,C,…",
+        ),
+        "train_steps": opt.Spec(
+            int, 1000, ("--train-steps",), "Training steps of the networks of --method next.", "N"
+        ),
+        "device": opt.Spec(
+            str, "cpu", ("--device",), "Where --method next trains: cpu, cuda or cuda:N.", "NAME"
         ),
         "out_folder": opt.Spec(
             Path, ..., ("--out", "-o"), "Folder to write the predicted model to.", "OUT"
@@ -156,6 +169,9 @@ def extrapolate(points: Points, **options: Any) -> None:
             options["to_step"],
             method=options["method"],
             options=chosen,
+            extend=_factors(options["predict_extend"]),
+            training=options["train_steps"],
+            device=options["device"],
             force=options["force"],
             progress=progress,
         )
@@ -175,3 +191,11 @@ def extrapolate(points: Points, **options: Any) -> None:
     )
     for note in made.notes:
         output.say(f"note: {note}", quiet=options["quiet"])
+
+
+def _factors(text: str | None) -> tuple[float, ...]:
+    """The numbers of --predict-extend."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise OptionError(f"--predict-extend {text!r}: write numbers such as 0.5,1,2") from None
