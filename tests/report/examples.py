@@ -26,6 +26,7 @@ from geoscope.records import (
     Verdict,
 )
 
+STEPS = (0, 10, 20, 40, 50, 100)
 FALLBACK = "subspace bound 5.3e-09 above 4e-09 at k in [8, 64]"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ATTENTION = MODULES[:4]
@@ -34,6 +35,27 @@ _ADAPTER = (
     *("density_intersection", "jaccard", "masked_energy", "captured_energy", "gap"),
     *("head_energy", "relative_norm", "reconstruction_error"),
 )
+_DRIFT = (
+    *("drift_fraction", "drift_fraction_corrected", "drift_p", "increment_cosine"),
+    *("increment_cosine_corrected", "straightness", "curvature"),
+)
+_METHODS = ("two_point", "linear", "damped(linear)", "relex", "relex_pinned", "auto")
+_TRAJECTORY_NULLS = {
+    "relative_update": 0.009,
+    "drift_fraction": 0.0,
+    "drift_fraction_corrected": 0.0,
+    "increment_cosine": 0.0,
+    "increment_cosine_corrected": 0.0,
+    "straightness": 0.45,
+    "curvature": 1.41,
+    "temporal_pc1": 0.82,
+    "temporal_pc1_centred": 0.65,
+    "rank1_coefficient_r2": 0.96,
+    "linear_r2": 0.63,
+    "linear_r2_origin": 0.81,
+    "rank1_share_last": 0.02,
+    "norm_fraction": 0.14,
+}
 _THRESHOLDS = {
     "distorted.nss": 0.05,
     "distorted.angle": 0.1745329,
@@ -83,6 +105,8 @@ def all_null(report: Report) -> Report:
             values=dict.fromkeys(layer.values),
             status=dict.fromkeys(layer.values, Status.ZERO_UPDATE),
             curves={},
+            series={},
+            gram=(),
         )
         for layer in report.layers
     )
@@ -90,6 +114,7 @@ def all_null(report: Report) -> Report:
         report.summary,
         model=dict.fromkeys(report.summary.model),
         modules={name: dict.fromkeys(row) for name, row in report.summary.modules.items()},
+        series={},
     )
     return replace(report, layers=layers, summary=summary)
 
@@ -113,6 +138,8 @@ def _matrix(
 ) -> LayerRecord:
     m, n = _shape(module, hidden)
     size = rho * math.exp(generator.gauss(0, 0.4))
+    if kind == "trajectory":
+        return _followed(generator, layer, module, (m, n), size, tuned)
     k_v = max(1, min(64, min(m, n) // 8))
     values, nulls = _numbers(generator, m, n, size, sorted({*ks, k_v}))
     wanted = [key for key in values if _belongs(key, kind)]
@@ -134,6 +161,78 @@ def _matrix(
         notes=("stored as float32, holds only bfloat16 numbers",) if module == "o_proj" else (),
         tuned=tuned,
     )
+
+
+def _followed(
+    generator: random.Random,
+    layer: int,
+    module: str,
+    shape: tuple[int, int],
+    size: float,
+    tuned: int | None,
+) -> LayerRecord:
+    """A matrix over STEPS: drift and noise of equal size in a few dimensions, H from them."""
+    T, dimensions = len(STEPS) - 1, 40
+    parent = "self_attn" if module in _ATTENTION else "mlp"
+    drift = [generator.gauss(0, 1) for _ in range(dimensions)]
+    taken = [
+        [size / T * (one + generator.gauss(0, 1)) / dimensions**0.5 for one in drift]
+        for _ in range(T)
+    ]
+    gram = tuple(tuple(_dot(one, other) for other in taken) for one in taken)
+    norms = tuple(
+        sum(gram[i][j] for i in range(t) for j in range(t)) ** 0.5 for t in range(1, T + 1)
+    )
+    share = tuple(generator.uniform(0.2, 0.5) for _ in norms)
+    noise = 1.66e-3 / size
+    unresolved = dict.fromkeys(_DRIFT, Status.BELOW_RESOLUTION) if noise > 0.6 else {}
+    cautious = dict.fromkeys(_DRIFT, Status.CAUTION) if noise > 0.2 else {}
+    status = unresolved or cautious
+    values = _trajectory_numbers(generator, size)
+    return LayerRecord(
+        name=f"model.layers.{layer}.{parent}.{module}.weight",
+        layer=layer,
+        module=module,
+        shape=shape,
+        values={key: None if key in unresolved else value for key, value in values.items()},
+        nulls=_TRAJECTORY_NULLS,
+        status=status,
+        raw={key: values[key] for key in unresolved},
+        series={
+            "update_norm_by_step": norms,
+            "step_norm": tuple(gram[i][i] ** 0.5 for i in range(T)),
+            "relative_update_by_step": norms,
+            "relative_step": tuple(gram[i][i] ** 0.5 for i in range(T)),
+            "rank1_share": share,
+            "sigma1": tuple(one * part**0.5 for one, part in zip(norms, share, strict=True)),
+            "direction_cosine": tuple(generator.uniform(0.5, 1) for _ in norms[1:]),
+        },
+        gram=gram,
+        tuned=tuned,
+    )
+
+
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def _trajectory_numbers(generator: random.Random, size: float) -> dict[str, float]:
+    return {
+        "relative_update": size,
+        "path_length": 1.6 * size,
+        "step_precision_ratio": 1.66e-3 / size,
+        **{key: generator.uniform(0.3, 0.6) for key in _DRIFT},
+        "temporal_pc1": 0.98,
+        "temporal_pc1_centred": 0.95,
+        "rank1_coefficient_r2": 0.99,
+        "linear_r2": 0.96,
+        "linear_r2_origin": 0.98,
+        "rank1_share_last": generator.uniform(0.2, 0.5),
+        "norm_fraction": generator.uniform(0.4, 0.7),
+        "direction_cosine_mean": generator.uniform(0.5, 1),
+        "gap21_last": generator.uniform(0.4, 0.95),
+        **{f"skill@{method}": generator.uniform(-0.3, 0.6) for method in _METHODS},
+    }
 
 
 def _method(*, fell_back: bool) -> dict[str, dict[str, Any]]:
@@ -294,6 +393,8 @@ def _not_finite(layer: LayerRecord) -> LayerRecord:
         status=dict.fromkeys(layer.values, Status.NON_FINITE),
         verdict=None if layer.verdict is None else {"code": "UNDETERMINED", "k": None},
         curves={},
+        series={},
+        gram=(),
     )
 
 
@@ -346,12 +447,41 @@ def _summary(kind: str, records: Sequence[LayerRecord], runs: int) -> Summary:
     if runs == 1:
         modules, module_nulls = _by_module(records)
         verdict = _verdict(kind, records)
-        return Summary(*_mean(records), modules, module_nulls, verdict)
+        summary = Summary(*_mean(records), modules, module_nulls, verdict)
+        return _with_steps(summary, records) if kind == "trajectory" else summary
     parts = [
         _run(kind, run, [record for record in records if record.tuned == run])
         for run in range(1, runs + 1)
     ]
     return Summary({}, {}, {}, {}, runs=tuple(parts))
+
+
+def _with_steps(summary: Summary, records: Sequence[LayerRecord]) -> Summary:
+    """The model's own numbers of a trajectory: series, skill by distance, verdict."""
+    keys = ("relative_update_by_step", "relative_step")
+    T = len(STEPS) - 1
+    series = {
+        key: tuple(sum(one.series[key][i] or 0 for one in records) for i in range(T))
+        for key in (keys if records else ())
+    }
+    series |= {f"{walk}component{i}": tuple(t / (10 * i) for t in range(1, T + 1))
+               for walk in ("", "walk_") for i in (1, 2)}  # fmt: skip
+    series["distance"] = (10.0, 30.0)
+    series |= {f"skill_by_distance@{method}": (0.5, None) for method in _METHODS}
+    verdict = Verdict(
+        code="DRIFT",
+        share=None,
+        shares={},
+        flagged=(),
+        counts={},
+        text="mostly drift: increments share a direction that holds 50 % of the energy of an "
+        "interval (φ = 0.500, a walk has 0; sign-flip p = 0.062, T = 5). Best held-out: "
+        "damped(linear), skill 0.52 over holding the last checkpoint; no horizon at which that "
+        "is credible",
+        thresholds={"few": 8.0},
+    )
+    model = {**summary.model, "horizon": 0.0}
+    return replace(summary, model=model, steps=STEPS, series=series, verdict=verdict)
 
 
 def _run(kind: str, run: int, records: Sequence[LayerRecord]) -> Run:
