@@ -13,6 +13,7 @@ from pathlib import Path
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.layout import choose_layout, is_other_copy, shard_count
+from geoscope.checkpoints.links import leads_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
 from geoscope.checkpoints.readers import open_container
@@ -192,13 +193,8 @@ def _configuration_only(path: Path, label: str) -> CheckpointError:
 
 
 def _refuse_link_to_elsewhere(path: Path, label: str) -> None:
-    target = path.resolve()
-    if target.is_relative_to(path.parent.resolve()):
-        return
-    blobs = next((parent for parent in target.parents if parent.name == "blobs"), None)
-    if blobs is not None and (blobs.parent / "snapshots").is_dir():
-        return
-    raise CheckpointError(
-        f"`{label}`: {path.name} is a link to {target}, outside of the folder; "
-        "give the folder that holds the file itself"
-    )
+    if leads_elsewhere(path):
+        raise CheckpointError(
+            f"`{label}`: {path.name} is a link to {path.resolve()}, outside of the folder; "
+            "give the folder that holds the file itself"
+        )

@@ -24,13 +24,22 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Header", "SafetensorsFile", "checked_entries", "file_header", "read_header"]
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER",
+    "Entry",
+    "Header",
+    "SafetensorsFile",
+    "checked_entries",
+    "file_header",
+    "read_header",
+]
 
 MAX_HEADER = 100_000_000
 
 # Name in the header → (name in torch, bits). Packed and 8-bit floats are known so that a file which
 # holds them is refused by name and not as damaged.
-_DTYPES = {
+DTYPES = {
     "F64": ("float64", 64),
     "F32": ("float32", 32),
     "F16": ("float16", 16),
@@ -148,13 +157,13 @@ def _entry(name: str, value: Any, label: str) -> Entry:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise _damaged(label, f"{name} lacks dtype, shape or data_offsets") from None
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _damaged(label, f"{name} has the unknown dtype {dtype!r}")
     if not isinstance(shape, (list, tuple)) or not all(_is_count(size) for size in shape):
         raise _damaged(label, f"{name} has the impossible shape {shape!r}")
     if not (_is_count(begin) and _is_count(end) and begin <= end):
         raise _damaged(label, f"{name} has the impossible offsets {[begin, end]!r}")
-    spelled, bits = _DTYPES[dtype]
+    spelled, bits = DTYPES[dtype]
     if math.prod(shape) * bits != (end - begin) * 8:
         raise _damaged(label, f"{name}: {dtype} {list(shape)} does not fill {end - begin} bytes")
     return Entry(spelled, tuple(shape), begin, end)

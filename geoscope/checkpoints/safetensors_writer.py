@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from geoscope.checkpoints.safetensors_file import SafetensorsFile
+from geoscope.checkpoints.safetensors_file import DTYPES, SafetensorsFile
 from geoscope.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,28 +33,8 @@ _CHUNK = 8 << 20
 # Readers that map files, and torch's typed views, want data to start at a multiple of 8.
 _ALIGNMENT = 8
 
-# Name in torch → (name in the header, bytes).
-_CODES = {
-    "float64": ("F64", 8),
-    "float32": ("F32", 4),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
-    "int8": ("I8", 1),
-    "uint64": ("U64", 8),
-    "uint32": ("U32", 4),
-    "uint16": ("U16", 2),
-    "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-    "complex64": ("C64", 8),
-    "float8_e4m3fn": ("F8_E4M3", 1),
-    "float8_e5m2": ("F8_E5M2", 1),
-    "float8_e8m0fnu": ("F8_E8M0", 1),
-    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
-    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-}
+# Name in torch → (name in the header, bytes), of the dtypes whose entries are whole bytes.
+_CODES = {spelled: (code, bits // 8) for code, (spelled, bits) in DTYPES.items() if bits % 8 == 0}
 
 
 @dataclass(frozen=True)

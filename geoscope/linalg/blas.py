@@ -28,6 +28,8 @@ __all__ = [
     "eigenvectors",
     "gemm",
     "one_thread",
+    "reflect",
+    "solve_tridiagonal",
     "symmetric_times",
     "syrk",
     "tridiagonalise",
@@ -130,16 +132,41 @@ def tridiagonalise(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """QᵀGQ = T for symmetric G (n, n), of which the upper triangle is read.
 
     That triangle and the diagonal are overwritten by Q's reflectors; below them G stays.
-    Returns T's diagonal (n,), its off-diagonal (n − 1,), and the reflectors' scales (n − 1,).
+    Returns T's diagonal (n,), its off-diagonal (n − 1,), and the reflectors' scales (n − 1,), fp64
+    or fp32 as G is.
     """
     n = len(G)
-    d, e, tau = (torch.empty(max(size, 1), dtype=torch.float64) for size in (n, n - 1, n - 1))
-    work = torch.empty(64 * n, dtype=torch.float64)
+    d, e, tau = (torch.empty(max(size, 1), dtype=G.dtype) for size in (n, n - 1, n - 1))
+    work = torch.empty(64 * n, dtype=G.dtype)
     info = ctypes.c_int()
+    name = "dsytrd" if G.dtype == torch.float64 else "ssytrd"
     # The upper triangle in rows is the lower one in columns.
-    _call(cython_lapack, "dsytrd", b"L", n, G, n, d, e, tau, work, len(work), info)
-    _check("dsytrd", info)
+    _call(cython_lapack, name, b"L", n, G, n, d, e, tau, work, len(work), info)
+    _check(name, info)
     return d, e[: n - 1], tau[: n - 1]
+
+
+def reflect(G: Tensor, tau: Tensor, rows: Tensor, *, transpose: bool = False) -> None:
+    """row ← Q·row for each of `rows` (k, n), contiguous; Qᵀ with `transpose`.
+
+    G, tau as `tridiagonalise` left them; all three fp64, or all three fp32.
+    """
+    k, n = rows.shape
+    work = torch.empty(64 * n, dtype=rows.dtype)
+    info = ctypes.c_int()
+    name = "dormtr" if rows.dtype == torch.float64 else "sormtr"
+    _call(
+        cython_lapack, name,
+        b"L", b"L", b"T" if transpose else b"N", n, k, G, n, tau, rows, n, work, len(work), info,
+    )  # fmt: skip
+    _check(name, info)
+
+
+def solve_tridiagonal(d: Tensor, e: Tensor, b: Tensor) -> None:
+    """b ← T⁻¹·b for the symmetric tridiagonal T, with pivoting, fp64; b (n,) is not changed where
+    T is singular."""
+    info = ctypes.c_int()
+    _call(cython_lapack, "dgtsv", len(d), 1, e.clone(), d.clone(), e.clone(), b, len(b), info)
 
 
 def eigenvalues(d: Tensor, e: Tensor) -> Tensor:
@@ -167,13 +194,7 @@ def eigenvectors(
     if vectors is None:
         vectors = _by_robust_representations(d, side, ranks)
     if n > 1:
-        scratch = torch.empty(64 * n, dtype=torch.float64)
-        info = ctypes.c_int()
-        _call(
-            cython_lapack, "dormtr",
-            b"L", b"L", b"N", n, k, G, n, tau, vectors, n, scratch, len(scratch), info,
-        )  # fmt: skip
-        _check("dormtr", info)
+        reflect(G, tau, vectors)
     return vectors.flip(0)
 
 

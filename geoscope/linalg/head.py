@@ -10,16 +10,12 @@ is taken in fp64 instead. [Dongarra, Moler & Wilkinson 1983; Davis & Kahan 1970]
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.linalg import (
-    cython_lapack,  # pyright: ignore[reportAttributeAccessIssue]
-    eigh_tridiagonal,
-)
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from geoscope.linalg import blas
@@ -201,13 +197,8 @@ class _Reduced:
     def of(cls, gram: Tensor, p: int) -> _Reduced | None:
         """gram (q, q) in fp32 is overwritten. None where fp32 overflows."""
         q = len(gram)
-        d, e, tau = (torch.empty(q, dtype=torch.float32) for _ in range(3))
-        work = torch.empty(64 * q, dtype=torch.float32)
-        info = ctypes.c_int()
-        # The upper triangle in rows is the lower one in columns.
-        blas._call(cython_lapack, "ssytrd", b"L", q, gram, q, d, e, tau, work, len(work), info)
-        blas._check("ssytrd", info)
-        d, e = d.double(), e[: q - 1].double()
+        d, e, tau = blas.tridiagonalise(gram)
+        d, e = d.double(), e.double()
         if not bool(torch.isfinite(d).all() and torch.isfinite(e).all()):
             return None
         values, vectors = eigh_tridiagonal(
@@ -219,18 +210,11 @@ class _Reduced:
 
     def back(self, coordinates: Tensor) -> Tensor:
         """Q·c for rows (c, q), fp64 → fp64 through fp32."""
-        return self._reflect(coordinates, b"N")
+        return self._reflect(coordinates)
 
-    def _reflect(self, rows: Tensor, trans: bytes) -> Tensor:
+    def _reflect(self, rows: Tensor, *, transpose: bool = False) -> Tensor:
         out = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        k, q = out.shape
-        work = torch.empty(64 * q, dtype=torch.float32)
-        info = ctypes.c_int()
-        blas._call(
-            cython_lapack, "sormtr",
-            b"L", b"L", trans, q, k, self.reflectors, q, self.tau, out, q, work, len(work), info,
-        )  # fmt: skip
-        blas._check("sormtr", info)
+        blas.reflect(self.reflectors, self.tau, out, transpose=transpose)
         return out.double()
 
     def correction(self, misfit: Tensor, energies: Tensor, scale: float) -> Tensor:
@@ -239,16 +223,10 @@ class _Reduced:
         misfit: (p, q), energies: θ (p,). Inside the space a correction only mixes the rows, and
         there G − θ is nearly singular: it is left out before and after the division.
         """
-        C = self._reflect(misfit, b"T")
+        C = self._reflect(misfit, transpose=True)
         C -= (C @ self.vectors.T) @ self.vectors
         d, e = self.d / scale, self.e / scale
         for row, energy in zip(C, energies, strict=True):
-            _solve_tridiagonal(d - energy, e, row)
+            blas.solve_tridiagonal(d - energy, e, row)
         C -= (C @ self.vectors.T) @ self.vectors
         return -self.back(C)
-
-
-def _solve_tridiagonal(d: Tensor, e: Tensor, b: Tensor) -> None:
-    """b ← T⁻¹·b for the symmetric tridiagonal T, with pivoting; b unchanged where T is singular."""
-    info = ctypes.c_int()
-    blas._call(cython_lapack, "dgtsv", len(d), 1, e.clone(), d.clone(), e.clone(), b, len(b), info)

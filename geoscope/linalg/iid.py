@@ -1,26 +1,50 @@
-"""What share of a Gaussian matrix do its leading directions hold? The null of captured energy."""
+"""What does a Gaussian matrix look like? Draws of its bidiagonal form, and what its head holds."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import eigvalsh_tridiagonal
 
 from geoscope.profile import stage
 
-__all__ = ["iid_top_share"]
+__all__ = ["iid_draws", "iid_top_share", "iid_tridiagonals"]
+
+
+def iid_draws(q: int) -> int:
+    """How many draws stand for all Gaussian matrices of shorter side q: max(4, ⌈4096/q⌉)."""
+    return max(4, math.ceil(4096 / q))
+
+
+def iid_tridiagonals(
+    q: int, M: int, seed: int
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Diagonal (q,) and side (q − 1,) of tridiagonal matrices with the spectrum of G·Gᵀ, G (q, M)
+    iid Gaussian and q ≤ M; `iid_draws(q)` of them.
+
+    Exact in distribution and never formed: Householder bidiagonalisation of a Gaussian matrix has
+    independent entries χ_M, …, χ_{M−q+1} on the diagonal and χ_{q−1}, …, χ_1 below it. They depend
+    on the shape and the seed alone. [Dumitriu & Edelman, math-ph/0206043]
+    """
+    generator = np.random.default_rng((seed, q, M))
+    for _ in range(iid_draws(q)):
+        diagonal = np.sqrt(generator.chisquare(np.arange(M, M - q, -1)))
+        below = np.sqrt(generator.chisquare(np.arange(q - 1, 0, -1)))
+        # B·Bᵀ of the lower bidiagonal B is tridiagonal; its trace is the whole energy.
+        main = diagonal**2
+        main[1:] += below**2
+        yield main, diagonal[:-1] * below
 
 
 @stage("nulls")
 def iid_top_share(m: int, n: int, k: int, seed: int) -> float:
     """E_k = Σ_{i≤k} σ_i²/Σσ² of an iid Gaussian m×n matrix, in [k/q, 1]; 1 where k = q.
 
-    Mean over max(4, ⌈4096/q⌉) draws that are exact in distribution and never formed: Householder
-    bidiagonalisation of a Gaussian matrix has independent entries χ_M, …, χ_{M−q+1} on the diagonal
-    and χ_{q−1}, …, χ_1 below it. Depends on the shape and the seed alone.
-    [Dumitriu & Edelman, math-ph/0206043]
+    Mean over the draws of `iid_tridiagonals`; depends on the shape and the seed alone.
     """
     return _iid_top_share(min(m, n), max(m, n), k, seed)
 
@@ -29,15 +53,8 @@ def iid_top_share(m: int, n: int, k: int, seed: int) -> float:
 def _iid_top_share(q: int, M: int, k: int, seed: int) -> float:
     if k >= q:
         return 1.0
-    generator = np.random.default_rng((seed, q, M))
     shares = []
-    for _ in range(max(4, math.ceil(4096 / q))):
-        diagonal = generator.chisquare(np.arange(M, M - q, -1))
-        below = generator.chisquare(np.arange(q - 1, 0, -1))
-        # B·Bᵀ of the lower bidiagonal B is tridiagonal; its trace is the whole energy.
-        main = diagonal.copy()
-        main[1:] += below
-        side = np.sqrt(diagonal[:-1] * below)
+    for main, side in iid_tridiagonals(q, M, seed):
         top = eigvalsh_tridiagonal(
             main, side, select="i", select_range=(q - k, q - 1), lapack_driver="stebz"
         )

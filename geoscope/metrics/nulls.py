@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import numpy as np
 import torch
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import Tensor
 
 from geoscope.linalg import blas
+from geoscope.linalg.iid import iid_draws, iid_tridiagonals
 from geoscope.metrics.size import relative_update
 from geoscope.profile import stage
 
@@ -42,25 +42,15 @@ __all__ = [
 def iid_spectra(m: int, n: int, seed: int) -> Tensor:
     """Singular values of max(4, ⌈4096/q⌉) Gaussian m×n matrices: (draws, q), descending.
 
-    Exact in distribution and never formed: Householder bidiagonalisation of a Gaussian matrix has
-    independent entries χ_M, …, χ_{M−q+1} on the diagonal and χ_{q−1}, …, χ_1 below it.
-    [Dumitriu & Edelman, math-ph/0206043]
+    Exact in distribution; see `geoscope.linalg.iid`.
     """
     return _iid_spectra(min(m, n), max(m, n), seed)
 
 
 @lru_cache(maxsize=64)
 def _iid_spectra(q: int, M: int, seed: int) -> Tensor:
-    generator = np.random.default_rng((seed, q, M))
-    draws = max(4, math.ceil(4096 / q))
-    spectra = torch.empty(draws, q, dtype=torch.float64)
-    for draw in range(draws):
-        diagonal = np.sqrt(generator.chisquare(np.arange(M, M - q, -1)))
-        below = np.sqrt(generator.chisquare(np.arange(q - 1, 0, -1)))
-        # B Bᵀ of the lower bidiagonal B is tridiagonal.
-        main = diagonal**2
-        main[1:] += below**2
-        side = diagonal[:-1] * below
+    spectra = torch.empty(iid_draws(q), q, dtype=torch.float64)
+    for draw, (main, side) in enumerate(iid_tridiagonals(q, M, seed)):
         values = blas.eigenvalues(torch.from_numpy(main), torch.from_numpy(side))
         spectra[draw] = values.clamp_min(0).sqrt()
     return spectra
