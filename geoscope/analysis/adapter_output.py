@@ -20,17 +20,23 @@ from torch import Tensor
 from geoscope import __version__
 from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.layouts import anchor, mirror
-from geoscope.adapters.peft_config import adapter_config, config_bytes
+from geoscope.adapters.peft_config import (
+    adapter_config,
+    config_bytes,
+    max_lora_rank,
+    vllm_findings,
+)
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.analysis.adapter_targets import Targets
-from geoscope.analysis.convert_adapter import Conversion, ModuleEnergy
+from geoscope.analysis.convert_adapter import Conversion, ModuleEnergy, discarded_share
 from geoscope.analysis.init_options import InitOptions
 from geoscope.checkpoints import Checkpoint
-from geoscope.checkpoints.adapter_folder import RECORD
+from geoscope.checkpoints.adapter_folder import CONVERTED, RECORD, RECORD_SCHEMA
 from geoscope.checkpoints.hashes import tensor_sha256
 from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
 from geoscope.checkpoints.writing import ModelPlan, plan_model
+from geoscope.report.card import ConversionCard, conversion_card
 
 __all__ = [
     "AdapterFiles",
@@ -70,6 +76,11 @@ class AdapterFiles:
                 f"residual/{name}": path.stat().st_size for name, path in self.travelling.items()
             }
         return sizes
+
+    @property
+    def spool_bytes(self) -> int:
+        """What `Spool` holds on the disk until the end: the factors once more."""
+        return self.plan.data_bytes * len(self.folders)
 
     @property
     def card(self) -> str:
@@ -173,13 +184,76 @@ def write_record(out: OutputFolder, record: Mapping[str, Any]) -> None:
 
 
 def write_conversion(
-    conversion: Conversion, out: Path, *, force: bool = False, inputs: Sequence[Path] = ()
+    conversion: Conversion,
+    out: Path,
+    *,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+    command: Sequence[str] = (),
 ) -> tuple[ModuleEnergy, ...]:
-    """The converted adapter as a folder; what a compression leaves out of each module."""
+    """The converted adapter as a folder; what a compression leaves out of each module.
+
+    command: the words to repeat it with, for the card.
+    """
     config = config_bytes(conversion.config)
-    sizes = {_WEIGHTS: conversion.plan.nbytes, _CONFIG: len(config)}
+    modules = conversion.trained.modules
+    sizes = {
+        _WEIGHTS: conversion.plan.nbytes,
+        _CONFIG: len(config),
+        _CARD: _SMALL,
+        RECORD: _SMALL + _RECORD_BYTES * len(modules),
+    }
+    hashes: dict[str, str] = {}
     with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
         with folder.tensors(_WEIGHTS, conversion.plan) as writer:
-            found = conversion.write(writer.write)
+
+            def put(name: str, tensor: Tensor) -> None:
+                hashes[name] = tensor_sha256(tensor)
+                writer.write(name, tensor)
+
+            found = conversion.write(put)
+        card = _conversion_card(conversion, out, found, command)
+        folder.write(_CARD, conversion_card(card).encode())
+        write_record(folder, _conversion_record(conversion, hashes, card))
         folder.write(_CONFIG, config)
     return found
+
+
+def _conversion_card(
+    conversion: Conversion, out: Path, found: Sequence[ModuleEnergy], command: Sequence[str]
+) -> ConversionCard:
+    config, base = conversion.config, conversion.origin["base"]
+    return ConversionCard(
+        folder=out.as_posix(),
+        base=base["reference"],
+        commit=base["commit"],
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        served_rank=None if vllm_findings(config) else max_lora_rank(config["r"]),
+        discarded=discarded_share(found) if found else None,
+        command=" ".join(command) or "(called as a library)",
+        version=__version__,
+        notes=conversion.notes,
+    )
+
+
+def _conversion_record(
+    conversion: Conversion, hashes: Mapping[str, str], card: ConversionCard
+) -> dict[str, Any]:
+    """geoscope.json of a conversion: no layout, and where it comes from."""
+    matrices: dict[str, dict[str, str]] = {}
+    for name, one in conversion.trained.modules.items():
+        key_A, key_B = lora_keys(one.path)
+        matrices[name] = {"sha256_A": hashes[key_A], "sha256_B": hashes[key_B]}
+    return {
+        "schema": RECORD_SCHEMA,
+        "geoscope_version": __version__,
+        "method": CONVERTED,
+        "layout": None,
+        "rank": card.rank,
+        "alpha": card.alpha,
+        "discarded": card.discarded,
+        **conversion.origin,
+        "matrices": matrices,
+        "command": card.command,
+    }

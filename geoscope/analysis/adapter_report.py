@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 from geoscope import __version__
 from geoscope.adapters.factors import LoraFactors
@@ -24,13 +23,13 @@ from geoscope.records import (
 __all__ = ["KIND", "adapter_report"]
 
 KIND = "init-adapter"
-# A largest error tells more than a mean one.
-_LARGEST = frozenset({"reconstruction_error"})
+# A largest error and a smallest gap tell more than a mean one.
+_EXTREMES: dict[str, Callable[[list[float]], float]] = {"reconstruction_error": max, "gap": min}
 
 
 def adapter_report(
     base: ModelRef,
-    out: Path,
+    written: ModelRef,
     targets: Targets,
     options: InitOptions,
     made: Mapping[str, tuple[LoraFactors, Mapping[str, float]]],
@@ -40,7 +39,10 @@ def adapter_report(
     argv: tuple[str, ...],
     seconds: float,
 ) -> Report:
-    """The report of one initialisation. made: name → its factors and start errors by dtype."""
+    """The report of one initialisation.
+
+    written: the output. made: name → its factors and start errors by dtype.
+    """
     layers = tuple(
         _record(name, targets.matrices[name].shape, *made[name]) for name in targets.matrices
     )
@@ -48,7 +50,6 @@ def adapter_report(
     by_module = {
         module: [layer for layer in layers if layer.module == module] for module in modules
     }
-    written = ModelRef(str(out), str(out), None, "float32")
     return Report(
         kind=KIND,
         provenance=Provenance(
@@ -96,21 +97,22 @@ def _record(
 
 
 def _combined(rows: Sequence[Values]) -> Values:
-    """The mean over the matrices that have a number, or the largest; None where none has."""
+    """The mean over the matrices that have a number, or an extreme; None where none has."""
     combined: dict[str, float | None] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         numbers = [float(row[key]) for row in rows if row.get(key) is not None]  # pyright: ignore[reportArgumentType]
-        if not numbers:
-            combined[key] = None
-        else:
-            combined[key] = max(numbers) if key in _LARGEST else math.fsum(numbers) / len(numbers)
+        combined[key] = _EXTREMES.get(key, _mean)(numbers) if numbers else None
     return combined
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
 
 
 def _mean_nulls(layers: Sequence[LayerRecord]) -> dict[str, float]:
     keys = dict.fromkeys(key for layer in layers for key in layer.nulls)
     found = {key: [layer.nulls[key] for layer in layers if key in layer.nulls] for key in keys}
-    return {key: math.fsum(numbers) / len(numbers) for key, numbers in found.items()}
+    return {key: _mean(numbers) for key, numbers in found.items()}
 
 
 def _parameters(options: InitOptions, notes: Sequence[str]) -> dict[str, object]:

@@ -107,11 +107,19 @@ def _check_named(
             f"--targets {','.join(unknown)}: no matrix in scope has that name; "
             f"there are {first_names(present, 12)}"
         )
-    if not chosen:
-        raise CheckpointError(
-            f"{checkpoint.ref.given}: holds no matrix to adapt under these options; "
-            "see `geoscope inspect`, and --include"
-        )
+    if chosen:
+        return
+    for name, kept in checkpoint.tied_to.items():
+        reason = options.selection.reason_against(name, in_default_scope=False, scope_reason="-")
+        if name not in checkpoint.tensors and reason is None:
+            raise CheckpointError(
+                f"{checkpoint.ref.given}: {name} is tied to {kept} and has no matrix of its own; "
+                "leave it out of --include"
+            )
+    raise CheckpointError(
+        f"{checkpoint.ref.given}: holds no matrix to adapt under these options; "
+        "see `geoscope inspect`, and --include"
+    )
 
 
 def _two(info: TensorInfo) -> bool:
@@ -120,11 +128,12 @@ def _two(info: TensorInfo) -> bool:
 
 def _check_one(checkpoint: Checkpoint, info: TensorInfo, options: InitOptions) -> None:
     m, n = info.shape[0], info.shape[1]
-    if options.rank > min(m, n):
-        raise OptionError(
-            f"{info.name}: --rank {options.rank} is above the {min(m, n)} that a {m}×{n} matrix "
-            "has; use a smaller rank, or --exclude it"
-        )
+    for option, rank in (("--rank", options.rank), ("--spec-rank", options.spec_rank or 1)):
+        if rank > min(m, n):
+            raise OptionError(
+                f"{info.name}: {option} {rank} is above the {min(m, n)} that a {m}×{n} matrix "
+                "has; use a smaller rank, or --exclude it"
+            )
     partner = next(
         (a if b == info.name else b for a, b in checkpoint.tied_to.items() if info.name in (a, b)),
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from geoscope.adapters.conversion import alpha_for, compressed, concatenated, fu
 from geoscope.adapters.peft_config import adapter_config
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.checkpoints.adapter import Adapter, open_adapter
-from geoscope.checkpoints.adapter_folder import AdapterFolder, adapter_folder, record_beside
+from geoscope.checkpoints.adapter_folder import (
+    CONVERTED,
+    AdapterFolder,
+    adapter_folder,
+    record_beside,
+)
 from geoscope.checkpoints.lora_adapter import LoraModule, expert_parts, unstacked
 from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
@@ -27,6 +33,8 @@ from geoscope.linalg import Product
 
 __all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
 
+# Methods whose adapters stand on the original base as they are.
+_PLAIN = {"lora": "method lora", CONVERTED: "converted adapter"}
 # What a converted config keeps of the trained one where it is set, beside ranks and targets. The
 # rest of a config says how training began or ran.
 _KEPT = (
@@ -67,11 +75,13 @@ class Conversion:
 
     config: adapter_config.json. plan: of adapter_model.safetensors; factors are fp32, tensors of
     `modules_to_save` as the trained adapter holds them. notes: one-line remarks for the user.
+    origin: what geoscope.json says of where it comes from.
     """
 
     config: Mapping[str, Any]
     plan: FilePlan
     notes: tuple[str, ...]
+    origin: Mapping[str, Any]
     trained: Adapter
     initial: Adapter | None
     parts: Mapping[str, tuple[str, ...]]
@@ -153,15 +163,17 @@ def convert_adapter(
     start = open_adapter(origin.adapter, given=origin.label)
     end = open_adapter(last.adapter, given=last.label)
     parts = _matched(start, end)
-    starts_at_zero = origin.layout == "mirror" or origin.record.get("method") == "lora"
+    starts_at_zero = origin.layout == "mirror" or origin.record.get("method") in _PLAIN
     _refuse_rank(rank, end, starts_at_zero, origin)
+    _refuse_original_as_base(origin, end)
     reference, revision = _original(origin, start, end, starts_at_zero, base)
     config = _config(end, rank, reference, revision)
     others = _carried(end)
     return Conversion(
         config=config,
         plan=_plan(end, rank, others),
-        notes=_notes(start, end, others),
+        notes=_notes(start, end, others, parts),
+        origin=_told(origin, last, reference, revision),
         trained=end,
         initial=None if starts_at_zero else start,
         parts=parts,
@@ -221,7 +233,7 @@ def _refuse_rank(
 ) -> None:
     largest = max(one.rank for one in end.modules.values()) * (1 if starts_at_zero else 2)
     if rank is None and starts_at_zero:
-        what = "mirror layout" if origin.layout == "mirror" else "method lora"
+        what = "mirror layout" if origin.layout == "mirror" else _PLAIN[origin.record["method"]]
         raise OptionError(
             f"{end.given}: trained from the {what}, it is a plain LoRA on the original base "
             "already; use it as it is, or compress it with --rank"
@@ -235,8 +247,31 @@ def _refuse_rank(
         )
 
 
-def _notes(start: Adapter, end: Adapter, others: tuple[str, ...]) -> tuple[str, ...]:
+def _refuse_original_as_base(origin: AdapterFolder, end: Adapter) -> None:
+    """A residual's adapter counts on the rewritten base; on the original W it was another model."""
+    known = (origin.record.get("base") or {}).get("reference")
+    if origin.layout == "residual" and known and end.base and _same_model(end.base, known):
+        raise PairingError(
+            f"{end.given}: names the original model {known} as its base, and {origin.given} starts "
+            "on the rewritten one, where the initial product is taken out; give the adapter that "
+            "was trained on that, or set base_model_name_or_path where it only lost its name"
+        )
+
+
+def _same_model(one: str, two: str) -> bool:
+    paths = [Path(name).expanduser() for name in (one, two)]
+    return one == two or (all(path.is_dir() for path in paths) and paths[0].samefile(paths[1]))
+
+
+def _notes(
+    start: Adapter, end: Adapter, others: tuple[str, ...], parts: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
     notes: list[str] = []
+    if all(_is_unchanged(start, end, name, found) for name, found in parts.items()):
+        notes.append(
+            f"{end.given} has the very factors of {start.given}: nothing was trained, and the "
+            "update is zero"
+        )
     if start.base != end.base:
         notes.append(
             f"base_model_name_or_path is {end.base} in {end.given} and {start.base} in "
@@ -247,6 +282,14 @@ def _notes(start: Adapter, end: Adapter, others: tuple[str, ...]) -> tuple[str, 
             f"{len(others)} tensors of modules_to_save are copied as stored: {first_names(others)}"
         )
     return tuple(notes)
+
+
+def _is_unchanged(start: Adapter, end: Adapter, name: str, found: tuple[str, ...]) -> bool:
+    """Whether the factors are the initial ones; a stack joined from experts counts as trained."""
+    if found != (name,):
+        return False
+    pairs = zip(start.factors(name), end.factors(name), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs)
 
 
 # --- the original model -------------------------------------------------------------------------
@@ -278,6 +321,23 @@ def _original(
         f"{start.given} does not tell the original model ({end.base} may be the rewritten one), "
         "which the converted adapter names as its base; give it with --base"
     )
+
+
+def _told(
+    origin: AdapterFolder, last: AdapterFolder, reference: str, revision: str | None
+) -> dict[str, Any]:
+    """The part of geoscope.json that names the base and both adapters."""
+    known = origin.record.get("base") or {}
+    same = (known.get("reference"), known.get("commit")) == (reference, revision)
+    folders = {"initial": str(origin.adapter), "trained": str(last.adapter)}
+    base = {"reference": _whole(reference), "commit": revision}
+    return {"base": {**base, "sha256": known.get("sha256", {}) if same else {}}, "from": folders}
+
+
+def _whole(reference: str) -> str:
+    """A folder by its whole path; a Hub id as it is."""
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if path.exists() else reference
 
 
 def _decomposes_at_load(adapter: Adapter) -> bool:

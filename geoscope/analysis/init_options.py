@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from geoscope.adapters.geora import SCALE_CONVENTIONS
 from geoscope.adapters.layouts import LAYOUTS
 from geoscope.adapters.table import INITIALISATIONS, Initialisation
 from geoscope.errors import OptionError
@@ -49,17 +51,25 @@ class InitOptions:
             raise OptionError(f"--method {self.method!r} is not one of {known}")
         if self.rank < 1:
             raise OptionError(f"--rank {self.rank}: a rank is a whole number from 1 on")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise OptionError(f"--alpha {self.alpha:g}: lora_alpha is a finite number above 0")
         if self.solver not in (None, "auto", "exact"):
             raise OptionError(f"--solver {self.solver!r} is not one of auto, exact")
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
         self._check_layout()
+        _ = self.selection  # refuses what is no regular expression
         for name in ("rho", "spec_rank", "scale_convention", "solver"):
             if getattr(self, name) is not None and name not in self.initialisation.options:
                 option = "--" + name.replace("_", "-")
                 raise OptionError(f"{option} has no effect on --method {self.method}; leave it out")
         if self.rho is not None and not 0 < self.rho < 1:
             raise OptionError(f"--rho {self.rho:g}: it lies between 0 and 1, such as 0.2")
+        if self.spec_rank is not None and self.spec_rank < 1:
+            raise OptionError(f"--spec-rank {self.spec_rank}: a rank is a whole number from 1 on")
+        if self.scale_convention not in (None, *SCALE_CONVENTIONS):
+            known = ", ".join(SCALE_CONVENTIONS)
+            raise OptionError(f"--scale-convention {self.scale_convention!r} is not one of {known}")
 
     def _check_layout(self) -> None:
         if self.layout is not None and not self.initialisation.needs_layout:

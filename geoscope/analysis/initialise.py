@@ -26,6 +26,7 @@ from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.layouts import residual, start_error
 from geoscope.adapters.peft_config import max_lora_rank, rank_advice
 from geoscope.analysis.adapter_output import (
+    AdapterFiles,
     Spool,
     plan_files,
     write_configs,
@@ -36,14 +37,15 @@ from geoscope.analysis.adapter_targets import Targets, choose_targets
 from geoscope.analysis.init_options import InitOptions
 from geoscope.analysis.options import Progress
 from geoscope.checkpoints import Checkpoint, open_checkpoint
-from geoscope.checkpoints.adapter_folder import RECORD_SCHEMA
+from geoscope.checkpoints.adapter_folder import RECORD_SCHEMA, refuse_as_base
 from geoscope.checkpoints.hashes import file_sha256
+from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.checkpoints.writing import write_model
 from geoscope.engine import one_blas_thread, resolve_devices
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
-from geoscope.records import Report, TensorInfo
+from geoscope.records import ModelRef, Report, TensorInfo
 from geoscope.report.card import AdapterCard, adapter_card
 
 __all__ = ["Initialised", "default_output", "initialise", "model_here"]
@@ -57,11 +59,12 @@ _COPIES_IN_WORK, _COPIES_IN_ALL = 4, 5
 
 @dataclass(frozen=True)
 class Initialised:
-    """The report, the folder, and what its card tells."""
+    """The report, the folder, what its card tells, and the card's own file."""
 
     report: Report
     out: Path
     card: AdapterCard
+    readme: Path
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,14 @@ class _Made:
 
 
 def model_here() -> str:
-    """The current folder as a model. Raises OptionError where it holds none."""
+    """The current folder, by its whole path. Raises OptionError where it holds no model."""
     try:
         open_checkpoint(".")
     except CheckpointError as error:
         raise OptionError(
             f"no MODEL given, and the current folder is none ({error}); name a folder or a Hub id"
         ) from None
-    return "."
+    return str(Path.cwd())
 
 
 def default_output(model: str, options: InitOptions) -> Path:
@@ -98,22 +101,31 @@ def initialise(
     *,
     command: Sequence[str] = (),
     progress: Progress | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> Initialised:
     """Writes the initial adapter of a model into the folder `out`, and reports on it.
 
-    model: folder or Hub id. command: the words to repeat it with, for the card. Raises
-    GeoscopeError; then nothing loadable is left in `out`.
+    model: folder or Hub id. command: the words to repeat it with, for the card. on_start(matrices)
+    is called once everything is checked. Raises GeoscopeError; then nothing loadable is left in
+    `out`.
     """
     progress = progress or Progress()
     started = time.perf_counter()
     device = resolve_devices(options.device)[0]
+    refuse_as_base(model)
     checkpoint = open_checkpoint(model, on_progress=progress.on_download)
     targets = choose_targets(checkpoint, options)
     files = plan_files(checkpoint, targets, options)
     inputs = _inputs(checkpoint)
     folder = OutputFolder(
-        out, files.sizes(len(targets.matrices)), force=options.force, inputs=inputs
+        out,
+        files.sizes(len(targets.matrices)),
+        force=options.force,
+        inputs=inputs,
+        meanwhile=files.spool_bytes,
     )
+    if on_start is not None:
+        on_start(len(targets.matrices))
     names = [*checkpoint.tensors] if files.model is not None else [*targets.matrices]
     checkpoint.fetch(names)
     order = [
@@ -151,12 +163,12 @@ def initialise(
         output.write(files.card, adapter_card(card).encode())
         write_record(output, _record(checkpoint, options, kept, hashes, card))
     report = adapter_report(
-        checkpoint.ref, out, targets, options,
+        checkpoint.ref, _written(out, files), targets, options,
         {name: (one.factors, one.errors) for name, one in kept.items()},
         device=str(device), notes=notes, argv=tuple(sys.argv),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
-    return Initialised(report, out, card)
+    return Initialised(report, out, card, out / files.card)
 
 
 # --- the matrices, computed ahead -----------------------------------------------------------------
@@ -243,7 +255,7 @@ def _advice(options: InitOptions) -> tuple[str, ...]:
 def _base_of(checkpoint: Checkpoint, out: Path, options: InitOptions) -> tuple[str, str | None]:
     """What the adapter is loaded on, and its revision."""
     if options.chosen_layout == "residual":
-        return f"{out.as_posix()}/residual", None
+        return str((out / "residual").resolve()), None
     return _reference(checkpoint), checkpoint.ref.commit
 
 
@@ -265,7 +277,7 @@ def _card(
 ) -> AdapterCard:
     return AdapterCard(
         folder=out.as_posix(),
-        base=checkpoint.ref.given if checkpoint.ref.commit is None else _reference(checkpoint),
+        base=_reference(checkpoint),
         commit=checkpoint.ref.commit,
         method=options.method,
         layout=options.chosen_layout,
@@ -336,6 +348,13 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
         info.source: checkpoint.source.open(info.source) for info in checkpoint.tensors.values()
     }
     return sorted(one.path for one in containers.values() if isinstance(one, SafetensorsFile))
+
+
+def _written(out: Path, files: AdapterFiles) -> ModelRef:
+    """The output as a report names it: the rewritten base, or the adapter where there is none."""
+    plans = [files.plan] if files.model is None else [*files.model.files.values()]
+    stored = [tensor for plan in plans for tensor in plan.tensors.values()]
+    return ModelRef(str(out), str(out.resolve()), None, storage_dtype(stored))
 
 
 def _inputs(checkpoint: Checkpoint) -> list[Path]:

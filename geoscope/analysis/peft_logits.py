@@ -7,6 +7,8 @@ disabled and merged. One model is in memory at a time.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,31 @@ def logit_differences(
             f"--with-peft loads the model with transformers and peft, and {error.name} is not "
             "installed; run `pip install 'geoscope[peft]'`"
         ) from None
+    with _without_bars(transformers):
+        return _differences(peft, transformers, base, adapter, residual, anchor)
+
+
+@contextmanager
+def _without_bars(transformers: Any) -> Iterator[None]:
+    """No progress bars of transformers, which belong to its own users; then as before."""
+    logging = transformers.utils.logging
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _differences(
+    peft: Any,
+    transformers: Any,
+    base: Checkpoint,
+    adapter: Path,
+    residual: Path | None,
+    anchor: Path | None,
+) -> LogitDifferences:
     where, settings = _location(base)
     original = _load(transformers, where, settings)
     said = _logits(original)

@@ -17,13 +17,20 @@ import torch
 from torch import Tensor
 
 from geoscope.adapters.layouts import MIRROR_TOLERANCE, effective_error, largest_product
-from geoscope.adapters.peft_config import vllm_findings
+from geoscope.adapters.peft_config import max_lora_rank, vllm_findings
 from geoscope.adapters.peft_names import module_paths
 from geoscope.analysis.adapter_match import AdapterMatch, Piece
 from geoscope.analysis.peft_logits import LogitDifferences, logit_differences
 from geoscope.checkpoints import Checkpoint, open_checkpoint
 from geoscope.checkpoints.adapter import Adapter, open_adapter
-from geoscope.checkpoints.adapter_folder import RECORD, AdapterFolder, adapter_folder, record_beside
+from geoscope.checkpoints.adapter_folder import (
+    CONVERTED,
+    RECORD,
+    AdapterFolder,
+    adapter_folder,
+    original_of,
+    record_beside,
+)
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
 from geoscope.errors import OptionError, first_names
 from geoscope.profile import stage
@@ -39,6 +46,7 @@ class Check:
     """One claim about the folder; `text` tells all of it.
 
     worst: the number it stands on, None where there is none or it is not finite. name: where.
+    is_warning: what it says is worth knowing and is no failure; `ok` is true then.
     """
 
     id: str
@@ -46,6 +54,7 @@ class Check:
     text: str
     worst: float | None = None
     name: str | None = None
+    is_warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def verify_adapter(
         _keys_check(match),
         _shapes_check(match),
         *([_config_check(adapter)] if layout else []),
-        _vllm_check(adapter),
+        _vllm_check(origin, adapter),
     ]
     if residual is not None:
         checks += [
@@ -125,8 +134,7 @@ def _reference(
     """The original model: as given, as recorded, or the adapter's own base where it is that."""
     found = base or origin.original
     if found is None and layout != "residual":
-        known = record_beside(adapter.base).get("base") or {}
-        found = known.get("reference") or adapter.base
+        found = original_of(record_beside(adapter.base)) or adapter.base
     if found is None:
         raise OptionError(
             f"{origin.given}: nothing here tells the original model, which the checks compare "
@@ -144,7 +152,7 @@ def _layout(origin: AdapterFolder, adapter: Adapter) -> str | None:
         return origin.layout
     first = next(iter(adapter.modules))
     B, A = adapter.factors(first)
-    pairs = A.shape[-2] % 2 == 0 and torch.equal(A[:, 0::2], A[:, 1::2])
+    pairs = A.shape[-2] % 2 == 0 and bool(A.any()) and torch.equal(A[:, 0::2], A[:, 1::2])
     return "mirror" if pairs and torch.equal(B[..., 0::2], -B[..., 1::2]) else None
 
 
@@ -152,7 +160,8 @@ def _layout_check(origin: AdapterFolder, adapter: Adapter, layout: str | None) -
     told = f"by {RECORD}" if origin.record else f"by the folders, no {RECORD}"
     count = f"{len(adapter.modules)} modules of rank {_ranks(adapter)}"
     if layout is None:
-        return Check("layout", True, f"plain LoRA on its base, {count}")
+        origins = "converted, " if origin.record.get("method") == CONVERTED else ""
+        return Check("layout", True, f"{origins}plain LoRA on its base, {count}")
     beside = {"residual": origin.residual, "anchor": origin.anchor, "mirror": origin.adapter}
     if layout not in beside:
         return Check("layout", False, f"{layout!r} in {RECORD} is no layout; write it again")
@@ -221,9 +230,18 @@ def _config_check(adapter: Adapter) -> Check:
     return Check("config", True, "init_lora_weights is true, lora_dropout 0")
 
 
-def _vllm_check(adapter: Adapter) -> Check:
+def _vllm_check(origin: AdapterFolder, adapter: Adapter) -> Check:
+    """A failure where vLLM is promised: the card of a start has a recipe for it, but for anchors
+    and ranks that it does not serve. Elsewhere what it refuses may never be served by it."""
     found = vllm_findings(adapter.config)
-    return Check("vllm", not found, "; ".join(found) if found else "vLLM's rules are met")
+    if not found:
+        return Check("vllm", True, "vLLM's rules are met")
+    is_start = origin.layout in ("residual", "mirror") or origin.record.get("method") == "lora"
+    rank = adapter.config.get("r")
+    served = isinstance(rank, int) and max_lora_rank(rank) is not None
+    is_promised = bool(origin.record) and is_start and served
+    text = f"vLLM: {'; '.join(found)}"
+    return Check("vllm", not is_promised, text, is_warning=not is_promised)
 
 
 # --- the weights --------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Which files around an adapter belong to it? The output of `init-adapter`, or a folder of PEFT.
+"""Which files around an adapter belong to it? The output of our commands, or a folder of PEFT.
 
     OUT/residual/ · OUT/adapter/ · OUT/geoscope.json       layout residual
     OUT/anchor/ · OUT/adapter/ · OUT/geoscope.json         layout anchor
-    OUT/ with adapter_config.json, geoscope.json           layout mirror, or method lora
+    OUT/ with adapter_config.json, geoscope.json           layout mirror, method lora or converted
     BASE/pissa_init/                                       as PEFT saves it: inside the residual
 
 OUT and OUT/adapter name the same thing. What geoscope.json says wins over what is seen.
@@ -21,10 +21,21 @@ from geoscope.checkpoints.layout import choose_layout, parse_object
 from geoscope.checkpoints.opening import CONFIG
 from geoscope.errors import CheckpointError, CheckpointNotFound
 
-__all__ = ["RECORD", "RECORD_SCHEMA", "AdapterFolder", "adapter_folder", "record_beside"]
+__all__ = [
+    "CONVERTED",
+    "RECORD",
+    "RECORD_SCHEMA",
+    "AdapterFolder",
+    "adapter_folder",
+    "original_of",
+    "record_beside",
+    "refuse_as_base",
+]
 
 RECORD = "geoscope.json"
 RECORD_SCHEMA = "geoscope.adapter/1"
+# The method that geoscope.json names for a plain LoRA that convert-adapter wrote.
+CONVERTED = "converted"
 # A Hub model at the head of a reference: a commit goes right behind it.
 _REPO = re.compile(r"^(?:hf://)?[^/]+/[^/]+")
 
@@ -60,11 +71,7 @@ class AdapterFolder:
     @property
     def original(self) -> str | None:
         """Reference of the original model, with its commit, from the record."""
-        base = self.record.get("base") or {}
-        reference, commit = base.get("reference"), base.get("commit")
-        if not reference or not commit or "@" in reference:
-            return reference or None
-        return _REPO.sub(rf"\g<0>@{commit}", reference, count=1)
+        return original_of(self.record)
 
 
 def adapter_folder(path: str | Path) -> AdapterFolder:
@@ -89,11 +96,51 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
     )
 
 
+def original_of(record: Mapping[str, Any]) -> str | None:
+    """Reference of the original model of a geoscope.json, with its commit; None without one.
+
+    A folder is given by its path. Raises CheckpointNotFound where it is no longer there.
+    """
+    base = record.get("base") or {}
+    reference, commit = base.get("reference"), base.get("commit")
+    if not reference:
+        return None
+    path = Path(reference).expanduser()
+    is_folder = not commit and (path.is_absolute() or bool(base.get("sha256")))
+    if is_folder and not path.exists():
+        raise CheckpointNotFound(
+            f"{reference}: the base that {RECORD} names is not there; give it with --base"
+        )
+    if not commit or "@" in reference:
+        return reference
+    return _REPO.sub(rf"\g<0>@{commit}", reference, count=1)
+
+
+def refuse_as_base(model: str) -> None:
+    """Raises CheckpointError for a folder that is no original model: an adapter, or our output."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return
+    is_model = _holds_model(folder)
+    record = record_beside(model) if is_model else adapter_folder(folder).record
+    original = (record.get("base") or {}).get("reference")
+    if is_model and record.get("layout") == "residual" and original:
+        raise CheckpointError(
+            f"{model}: is the rewritten base of an adapter, relieved of its initial product; "
+            f"give the original model, {original}"
+        )
+    if not is_model and (record or (folder / ADAPTER_CONFIG).is_file()):
+        raise CheckpointError(
+            f"{model}: holds an adapter, and a new one is made from a whole model; give "
+            + (f"the original model, {original}" if original else "its base")
+        )
+
+
 def record_beside(model: str | None) -> Mapping[str, Any]:
     """geoscope.json of the run that wrote a residual model, {} when `model` is no such folder."""
     if not model:
         return {}
-    folder = Path(model).expanduser()
+    folder = Path(model).expanduser().resolve()
     return _record(folder.parent) if folder.name == "residual" and folder.is_dir() else {}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from geoscope.checkpoints.tied import tied_names
 from geoscope.errors import CheckpointError, first_names
 from geoscope.records import ModelRef, TensorInfo
 
-__all__ = ["CONFIG", "Folder", "Identity", "assemble", "open_folder"]
+__all__ = ["CONFIG", "Folder", "Identity", "assemble", "open_folder", "storage_dtype"]
 
 CONFIG = "config.json"
 _NO_CONFIG = (
@@ -109,7 +109,9 @@ def assemble(
     shared = {name: kept for header in headers.values() for name, kept in header.shared.items()}
     file_notes = tuple(note for header in headers.values() for note in header.notes)
     return Checkpoint(
-        ref=ModelRef(identity.given, identity.resolved, identity.commit, _storage_dtype(tensors)),
+        ref=ModelRef(
+            identity.given, identity.resolved, identity.commit, storage_dtype(tensors.values())
+        ),
         config=config,
         tensors=tensors,
         notes=(*notes, *file_notes, *turn_notes),
@@ -143,11 +145,21 @@ def _turn(info: TensorInfo) -> TensorInfo:
     return replace(info, shape=(columns, rows), transposed=True)
 
 
-def _storage_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+class _Stored(Protocol):
+    """What is stored, or will be: `TensorInfo`, and the plan of a tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def storage_dtype(tensors: Iterable[_Stored]) -> str:
     """ "bfloat16", or "mixed: bfloat16 290, float32 64" with the number of tensors of each."""
     counts = Counter(
         info.dtype
-        for info in tensors.values()
+        for info in tensors
         if info.dtype.startswith(_FLOATING) and math.prod(info.shape) > 0
     )
     if len(counts) == 1:

@@ -1,7 +1,8 @@
 """How is a folder written so that it is either complete or cannot be loaded?
 
 1. Everything is checked before the first byte: the folder is empty (or `force`), no input lies in
-   it, no foreign weights would be read in place of ours, the disk has room for the exact sizes.
+   it, no foreign weights would be read in place of ours or stay beside them, the disk has room for
+   the exact sizes.
 2. Weights go first, each under a temporary name until it is complete.
 3. What makes a folder loadable waits for the end: the index, then config.json, and
    adapter_config.json as the very last. A process that is killed leaves a folder without them.
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -18,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
+from geoscope.checkpoints.links import leads_elsewhere
 from geoscope.checkpoints.safetensors_writer import (
     TEMPORARY,
     FilePlan,
@@ -52,11 +55,16 @@ _STAYS = re.compile(
 )
 
 
+# Folders inside that hold a model or an adapter in one layout or another.
+_PARTS = ("residual", "adapter", "anchor")
+
+
 class OutputFolder:
     """A folder that is written as a whole; use it in a `with` statement.
 
     planned: name of every file (with `/` for folders inside) → its size in bytes.
     inputs: files and folders that are read meanwhile; writing onto them is refused.
+    meanwhile: bytes that lie on the same disk for as long as the folder is written.
     Raises CheckpointError before anything is written.
     """
 
@@ -67,6 +75,7 @@ class OutputFolder:
         *,
         force: bool = False,
         inputs: Collection[Path] = (),
+        meanwhile: int = 0,
     ) -> None:
         self.path = path
         self._planned = dict(planned)
@@ -77,7 +86,7 @@ class OutputFolder:
         _refuse_inputs(path, planned, inputs)
         _refuse_filled(path, force)
         _refuse_foreign_weights(path, planned)
-        _refuse_full_disk(path, sum(planned.values()))
+        _refuse_full_disk(path, sum(planned.values()), meanwhile)
 
     def __enter__(self) -> OutputFolder:
         """Makes the folders; what would make a half-written folder loadable goes first."""
@@ -179,6 +188,15 @@ def _folders(path: Path, planned: Collection[str]) -> list[Path]:
 def _refuse_unusable(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: is a file; the output is a folder: give another name")
+    existing = _nearest(path)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK | os.R_OK):
+        what = "is not writable" if existing.is_dir() else "is a file"
+        raise CheckpointError(f"{path}: {existing} {what}; give another output folder")
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the first one above that exists."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
 def _refuse_inputs(path: Path, planned: Collection[str], inputs: Collection[Path]) -> None:
@@ -204,10 +222,13 @@ def _refuse_filled(path: Path, force: bool) -> None:
 
 
 def _refuse_foreign_weights(path: Path, planned: Collection[str]) -> None:
-    """What a loader may take in place of ours (a single file wins over an index) or before it."""
+    """What a loader may take in place of ours (a single file wins over an index) or before it.
+
+    In the folders of other layouts, too: they would lie beside a record that does not know them.
+    """
     foreign = [
         f"{folder.relative_to(path) / entry.name}"
-        for folder in _folders(path, planned)
+        for folder in sorted({*_folders(path, planned), *(path / part for part in _PARTS)})
         if folder.is_dir()
         for entry in sorted(folder.iterdir())
         if _LOADED.fullmatch(entry.name)
@@ -220,12 +241,12 @@ def _refuse_foreign_weights(path: Path, planned: Collection[str]) -> None:
         )
 
 
-def _refuse_full_disk(path: Path, needed: int) -> None:
-    existing = next(one for one in (path, *path.absolute().parents) if one.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+def _refuse_full_disk(path: Path, needed: int, meanwhile: int) -> None:
+    free = shutil.disk_usage(_nearest(path)).free
+    if free < needed + meanwhile:
+        beside = f" and {_size(meanwhile)} lie beside them meanwhile" if meanwhile else ""
         raise CheckpointError(
-            f"{path}: {_size(needed)} are to be written, {_size(free)} are free there; "
+            f"{path}: {_size(needed)} are to be written{beside}, {_size(free)} are free there; "
             "make room, or give an output folder on another disk"
         )
 
@@ -260,16 +281,8 @@ def travelling_files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     for entry in sorted(folder.iterdir()):
         if not travels(entry.name) or not entry.is_file():
             continue
-        if _leads_elsewhere(entry):
+        if leads_elsewhere(entry):
             notes.append(f"{entry.name} is a link out of the folder and is not copied")
         else:
             found[entry.name] = entry
     return found, tuple(notes)
-
-
-def _leads_elsewhere(path: Path) -> bool:
-    target = path.resolve()
-    if target.is_relative_to(path.parent.resolve()):
-        return False
-    blobs = next((parent for parent in target.parents if parent.name == "blobs"), None)
-    return blobs is None or not (blobs.parent / "snapshots").is_dir()

@@ -16,7 +16,7 @@ from geoscope.cli import output
 if TYPE_CHECKING:
     from geoscope.analysis.init_options import InitOptions
     from geoscope.analysis.initialise import Initialised
-    from geoscope.analysis.verify_adapter import Verification
+    from geoscope.analysis.verify_adapter import Check, Verification
 
 __all__ = ["convert_adapter", "init_adapter", "verify_adapter"]
 
@@ -131,7 +131,15 @@ def init_adapter(
     output.check_outputs(options["report"], force=options["force"])
     with output.matrices(quiet=options["quiet"]) as progress:
         made = initialise(
-            given, out, chosen, command=_command(given, out, options), progress=progress
+            given,
+            out,
+            chosen,
+            command=_command(given, out, options),
+            progress=progress,
+            on_start=lambda count: output.say_in_pipe(
+                f"{chosen.method} of rank {chosen.rank} for {count} matrices of {given}, to {out}",
+                quiet=options["quiet"],
+            ),
         )
     output.emit(made.report, {**options, "out": options["report"]})
     _tell(made, chosen, options)
@@ -184,18 +192,18 @@ def _tell(made: Initialised, chosen: InitOptions, options: dict[str, Any]) -> No
     errors = made.card.start_errors
     listed = ", ".join(f"{number(error)} in {dtype}" for dtype, error in errors.items())
     if chosen.chosen_layout:
-        output.say(f"start error of a weight, ‖W_start − W‖/‖W‖, at most: {listed}", quiet=quiet)
+        output.remark(f"start error of a weight, ‖W_start − W‖/‖W‖, at most: {listed}", quiet=quiet)
     if chosen.chosen_layout == "residual":
-        output.say(
+        output.remark(
             "a trainer that holds the base in bfloat16 starts that far off the model; "
             "--layout mirror is exact there",
             quiet=quiet,
         )
-    output.say(f"KL reference: {kl_rule(chosen.chosen_layout)}", quiet=quiet)
+    output.remark(f"KL reference: {kl_rule(chosen.chosen_layout)}", quiet=quiet)
     for note in made.card.notes:
-        output.say(f"note: {note}", quiet=quiet)
+        output.remark(f"note: {note}", quiet=quiet)
     what = layout_words(chosen.chosen_layout)
-    output.say(f"wrote {made.out}: {what}; README.md there tells how to load it", quiet=quiet)
+    output.remark(f"wrote {made.out}: {what}; {made.readme} tells how to load it", quiet=quiet)
 
 
 # --- verify-adapter -------------------------------------------------------------------------------
@@ -259,11 +267,17 @@ def _verification(found: Verification) -> str:
     """One line a check, what failed with its reason."""
     layout = f", layout {found.layout}" if found.layout else ""
     lines = [f"{found.folder} on {found.base}{layout}"]
-    lines += [f"{'ok  ' if check.ok else 'FAIL'} {check.text}" for check in found.checks]
+    lines += [f"{_mark(check)} {check.text}" for check in found.checks]
     lines += [f"note: {note}" for note in found.notes]
     failed = sum(not check.ok for check in found.checks)
     lines.append(f"{failed} of {len(found.checks)} checks failed" if failed else "all checks hold")
     return "\n".join(lines)
+
+
+def _mark(check: Check) -> str:
+    if not check.ok:
+        return "FAIL"
+    return "warn" if check.is_warning else "ok  "
 
 
 # --- convert-adapter ------------------------------------------------------------------------------
@@ -306,8 +320,15 @@ def convert_adapter(
 
     conversion = convert(initial, trained, rank=options["rank"], base=options["base"])
     out = options["out_folder"]
+    words = ["geoscope", "convert-adapter", initial, trained, "-o", out.as_posix()]
+    for name in ("rank", "base"):
+        words += [] if options[name] is None else [f"--{name}", str(options[name])]
     found = write_conversion(
-        conversion, out, force=options["force"], inputs=[Path(initial), Path(trained)]
+        conversion,
+        out,
+        force=options["force"],
+        inputs=[Path(initial), Path(trained)],
+        command=[shlex.quote(word) for word in words],
     )
     config = conversion.config
     lost = discarded_share(found)
@@ -328,4 +349,4 @@ def convert_adapter(
             f"{number(worst.share)} ({worst.name})"
         )
     for note in conversion.notes:
-        output.say(f"note: {note}", quiet=options["quiet"])
+        output.remark(f"note: {note}", quiet=options["quiet"])

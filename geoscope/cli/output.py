@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from geoscope import report as reports
 from geoscope.records import Report
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
 
     from geoscope.analysis import Prepared, Progress
 
-__all__ = ["check_outputs", "data", "document", "emit", "matrices", "progress", "say"]
+__all__ = [
+    "check_outputs",
+    "data",
+    "document",
+    "emit",
+    "matrices",
+    "progress",
+    "remark",
+    "say",
+    "say_in_pipe",
+]
 
 
 def data(text: str) -> None:
@@ -48,6 +59,24 @@ def say(text: str, *, quiet: bool = False) -> None:
         sys.stderr.flush()
 
 
+def remark(text: str, *, quiet: bool = False) -> None:
+    """A remark of one or more lines, as wide as the terminal at the most."""
+    wrapped = textwrap.wrap(
+        text,
+        _columns(sys.stderr),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    say("\n".join(wrapped), quiet=quiet)
+
+
+def say_in_pipe(text: str, *, quiet: bool = False) -> None:
+    """A remark where no terminal shows a progress bar."""
+    if not sys.stderr.isatty():
+        say(text, quiet=quiet)
+
+
 def emit(report: Report, options: dict[str, Any]) -> None:
     """The report on standard output, and into each file of `--out`."""
     if options["as_json"]:
@@ -74,8 +103,12 @@ def check_outputs(paths: list[Path] | None, *, force: bool) -> None:
 
 
 def _width() -> int:
+    return _columns(sys.stdout)
+
+
+def _columns(stream: TextIO) -> int:
     """Columns of the terminal; 80 in a pipe."""
-    return min(shutil.get_terminal_size((80, 24)).columns, 140) if sys.stdout.isatty() else 80
+    return min(shutil.get_terminal_size((80, 24)).columns, 140) if stream.isatty() else 80
 
 
 def _colour() -> bool:

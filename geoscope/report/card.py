@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from geoscope.report.numbers import number
 
-__all__ = ["AdapterCard", "adapter_card", "kl_rule", "layout_words"]
+__all__ = [
+    "AdapterCard",
+    "ConversionCard",
+    "adapter_card",
+    "conversion_card",
+    "kl_rule",
+    "layout_words",
+]
 
 _LAYOUTS = {
     "residual": "a rewritten base (`residual/`) and an adapter (`adapter/`) that belong together",
@@ -60,6 +67,26 @@ class AdapterCard:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ConversionCard:
+    """What the card of a converted adapter tells.
+
+    discarded: share of the update's energy that the rank leaves out, None where it is exact.
+    served_rank: what vLLM has to be told, None where it does not serve the adapter.
+    """
+
+    folder: str
+    base: str
+    commit: str | None
+    rank: int
+    alpha: float
+    served_rank: int | None
+    discarded: float | None
+    command: str
+    version: str
+    notes: tuple[str, ...] = ()
+
+
 def layout_words(layout: str) -> str:
     """What a layout is, in a sentence's part."""
     return _LAYOUTS[layout]
@@ -73,7 +100,7 @@ def kl_rule(layout: str) -> str:
 def adapter_card(card: AdapterCard) -> str:
     """The card as Markdown with front matter."""
     parts = [
-        _front_matter(card),
+        _front_matter(card.base, card.method),
         f"# {_title(card)}\n",
         f"Initial weights, before any training: {layout_words(card.layout)}. "
         f"{card.matrices} weight matrices are adapted, rank {card.rank}, lora_alpha "
@@ -87,9 +114,45 @@ def adapter_card(card: AdapterCard) -> str:
         "## How trainers load it\n",
         *_recipes(card),
     ]
-    if card.notes:
-        parts += ["## Remarks\n", "".join(f"- {note}\n" for note in card.notes)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *_remarks(card.notes)])
+
+
+def conversion_card(card: ConversionCard) -> str:
+    """The card of a converted adapter as Markdown with front matter."""
+    at = f" at revision {card.commit}" if card.commit else ""
+    lost = (
+        "It is the trained update exactly, but for rounding to fp32."
+        if card.discarded is None
+        else f"The rank leaves out {number(card.discarded)} of the update's energy."
+    )
+    lines = [
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({card.base!r}, dtype=torch.bfloat16)",
+        f"model = PeftModel.from_pretrained(base, {card.folder!r})",
+    ]
+    parts = [
+        _front_matter(card.base, "converted"),
+        f"# Trained adapter of {card.base}\n",
+        f"A plain LoRA on the original model{at}, converted from a trained adapter that did not "
+        f"start at zero: rank {card.rank}, lora_alpha {card.alpha:g}. {lost}\n",
+        f"Made by geoscope {card.version}:\n",
+        f"```\n{card.command}\n```\n",
+        "## How to load it\n",
+        f"PEFT:\n\n```python\n{chr(10).join(lines)}\n```\n",
+    ]
+    if card.served_rank is not None:
+        parts.append(
+            f"vLLM:\n\n```\nvllm serve {card.base} --enable-lora --max-lora-rank "
+            f"{card.served_rank} --lora-modules converted={card.folder}\n```\n"
+        )
+    return "\n".join([*parts, *_remarks(card.notes)])
+
+
+def _remarks(notes: tuple[str, ...]) -> list[str]:
+    return ["## Remarks\n", "".join(f"- {note}\n" for note in notes)] if notes else []
 
 
 def _title(card: AdapterCard) -> str:
@@ -97,11 +160,11 @@ def _title(card: AdapterCard) -> str:
     return f"{card.method} initialisation of {card.base}{kind}"
 
 
-def _front_matter(card: AdapterCard) -> str:
-    base = json.dumps(card.base, ensure_ascii=False)  # a JSON string is a YAML string
-    tags = ", ".join(dict.fromkeys(("lora", card.method, "geoscope")))
+def _front_matter(base: str, method: str) -> str:
+    name = json.dumps(base, ensure_ascii=False)  # a JSON string is a YAML string
+    tags = ", ".join(dict.fromkeys(("lora", method, "geoscope")))
     return (
-        f"---\nbase_model: {base}\nbase_model_relation: adapter\nlibrary_name: peft\n"
+        f"---\nbase_model: {name}\nbase_model_relation: adapter\nlibrary_name: peft\n"
         f"tags: [{tags}]\n---\n"
     )
 

@@ -51,7 +51,8 @@ def page(report: Report, *, verbose: bool = False, explain: bool = False) -> lis
 
 
 def _legend(kind: Kind) -> str:
-    return f"(…) {kind.null[1]} · {DASH} see statuses · ~ rounding visible"
+    rounding = " · ~ rounding visible" if kind.has_cautions else ""
+    return f"(…) {kind.null[1]} · {DASH} see statuses{rounding}"
 
 
 def title(report: Report) -> str:

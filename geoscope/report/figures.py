@@ -19,7 +19,7 @@ from matplotlib.figure import Figure, SubFigure
 from geoscope.records import Report
 from geoscope.report.content import headline, title
 from geoscope.report.coverage import compared_line
-from geoscope.report.panels import PANELS
+from geoscope.report.panels import PANELS, Panel
 from geoscope.report.panels.drawing import GREY, INK
 from geoscope.report.sections import Section, sections
 from geoscope.report.tables import Kind, kind_of
@@ -132,15 +132,21 @@ def _section_title(kind: Kind, section: Section) -> str:
     return f"{section.tuned} {section.label} · {headline(kind, section)[0]}".removesuffix(" · ")
 
 
+def _panels(kind: Kind, section: Section) -> list[tuple[Panel, ...]]:
+    """Rows of panels: those that have something to draw, or the first row where none has."""
+    rows = [tuple(PANELS[name] for name in row) for row in kind.panels]
+    kept = [tuple(panel for panel in row if panel.has_data(section)) for row in rows]
+    return [row for row in kept if row] or rows[:1]
+
+
 def _heights(kind: Kind, section: Section) -> list[float]:
-    return [max(PANELS[name].height(section) for name in row) for row in kind.panels]
+    return [max(panel.height(section) for panel in row) for row in _panels(kind, section)]
 
 
 def _draw_section(area: SubFigure, kind: Kind, section: Section) -> None:
-    rows = area.subfigures(
-        len(kind.panels), 1, squeeze=False, height_ratios=_heights(kind, section)
-    )
-    for row, names in zip(rows[:, 0], kind.panels, strict=True):
-        places = row.subfigures(1, len(names), squeeze=False, wspace=0.03)
-        for place, name in zip(places[0], names, strict=True):
-            PANELS[name].draw(place, section)
+    panels = _panels(kind, section)
+    rows = area.subfigures(len(panels), 1, squeeze=False, height_ratios=_heights(kind, section))
+    for row, shown in zip(rows[:, 0], panels, strict=True):
+        places = row.subfigures(1, len(shown), squeeze=False, wspace=0.03)
+        for place, panel in zip(places[0], shown, strict=True):
+            panel.draw(place, section)

@@ -12,6 +12,8 @@ from geoscope.records import Report
 
 __all__ = ["SUFFIXES", "check_output", "read", "write"]
 
+# The schema of the geoscope.json that lies in adapter folders.
+_ADAPTER_RECORD = '"schema": "geoscope.adapter/'
 SUFFIXES = (".json", ".csv", ".md", ".png", ".svg", ".pdf")
 
 
@@ -98,4 +100,9 @@ def read(path: Path) -> Report:
     try:
         return Report.loads(text)
     except ReportError as error:
+        if _ADAPTER_RECORD in text:
+            raise ReportError(
+                f"{path}: is the record of an adapter folder and no report; `geoscope "
+                f"verify-adapter {path.parent}` reads it, and init-adapter --report writes a report"
+            ) from None
         raise ReportError(f"{path}: {error}") from None

@@ -37,7 +37,8 @@ def model_grid(kind: Kind, whole: Subject, ks: Collection[int]) -> Grid:
     """One row per quantity of the model, in groups; at each of `ks` where it has a dimension."""
     rows: list[tuple[Cell, ...]] = []
     for group, patterns in kind.model:
-        own = [row for pattern in patterns for row in _model_rows(whole, QUANTITIES[pattern], ks)]
+        shown = [pattern for pattern in patterns if not kind.drops_empty or whole.numbered(pattern)]
+        own = [row for pattern in shown for row in _model_rows(whole, QUANTITIES[pattern], ks)]
         rows += [(Cell(group),), *own] if own else []
     return Grid(_model_heads(kind), tuple(rows))
 
@@ -119,8 +120,12 @@ def _shown_quantities(kind: Kind, subjects: Sequence[Subject]) -> list[Quantity]
     return [
         QUANTITIES[pattern]
         for pattern in kind.columns
-        if any(with_dimension(pattern, subject.k) in subject.values for subject in subjects)
+        if any(_is_shown(kind, subject, with_dimension(pattern, subject.k)) for subject in subjects)
     ]
+
+
+def _is_shown(kind: Kind, subject: Subject, key: str) -> bool:
+    return key in subject.values and (not kind.drops_empty or subject.numbered(key) > 0)
 
 
 def _beside_null(subject: Subject, quantity: Quantity) -> Cell:

@@ -100,16 +100,70 @@ def test_a_residual_keeps_what_it_does_not_adapt(models: dict[str, Path], tmp_pa
 
 
 def test_equal_input_gives_equal_bytes_with_any_number_of_workers(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], tmp_path: Path
 ) -> None:
     found = []
     for jobs in (1, 2):
-        where = tmp_path / str(jobs)
-        where.mkdir()
-        monkeypatch.chdir(where)  # the recipes name the folder as it was given
-        initialise(str(models["llama"]), Path("out"), InitOptions(rank=4, jobs=jobs))
-        found.append(hashes(where / "out"))
+        out = tmp_path / "out"  # which the configuration and the card name
+        initialise(str(models["llama"]), out, InitOptions(rank=4, jobs=jobs))
+        found.append(hashes(out))
+        out.rename(tmp_path / str(jobs))
     assert found[0] == found[1]
+
+
+def test_a_residual_is_named_by_its_whole_path(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = initialise(str(models["llama"]), Path("out"), InitOptions(rank=2))
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "out" / "residual")
+    assert made.readme == Path("out/adapter/README.md")
+    assert made.report.provenance.refs[1].resolved == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [
+        ({}, "float32"),
+        ({"residual_dtype": "bfloat16"}, "mixed: bfloat16 14, float32 7"),
+        ({"layout": "mirror", "include": ("q_proj",)}, "float32"),
+    ],
+)
+def test_the_report_tells_the_dtype_that_was_written(
+    models: dict[str, Path], tmp_path: Path, options: dict[str, Any], stored: str
+) -> None:
+    made = initialise(str(models["llama"]), tmp_path / "out", InitOptions(rank=2, **options))
+    assert made.report.provenance.refs[1].storage_dtype == stored
+
+
+def test_the_models_gap_is_the_smallest_and_its_error_the_largest(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    report = initialise(str(models["llama"]), tmp_path / "out", InitOptions(rank=2)).report
+    rows = [layer.values for layer in report.layers]
+    for key, extreme in (("gap", min), ("reconstruction_error", max)):
+        assert report.summary.model[key] == extreme(row[key] for row in rows)  # type: ignore[type-var]
+
+
+def test_what_a_method_has_not_is_in_no_table(models: dict[str, Path], tmp_path: Path) -> None:
+    report = initialise(
+        str(models["llama"]), tmp_path / "out", InitOptions(method="pissa", rank=2)
+    ).report
+    text = reports.render_text(report, width=140, colour=False)
+    assert "captured energy" not in text.split("(…)")[0]
+    assert "Jaccard" not in text
+    assert "mask" not in text.split("(…)")[0]
+    assert "head energy" in text
+    assert "~" not in text
+    lora = InitOptions(method="lora", rank=2)
+    made = initialise(str(models["llama"]), tmp_path / "lora", lora)
+    text = reports.render_text(made.report, width=140, colour=False)
+    assert "head energy" not in text.split("(…)")[0]  # of a product that is zero
+    reports.write(report, tmp_path / "figure.svg")
+    figure = (tmp_path / "figure.svg").read_text()
+    assert "What the initial adapter holds" in figure
+    assert "masks" not in figure
 
 
 def test_lora_draws_another_A_for_every_matrix(models: dict[str, Path], tmp_path: Path) -> None:
@@ -175,6 +229,12 @@ def test_a_card_names_base_command_and_rule(models: dict[str, Path], tmp_path: P
         ({"layout": "mirror", "residual_dtype": "bfloat16"}, OptionError, ("--residual-dtype",)),
         ({"targets": ("z_proj",)}, OptionError, ("z_proj", "q_proj")),
         ({"alpha": -1.0}, OptionError, ("alpha",)),
+        ({"alpha": 0.0}, OptionError, ("--alpha 0",)),
+        ({"alpha": float("nan")}, OptionError, ("--alpha nan",)),
+        ({"scale_convention": "peft"}, OptionError, ("--scale-convention", "geora, pissa")),
+        ({"spec_rank": 0}, OptionError, ("--spec-rank 0",)),
+        ({"spec_rank": 17}, OptionError, ("_proj.weight", "--spec-rank 17", "16")),
+        ({"include": ("(",)}, OptionError, ("--include", "regular expression")),
         ({"exclude": ("proj",)}, CheckpointError, ("no matrix",)),
     ],
 )
@@ -182,6 +242,8 @@ def test_what_cannot_be_is_one_line(
     tmp_path: Path, options: dict[str, Any], error: type[GeoscopeError], words: tuple[str, ...]
 ) -> None:
     model = small(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")  # which is the next thing to refuse
     with pytest.raises(error) as caught:
         initialise(str(model), tmp_path / "out", InitOptions(**{"rank": 2, **options}))
     assert "\n" not in str(caught.value)
@@ -210,6 +272,65 @@ def test_a_tied_matrix_is_refused_in_the_residual_and_adapted_elsewhere(
     options: dict[str, Any] = {"rank": 2, "include": ("embed_tokens",)}
     with pytest.raises(CheckpointError, match="tied"):
         initialise(str(models["qwen2_tied"]), tmp_path / "out", InitOptions(**options))
+
+
+def test_a_head_that_is_not_stored_is_told_by_its_tie(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    options = InitOptions(rank=2, include=("lm_head",), layout="mirror")
+    words = r"lm_head\.weight is tied to model\.embed_tokens\.weight"
+    with pytest.raises(CheckpointError, match=words):
+        initialise(str(models["qwen2_tied"]), tmp_path / "out", options)
+
+
+def test_another_layout_in_the_same_folder_is_refused(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    for first, second in (("residual", "mirror"), ("mirror", "anchor"), ("anchor", "residual")):
+        out = tmp_path / first
+        initialise(str(models["llama"]), out, InitOptions(rank=2, layout=first))
+        before = hashes(out)
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json.* another output"):
+            initialise(str(models["llama"]), out, InitOptions(rank=2, layout=second, force=True))
+        assert hashes(out) == before
+        assert verify_adapter(str(out)).ok
+
+
+def test_only_an_original_model_is_initialised(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, out = str(models["llama"]), tmp_path / "out"
+    initialise(original, out, InitOptions(rank=2))
+    words = f"give the original model, {original}"
+    for part in ("residual", "adapter", ""):
+        with pytest.raises(CheckpointError) as caught:
+            initialise(str(out / part), tmp_path / "again", InitOptions(rank=2))
+        told = str(caught.value)
+        assert "\n" not in told
+        assert words in told
+    monkeypatch.chdir(out / "residual")
+    with pytest.raises(CheckpointError, match="rewritten base"):
+        initialise(".", tmp_path / "again", InitOptions(rank=2))
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_factors_on_their_way_count_for_the_disk(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, int] = {}
+
+    def measured(path: Path, needed: int, meanwhile: int) -> None:
+        seen.update(needed=needed, meanwhile=meanwhile)
+
+    monkeypatch.setattr("geoscope.checkpoints.output_folder._refuse_full_disk", measured)
+    for layout in LAYOUTS:
+        out = tmp_path / layout
+        initialise(str(models["llama"]), out, InitOptions(rank=2, layout=layout))
+        adapters = [*out.rglob("adapter_model.safetensors")]
+        written = sum(
+            tensor.numel() * 4 for file in adapters for tensor in load_file(file).values()
+        )
+        assert seen["meanwhile"] == written
 
 
 def test_a_full_folder_needs_force_and_inputs_are_never_written_to(
@@ -300,11 +421,33 @@ def test_the_current_folder_is_the_model_where_it_holds_one(
     monkeypatch.chdir(models["gpt2"])
     done = run("init-adapter", "--rank", "2", "-o", str(tmp_path / "out"), "--json", "-q")
     assert done.exit_code == 0
+    card = (tmp_path / "out/adapter/README.md").read_text()
+    assert f'base_model: "{models["gpt2"]}"' in card
+    assert f"geoscope init-adapter {models['gpt2']}" in card
     assert json.loads(done.stdout)["kind"] == "init-adapter"
     monkeypatch.chdir(tmp_path)
     done = run("init-adapter", "--rank", "2")
     assert isinstance(done.exception, OptionError)
     assert "no MODEL given" in str(done.exception)
+
+
+def test_what_is_said_beside_the_report(models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("init-adapter", str(models["llama"]), "--rank", "2", "-o", str(out))
+    first, *lines = done.stderr.splitlines()
+    assert first == f"geora of rank 2 for 14 matrices of {models['llama']}, to {out}"
+    assert all(len(line) <= 80 or str(out) in line for line in lines)
+    assert f"{out}/adapter/README.md tells how to load it" in " ".join(done.stderr.split())
+    assert not run(
+        "init-adapter", str(models["llama"]), "--rank", "2", "-o", f"{out}-2", "-q"
+    ).stderr
+
+
+def test_a_record_is_not_shown_as_a_report(models: dict[str, Path], tmp_path: Path) -> None:
+    initialise(str(models["llama"]), tmp_path / "out", InitOptions(rank=2))
+    done = run("show", str(tmp_path / "out/geoscope.json"))
+    assert "record of an adapter folder" in str(done.exception)
+    assert "verify-adapter" in str(done.exception)
 
 
 def test_the_default_name_tells_model_method_and_rank() -> None:

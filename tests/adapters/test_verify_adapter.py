@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import tiny_models
+from adapters.tiny_models import transformers
 from adapters.trained import (
     DEPRECATION,
     PATTERNS,
@@ -208,6 +209,23 @@ def test_rank_patterns_are_not_for_vllm(out: Path) -> None:
     assert "rank_pattern is not empty" in failed(verify_adapter(str(out)))["vllm"].text
 
 
+def test_vllm_is_promised_by_starts_alone(out: Path, sound: tuple[Path, Path]) -> None:
+    """Elsewhere what vLLM would not serve is a warning."""
+    edit(out / "adapter", rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 8})
+    (out / "geoscope.json").unlink()
+    found = verify_adapter(str(out), base=str(sound[0]))
+    assert failed(found) == {}
+    (warned,) = [check for check in found.checks if check.is_warning]
+    assert "rank_pattern is not empty" in warned.text
+
+
+def test_a_base_that_has_moved_is_asked_for(out: Path, sound: tuple[Path, Path]) -> None:
+    record(out, out.parent / "gone", layout="residual")
+    with pytest.raises(CheckpointNotFound, match=r"gone: .* is not there; give it with --base"):
+        verify_adapter(str(out))
+    assert failed(verify_adapter(str(out), base=str(sound[0]))) == {}
+
+
 def test_hashes_tell_a_trained_factor_and_another_base(out: Path, tmp_path: Path) -> None:
     name = key("model.layers.0.self_attn.q_proj", "B")
     change(out / "adapter" / FACTORS, lambda tensors: tensors[name].mul_(1 + 1e-6))
@@ -337,9 +355,16 @@ def differences(verification: Verification) -> dict[str, float]:
     return {check.id: check.worst for check in verification.checks if check.worst is not None}
 
 
-def test_peft_agrees_on_a_residual(sound: tuple[Path, Path]) -> None:
+def test_peft_agrees_on_a_residual(
+    sound: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bars = transformers.utils.logging
+    bars.enable_progress_bar()
+    capfd.readouterr()
     found = verify_adapter(str(sound[1]), with_peft=True)
     assert failed(found) == {}
+    assert capfd.readouterr() == ("", "")  # no bars of theirs,
+    assert bars.is_progress_bar_enabled()  # which are as they were
     said = differences(found)
     assert said["peft-enabled"] < 2e-6
     assert said["peft-merged"] < 2e-6

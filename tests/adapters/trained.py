@@ -78,8 +78,8 @@ def residual_folder(model: Any, base: Path, out: Path, *, dtype: torch.dtype | N
                 tensors[name] = kept.to(dtype or kept.dtype)
                 assert tensors[name].shape == tensor.shape
         save_file(tensors, file, metadata={"format": "pt"})
+    model.peft_config["default"].base_model_name_or_path = str(out / "residual")
     adapter = saved(model, out / "adapter")
-    edit(adapter, base_model_name_or_path=str(out / "residual"))
     factors = load_file(adapter / "adapter_model.safetensors")
     matrices: dict[str, dict[str, str]] = {}
     for key, tensor in factors.items():

@@ -279,6 +279,17 @@ def test_the_original_is_pinned(
     assert adapter_folder(tmp_path).original == original
 
 
+def test_a_base_folder_that_has_moved_is_no_hub_id(tmp_path: Path) -> None:
+    """Neither by its whole path nor by a path that looks like org/name."""
+    for base in (
+        {"reference": str(tmp_path / "gone"), "commit": None},
+        {"reference": "models/gone", "commit": None, "sha256": {"model.safetensors": "0"}},
+    ):
+        record(folder(tmp_path), layout="mirror", base=base)
+        with pytest.raises(CheckpointNotFound, match=r"gone: the base .* not there; .* --base$"):
+            _ = adapter_folder(tmp_path).original
+
+
 def test_a_model_around_the_adapter_is_a_residual_only_where_peft_puts_it(tmp_path: Path) -> None:
     around = model(tmp_path / "model")
     assert adapter_folder(folder(around / "pissa_init")).residual == around

@@ -111,6 +111,16 @@ def test_force_does_not_write_beside_foreign_weights(tmp_path: Path, name: str) 
     refused(tmp_path / "out", f"{name} would be read with", force=True)
 
 
+@pytest.mark.parametrize("part", ["residual", "adapter", "anchor"])
+def test_force_does_not_write_beside_another_layout(tmp_path: Path, part: str) -> None:
+    """Its folders do not hold planned files, and are looked into all the same."""
+    (tmp_path / "out" / part).mkdir(parents=True)
+    (tmp_path / "out" / part / "README.md").write_text("mine")
+    OutputFolder(tmp_path / "out", SIZES, force=True)
+    (tmp_path / "out" / part / "adapter_model.safetensors").write_text("")
+    refused(tmp_path / "out", f"{part}/adapter_model.safetensors would be read with", force=True)
+
+
 def test_an_input_is_never_written_to(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", llama())
     for given in (model, model / "model.safetensors"):
@@ -127,6 +137,25 @@ def test_the_disk_is_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused(tmp_path / "out", r"5\.00 GB are to be written, 1\.50 kB are free", {"a": 5 * 10**9})
     with OutputFolder(tmp_path / "out", {"a": 1_500}) as out:
         out.write("a", b"as much as there is")
+
+
+def test_what_lies_on_the_disk_meanwhile_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500))
+    OutputFolder(tmp_path / "out", {"a": 1_000}, meanwhile=500)
+    words = r"1\.00 kB are to be written and 501 bytes lie beside them meanwhile, 1\.50 kB are free"
+    refused(tmp_path / "out", words, {"a": 1_000}, meanwhile=501)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file" / "out", "file is a file; give another output folder")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    refused(tmp_path / "a" / "out", f"{tmp_path} is not writable; give another output folder")
 
 
 def test_parts_of_a_killed_run_are_removed(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_no_number_is_a_dash_and_is_explained(kind: str) -> None:
     text = plain(all_null(example(kind)), 120)
     assert all("–" in line for line in lines_with(text, "relative update ρ"))
     for line in lines_with(text, "q_proj"):
-        assert " – " in line
+        assert (" – " in line) != KINDS[kind].drops_empty  # there the column itself is left out
     assert Status.ZERO_UPDATE.sentence in text.replace("\n  ", " ")
     assert "nan" not in text.lower()
     assert "None" not in text
