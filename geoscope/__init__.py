@@ -3,9 +3,9 @@
 >>> import geoscope
 >>> report = geoscope.compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
 
-`compare`, `follow`, `initialise` and `verify_adapter` are what the commands call; `read_report` opens what
-they wrote; `geora` initialises one matrix. The names below are loaded when they are first used, so
-that `geoscope --help` needs no torch.
+`compare`, `follow`, `initialise` and `verify_adapter` are what the commands call; `read_report`
+opens what they wrote; `geora` initialises one matrix. The names below are loaded when they are
+first used, so that `geoscope --help` needs no torch.
 """
 
 from __future__ import annotations

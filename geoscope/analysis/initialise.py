@@ -54,7 +54,7 @@ __all__ = ["Initialised", "default_output", "initialise", "model_here"]
 _TRAINER = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # fp32 copies of a matrix that work on it takes, the rewritten matrix among them, and how many of
 # the largest may be in memory in all.
-_COPIES_IN_WORK, _COPIES_IN_ALL = 4, 5
+_COPIES_IN_WORK, _COPIES_IN_ALL = 3, 6
 
 
 @dataclass(frozen=True)
