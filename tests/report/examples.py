@@ -461,7 +461,7 @@ def _with_steps(summary: Summary, records: Sequence[LayerRecord]) -> Summary:
     keys = ("relative_update_by_step", "relative_step")
     T = len(STEPS) - 1
     series = {
-        key: tuple(sum(one.series[key][i] or 0 for one in records) for i in range(T))
+        key: tuple(sum(one.series[key][i] or 0 for one in records if one.series) for i in range(T))
         for key in (keys if records else ())
     }
     series |= {f"{walk}component{i}": tuple(t / (10 * i) for t in range(1, T + 1))
