@@ -33,6 +33,7 @@ __all__ = ["Extrapolation", "extrapolate", "methods"]
 _RECORD = "geoscope.json"
 _RECORD_SCHEMA = "geoscope.extrapolation/1"
 _SMALL, _PER_TENSOR = 1 << 16, 2048
+_ALIASES = {"damped": "damped(linear)"}
 # Entries of a block of all checkpoints.
 _BLOCK = 1 << 22
 
@@ -90,7 +91,7 @@ def extrapolate(
     Raises GeoscopeError.
     """
     options = options or FollowOptions()
-    method = method.replace("-", "_")
+    method = _ALIASES.get(method, method.replace("-", "_"))
     if method not in methods():
         raise OptionError(f"--method {method!r} is not one of {', '.join(methods())}")
     found = open_followed(references, options)

@@ -58,6 +58,7 @@ IDS = (
     "norm_fraction",
     *(f"skill@{name}" for name in _SKILLS),
     "horizon",
+    "horizon_resolved",
     *METRIC_RELATIONS,
     "pls_r2_mean",
     "pls_skill_mean",
@@ -234,6 +235,7 @@ def _summary(
     best = test.best()
     horizon = credible_horizon(test, best, seed=options.seed) if best != "hold" else None
     _put(numbers, "horizon", 0.0 if horizon is None else horizon.steps)
+    _put(numbers, "horizon_resolved", 0.0 if horizon is None else horizon.resolved)
     _add_relation(numbers, link, [*made.increments])
     if link is not None:
         _add_means(numbers, layers)
@@ -253,6 +255,7 @@ def _summary(
         for module in modules
     }
     motion = drift_or_diffusion(whole)
+    jumps = [one for one in traps_of(found, made, base_exact=base_exact) if "jump in" in one]
     return Summary(
         model=numbers.values,
         nulls=numbers.nulls,
@@ -264,7 +267,7 @@ def _summary(
             shares={},
             flagged=(),
             counts={},
-            text=f"{motion.text}. {_foretold(test, best, numbers.values['horizon'])}",
+            text=". ".join([*jumps, motion.text, _foretold(test, best, numbers.values["horizon"])]),
             thresholds=dict(THRESHOLDS),
         ),
         steps=found.steps,
@@ -282,7 +285,13 @@ def _foretold(test: Backtest, best: str, horizon: float | None) -> str:
     words = f"Best held-out: {best}, skill {skill:.2f} over holding the last checkpoint"
     if not horizon:
         return f"{words}; no horizon at which that is credible"
-    return f"{words}; credible up to {horizon:g} steps ahead"
+    held_out = f"of {_farthest(test):g} that are held out"
+    return f"{words}; credible up to {horizon:g} steps ahead, {held_out}"
+
+
+def _farthest(test: Backtest) -> float:
+    """The largest distance, in steps, that a reported pair has."""
+    return float(test.distance[test.rolling].max())
 
 
 def _module(

@@ -129,7 +129,8 @@ def _options(options: dict[str, Any]) -> FollowOptions:
             ("--method",),
             "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, "
             "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, next (trains "
-            "networks: minutes), or damped(…) of one.",
+            "networks: minutes), damped (of linear), or "
+            "damped(…) of one.",
             "NAME",
         ),
         "predict_extend": opt.Spec(
@@ -187,7 +188,7 @@ def extrapolate(points: Points, **options: Any) -> None:
         f"matrices by method: {counts}\n"
         f"held-out skill of {made.method}: {number(made.skill)} over holding the last checkpoint; "
         f"credible up to {number(made.horizon)} steps ahead, asked for {made.ahead}\n"
-        "skill is about weights: necessary for a better model, and not sufficient; evaluate it"
+        "skill is about weights and not about the model: evaluate it"
     )
     for note in made.notes:
         output.say(f"note: {note}", quiet=options["quiet"])

@@ -125,12 +125,12 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool) -> str:
     """Why an id does not apply to a matrix, as far as the report tells; else nothing."""
     m, n = layer.shape
     stem, _, dimension = key.rpartition("@")
-    k = int(dimension) if stem else 0
+    k = int(dimension) if stem and dimension.isdigit() else 0
     name = (stem or key).rpartition(".")[2]
     if k > min(m, n):
         return "k exceeds the shorter side."
     if layer.status_of("relative_update") is Status.NOT_APPLICABLE:
-        return "The base is zero."
+        return "The size of the base is not known." if layer.gram else "The base is zero."
     if name.startswith("angle_") and k == (m if "left" in name else n):
         return "The basis is complete: k is the whole side."
     if name == "outside_span" and m == n:

@@ -176,6 +176,9 @@ _TABLE = (
     Quantity("skill@relex_pinned", "pinned", "skill: RELEX, pinned", "held out, over hold"),
     Quantity("skill@auto", "auto", "skill: auto", "each matrix its best so far"),
     Quantity("horizon", "horizon", "credible horizon, in steps", "0: none"),
+    Quantity(
+        "horizon_resolved", "resolved", "the same above rounding", "what rounding cannot explain"
+    ),
     Quantity("metric_points", "points", "checkpoints with a value", "of the metric"),
     Quantity("metric_correlation", "corr c1", "correlation of c1", "of the first temporal one"),
     Quantity("metric_correlation_p", "p", "p, metric shuffled", "two that rise go together"),
@@ -432,6 +435,7 @@ KINDS["trajectory"] = Kind(
                 "skill@relex_pinned",
                 "skill@auto",
                 "horizon",
+                "horizon_resolved",
             ),
         ),
         (

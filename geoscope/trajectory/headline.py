@@ -75,6 +75,8 @@ def _sentence(
 ) -> str:
     T = len(stats.steps)
     numbers = f"φ = {share:.3f}, a walk has 0; sign-flip p = {p:.2g}, T = {T}"
+    if thresholds["few"] > T:
+        numbers += f"; p cannot be below {2.0 ** (1 - T):.2g} at this T"
     if code == "DRIFT":
         kind = "mostly drift" if share >= 0.5 else "drift beside diffusion"
         return (

@@ -113,6 +113,7 @@ def test_nulls_are_those_of_the_shape() -> None:
     assert nulls["mask_jaccard"] >= p * r / (p + r - p * r)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [1e-2, 3e-3, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_masks_of_independent_updates_overlap_as_their_null_says(

@@ -152,6 +152,7 @@ def followed(run: Path, **options: str | bool | None) -> Report:
     return follow([str(run / "grpo")], options=chosen)
 
 
+@pytest.mark.slow
 def test_the_report_relates_matrices_kinds_and_the_model(run: Path, tmp_path: Path) -> None:
     report = followed(run, metrics=csv_of(tmp_path), metric="reward")
     model = report.summary.model
@@ -179,6 +180,7 @@ def test_without_a_metric_the_report_says_nothing_of_one(run: Path) -> None:
     assert "relation with the metric" not in render_text(report, width=100, colour=False)
 
 
+@pytest.mark.slow
 def test_without_directions_the_correlations_stand(run: Path, tmp_path: Path) -> None:
     report = followed(run, metrics=csv_of(tmp_path), metric="reward", directions=False)
     assert report.summary.model["metric_correlation"] is not None

@@ -41,6 +41,7 @@ def test_a_walk_has_none(steps: tuple[float, ...]) -> None:
         assert found.stopped_by == "skill"
 
 
+@pytest.mark.slow
 def test_sampled_walks_seldom_have_one() -> None:
     """A pass at the nearest distance needs a median and a bound above 0 by chance."""
     found = [
@@ -101,6 +102,7 @@ def test_tensors_that_never_move() -> None:
     assert found.distances[0].error is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("drift", "found"), [(0.0, 0.0), (1.0, 6.0)])
 def test_storage_rounding_is_not_taken_for_skill(drift: float, found: float) -> None:
     """bf16: fits average the last checkpoint's rounding away, which is a gain of a walk too."""

@@ -171,6 +171,7 @@ def test_alpharl_norm_fraction_and_the_share_of_energy() -> None:
     assert found.final_share == found.rank1_share[-1]
 
 
+@pytest.mark.slow
 def test_isotropic_updates_meet_their_null() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 200, 300, generator=generator, dtype=torch.float64)
@@ -221,6 +222,7 @@ def test_a_rank_1_line_beside_noise_is_found_and_counted() -> None:
     assert found.values["sigma1_exponent"] == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_fixed_directions_of_the_updates_themselves() -> None:
     """Against a fine search over random starts, and never below what the rank-1 parts give."""
     updates, inc = series(0.05)

@@ -222,6 +222,7 @@ def test_a_stored_drift_of_one_half(rho: float, raw: float, corrected: float | N
     assert drift_or_diffusion(found).code == ("DRIFT" if corrected else "UNDETERMINED")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [7e-3, 5e-3, 3.3e-3])
 def test_the_headline_holds_for_stored_series_up_to_the_limit(rho: float) -> None:
     """ν(δ) = .31, .42 and .59: what the correction misses is not taken for drift."""
