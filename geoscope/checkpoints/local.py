@@ -12,7 +12,13 @@ from pathlib import Path
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
-from geoscope.checkpoints.layout import choose_layout, is_other_copy, shard_count
+from geoscope.checkpoints.layout import (
+    SHARD_FOLDERS,
+    WEIGHT_FOLDERS,
+    choose_layout,
+    is_other_copy,
+    shard_count,
+)
 from geoscope.checkpoints.links import leads_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
@@ -22,22 +28,8 @@ from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, ref
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
-__all__ = ["LocalFolder", "open_local"]
+__all__ = ["LocalFolder", "file_names", "open_local"]
 
-# Where trainers put the weights below the folder that a user would name, in the order of search.
-_BELOW = (
-    "actor",
-    "lora_adapter",
-    "actor/lora_adapter",
-    "huggingface",
-    "actor/huggingface",
-    "hf_model",
-    "policy/weights",
-    "policy/weights/model",
-    "pytorch_model_fsdp_0",
-    "actor/dist_ckpt",
-    "dist_ckpt",
-)
 _NO_CONFIG = (
     "one file, no config at hand: Conv1D layers and tied embeddings are told by names and shapes"
 )
@@ -87,7 +79,7 @@ class LocalFolder:
         return (self.cached_as or self.given).rstrip("/")
 
     def names(self) -> Collection[str]:
-        return _file_names(self.path, self.given)
+        return file_names(self.path, self.given)
 
     def text(self, name: str) -> str:
         try:
@@ -155,21 +147,22 @@ class LocalFolder:
         return refusal(f"{self.label}/{folder}", refused)
 
 
-def _file_names(path: Path, given: str) -> frozenset[str]:
+def file_names(path: Path, given: str | None = None) -> frozenset[str]:
+    """The files right in a folder. Raises CheckpointError, with `given` for the path."""
     try:
         return frozenset(entry.name for entry in path.iterdir() if entry.is_file())
     except OSError as error:
-        raise CheckpointError(f"{given}: cannot be listed: {error.strerror or error}") from None
+        raise CheckpointError(f"{given or path}: cannot be listed: {error.strerror or error}") from None
 
 
 def _weights_below(path: Path) -> dict[str, Refused | None]:
     """Folders below that hold weights, in the usual places and right here, → why not to be read."""
-    usual = [folder for folder in _BELOW if (path / folder).is_dir()]
+    usual = [name for name in (*WEIGHT_FOLDERS, *SHARD_FOLDERS) if (path / name).is_dir()]
     others = in_natural_order(entry.name for entry in path.iterdir() if entry.is_dir())
     found: dict[str, Refused | None] = {}
     for folder in dict.fromkeys([*usual, *others]):
         try:
-            names = _file_names(path / folder, folder)
+            names = file_names(path / folder, folder)
             readable, refused = choose_layout(names, folder) is not None, by_files(names)
         except CheckpointError:
             continue
@@ -179,7 +172,7 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
 
 
 def _configuration_only(path: Path, label: str) -> CheckpointError:
-    beside: Refused | None = by_files(_file_names(path.parent, label))
+    beside: Refused | None = by_files(file_names(path.parent, label))
     if beside is not None and "FSDP" in beside.format:
         hint = beside.hint.replace("{ref}", str(path.parent))
         return CheckpointError(

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
-from geoscope.checkpoints.layout import choose_layout, weight_map
-from geoscope.checkpoints.local import open_local
+from geoscope.checkpoints.layout import SHARD_FOLDERS, WEIGHT_FOLDERS, choose_layout, weight_map
+from geoscope.checkpoints.local import file_names, open_local
 from geoscope.checkpoints.opening import CONFIG
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import by_files, is_adapter_file, refusal
@@ -29,19 +29,8 @@ from geoscope.errors import CheckpointError, first_names
 
 __all__ = ["Found", "Kind", "Place", "find_places", "open_step_folder"]
 
-_PLACES = (
-    "",
-    "actor",
-    "lora_adapter",
-    "actor/lora_adapter",
-    "huggingface",
-    "actor/huggingface",
-    "hf_model",
-    "policy/weights",
-    "policy/weights/model",
-)
-# Shards alone lie there, and folders that are named after the step once more.
-_SHARDS = ("pytorch_model_fsdp_0", "dist_ckpt", "actor/dist_ckpt")
+_PLACES = ("", *WEIGHT_FOLDERS)
+# Folders there are named after the step once more, and hold shards.
 _SHARDS_BELOW = ("", "policy/weights")
 _EMPTY_ADAPTER = "lora_adapter"
 
@@ -91,7 +80,7 @@ def _kinds_at(folder: Path, below: Sequence[str]) -> list[Place]:
     for one in below:
         path = folder / one
         if path.is_dir():
-            found.extend(Place(one, kind) for kind in _kinds(path, one, _names(path)))
+            found.extend(Place(one, kind) for kind in _kinds(path, one, file_names(path)))
     return found
 
 
@@ -107,13 +96,6 @@ def _kinds(path: Path, folder: str, names: Collection[str]) -> list[Kind]:
     if not kinds and by_files(names) is not None:
         return [Kind.SHARDS]
     return kinds or ([Kind.CONFIG] if CONFIG in names else [])
-
-
-def _names(path: Path) -> frozenset[str]:
-    try:
-        return frozenset(entry.name for entry in path.iterdir() if entry.is_file())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be listed: {error.strerror or error}") from None
 
 
 def _has_layout(names: Collection[str]) -> bool:
@@ -167,7 +149,7 @@ def _where(chosen: Place, others: Sequence[Place]) -> str:
 
 def _check_shards(folder: Path, label: str) -> None:
     """An index whose shards are not all there."""
-    names = _names(folder)
+    names = file_names(folder)
     layout = choose_layout(names, label)
     if layout is None or not layout.is_index:
         return
@@ -190,7 +172,8 @@ def _check_alpha(folder: Path, label: str) -> None:
         return  # said when the adapter is opened
     if isinstance(config, dict) and config.get("lora_alpha") == 0:
         raise CheckpointError(
-            f"{label}: lora_alpha is 0: written by an old merger; pass `--lora-alpha`"
+            f"{label}: lora_alpha is 0: written by an old merger; set it in "
+            f"{ADAPTER_CONFIG} to the alpha of the training"
         )
 
 
@@ -203,7 +186,7 @@ def _unreadable(path: Path, given: str, by_kind: dict[Kind, list[Place]]) -> Che
         if any((path / other.folder) == (path / one.folder).parent for other in shards):
             return _error_of(path / one.folder, _below(given, one.folder))
     if shards:
-        refused = by_files(_names(path / shards[0].folder))
+        refused = by_files(file_names(path / shards[0].folder))
         assert refused is not None  # what made it a place of shards
         return refusal(_below(given, shards[0].folder), refused)
     configs = by_kind[Kind.CONFIG]
@@ -220,7 +203,7 @@ def _shard_folders(path: Path) -> list[str]:
         for entry in sorted((path / below).iterdir())
         if entry.is_dir() and step_of_part(entry.name) is not None
     ]
-    return [*_SHARDS, *named]
+    return [*SHARD_FOLDERS, *named]
 
 
 def _error_of(folder: Path, given: str) -> CheckpointError:

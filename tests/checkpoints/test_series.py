@@ -430,7 +430,8 @@ def test_factors_without_a_config(tmp_path: Path) -> None:
 def test_lora_alpha_of_an_old_merger(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "step_2", lora_alpha=0)
     assert trap(folder, tmp_path) == (
-        f"step 2: {folder}: lora_alpha is 0: written by an old merger; pass `--lora-alpha`"
+        f"step 2: {folder}: lora_alpha is 0: written by an old merger; set it in "
+        "adapter_config.json to the alpha of the training"
     )
 
 
