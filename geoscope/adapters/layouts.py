@@ -129,12 +129,11 @@ def effective_error(W: Tensor, base: Tensor, A: Tensor, B: Tensor, scaling: floa
 
 
 def largest_product(A: Tensor, B: Tensor, scaling: float) -> float:
-    """max |s·B·A| in fp64; for a mirror at most `MIRROR_TOLERANCE`·max|W|."""
-    largest = 0.0
+    """max |s·B·A| in fp64; for a mirror at most `MIRROR_TOLERANCE`·max|W|. NaN where one is."""
     rows64 = A.double()
-    for rows in _row_blocks(len(B), A.shape[1]):
-        largest = max(largest, float((B[rows].double() @ rows64).abs().max()))
-    return largest * abs(scaling)
+    blocks = _row_blocks(len(B), A.shape[1])
+    largest = [(B[rows].double() @ rows64).abs().max() for rows in blocks]
+    return float(torch.stack(largest).max()) * abs(scaling)
 
 
 def _blocks(

@@ -138,10 +138,11 @@ class Spool:
             pairs = anchor(factors)
         else:
             pairs = ((factors.A, factors.B),)
+        pairs = tuple((A.cpu(), B.cpu()) for A, B in pairs)
         for number, pair in enumerate(pairs):
             for key, tensor in zip(lora_keys(path), pair, strict=True):
                 self._places[number, key] = (self._file.tell(), tuple(tensor.shape))
-                self._file.write(tensor.cpu().contiguous().numpy().tobytes())
+                self._file.write(tensor.contiguous().numpy().tobytes())
         A, B = pairs[0]
         return {"sha256_A": tensor_sha256(A), "sha256_B": tensor_sha256(B)}
 
@@ -188,7 +189,6 @@ def write_conversion(
     out: Path,
     *,
     force: bool = False,
-    inputs: Sequence[Path] = (),
     command: Sequence[str] = (),
 ) -> tuple[ModuleEnergy, ...]:
     """The converted adapter as a folder; what a compression leaves out of each module.
@@ -203,6 +203,7 @@ def write_conversion(
         _CARD: _SMALL,
         RECORD: _SMALL + _RECORD_BYTES * len(modules),
     }
+    inputs = [Path(one) for one in conversion.origin["from"].values()]
     hashes: dict[str, str] = {}
     with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
         with folder.tensors(_WEIGHTS, conversion.plan) as writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.writing import plan_model, write_model
-from geoscope.errors import OptionError
+from geoscope.errors import OptionError, first_names
 from geoscope.trajectory.backtest import Backtest
 from geoscope.trajectory.extrapolators import undamped, weights_of
 from geoscope.trajectory.horizon import credible_horizon
@@ -91,6 +92,9 @@ def extrapolate(
     Raises GeoscopeError.
     """
     options = options or FollowOptions()
+    if not all(map(math.isfinite, extend)) or len({f"{c:g}" for c in extend}) < len(extend):
+        given = ",".join(map(repr, extend))
+        raise OptionError(f"--predict-extend {given}: finite numbers, each once, are needed")
     method = _ALIASES.get(method, method.replace("-", "_"))
     if method not in methods():
         raise OptionError(f"--method {method!r} is not one of {', '.join(methods())}")
@@ -114,7 +118,8 @@ def extrapolate(
     if method != "hold" and target - last > horizon and not force:
         raise OptionError(_beyond(method, target - last, horizon, skill))
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
-    notes = (*found.notes, *traps_of(found, made, base_exact=options.base is not None))
+    traps = traps_of(found, made, base_exact=options.base is not None)
+    notes = (*found.notes, *traps, *_not_followed(found, made))
     result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes)
     if forecast is None or not extend:
         _write(found, made, test, result, forecast, force=force)
@@ -173,7 +178,8 @@ def _write(
         write_model(folder, "", last, plan, replacement)
         for name, path in travelling.items():
             folder.copy(name, path)
-        folder.write(_RECORD, _record(found, test, result))
+        scale = None if forecast is None else forecast.scale
+        folder.write(_RECORD, _record(found, test, result, scale))
 
 
 def _models(found: Followed) -> tuple[tuple[Checkpoint, str], ...]:
@@ -212,7 +218,8 @@ def _predicted(
         return _combination(tensor, weights)
     path = made.paths[name]
     pair = alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
-    taken = spatial_rank1(path, inc, found.steps[-1]) if inner == "spatial_rank1_pinned" else None
+    pinned = inner == "spatial_rank1_pinned"
+    taken = Pair(float(path.sigma[-1]), path.u[-1], path.v[-1]) if pinned else None
     return _with_pair(tensor, pair, taken, factor)
 
 
@@ -256,7 +263,16 @@ def _moved(tensor: ModelTensor, step: Pair) -> Tensor:
     return weight.T.contiguous() if info.transposed else weight
 
 
-def _record(found: Followed, test: Backtest, result: Extrapolation) -> bytes:
+def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
+    """Notes on the matrices that the output has as the last checkpoint has them."""
+    failed = tuple(f"{one.name}: {one.reason}; copied" for one in made.failed)
+    if not found.missing:
+        return failed
+    names = f"{len(found.missing)} not followed: {first_names(found.missing)}"
+    return (*failed, f"{names}; copied from the last checkpoint")
+
+
+def _record(found: Followed, test: Backtest, result: Extrapolation, scale: float | None) -> bytes:
     record: dict[str, Any] = {
         "schema": _RECORD_SCHEMA,
         "geoscope_version": __version__,
@@ -268,7 +284,9 @@ def _record(found: Followed, test: Backtest, result: Extrapolation) -> bytes:
         "horizon": result.horizon,
         "skill": result.skill,
         "factors": test.factors,
+        "scale": scale,
         "tensors": dict(result.chosen),
+        "notes": list(result.notes),
     }
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()

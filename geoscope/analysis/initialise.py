@@ -41,7 +41,6 @@ from geoscope.checkpoints.adapter_folder import RECORD_SCHEMA, refuse_as_base
 from geoscope.checkpoints.hashes import file_sha256
 from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.output_folder import OutputFolder
-from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.checkpoints.writing import write_model
 from geoscope.engine import one_blas_thread, resolve_devices
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
@@ -347,7 +346,8 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     containers = {
         info.source: checkpoint.source.open(info.source) for info in checkpoint.tensors.values()
     }
-    return sorted(one.path for one in containers.values() if isinstance(one, SafetensorsFile))
+    paths = (getattr(one, "path", None) for one in containers.values())
+    return sorted(path for path in paths if path is not None)
 
 
 def _written(out: Path, files: AdapterFiles) -> ModelRef:

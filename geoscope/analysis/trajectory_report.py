@@ -119,8 +119,9 @@ def trajectory_report(
     if curve is not None:
         link = metric_link(curve, made.increments, made.paths, seed=options.seed)
         found = replace(found, notes=(*found.notes, link.note))
+    skills = {one: test.tensor_skill(one) for one in test.methods}
     layers = tuple(
-        _record(name, found, made, test, link, base_exact=base_exact) for name in made.increments
+        _record(name, found, made, skills, link, base_exact=base_exact) for name in made.increments
     )
     missing = (*found.missing, *(one.name for one in made.failed))
     return Report(
@@ -149,18 +150,17 @@ def _record(
     name: str,
     found: Followed,
     made: Trajectory,
-    test: Backtest,
+    skills: Mapping[str, Mapping[str, float | None]],
     link: MetricLink | None,
     *,
     base_exact: bool,
 ) -> LayerRecord:
     inc = made.increments[name]
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
-    method: dict[str, dict[str, Any]] = {}
     if name in made.paths:
         _add_rank1(numbers, name, inc, made, base_exact=base_exact)
-    for one in test.methods:
-        _put(numbers, f"skill@{one}", test.tensor_skill(one)[name])
+    for one, skill in skills.items():
+        _put(numbers, f"skill@{one}", skill[name])
     _add_relation(numbers, link, [name])
     return LayerRecord(
         name=name,
@@ -171,7 +171,6 @@ def _record(
         nulls=numbers.nulls,
         status=numbers.status,
         raw=numbers.raw,
-        method=method,
         series=numbers.series,
         gram=tuple(tuple(row) for row in inc.H.tolist()),
     )

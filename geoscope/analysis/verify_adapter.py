@@ -421,10 +421,19 @@ def _hashes_check(record: Mapping[str, Any], match: AdapterMatch, base: Checkpoi
     recorded = record.get("matrices") or {}
     changed: list[str] = []
     compared = 0
-    for piece in match.pieces:
-        facts = recorded.get(piece.name) or recorded.get(piece.module.name) or {}
-        for side, info in (("sha256_A", piece.module.A), ("sha256_B", piece.module.B)):
-            if side in facts and not piece.module.is_stack:
+    # The experts of a stack are recorded together or not at all: their parts are no file's tensors.
+    known = {
+        piece.module.name: (piece.module, recorded.get(piece.name, {}))
+        for piece in match.pieces
+        if not piece.module.is_stack
+    } | {
+        piece.module.name: (piece.module, recorded[piece.module.name])
+        for piece in match.pieces
+        if piece.module.name in recorded
+    }
+    for module, facts in known.values():
+        for side, info in (("sha256_A", module.A), ("sha256_B", module.B)):
+            if side in facts:
                 compared += 1
                 if tensor_sha256(match.adapter.read(info.name)) != facts[side]:
                     changed.append(info.name)

@@ -152,7 +152,8 @@ def file_names(path: Path, given: str | None = None) -> frozenset[str]:
     try:
         return frozenset(entry.name for entry in path.iterdir() if entry.is_file())
     except OSError as error:
-        raise CheckpointError(f"{given or path}: cannot be listed: {error.strerror or error}") from None
+        words = f"cannot be listed: {error.strerror or error}"
+        raise CheckpointError(f"{given or path}: {words}") from None
 
 
 def _weights_below(path: Path) -> dict[str, Refused | None]:

@@ -327,7 +327,6 @@ def convert_adapter(
         conversion,
         out,
         force=options["force"],
-        inputs=[Path(initial), Path(trained)],
         command=[shlex.quote(word) for word in words],
     )
     config = conversion.config
@@ -336,6 +335,7 @@ def convert_adapter(
         told = {"out": str(out), "rank": config["r"], "lora_alpha": config["lora_alpha"]}
         told |= {"base": config["base_model_name_or_path"], "discarded": lost}
         told |= {"modules": [{**asdict(one), "share": one.share} for one in found]}
+        told |= {"notes": list(conversion.notes)}
         output.document(json.dumps(told, indent=2, sort_keys=True))
         return
     output.data(

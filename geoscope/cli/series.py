@@ -179,7 +179,7 @@ def extrapolate(points: Points, **options: Any) -> None:
     if options["as_json"]:
         told = {"out": str(made.out), "to_step": made.target, "last_step": made.last}
         told |= {"method": made.method, "skill": made.skill, "horizon": made.horizon}
-        told |= {"tensors": dict(made.chosen)}
+        told |= {"tensors": dict(made.chosen), "notes": list(made.notes)}
         output.document(json.dumps(told, indent=2, sort_keys=True))
         return
     counts = ", ".join(f"{name} {count}" for name, count in made.counts.items())

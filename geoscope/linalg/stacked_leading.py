@@ -257,7 +257,6 @@ def _rayleigh_ritz(A: Operand, found: _Found, k: int, *, values_only: bool) -> l
     long /= S[..., None].clamp_min(torch.finfo(S.dtype).tiny)
     back = to_short(A.plus, A.minus, long[:, :k])
     misfits = torch.linalg.vector_norm(back - S[:, :k, None] * short[:, :k], dim=-1)
-    U, Vh = (long, short) if A.is_tall else (short, long)
     excess = excess_of(S[:, :k] * misfits, S.square(), k, values_only=values_only).amax(-1).tolist()
     U, Vh = (long, short) if A.is_tall else (short, long)
     answers = []

@@ -120,7 +120,7 @@ def _masks(values: Values, nulls: dict[str, float], base: Tensor, a: Tensor, b: 
     first, second = changed_mask(base, a), changed_mask(base, b)
     union = int((first | second).sum())
     values["mask_jaccard"] = int((first & second).sum()) / union if union else None
-    if union:
+    if union and bool(base.any()):  # of a zero base, rounding favours no weight
         nulls["mask_jaccard"] = _jaccard_null(base, (a, first), (b, second))
     joint = torch.ne(a, base) & torch.ne(b, base)
     both = int(joint.sum())

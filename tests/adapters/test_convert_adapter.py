@@ -372,6 +372,17 @@ def test_a_conversion_knows_itself(run: tuple[Path, Path, Path, Tensor], tmp_pat
         convert_adapter(str(folder), str(folder))
 
 
+def test_the_adapters_that_are_read_are_never_written_to(
+    run: tuple[Path, Path, Path, Tensor],
+) -> None:
+    _, out, trained, _ = run
+    for read in (out / "adapter", trained):
+        before = {path.name: file_sha256(path) for path in read.iterdir()}
+        with pytest.raises(CheckpointError, match="never written to"):
+            write_conversion(convert_adapter(str(out), str(trained)), read, force=True)
+        assert {path.name: file_sha256(path) for path in read.iterdir()} == before
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_compressed_update_of_zero_is_no_mirror(
     run: tuple[Path, Path, Path, Tensor], tmp_path: Path, recorded: bool

@@ -140,6 +140,8 @@ def test_the_mirror_check_can_fail() -> None:
     A, B = mirror(factors)
     B[3, 1] *= 1 + 1e-6
     assert largest_product(A, B, 1.0) > MIRROR_TOLERANCE * float(W.abs().max())
+    B[0, 0] = math.nan
+    assert math.isnan(largest_product(A, B, 1.0))
     expected = float(product(factors).abs().max())
     assert largest_product(factors.A, factors.B, factors.scaling) == pytest.approx(expected)
 

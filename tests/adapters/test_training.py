@@ -216,7 +216,7 @@ def assert_converts(original: Path, out: Path, trained: Path, expected: Tensor) 
     """The plain LoRA of twice the rank on the original base says what the trained model says."""
     conversion = convert_adapter(str(out), str(trained))
     plain = trained.parent / "plain"
-    assert write_conversion(conversion, plain, inputs=[out, trained]) == ()
+    assert write_conversion(conversion, plain) == ()
     assert conversion.config["r"] == 2 * RANK
     assert conversion.config["base_model_name_or_path"] == str(original)
     assert_same_logits(logits(loaded(original, plain)), expected, SAME)
@@ -240,7 +240,7 @@ def assert_compresses(original: Path, out: Path, trained: Path, expected: Tensor
     """A mirror of half its rank, and what that leaves out."""
     conversion = convert_adapter(str(out), str(trained), rank=RANK)
     small = trained.parent / "small"
-    energies = write_conversion(conversion, small, inputs=[out, trained])
+    energies = write_conversion(conversion, small)
     exact = tails(trained, RANK)
     assert {one.name.removesuffix(".weight") for one in energies} == exact.keys()
     for one in energies:

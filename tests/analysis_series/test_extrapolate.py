@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from analysis_series.runs import GPT2, LLAMA, Run, lora_run, stored
+from safetensors.torch import load_file, save_file
 
 from geoscope.analysis.extrapolate import Extrapolation, extrapolate, methods
 from geoscope.analysis.follow_options import FollowOptions
@@ -134,6 +135,44 @@ def test_a_straight_rank_one_path_goes_on(tmp_path: Path, method: str) -> None:
     for name in LLAMA:
         exact = base[name] + 1e-3 * TARGET * pairs[name]
         torch.testing.assert_close(found[name], exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pinned_pair_leaves_the_rest_of_the_last_update(tmp_path: Path) -> None:
+    """W_T + Ẑ − σ1·u1·v1ᵀ of Δ_T, where the plain one is W_0 + Ẑ: as in the backtest."""
+    run = Run.write(tmp_path, STEPS, drift=0.3)
+    predicted(run, tmp_path / "plain", "spatial_rank1")
+    predicted(run, tmp_path / "pinned", "spatial_rank1_pinned")
+    plain, pinned = stored(tmp_path / "plain"), stored(tmp_path / "pinned")
+    for name, shape in LLAMA.items():
+        W = run.stack(name)
+        moved = (W[-1] - W[0]).reshape(shape)
+        U, S, Vh = torch.linalg.svd(moved)
+        rest = moved - S[0] * torch.outer(U[:, 0], Vh[0])
+        found = pinned[name].double() - plain[name].double()
+        torch.testing.assert_close(found, rest, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("extend", [(float("nan"),), (1.0, float("inf")), (0.5, 0.5)])
+def test_factors_of_the_family_are_finite_and_differ(
+    tmp_path: Path, extend: tuple[float, ...]
+) -> None:
+    run = Run.write(tmp_path, STEPS, drift=0.3)
+    with pytest.raises(OptionError, match="finite numbers, each once"):
+        extrapolate([run.folder], tmp_path / "out", TARGET, method="next", extend=extend)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_matrix_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
+    run = Run.write(tmp_path, STEPS, drift=0.3)
+    file = next(run.points[1].glob("*.safetensors"))
+    broken = load_file(file)
+    broken[Q][0, 0] = torch.nan
+    save_file(broken, file, metadata={"format": "pt"})
+    made = predicted(run, tmp_path / "out", "linear")
+    note = next(one for one in made.notes if one.startswith(Q))
+    assert note.endswith("copied")
+    assert note in json.loads((tmp_path / "out/geoscope.json").read_text())["notes"]
+    assert_same_bytes(tmp_path / "out", run.points[-1], {Q})
 
 
 @DTYPES

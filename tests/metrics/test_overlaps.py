@@ -275,7 +275,9 @@ def test_an_exact_low_rank_update_keeps_the_dimensions_it_has() -> None:
     base = gaussian(50, 40, seed=1)
     a = base + with_spectrum(50, 40, np.linspace(2, 1, 8), seed=2)
     b = base + with_spectrum(50, 40, np.linspace(2, 1, 20), seed=4)
-    values, _ = overlaps(torch.zeros_like(base), a - base, b - base, ks=(8,))
+    values, nulls = overlaps(torch.zeros_like(base), a - base, b - base, ks=(8,))
+    assert all(math.isfinite(null) for null in nulls.values())
+    assert "mask_jaccard" not in nulls
     for i, j in product(PHI_DIMENSIONS, repeat=2):
         assert (values[f"phi_left@{i},{j}"] is None) == (i > 8)
     assert values["update_angle_left_mean@8"] is not None
