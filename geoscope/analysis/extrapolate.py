@@ -42,7 +42,8 @@ _BLOCK = 1 << 22
 @dataclass(frozen=True)
 class Extrapolation:
     """What was written. chosen: tensor → method. skill: pooled held-out skill of what was asked
-    for. horizon: credible distance in steps; ahead: the distance that was asked for.
+    for. folders: one model in each. horizon: credible distance in steps; ahead: the distance that
+    was asked for.
     """
 
     out: Path
@@ -53,6 +54,7 @@ class Extrapolation:
     skill: float | None
     horizon: float
     notes: tuple[str, ...]
+    folders: tuple[Path, ...]
 
     @property
     def ahead(self) -> int:
@@ -120,12 +122,13 @@ def extrapolate(
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
     traps = traps_of(found, made, base_exact=options.base is not None)
     notes = (*found.notes, *traps, *_not_followed(found, made))
-    result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes)
+    folders = tuple(out / f"c{factor:g}" for factor in extend) or (out,)
+    result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes, folders)
     if forecast is None or not extend:
         _write(found, made, test, result, forecast, force=force)
         return result
-    for factor in extend:
-        place = replace(result, out=out / f"c{factor:g}")
+    for factor, folder in zip(extend, folders, strict=True):
+        place = replace(result, out=folder)
         _write(found, made, test, place, replace(forecast, scale=factor), force=force)
     return result
 

@@ -119,6 +119,7 @@ def trajectory_report(
     if curve is not None:
         link = metric_link(curve, made.increments, made.paths, seed=options.seed)
         found = replace(found, notes=(*found.notes, link.note))
+    traps = traps_of(found, made, base_exact=base_exact)
     skills = {one: test.tensor_skill(one) for one in test.methods}
     layers = tuple(
         _record(name, found, made, skills, link, base_exact=base_exact) for name in made.increments
@@ -133,7 +134,7 @@ def trajectory_report(
             device="cpu",
             compute_dtype="float64",
             seed=options.seed,
-            parameters=_parameters(found, options, traps_of(found, made, base_exact=base_exact)),
+            parameters=_parameters(found, options, traps),
             seconds=seconds,
         ),
         coverage=Coverage(
@@ -142,7 +143,7 @@ def trajectory_report(
             missing=missing,
         ),
         layers=layers,
-        summary=_summary(found, made, test, options, link, layers, base_exact=base_exact),
+        summary=_summary(found, made, test, options, link, layers, traps, base_exact=base_exact),
     )
 
 
@@ -221,6 +222,7 @@ def _summary(
     options: FollowOptions,
     link: MetricLink | None,
     layers: Sequence[LayerRecord],
+    traps: Sequence[str],
     *,
     base_exact: bool,
 ) -> Summary:
@@ -254,7 +256,7 @@ def _summary(
         for module in modules
     }
     motion = drift_or_diffusion(whole)
-    jumps = [one for one in traps_of(found, made, base_exact=base_exact) if "jump in" in one]
+    jumps = [one for one in traps if "jump in" in one]
     return Summary(
         model=numbers.values,
         nulls=numbers.nulls,

@@ -177,14 +177,16 @@ def extrapolate(points: Points, **options: Any) -> None:
             progress=progress,
         )
     if options["as_json"]:
-        told = {"out": str(made.out), "to_step": made.target, "last_step": made.last}
+        told = {"out": str(made.out), "folders": [str(one) for one in made.folders]}
+        told |= {"to_step": made.target, "last_step": made.last}
         told |= {"method": made.method, "skill": made.skill, "horizon": made.horizon}
         told |= {"tensors": dict(made.chosen), "notes": list(made.notes)}
         output.document(json.dumps(told, indent=2, sort_keys=True))
         return
+    folders = ", ".join(map(str, made.folders))
     counts = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     output.data(
-        f"{made.out}: step {made.target} from checkpoints up to step {made.last}\n"
+        f"{folders}: step {made.target} from checkpoints up to step {made.last}\n"
         f"matrices by method: {counts}\n"
         f"held-out skill of {made.method}: {number(made.skill)} over holding the last checkpoint; "
         f"credible up to {number(made.horizon)} steps ahead, asked for {made.ahead}\n"

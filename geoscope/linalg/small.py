@@ -1,4 +1,4 @@
-"""Matrices with one row per checkpoint: eigenpairs of a Gram matrix, least squares by QR. fp64.
+"""Matrices with one row per checkpoint: eigenpairs of a Gram matrix, bases by QR. fp64.
 
 They are a few dozen rows at most, so LAPACK on the CPU is all they need. Fits go through Q of the
 design's thin QR and never through (XᵀX)⁻¹, whose condition number is the square.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 
-__all__ = ["fit_weights", "gram_eigen", "orthonormal_columns"]
+__all__ = ["gram_eigen", "orthonormal_columns"]
 
 # A column of the design that is this much shorter than it was, once the others are taken out of
 # it, is theirs.
@@ -32,21 +32,6 @@ def orthonormal_columns(X: Tensor) -> Tensor:
 
     Raises NumericsError where the columns depend on one another.
     """
-    return _thin(X)[0]
-
-
-def fit_weights(X: Tensor, x: Tensor) -> Tensor:
-    """h = X(XᵀX)⁻¹x, (T,): h·y is the least-squares fit of y on X (T, p), evaluated at x (p,).
-
-    Raises NumericsError where the columns of X depend on one another.
-    """
-    Q, R, lengths = _thin(X)
-    scaled = (x.to(torch.float64) / lengths)[:, None]
-    return Q @ torch.linalg.solve_triangular(R.mT, scaled, upper=False)[:, 0]
-
-
-def _thin(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, R and the lengths ℓ of the columns, Q·R = X/ℓ."""
     X = X.to(torch.float64)
     lengths = torch.linalg.vector_norm(X, dim=0)
     if len(X) < X.shape[1] or bool((lengths == 0).any()):
@@ -54,7 +39,7 @@ def _thin(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q, R = torch.linalg.qr(X / lengths)
     if float(R.diagonal().abs().min()) < _DEPENDENT:
         raise NumericsError(_dependent(X))
-    return Q, R, lengths
+    return Q
 
 
 def _dependent(X: Tensor) -> str:

@@ -337,6 +337,7 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side,
                 before,
                 reconstruction,
                 changed_mask(before, after),
+                base_side=sides[i][0],
                 tuned_format=sides[i][1].fmt,
             )
         )

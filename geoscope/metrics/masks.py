@@ -15,8 +15,8 @@ from torch import Tensor
 
 from geoscope.linalg import FloatFormat, quantile
 from geoscope.linalg.changes import (
+    Side,
     matched_spread,
-    side,
     unchanged_cell,
     unchanged_probability,
 )
@@ -54,15 +54,16 @@ def mask_overlaps(
     reconstruction: Tensor | None,
     changed: Tensor,
     *,
+    base_side: Side,
     tuned_format: FloatFormat,
     density: float = MASK_DENSITY,
 ) -> MaskOverlaps:
     """Overlaps |M* ∩ M|/|M| of the changed mask with the low and the principal mask.
 
     base: (m, n), stored dtype or fp64; reconstruction: its rank-64 part, None where the rank
-    exceeds q; changed: (m, n) bool. tuned_format: what the matched null is stored in. The control
-    is M_principal without M_low. Ties at the quantile are kept, so the achieved density is
-    returned. NaN where nothing changed, or the base is zero.
+    exceeds q; changed: (m, n) bool. base_side: `side(base)`. tuned_format: what the matched null
+    is stored in. The control is M_principal without M_low. Ties at the quantile are kept, so the
+    achieved density is returned. NaN where nothing changed, or the base is zero.
     """
     low_edge = quantile(base.abs(), density)
     sizes = None if reconstruction is None else reconstruction.abs()
@@ -72,7 +73,7 @@ def mask_overlaps(
     meaningful = count > 0 and bool(base.any())  # a zero base has no small and no large weights
     spread = 0.0
     if meaningful:
-        spread = matched_spread(side(base), count / base.numel(), tuned_format)
+        spread = matched_spread(base_side, count / base.numel(), tuned_format)
     shown = Visible(base.dtype, tuned_format, spread, device=base.device)
     held, hit, expected = (dict.fromkeys(keys, 0.0) for _ in range(3))
     total = 0.0

@@ -144,12 +144,6 @@ class Backtest:
         """λ* of every method for predictions beyond the series, see `weights_of`."""
         return {name: self.factor(name) for name in self.moves}
 
-    def best_factor(self, method: str) -> float | None:
-        """The λ that would have been best on the reported pairs, in hindsight and not clipped."""
-        moves = self._moves(method)
-        energy = float(moves.energy[:, self.rolling].sum())
-        return float(moves.ahead[:, self.rolling].sum()) / energy if energy > 0 else None
-
     def error(self, method: str) -> Tensor:
         """‖ΔŴ − Δ_τ‖², (M, P), of any method by name."""
         if method == "hold":
@@ -169,12 +163,6 @@ class Backtest:
     def skill(self, method: str) -> float | None:
         """1 − Σerr/Σerr_hold over tensors and reported pairs."""
         return skill_of(self.error(method)[:, self.rolling], self.held[:, self.rolling])
-
-    def relative_error(self, method: str) -> float | None:
-        """√(Σerr/Σ‖Δ_τ‖²) over tensors and reported pairs."""
-        size = float(self.size[:, self.rolling].sum())
-        error = float(self.error(method)[:, self.rolling].sum())
-        return math.sqrt(error / size) if size > 0 else None
 
     def tensor_skill(self, method: str) -> dict[str, float | None]:
         """1 − Σerr/Σerr_hold of each tensor over the reported pairs."""

@@ -297,7 +297,8 @@ def isotropic_overlaps(n: int, rho: float, dtype: torch.dtype) -> MaskOverlaps:
     base, leading = masked_base(n, dtype)
     tuned = updated(base.double(), gaussian(n, n, seed=10), rho).to(dtype)
     changed = changed_mask(base, tuned)
-    return mask_overlaps(base.double(), leading, changed, tuned_format=FORMATS[dtype])
+    fmt, before = FORMATS[dtype], base.double()
+    return mask_overlaps(before, leading, changed, base_side=side(before), tuned_format=fmt)
 
 
 def check_overlaps(n: int, rho: float, principal: float, low: float, tolerance: float) -> None:
@@ -345,7 +346,9 @@ def test_rounding_alone_gives_the_published_signature(visible: float, low: float
     changed = torch.rand(256, 256, generator=torch.Generator().manual_seed(11)) < visible
     for sd, tolerance in ((1.0, 0.006), (0.02, 0.025)):
         base = gaussian(256, 256, seed=9, sd=sd).to(torch.bfloat16).double()
-        found = mask_overlaps(base, None, changed, tuned_format=BF16, density=0.3)
+        found = mask_overlaps(
+            base, None, changed, base_side=side(base), tuned_format=BF16, density=0.3
+        )
         assert found.matched["low"] == pytest.approx(low, abs=tolerance)
         assert found.overlap["low"] == pytest.approx(0.3, abs=0.01)  # this mask sees no weights
 
@@ -362,6 +365,7 @@ def test_masks_and_overlaps_are_those_of_the_definitions(density: float) -> None
         torch.from_numpy(base),
         torch.from_numpy(leading),
         torch.from_numpy(changed),
+        base_side=side(torch.from_numpy(base)),
         tuned_format=BF16,
         density=density,
     )
@@ -374,6 +378,7 @@ def test_masks_and_overlaps_are_those_of_the_definitions(density: float) -> None
         torch.from_numpy(base),
         torch.from_numpy(leading),
         torch.from_numpy(changed),
+        base_side=side(torch.from_numpy(base)),
         tuned_format=BF16,
         density=1.0,
     )
@@ -397,7 +402,7 @@ def test_the_reported_masks_are_those_of_rank_64_at_one_half() -> None:
 def test_a_mask_that_prefers_large_weights_is_far_from_its_null() -> None:
     base = gaussian(256, 256, seed=9).to(torch.bfloat16).double()
     changed = base.abs() > float(base.abs().median())
-    found = mask_overlaps(base, None, changed, tuned_format=BF16)
+    found = mask_overlaps(base, None, changed, base_side=side(base), tuned_format=BF16)
     assert found.overlap["low"] < 0.02
     assert found.matched["low"] > 0.5
 
@@ -406,7 +411,7 @@ def test_masks_of_nothing_are_undefined() -> None:
     base = gaussian(8, 8, seed=9)
     everything = torch.ones(8, 8, dtype=torch.bool)
     for weight, changed in ((base, ~everything), (torch.zeros_like(base), everything)):
-        found = mask_overlaps(weight, None, changed, tuned_format=BF16)
+        found = mask_overlaps(weight, None, changed, base_side=side(weight), tuned_format=BF16)
         assert math.isnan(found.overlap["low"])
         assert math.isnan(found.matched["low"])
 

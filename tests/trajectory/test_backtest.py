@@ -212,8 +212,6 @@ def test_tensors_that_never_move() -> None:
     still = Increments(STEPS, torch.zeros(8, 8, dtype=torch.float64), (0.0,) * 9, 1.0)
     test = backtest({"still": still})
     assert test.skill("linear") is None
-    assert test.relative_error("linear") is None
-    assert test.best_factor("linear") is None
     assert test.factors["linear"] == 0
     assert test.choice() == {"still": "hold"}
     assert skill_of(torch.zeros(1), torch.zeros(1)) is None
@@ -237,15 +235,3 @@ def test_what_is_refused() -> None:
         backtest({"a": walk(5), "b": walk(6)})
     with pytest.raises(OptionError, match="was not backtested"):
         backtest({"a": walk(5)}).error("damped(next)")
-
-
-def test_a_best_factor_in_hindsight() -> None:
-    test = backtest(grams(model(0.05)))
-    factor = test.best_factor("linear")
-    assert factor is not None
-    moves, held = test.moves["linear"], test.held
-
-    def total(value: float) -> float:
-        return float(moves.error(held, value)[:, test.rolling].sum())
-
-    assert total(factor) < min(total(factor - 0.01), total(factor + 0.01))

@@ -8,7 +8,7 @@ from trajectory.series import simulated
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.product import Product
-from geoscope.linalg.small import fit_weights, gram_eigen, orthonormal_columns
+from geoscope.linalg.small import gram_eigen, orthonormal_columns
 from geoscope.linalg.storage import FORMATS, squared_spacing
 from geoscope.trajectory.increments import (
     Increments,
@@ -113,17 +113,6 @@ def test_eigenpairs_are_descending_and_not_negative() -> None:
     assert bool((values.diff() <= 0).all())
     assert float(values.min()) >= 0
     torch.testing.assert_close(vectors @ values.diag() @ vectors.T, X @ X.T)
-
-
-def test_a_fit_far_from_zero_is_as_good_as_one_near_it() -> None:
-    """(XᵀX)⁻¹ would lose all digits of this one."""
-    t = torch.arange(5, dtype=torch.float64) + 1e8
-    h = fit_weights(
-        torch.stack([torch.ones(5), t], 1), torch.tensor([1.0, 1e8 + 6], dtype=torch.float64)
-    )
-    torch.testing.assert_close(h, torch.tensor([-0.6, -0.2, 0.2, 0.6, 1.0]).double(), atol=1e-6,
-                               rtol=0)  # fmt: skip
-    assert float(h @ (3 * (t - 1e8) + 2)) == pytest.approx(20, abs=1e-5)
 
 
 def test_dependent_columns_are_refused() -> None:
