@@ -17,15 +17,17 @@ class FollowOptions:
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     initial_adapter: the adapter before training, where that does not start at zero. steps: such as
     "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the
-    leading pair of every update and of every step. metrics: a file of metric curves; default is
-    trainer_state.json of the last checkpoint. metric: the curve in it; default the only one.
-    jobs: worker threads; default one a core.
+    leading pair of every update and of every step. scalar_r2: R² of every single entry on a line in
+    t, of "all" entries or by the "published" filter; None leaves it out. metrics: a file of metric
+    curves; default is trainer_state.json of the last checkpoint. metric: the curve in it; default
+    the only one. jobs: worker threads; default one a core.
     """
 
     base: str | None = None
     initial_adapter: str | None = None
     steps: str | None = None
     directions: bool = True
+    scalar_r2: str | None = None
     metrics: str | None = None
     metric: str | None = None
     include: tuple[str, ...] = ()
@@ -35,6 +37,8 @@ class FollowOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scalar_r2 not in (None, "all", "published"):
+            raise OptionError(f"--scalar-r2 {self.scalar_r2!r} is neither all nor published")
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
 

@@ -18,13 +18,15 @@ from geoscope.errors import OptionError, PairingError, first_names
 from geoscope.linalg import Operand, Product
 from geoscope.names import in_natural_order
 from geoscope.records import ModelRef, Skipped
+from geoscope.trajectory.factor_series import Factor, FactorSeries
 from geoscope.trajectory.increments import (
     Increments,
     increments_of_products,
     increments_of_weights,
 )
+from geoscope.trajectory.scalar_r2 import ScalarR2, ScalarR2Counts
 
-__all__ = ["Change", "Followed", "ModelTensor", "SeriesTensor", "open_followed"]
+__all__ = ["AdapterTensor", "Change", "Followed", "ModelTensor", "SeriesTensor", "open_followed"]
 
 Change = Operand | Product
 
@@ -109,6 +111,21 @@ class ModelTensor:
         )
         return reduce(add, parts)
 
+    def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
+        """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
+        entries = self.shape[0] * self.shape[1]
+        width = max(1, _BLOCK_BYTES // (8 * len(self.places)))
+        found: ScalarR2Counts | None = None
+        for start in range(0, entries, width):
+            end = min(start + width, entries)
+            base, *series = (one.read_part(name, start, end).double() for one, name in self.places)
+            block = ScalarR2(steps[1:], published_filter=published_filter)
+            for t, weights in zip(steps[1:], series, strict=True):
+                block.add(t, weights - base)
+            found = block.counts() if found is None else found + block.counts()
+        assert found is not None
+        return found
+
     def changes(self) -> Iterator[tuple[Change, Change]]:
         first, *others = self.places
         base = first[0].read(first[1])[None]
@@ -191,8 +208,8 @@ def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
 
 
 @dataclass(frozen=True)
-class _AdapterTensor:
-    """Updates from factors; nothing is made dense. base_energy: ‖W_0‖², 0 where it is not known."""
+class AdapterTensor:
+    """Updates from factors; nothing is made dense."""
 
     name: str
     shape: tuple[int, int]
@@ -201,13 +218,21 @@ class _AdapterTensor:
     base: tuple[Checkpoint, str] | None
 
     def increments(self, steps: Sequence[float]) -> Increments:
-        energy = 0.0
-        if self.base is not None:
-            checkpoint, name = self.base
-            energy = float(Operand(checkpoint.read(name)[None]).norm()) ** 2
         return increments_of_products(
-            steps, self._updates(), rounding=[0.0] * len(steps), base_energy=energy
+            steps, self._updates(), rounding=[0.0] * len(steps), base_energy=self.base_energy()
         )
+
+    def base_energy(self) -> float:
+        """‖W_0‖², 0 where the base is not known."""
+        if self.base is None:
+            return 0.0
+        checkpoint, name = self.base
+        return float(Operand(checkpoint.read(name)[None]).norm()) ** 2
+
+    def grams(self) -> FactorSeries | None:
+        """All updates through the Gram matrices of their factors; None where ranks differ."""
+        start = None if self.initial is None else _factor(self.initial, self.name)
+        return FactorSeries.of([_factor(one, self.name) for one in self.adapters], start)
 
     def changes(self) -> Iterator[tuple[Change, Change]]:
         before: Product | None = None
@@ -219,6 +244,12 @@ class _AdapterTensor:
         start = None if self.initial is None else _product(self.initial, self.name)
         found = [_product(one, self.name) for one in self.adapters]
         return found if start is None else [one - start for one in found]
+
+
+def _factor(adapter: Adapter, module: str) -> Factor:
+    """The module's factors as matrices; stacks are not followed."""
+    B, A = adapter.factors(module)
+    return B[0], A[0], adapter.modules[module].scaling
 
 
 def _product(adapter: Adapter, module: str) -> Product:
@@ -261,7 +292,7 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
     base = None if options.base is None else open_checkpoint(options.base)
     weights = {} if base is None else _weights_of(base, names)
     tensors: dict[str, SeriesTensor] = {
-        name: _AdapterTensor(
+        name: AdapterTensor(
             name, adapters[0].modules[name].shape, adapters, initial, weights.get(name)
         )
         for name in in_natural_order(names)

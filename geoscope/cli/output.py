@@ -102,6 +102,11 @@ def check_outputs(paths: list[Path] | None, *, force: bool) -> None:
         reports.check_output(path, force=force)
 
 
+def check_file(path: Path, suffix: str, *, force: bool) -> None:
+    """The same of a file that is no report."""
+    reports.check_output(path, force=force, suffixes=(suffix,))
+
+
 def _width() -> int:
     return _columns(sys.stdout)
 
