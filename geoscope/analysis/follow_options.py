@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from geoscope.errors import OptionError
-from geoscope.names import Selection
+from geoscope.names import NameMap, Selection
 
 __all__ = ["FollowOptions"]
 
@@ -19,6 +19,7 @@ class FollowOptions:
     "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the
     leading pair of every update and of every step. metrics: a file of metric curves; default is
     trainer_state.json of the last checkpoint. metric: the curve in it; default the only one.
+    map_name: REGEX=REPL each, applied to all names before they are matched.
     jobs: worker threads; default one a core.
     """
 
@@ -31,10 +32,12 @@ class FollowOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
+    map_name: tuple[str, ...] = ()
     jobs: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        NameMap(self.map_name)  # refuses what is no rule
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from geoscope.checkpoints.block_fp8 import FP8, SCALE
 from geoscope.names import Selection, is_embedding, is_output_head, layer_index
 from geoscope.records import Skipped, TensorInfo
 
@@ -19,7 +20,7 @@ __all__ = ["MATRIX", "VECTOR", "Scope"]
 MATRIX = "matrix"
 VECTOR = "vector"
 
-_READ = frozenset({"float64", "float32", "float16", "bfloat16"})
+_READ = frozenset({"float64", "float32", "float16", "bfloat16", FP8})
 # Floating-point tensors that are computed from the configuration and not trained.
 _BUFFER = re.compile(
     r"(?:^|\.)(?:inv_freq|original_inv_freq|masked_bias|cos_cached|sin_cached"
@@ -64,7 +65,7 @@ class Scope:
         if reason is not None:
             return Skipped(name, reason)
         if len(info.shape) == 3:
-            reason = f"3-D {info.shape}: stacked experts are not read yet"
+            reason = f"3-D {info.shape}: a stack of experts of unknown layout"
             return Skipped(name, reason, missing=True)
         return VECTOR if len(info.shape) == 1 else MATRIX
 
@@ -86,6 +87,8 @@ class Scope:
 def _never(info: TensorInfo) -> str | None:
     """Why no option brings the tensor in, or None."""
     shape = info.shape
+    if info.name.endswith(SCALE):
+        return "scale of FP8 blocks: read with its weight"
     if info.dtype not in _READ or _BUFFER.search(info.name):
         return f"buffer ({info.dtype})"
     if len(shape) == 0:
