@@ -83,6 +83,8 @@ def canonical(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _strip_wrapper(name: str, mark: str) -> str:
+    if mark not in name:
+        return name
     if mark.startswith("."):
         return re.sub(re.escape(mark) + r"(?=\.|$)", "", name)
     # Only a whole path part: `submodule.` must not lose its tail.

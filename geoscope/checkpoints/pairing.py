@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from geoscope.checkpoints.checkpoint import Checkpoint
-from geoscope.checkpoints.scope import MATRIX, VECTOR, Scope
+from geoscope.checkpoints.scope import MATRIX, VECTOR, Scope, scale_reason
 from geoscope.checkpoints.split import narrowed
 from geoscope.errors import PairingError, first_names
 from geoscope.names import (
@@ -142,7 +142,7 @@ class _Ledger:
     missing: list[str] = field(default_factory=list[str])
 
     def enter_pair(self, base: TensorInfo, tuned: TensorInfo) -> None:
-        if self._skip_tied(base):
+        if self._skip_known(base):
             return
         if base.name != tuned.name:
             self.renamed.append(_rename(base.name, tuned.name, self.names))
@@ -160,14 +160,15 @@ class _Ledger:
             self.missing.append(place.name)
 
     def enter_alone(self, info: TensorInfo, side: str) -> None:
-        if self._skip_tied(info):
+        if self._skip_known(info):
             return
         self.alone[side].append(info.name)
         if self.scope.wants_matrix(info):
             self.missing.append(info.name)
 
-    def _skip_tied(self, info: TensorInfo) -> bool:
-        reason = self.tied.get(self.names.canonical(info.name)[0])
+    def _skip_known(self, info: TensorInfo) -> bool:
+        """Whether it is no tensor of its own: tied to another, or the scale of one."""
+        reason = self.tied.get(self.names.canonical(info.name)[0]) or scale_reason(info.name)
         if reason is not None:
             self.skipped.append(Skipped(info.name, reason))
         return reason is not None

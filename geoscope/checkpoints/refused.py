@@ -82,10 +82,10 @@ def refuse_scaled(checkpoint: Checkpoint, what: str) -> None:
     what: the command, as the message names it.
     """
     if checkpoint.scales:
-        name = next(iter(checkpoint.scales))
+        scale = f"tensor {next(iter(checkpoint.scales))}{SCALE}"
         raise UnsupportedFormat(
-            f"`{checkpoint.ref.given}`: weights are block-scaled FP8 (tensor {name}{SCALE}); {what} "
-            f"needs fp32, fp16 or bf16. {_BF16}"
+            f"`{checkpoint.ref.given}`: weights are block-scaled FP8 ({scale}). {what} needs fp32, "
+            f"fp16 or bf16. {_BF16}"
         )
 
 

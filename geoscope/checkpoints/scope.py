@@ -15,7 +15,7 @@ from geoscope.checkpoints.block_fp8 import FP8, SCALE
 from geoscope.names import Selection, is_embedding, is_output_head, layer_index
 from geoscope.records import Skipped, TensorInfo
 
-__all__ = ["MATRIX", "VECTOR", "Scope"]
+__all__ = ["MATRIX", "VECTOR", "Scope", "scale_reason"]
 
 MATRIX = "matrix"
 VECTOR = "vector"
@@ -84,11 +84,17 @@ class Scope:
         return None
 
 
+def scale_reason(name: str) -> str | None:
+    """Why the scale of an FP8 weight is left out; None for any other tensor."""
+    return "scale of FP8 blocks: read with its weight" if name.endswith(SCALE) else None
+
+
 def _never(info: TensorInfo) -> str | None:
     """Why no option brings the tensor in, or None."""
     shape = info.shape
-    if info.name.endswith(SCALE):
-        return "scale of FP8 blocks: read with its weight"
+    scale = scale_reason(info.name)
+    if scale is not None:
+        return scale
     if info.dtype not in _READ or _BUFFER.search(info.name):
         return f"buffer ({info.dtype})"
     if len(shape) == 0:

@@ -47,6 +47,7 @@ __all__ = ["PairFactors", "Rounding", "Settings", "pair_factors"]
 
 # What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
 Rounding = tuple[float | None, float | None]
+_STARTED_FROM_FP8 = "larger than the update, which started from FP8; ν leaves it out"
 # ‖rounding error‖/‖W‖ of a Gaussian W with f fraction bits, times 2^f (METHODS §1).
 _RELATIVE_ROUNDING = 1.6617e-3 * 2**7
 
@@ -170,7 +171,10 @@ def pair_factors(
         methods=tuple(
             {name: methods[i] for name, methods in work.methods.items()} for i in range(len(base))
         ),
-        notes=tuple(_notes(base.dtype, tuned.dtype, *pair) for pair in sides),
+        notes=tuple(
+            _notes(base.dtype, tuned.dtype, *pair, counted=bool(noise > pair[1].noise))
+            for pair, noise in zip(sides, work.values["update.noise"].tolist(), strict=True)
+        ),
     )
 
 
@@ -392,19 +396,22 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side,
     work.values["masks.changed"] = column([float(one.changed) for one in results])
 
 
-def _notes(base: torch.dtype, tuned: torch.dtype, before: Side, after: Side) -> tuple[str, ...]:
-    """Remarks on the storage of one pair."""
+def _notes(
+    base: torch.dtype, tuned: torch.dtype, before: Side, after: Side, *, counted: bool
+) -> tuple[str, ...]:
+    """Remarks on the storage of one pair. counted: ν holds more than the rounding of tuned."""
     notes = []
     for role, dtype, one in (("base", base, before), ("tuned", tuned, after)):
         stored = str(dtype).removeprefix("torch.")
         if stored != one.fmt.name and one.fmt is not FP8:
             notes.append(f"{role} is stored as {stored} and holds only {one.fmt.name} numbers")
-    for role, one, where in (("base", before, "may be"), ("tuned", after, "is")):
+    for role, one in (("base", before), ("tuned", after)):
         if one.fmt is FP8:
-            notes.append(
-                f"{role} is block-scaled FP8: its quantisation error, {_error(FP8)} of the "
-                f"weights, {where} in the update; ν counts it"
-            )
+            inside = role == "tuned" or counted
+            remark = f"{role} is block-scaled FP8: its quantisation error, {_error(FP8)} of the "
+            remark += "weights, is "
+            remark += "in the update; ν counts it" if inside else _STARTED_FROM_FP8
+            notes.append(remark)
     if FP8 not in (before.fmt, after.fmt) and before.fmt != after.fmt:
         remark = f"base holds {before.fmt.name}, tuned {after.fmt.name}: ν counts the rounding of "
         remark += f"tuned, {_error(after.fmt)} of the weights"
