@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from geoscope.errors import OptionError
-from geoscope.names import Selection
+from geoscope.names import NameMap, Selection
 
 __all__ = ["FollowOptions"]
 
@@ -20,7 +20,8 @@ class FollowOptions:
     leading pair of every update and of every step. scalar_r2: R² of every single entry on a line in
     t, of "all" entries or by the "published" filter; None leaves it out. metrics: a file of metric
     curves; default is trainer_state.json of the last checkpoint. metric: the curve in it; default
-    the only one. jobs: worker threads; default one a core.
+    the only one. map_name: REGEX=REPL each, applied to all names before they are matched. jobs: worker
+    threads; default one a core.
     """
 
     base: str | None = None
@@ -33,12 +34,14 @@ class FollowOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
+    map_name: tuple[str, ...] = ()
     jobs: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.scalar_r2 not in (None, "all", "published"):
             raise OptionError(f"--scalar-r2 {self.scalar_r2!r} is neither all nor published")
+        NameMap(self.map_name)  # refuses what is no rule
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
 

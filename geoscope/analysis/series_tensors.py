@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Protocol
@@ -13,10 +13,11 @@ from geoscope.analysis.follow_options import FollowOptions
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.checkpoints.adapter import Adapter, open_adapter
 from geoscope.checkpoints.series import Series, open_series
+from geoscope.checkpoints.split import common_config, split
 from geoscope.checkpoints.steps import given_steps
 from geoscope.errors import OptionError, PairingError, first_names
 from geoscope.linalg import Operand, Product
-from geoscope.names import in_natural_order
+from geoscope.names import NameMap, in_natural_order
 from geoscope.records import ModelRef, Skipped
 from geoscope.trajectory.factor_series import Factor, FactorSeries
 from geoscope.trajectory.increments import (
@@ -71,9 +72,12 @@ class Followed:
     base: Checkpoint | None
 
 
-def open_followed(references: Sequence[str], options: FollowOptions) -> Followed:
+def open_followed(
+    references: Sequence[str], options: FollowOptions, *, in_parts: bool = True
+) -> Followed:
     """The series and its base, matched tensor by tensor, from headers alone.
 
+    in_parts: fused and stacked tensors of models in parts; without it as they are stored.
     Raises OptionError, CheckpointError, PairingError.
     """
     steps = None if options.steps is None else given_steps(options.steps)
@@ -82,7 +86,7 @@ def open_followed(references: Sequence[str], options: FollowOptions) -> Followed
         return _of_adapters(series, options)
     if options.initial_adapter is not None:
         raise OptionError("--initial-adapter is for series of adapters; these are whole models")
-    return _of_models(series, options)
+    return _of_models(series, options, in_parts=in_parts)
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -109,7 +113,14 @@ class ModelTensor:
             )
             for start in range(0, entries, width)
         )
-        return reduce(add, parts)
+        found = reduce(add, parts)
+        # What FP8 rounded away does not show in the entries, which are read as fp32.
+        rounded = [one.rounding(name) for one, name in self.places]
+        rounding = tuple(
+            energy if known is None else known**2
+            for energy, known in zip(found.rounding, rounded, strict=True)
+        )
+        return replace(found, rounding=rounding)
 
     def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
         """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
@@ -142,7 +153,7 @@ class ModelTensor:
             yield Operand(other.read(later)[None], one.read(name)[None])
 
 
-def _of_models(series: Series, options: FollowOptions) -> Followed:
+def _of_models(series: Series, options: FollowOptions, *, in_parts: bool) -> Followed:
     models = [point.checkpoint for point in series.points]
     checkpoints = [one for one in models if one is not None]
     steps = list(series.steps)
@@ -160,7 +171,13 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
         raise OptionError(
             f"{series.points[0].given}: one checkpoint makes no series; give more, or --base"
         )
-    pairings = [pair(base, one, options.selection) for one in checkpoints]
+    notes: tuple[str, ...] = ()
+    if in_parts:
+        config = common_config(base, *checkpoints)
+        whole, (base, *checkpoints) = base, [split(one, config) for one in (base, *checkpoints)]
+        notes = base.notes[len(whole.notes) :]
+    rules = NameMap(options.map_name)
+    pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
     names = [{one.name: one for one in found.matrices} for found in pairings]
     common = [name for name in names[0] if all(name in found for found in names)]
     absent = {name for found in names for name in found} - set(common)
@@ -193,7 +210,7 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
         points=tuple(point.given for point in series.points),
         skipped=(*series.passed_over, *pairings[0].skipped),
         missing=tuple(in_natural_order(absent)),
-        notes=series.notes,
+        notes=(*series.notes, *notes),
         series=series,
         base=base,
     )

@@ -195,9 +195,10 @@ def _bar() -> Bar:
 
 
 def _note_lines(prepared: Prepared) -> list[str]:
-    """The notes of both sides, each under the name that its model was given by."""
+    """The notes of both sides, each under the name that its model was given by; of the pair."""
     sides = (prepared.base, prepared.tuned)
-    return [f"note: {side.ref.given}: {note}" for side in sides for note in side.notes]
+    lines = [f"note: {side.ref.given}: {note}" for side in sides for note in side.notes]
+    return [*lines, *(f"note: {note}" for note in prepared.notes)]
 
 
 def _plan_line(prepared: Prepared) -> str:

@@ -96,7 +96,7 @@ _TRAJECTORY: dict[str, opt.Spec] = {
 }
 
 
-@opt.with_options(_SERIES, _TRAJECTORY, _SHOW, opt.SELECT, opt.FAIL_ON)
+@opt.with_options(_SERIES, _TRAJECTORY, _SHOW, opt.SELECT, opt.MAP_NAME, opt.FAIL_ON)
 def trajectory(points: Points, **options: Any) -> None:
     """Drift or diffusion? A run step by step, and how far it can be foretold."""
     from geoscope.analysis.follow import follow
@@ -140,6 +140,7 @@ def _options(options: dict[str, Any]) -> FollowOptions:
         include=tuple(options["include"] or ()),
         exclude=tuple(options["exclude"] or ()),
         layers=parse_layers(options["layers"]) if options["layers"] else None,
+        map_name=tuple(options["map_name"] or ()),
         jobs=options["jobs"],
         seed=options["seed"],
     )
@@ -181,6 +182,7 @@ def _options(options: dict[str, Any]) -> FollowOptions:
     {name: _SERIES[name] for name in ("base", "steps", "jobs", "seed")},
     {name: opt.OUTPUT[name] for name in ("as_json", "quiet", "debug")},
     opt.SELECT,
+    opt.MAP_NAME,
 )
 def extrapolate(points: Points, **options: Any) -> None:
     """Predicted weights of a later step, as far as held-out checkpoints justify them."""
