@@ -23,6 +23,7 @@ __all__ = [
     "layer_index",
     "module_kind",
     "parse_layers",
+    "without_wrappers",
 ]
 
 # Removed wherever they stand, in this order.
@@ -81,6 +82,18 @@ def _strip_wrapper(name: str, mark: str) -> str:
         return re.sub(re.escape(mark) + r"(?=\.|$)", "", name)
     # Only a whole path part: `submodule.` must not lose its tail.
     return re.sub(r"(?:(?<=\.)|^)" + re.escape(mark), "", name)
+
+
+def without_wrappers(name: str) -> str:
+    """The name without the marks of frameworks; PEFT's `.base_layer` and all spellings stay.
+
+    >>> without_wrappers("_orig_mod.base_model.model.model.norm.weight")
+    'model.norm.weight'
+    """
+    for mark in _WRAPPERS:
+        if not mark.startswith("."):
+            name = _strip_wrapper(name, mark)
+    return name
 
 
 def layer_index(name: str) -> int | None:
