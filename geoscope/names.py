@@ -24,6 +24,7 @@ __all__ = [
     "layer_index",
     "module_kind",
     "parse_layers",
+    "without_wrappers",
 ]
 
 # Removed wherever they stand, in this order.
@@ -133,6 +134,18 @@ class NameMap:
         """Rules that change none of these names."""
         used = {rule for name in names for rule in self.canonical(name)[1]}
         return tuple(text for text in self.given if f"--map-name {text}" not in used)
+
+
+def without_wrappers(name: str) -> str:
+    """The name without the marks of frameworks; PEFT's `.base_layer` and all spellings stay.
+
+    >>> without_wrappers("_orig_mod.base_model.model.model.norm.weight")
+    'model.norm.weight'
+    """
+    for mark in _WRAPPERS:
+        if not mark.startswith("."):
+            name = _strip_wrapper(name, mark)
+    return name
 
 
 def layer_index(name: str) -> int | None:

@@ -20,8 +20,8 @@ class FollowOptions:
     leading pair of every update and of every step. scalar_r2: R² of every single entry on a line in
     t, of "all" entries or by the "published" filter; None leaves it out. metrics: a file of metric
     curves; default is trainer_state.json of the last checkpoint. metric: the curve in it; default
-    the only one. map_name: REGEX=REPL each, applied to all names before they are matched. jobs: worker
-    threads; default one a core.
+    the only one. map_name: REGEX=REPL each, applied to all names before they are matched. jobs:
+    worker threads; default one a core.
     """
 
     base: str | None = None

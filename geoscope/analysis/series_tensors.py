@@ -33,8 +33,6 @@ Change = Operand | Product
 
 # Bytes of all checkpoints' entries of a block in fp64: what a pass over a tensor costs in memory.
 _BLOCK_BYTES = 64 << 20
-# Initialisations of PEFT whose product is not zero before training.
-_NOT_FROM_ZERO = ("pissa", "olora", "corda", "milora", "loftq", "lora_ga", "pissa_niter")
 
 
 class SeriesTensor(Protocol):
@@ -315,7 +313,7 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
         for name in in_natural_order(names)
     }
     last = adapters[-1]
-    stored = last.tensors[last.modules[names[0]].A.name].dtype
+    stored = last.modules[names[0]].stored[0].dtype
     first = (
         ModelRef(last.base or "base", last.base or "base", None, stored)
         if base is None
@@ -339,10 +337,9 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
 
 def _refuse_unknown_start(adapter: Adapter) -> None:
     """An adapter that did not start at zero, without the one that it started from."""
-    start = adapter.config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_NOT_FROM_ZERO):
+    if adapter.initial is not None:
         raise OptionError(
-            f"{adapter.given}: init_lora_weights is {start!r}, so its update is not s·B·A; give "
+            f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give "
             "the adapter before training as --initial-adapter"
         )
 

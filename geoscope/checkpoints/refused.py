@@ -29,10 +29,12 @@ __all__ = [
     "is_adapter_file",
     "is_never_opened",
     "refusal",
+    "refuse_kohya",
     "refuse_scaled",
 ]
 
 _PRECISIONS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
+_PEFT = "geoscope reads the keys of PEFT."
 _WHOLE = "geoscope compares whole weights."
 _FILES = "geoscope reads safetensors and pytorch_model*.bin."
 
@@ -224,10 +226,22 @@ _ADAPTER_TENSOR = re.compile(
 _KOHYA_TENSOR = re.compile(r"^lora_(?:unet|te\d?)_|\.lora_(?:down|up)\.weight$")
 
 
+def refuse_kohya(tensors: Mapping[str, TensorInfo], reference: str) -> None:
+    """Raises UnsupportedFormat where an adapter's keys are kohya's or of old diffusers."""
+    if (found := _kohya(tensors, _PEFT)) is not None:
+        raise refusal(reference, found)
+
+
+def _kohya(tensors: Mapping[str, TensorInfo], needs: str) -> Refused | None:
+    name = _first(tensors, lambda name: _KOHYA_TENSOR.search(name) is not None)
+    if name is None:
+        return None
+    return Refused("a kohya or diffusers LoRA", f"tensor {name}", _MERGE_LORA, needs)
+
+
 def _adapter(tensors: Mapping[str, TensorInfo]) -> Refused | None:
-    kohya = _first(tensors, lambda name: _KOHYA_TENSOR.search(name) is not None)
-    if kohya is not None:
-        return Refused("a kohya or diffusers LoRA", f"tensor {kohya}", _MERGE_LORA, _WHOLE)
+    if (kohya := _kohya(tensors, _WHOLE)) is not None:
+        return kohya
     factor = _first(tensors, lambda name: _ADAPTER_TENSOR.search(name) is not None)
     if factor is not None:
         return Refused("a PEFT adapter", f"tensor {factor}", _MERGE, _WHOLE)

@@ -131,7 +131,9 @@ def test_stacked_experts_come_apart_as_peft_multiplies_them(tmp_path: Path) -> N
             stored_A = tensors[f"{path}{inner}.lora_A.weight"][e * rank : (e + 1) * rank]
             stored_B = tensors[f"{path}{inner}.lora_B.weight"][:, e::experts]
             torch.testing.assert_close(B[e] @ A[e], stored_B @ stored_A)
-        again = unstacked(*stacked(one, *(adapter.read(info.name) for info in (one.B, one.A))))
+        again = unstacked(
+            *stacked(one, *(adapter.read(info.name) for info in reversed(one.stored)))
+        )
         assert torch.equal(again[0], tensors[f"{path}{inner}.lora_B.weight"])
         assert torch.equal(again[1], tensors[f"{path}{inner}.lora_A.weight"])
 
@@ -169,11 +171,9 @@ def test_other_types_are_refused_by_name(tmp_path: Path, kind: str | None) -> No
 @pytest.mark.parametrize(
     ("config", "called"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "a bias on lora_B"),
-        ({"bias": "all"}, "bias is 'all'"),
         ({"layer_replication": [[0, 2]]}, "layer replication"),
-        ({"trainable_token_indices": [1]}, "trainable tokens"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"use_qalora": True}, "QALoRA"),
     ],
 )
 def test_extras_that_change_the_update_are_refused(
@@ -183,17 +183,24 @@ def test_extras_that_change_the_update_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "called"),
+    ("config", "text"),
     [
-        (f"base_model.model.{Q}.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "an adapted embedding"),
-        (f"base_model.model.{Q}.lora_B.bias", "a bias on lora_B"),
-        ("lora_unet_down.lora_down.weight", "a kohya or diffusers LoRA"),
+        ({"use_dora": True}, "has no lora_magnitude_vector and use_dora is true"),
+        ({"lora_bias": True}, "lora_bias is true .* no lora_B.bias is stored"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices are in .* no new rows"),
     ],
 )
-def test_tensors_of_other_kinds_are_refused(tmp_path: Path, name: str, called: str) -> None:
+def test_extras_of_the_config_without_their_tensors(
+    tmp_path: Path, config: dict[str, Any], text: str
+) -> None:
+    refused(folder(tmp_path, **config), CheckpointError, text)
+
+
+@pytest.mark.parametrize("name", ["lora_unet_down.lora_down.weight", "a.b.lora_up.weight"])
+def test_keys_of_kohya_and_diffusers_are_refused_by_name(tmp_path: Path, name: str) -> None:
     tensors = {**factors(Q), name: torch.zeros(5)}
-    refused(folder(tmp_path, tensors), UnsupportedFormat, rf"{called} \(tensor {re.escape(name)}\)")
+    text = rf"a kohya or diffusers LoRA \(tensor {re.escape(name)}\)"
+    refused(folder(tmp_path, tensors), UnsupportedFormat, text)
 
 
 def test_what_is_no_adapter_folder(tmp_path: Path) -> None:
