@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from geoscope.checkpoints.adapter_keys import by_module, refuse_partial
 from geoscope.checkpoints.adapter_module import AdapterModule, Kind, Read
 from geoscope.errors import CheckpointError, UnsupportedFormat, first_names
+from geoscope.names import without_wrappers
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
@@ -198,4 +199,5 @@ def vera_modules(
 
 def _projection(side: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
     pattern = re.compile(_PROJECTION.format(side=side))
-    return next((info for name, info in tensors.items() if pattern.fullmatch(name)), None)
+    every = ((without_wrappers(name), info) for name, info in tensors.items())
+    return next((info for name, info in every if pattern.fullmatch(name)), None)
