@@ -15,7 +15,7 @@ from geoscope.checkpoints.adapter import Adapter, open_adapter
 from geoscope.checkpoints.series import Series, open_series
 from geoscope.checkpoints.split import common_config, split
 from geoscope.checkpoints.steps import given_steps
-from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
 from geoscope.linalg import Operand, Product
 from geoscope.names import NameMap, in_natural_order
 from geoscope.records import ModelRef, Skipped
@@ -284,6 +284,8 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
             "or give it as --initial-adapter"
         )
     every = [*adapters, *([] if initial is None else [initial])]
+    for one in every:
+        _refuse_updates_of_a_base(one)
     selection = options.selection
     names: list[str] = []
     skipped = list(series.passed_over)
@@ -333,6 +335,16 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
         series=series,
         base=base,
     )
+
+
+def _refuse_updates_of_a_base(adapter: Adapter) -> None:
+    """An adapter whose updates are no products of factors by themselves."""
+    of_base = [module for module in adapter.modules.values() if module.kind == "base"]
+    if of_base:
+        raise UnsupportedFormat(
+            f"{adapter.given}: {of_base[0].called} is not followed by its factors alone; merge "
+            "every step into the base (PeftModel.merge_and_unload) and give the merged folders"
+        )
 
 
 def _refuse_unknown_start(adapter: Adapter) -> None:

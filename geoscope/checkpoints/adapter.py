@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoscope.checkpoints.adalora_adapter import adalora_modules
 from geoscope.checkpoints.adapter_config import ADAPTER_CONFIG, read_config, start_of
 from geoscope.checkpoints.adapter_extras import Rows, Vector, replacements, token_rows
 from geoscope.checkpoints.adapter_file import open_adapter_file
@@ -23,8 +24,10 @@ from geoscope.checkpoints.adapter_keys import MERGE
 from geoscope.checkpoints.adapter_module import AdapterModule
 from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.conv1d import is_conv1d
+from geoscope.checkpoints.ia3_adapter import ia3_modules
 from geoscope.checkpoints.lora_adapter import LoraModule, lora_modules
 from geoscope.checkpoints.refused import refuse_kohya
+from geoscope.checkpoints.vera_adapter import vera_modules
 from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
 from geoscope.names import in_natural_order
 from geoscope.records import TensorInfo
@@ -38,6 +41,9 @@ __all__ = ["ADAPTER_CONFIG", "Adapter", "open_adapter"]
 _Modules = Callable[[Mapping[str, Any], Mapping[str, TensorInfo], str], Mapping[str, AdapterModule]]
 _TYPES: dict[str, _Modules] = {
     "LORA": lora_modules,
+    "ADALORA": adalora_modules,
+    "VERA": vera_modules,
+    "IA3": ia3_modules,
 }
 _WITH_ALPHA = ("LORA", "ADALORA")
 

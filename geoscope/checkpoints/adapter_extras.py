@@ -22,7 +22,9 @@ from geoscope.records import TensorInfo
 __all__ = ["Rows", "Vector", "base_name", "replacements", "token_rows"]
 
 _MARKS = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save\.[^.]+)(?=\.)")
-_ORIGINAL = re.compile(r"(?:^|\.)original_module\.")
+# The base's own weight, and buffers of PEFT that a raw state dict repeats for every module.
+_PASSED_OVER = re.compile(r"(?:^|\.)(?:original_module|vera_[AB]|ranknum)(?:\.|$)")
+_OF_AN_ADAPTER = re.compile(r"(?:^|\.)(?:lora|vera|ia3|hada|lokr|oft|boft|hra|vblora|fourierft)_")
 _ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 
 
@@ -55,12 +57,18 @@ def base_name(stored: str) -> str:
 def replacements(others: Iterable[str], label: str) -> dict[str, str]:
     """Base tensor → the stored one that replaces it whole.
 
-    others: stored names that are no factors. Raises CheckpointError where two replace one.
+    others: stored names that are no factors. Raises CheckpointError where two replace one, and
+    for what is a part of an adapter.
     """
     found: dict[str, str] = {}
     for stored in others:
-        if _ORIGINAL.search(stored) or is_rows(stored):
+        if _PASSED_OVER.search(stored) or is_rows(stored):
             continue
+        if _OF_AN_ADAPTER.search(stored):
+            raise CheckpointError(
+                f"{label}: {stored} belongs to no module of the type that adapter_config.json "
+                "names; factors and config are of different saves: copy both again"
+            )
         name = base_name(stored)
         if name in found:
             raise CheckpointError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from geoscope.checkpoints.adapter_extras import Vector
@@ -70,13 +70,21 @@ class AdapterModule(ABC):
     def updated(self, weight: Tensor, read: Read) -> Tensor:
         """W′ in fp64 from the base weight W, (m, n) or (E, m, n). Raises CheckpointError for
         another shape."""
-        self.check_shape(weight)
+        self.check_fits(tuple(weight.shape))
         B, A = (one.double() for one in self.factors(read))
         return weight.double() + self.scaling * (B @ A).reshape(weight.shape)
 
     def with_base(self, base: Mapping[str, TensorInfo]) -> AdapterModule:
-        """The same with what only the base tells. base: name of a module → its weight there."""
-        return self
+        """The same with what only the base tells: a side that the adapter does not store.
+
+        base: name of a module → its weight there. Raises CheckpointError for another shape.
+        """
+        own = base.get(self.name)
+        if own is None or 0 not in self.shape:
+            return self
+        self.check_fits(own.shape)
+        m, n = own.shape[-2:]
+        return replace(self, shape=(m, n))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a base weight of that shape, (m, n) or (E, m, n), can be the adapted one."""
@@ -86,14 +94,14 @@ class AdapterModule(ABC):
         above = ((), (1,)) if self.experts == 1 else ((self.experts,),)
         return shape[:-2] in above and all(own in (0, given) for own, given in sides)
 
-    def check_shape(self, weight: Tensor) -> None:
-        """Raises CheckpointError where the weight cannot be the adapted one."""
-        if not self.fits(tuple(weight.shape)):
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError where a base weight of that shape cannot be the adapted one."""
+        if not self.fits(shape):
             whole = (self.experts, *self.shape) if self.is_stack else self.shape
             sides = ", ".join(str(side or "any") for side in whole)
             raise CheckpointError(
-                f"{self.name}: the base weight is {tuple(weight.shape)}, the adapted one "
-                f"({sides}); give the model that the adapter was trained on"
+                f"{self.name}: the base weight is {shape}, the adapted one ({sides}); "
+                "give the model that the adapter was trained on"
             )
 
     def no_factors(self) -> UnsupportedFormat:

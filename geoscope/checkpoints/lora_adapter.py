@@ -93,7 +93,7 @@ class LoraModule(AdapterModule):
         columns, as PEFT has it); a zero row of V is not a number there, as in PEFT."""
         if self.magnitude is None:
             return super().updated(weight, read)
-        self.check_shape(weight)
+        self.check_fits(tuple(weight.shape))
         B, A = (one.double() for one in self._stored_factors(read))
         changed = weight.double() + self.scaling * (B @ A).reshape(weight.shape)
         along = -2 if self.is_embedding else -1
