@@ -20,6 +20,7 @@ from geoscope.engine import Batch
 from geoscope.engine.cache import ResultCache, content_of
 from geoscope.errors import NumericsError
 from geoscope.linalg.changes import nonfinite_entries
+from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
     Judged,
     Measured,
@@ -57,32 +58,34 @@ def worker(
     options: Options,
     cache: ResultCache | None,
     rounding: Callable[[WeightPair], Rounding],
-) -> Callable[[Batch, Tensor, Tensor], Sequence[Matrix]]:
+) -> Callable[..., Sequence[Matrix]]:
     """The work on one stack: what is kept is recalled, finite matrices are measured together.
 
+    It takes base and tuned weights, or base and the factors of an update (`FactorUpdate.of`).
     rounding: what FP8 blocks of a pair rounded away.
     """
 
-    def work(batch: Batch, base: Tensor, tuned: Tensor) -> list[Matrix]:
+    def work(batch: Batch, base: Tensor, *tuned: Tensor) -> list[Matrix]:
         results: dict[int, Matrix] = {}
         keys: dict[int, str] = {}
         lost = [rounding(one) for one in batch.pairs]
         for i, one in enumerate(batch.pairs):
-            bad = nonfinite_entries(base[i]) + nonfinite_entries(tuned[i])
+            bad = sum(nonfinite_entries(stack[i]) for stack in (base, *tuned))
             if bad:
                 reason = f"{bad} entries are NaN or Inf"
                 results[i] = _failed(one, kind, options, Status.NON_FINITE, reason)
             elif cache is not None:
-                keys[i] = _key(cache, kind, options, base[i], tuned[i], lost[i])
+                own = [stack[i] for stack in tuned]
+                keys[i] = _key(cache, kind, options, base[i], own, lost[i])
                 found = _recalled(one, cache.get(keys[i]), kind, options)
                 if found is not None:
                     results[i] = found
         rest = [i for i in range(len(batch.pairs)) if i not in results]
         if rest:
             whole = len(rest) == len(batch.pairs)
-            stacks = (base, tuned) if whole else (base[rest], tuned[rest])
+            stacks = (base, *tuned) if whole else tuple(one[rest] for one in (base, *tuned))
             measured = _measured(
-                [batch.pairs[i] for i in rest], *stacks, kind, options, [lost[i] for i in rest]
+                [batch.pairs[i] for i in rest], stacks, kind, options, [lost[i] for i in rest]
             )
             results |= zip(rest, measured, strict=True)
             for i in rest:
@@ -98,13 +101,13 @@ def _key(
     kind: str,
     options: Options,
     base: Tensor,
-    tuned: Tensor,
+    tuned: Sequence[Tensor],
     rounding: Rounding,
 ) -> str:
     return cache.key(
         {
             "base": content_of(base),
-            "tuned": content_of(tuned),
+            "tuned": [content_of(one) for one in tuned],
             "rounding": rounding,
             "kind": kind,
             "settings": asdict(options.settings),
@@ -145,8 +148,7 @@ def _failed(one: WeightPair, kind: str, options: Options, status: Status, reason
 
 def _measured(
     pairs: Sequence[WeightPair],
-    base: Tensor,
-    tuned: Tensor,
+    stacks: Sequence[Tensor],
     kind: str,
     options: Options,
     rounding: Sequence[Rounding],
@@ -155,8 +157,8 @@ def _measured(
     chosen = selected(kind, options, shape)
     try:
         factors = pair_factors(
-            base,
-            tuned,
+            stacks[0],
+            stacks[1] if len(stacks) == 2 else FactorUpdate.of(stacks[1:]),
             takes=takes_of(chosen),
             ks=[k for k in dimensions(options, shape) if k <= min(shape)],
             settings=options.settings,
@@ -168,7 +170,7 @@ def _measured(
                 matrix
                 for i, one in enumerate(pairs)
                 for matrix in _measured(
-                    [one], base[i : i + 1], tuned[i : i + 1], kind, options, rounding[i : i + 1]
+                    [one], [x[i : i + 1] for x in stacks], kind, options, rounding[i : i + 1]
                 )
             ]
         return [_failed(pairs[0], kind, options, Status.NOT_CONVERGED, str(error))]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from geoscope.analysis.adapted_model import update_of
 from geoscope.analysis.matrices import Matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
@@ -75,9 +76,12 @@ def _cache(options: Options) -> ResultCache | None:
     return None if options.cache is None else ResultCache(options.cache)
 
 
-def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, Tensor]]:
-    def read(one: WeightPair) -> tuple[Tensor, Tensor]:
-        return prepared.base.read(one.base.name), prepared.tuned.read(one.tuned.name)
+def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:
+    """Base and tuned weight, or base and the factors of the update."""
+
+    def read(one: WeightPair) -> tuple[Tensor, ...]:
+        base = prepared.base.read(one.base.name)
+        return base, *update_of(prepared.tuned, one.tuned.name)
 
     return read
 

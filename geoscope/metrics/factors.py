@@ -38,6 +38,8 @@ from geoscope.linalg import (
     principal_angles,
 )
 from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
+from geoscope.linalg.factor_update import FactorUpdate
+from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import FP8, FloatFormat
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
@@ -90,7 +92,13 @@ class _Work:
     base: Factors | None = None
 
     def factorise(
-        self, role: str, A: Operand, *, takes: frozenset[str], vectors: int = 0, cuts: Sequence[int]
+        self,
+        role: str,
+        A: Operand | Product,
+        *,
+        takes: frozenset[str],
+        vectors: int = 0,
+        cuts: Sequence[int],
     ) -> Factors:
         """The factors of A: its whole spectrum, or the leading triplets where these do.
 
@@ -102,7 +110,9 @@ class _Work:
         whole = f"{role}.S" in takes and not settings.quick
         values_do = not (whole or vectors)
         asked = settings.solver == "exact" or settings.dtype != "float64"
-        if (settings.quick or values_do) and not asked:
+        if isinstance(A, Product):
+            factors = factorise_product(A, vectors=vectors, cuts=cuts)
+        elif (settings.quick or values_do) and not asked:
             # One more than is taken, for the gap behind the last.
             values = max(_leading_values(takes, role), vectors) + 1
             factors = factorise_leading(
@@ -128,7 +138,7 @@ class _Work:
 
 def pair_factors(
     base: Tensor,
-    tuned: Tensor,
+    tuned: Tensor | FactorUpdate,
     *,
     takes: frozenset[str],
     ks: Sequence[int],
@@ -137,7 +147,8 @@ def pair_factors(
 ) -> PairFactors:
     """All factors named in `takes` of a stack of pairs.
 
-    base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation. ks: the
+    base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation; of an
+    adapter the update in its factors, of which what needs single entries is left out. ks: the
     dimensions of this shape, the verdict's among them. rounding: of each pair, where a side was
     stored in FP8 blocks. Of these the rounding cells are not known, and what is expected of an
     isotropic update in them, the masks among it, is left out.
@@ -148,20 +159,29 @@ def pair_factors(
     inside = sorted({k for k in ks if k <= q})
     rounding = rounding or [(None, None)] * len(base)
     in_blocks = any(one is not None for pair in rounding for one in pair)
-    sides = _from_storage(work, base, tuned, takes, rounding)
-    W0, update = Operand(base), Operand(tuned, base)
-    _spectra(work, W0, Operand(tuned), takes, inside)
+    W0 = Operand(base)
+    sides: list[tuple[Side, Side]] = []
+    if isinstance(tuned, FactorUpdate):
+        _from_factors(work, base, tuned, [one for one, _ in rounding])
+        update = tuned.product
+    else:
+        sides = _from_storage(work, base, tuned, takes, rounding)
+        update = Operand(tuned, base)
+    _spectra(work, W0, tuned, takes, inside)
     if "update.S" in takes or _any(takes, "update.top@"):
         work.factorise("update", update, takes=takes, cuts=())
     spectrum = work.values.get("update.S")  # Σσ² is the sum over the entries, without a pass
     work.values["update.norm"] = update.norm() if spectrum is None else spectrum.norm(dim=-1)
-    work.values["update.noise"] = _update_noise(work.values, rounding)
-    if not in_blocks:
-        _isotropic(work, sides, (m, n), takes)
+    if isinstance(tuned, FactorUpdate):  # what the base rounded is in no product
+        work.values["update.noise"] = tuned.noise
+    else:
+        work.values["update.noise"] = _update_noise(work.values, rounding)
     if _any(takes, "cross."):
         _cross(work, update)
-    if _any(takes, "masks.") and not in_blocks:
-        _masks(work, base, tuned, sides)
+    if isinstance(tuned, Tensor) and not in_blocks:
+        _isotropic(work, sides, (m, n), takes)
+        if _any(takes, "masks."):
+            _masks(work, base, tuned, sides)
     work.values["bulk_median"] = torch.tensor(
         marchenko_pastur_median(q / max(m, n)), dtype=torch.float64, device=base.device
     )
@@ -174,7 +194,9 @@ def pair_factors(
         notes=tuple(
             _notes(base.dtype, tuned.dtype, *pair, counted=bool(noise > pair[1].noise))
             for pair, noise in zip(sides, work.values["update.noise"].tolist(), strict=True)
-        ),
+        )
+        if isinstance(tuned, Tensor)
+        else ((),) * len(base),
     )
 
 
@@ -216,6 +238,26 @@ def _from_storage(
     return sides
 
 
+def _from_factors(
+    work: _Work, base: Tensor, update: FactorUpdate, rounding: Sequence[float | None]
+) -> None:
+    """Norms and rounding noise of a base and of an update in its factors.
+
+    The tuned weight is never stored: what is rounded is the factors.
+    """
+    sides = [_side(weight, noise) for weight, noise in zip(base, rounding, strict=True)]
+
+    def column(numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=base.device)
+
+    work.values["base.norm"] = column([one.norm for one in sides])
+    work.values["base.noise"] = column([one.noise for one in sides])
+    work.values["base.eps"] = column([one.fmt.eps for one in sides])
+    work.values["tuned.norm"] = update.tuned_norm(base)
+    work.values["tuned.noise"] = update.noise
+    work.values["tuned.eps"] = column([update.fmt.eps] * len(base))
+
+
 def _side(weight: Tensor, noise: float | None) -> Side:
     """noise: what FP8 blocks rounded away, which the entries do not show."""
     found = side(weight)
@@ -252,7 +294,11 @@ def _isotropic(
 
 
 def _spectra(
-    work: _Work, W0: Operand, W1: Operand, takes: frozenset[str], ks: Sequence[int]
+    work: _Work,
+    W0: Operand,
+    tuned_weight: Tensor | FactorUpdate,
+    takes: frozenset[str],
+    ks: Sequence[int],
 ) -> None:
     """Spectra and leading subspaces of base and tuned; angles and intruders between them."""
     angles = _any(takes, "angles.")
@@ -264,6 +310,8 @@ def _spectra(
     if not (tuned_vectors or "tuned.S" in takes or _any(takes, "tuned.top@")):
         return
     cuts = ks if angles else ()
+    is_update = isinstance(tuned_weight, FactorUpdate)
+    W1 = Operand(tuned_weight.over(W0.plus) if is_update else tuned_weight)
     tuned = work.factorise("tuned", W1, takes=takes, vectors=tuned_vectors, cuts=cuts)
     if angles:
         _angles(work, base, tuned, ks)
@@ -342,7 +390,7 @@ def _settled(cosines: Tensor) -> bool:
     return bool((found | (unexplained < INTRUDER_COSINE**2)).all())
 
 
-def _cross(work: _Work, update: Operand) -> None:
+def _cross(work: _Work, update: Operand | Product) -> None:
     """Energies of the update along the base's singular directions."""
     assert work.base is not None
     U, Vh = _both(work.base)
