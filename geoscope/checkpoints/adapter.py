@@ -24,7 +24,7 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "open_adapter"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "adapter_of", "open_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -77,12 +77,20 @@ def open_adapter(path: str | Path, *, given: str | None = None) -> Adapter:
     if not folder.is_dir():
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
     config = _config(folder, given)
-    container = _weights(folder, given)
+    return adapter_of(given, folder.resolve(), config, _weights(folder, given))
+
+
+def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Container) -> Adapter:
+    """The adapter of a config and the tensors in a container, wherever they lie.
+
+    Raises as `open_adapter` does.
+    """
+    _refuse_type(config, given)
     tensors = dict(sorted(container.header.tensors.items()))
     modules = _TYPES[config["peft_type"]](config, tensors, given)
     factors = {info.name for one in modules.values() for info in (one.A, one.B)}
     others = tuple(name for name in tensors if name not in factors)
-    return Adapter(given, folder.resolve(), config, tensors, modules, others, container)
+    return Adapter(given, path, config, tensors, modules, others, container)
 
 
 def _config(folder: Path, given: str) -> dict[str, Any]:
@@ -96,13 +104,17 @@ def _config(folder: Path, given: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{given}/{ADAPTER_CONFIG}: cannot be read: {error}") from None
     config = parse_object(text, f"{given}/{ADAPTER_CONFIG}")
+    _refuse_type(config, given)
+    return config
+
+
+def _refuse_type(config: Mapping[str, Any], given: str) -> None:
     kind = config.get("peft_type")
     if kind not in _TYPES:
         raise UnsupportedFormat(
             f"{given}: peft_type is {kind!r}; geoscope reads {', '.join(_TYPES)} adapters. "
             "Merge it into its base (PeftModel.merge_and_unload) and use the merged folder"
         )
-    return config
 
 
 def _weights(folder: Path, given: str) -> Container:

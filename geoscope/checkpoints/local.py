@@ -16,10 +16,11 @@ from geoscope.checkpoints.layout import (
     SHARD_FOLDERS,
     WEIGHT_FOLDERS,
     choose_layout,
+    file_names,
     is_other_copy,
     shard_count,
 )
-from geoscope.checkpoints.links import leads_elsewhere
+from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
 from geoscope.checkpoints.readers import open_container
@@ -28,7 +29,7 @@ from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, ref
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
-__all__ = ["LocalFolder", "file_names", "open_local"]
+__all__ = ["LocalFolder", "open_local"]
 
 _NO_CONFIG = (
     "one file, no config at hand: Conv1D layers and tied embeddings are told by names and shapes"
@@ -93,7 +94,7 @@ class LocalFolder:
     def open(self, file: str) -> Container:
         if file not in self.opened:
             path = self.path / file
-            _refuse_link_to_elsewhere(path, self.label)
+            refuse_link_to_elsewhere(path, self.label)
             self.opened[file] = open_container(path, f"{self.label}/{file}")
         return self.opened[file]
 
@@ -147,15 +148,6 @@ class LocalFolder:
         return refusal(f"{self.label}/{folder}", refused)
 
 
-def file_names(path: Path, given: str | None = None) -> frozenset[str]:
-    """The files right in a folder. Raises CheckpointError, with `given` for the path."""
-    try:
-        return frozenset(entry.name for entry in path.iterdir() if entry.is_file())
-    except OSError as error:
-        words = f"cannot be listed: {error.strerror or error}"
-        raise CheckpointError(f"{given or path}: {words}") from None
-
-
 def _weights_below(path: Path) -> dict[str, Refused | None]:
     """Folders below that hold weights, in the usual places and right here, → why not to be read."""
     usual = [name for name in (*WEIGHT_FOLDERS, *SHARD_FOLDERS) if (path / name).is_dir()]
@@ -184,11 +176,3 @@ def _configuration_only(path: Path, label: str) -> CheckpointError:
         f"`{label}` holds configuration only (config.json); geoscope needs model*.safetensors "
         "or pytorch_model*.bin beside it"
     )
-
-
-def _refuse_link_to_elsewhere(path: Path, label: str) -> None:
-    if leads_elsewhere(path):
-        raise CheckpointError(
-            f"`{label}`: {path.name} is a link to {path.resolve()}, outside of the folder; "
-            "give the folder that holds the file itself"
-        )

@@ -19,8 +19,14 @@ from pathlib import Path
 
 from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
-from geoscope.checkpoints.layout import SHARD_FOLDERS, WEIGHT_FOLDERS, choose_layout, weight_map
-from geoscope.checkpoints.local import file_names, open_local
+from geoscope.checkpoints.layout import (
+    SHARD_FOLDERS,
+    WEIGHT_FOLDERS,
+    choose_layout,
+    file_names,
+    weight_map,
+)
+from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.opening import CONFIG
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import by_files, is_adapter_file, refusal
