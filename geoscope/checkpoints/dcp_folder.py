@@ -115,7 +115,7 @@ def _fill(
     shape = tuple(meta.shape) or (1,)
     if shape != piece.sizes or name != dtype:
         raise _damaged(what, f"it is {name} {list(shape)}, needs {dtype} {list(piece.sizes)}")
-    first = start + meta.storage_offset() * meta.itemsize
+    first = start + int(meta.storage_offset()) * meta.itemsize
     if first + meta.numel() * meta.itemsize > start + held:
         raise _damaged(what, "it claims more entries than are stored")
     if not meta.is_contiguous():

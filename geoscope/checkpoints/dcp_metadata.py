@@ -4,9 +4,9 @@ torch pickles it, and reads it back with a `pickle.load` that runs anything. Her
 DCP's own records pass, and each stands for an inert record of ours: nothing of torch is called. A
 pickle that names anything else is refused.
 
-    Metadata.state_dict_metadata     {name: TensorStorageMetadata(properties, size, chunks)}
-    Metadata.storage_data            {MetadataIndex(name, offset): _StorageInfo(file, offset, length)}
-    Metadata.planner_data            {name: path of keys in the nested state dict}
+    state_dict_metadata     {name: TensorStorageMetadata(properties, size, chunks)}
+    storage_data            {MetadataIndex(name, offset): _StorageInfo(file, offset, length)}
+    planner_data            {name: path of keys in the nested state dict}
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _unpickled(path: Path, where: str) -> _Record:
 def _check_claims(raw: bytes) -> None:
     """Lengths and places of the memo beyond the file: the unpickler would allocate them first."""
     for opcode, argument, _ in pickletools.genops(raw):
-        if opcode.name in _MEMO and int(argument) > len(raw):
+        if opcode.name in _MEMO and int(str(argument)) > len(raw):
             raise ValueError(f"place {argument} of the memo")
 
 

@@ -42,9 +42,10 @@ WEIGHT_FOLDERS = (
     "hf_model",
     "policy/weights",
     "policy/weights/model",
+    "pytorch_model_fsdp_0",
 )
-# and where shards alone lie.
-SHARD_FOLDERS = ("pytorch_model_fsdp_0", "dist_ckpt", "actor/dist_ckpt")
+# and where Megatron does.
+SHARD_FOLDERS = ("dist_ckpt", "actor/dist_ckpt")
 
 _STANDARD = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.")

@@ -7,7 +7,7 @@ except into the `blobs` of a Hub cache, which is how that cache stores its snaps
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from geoscope.checkpoints.checkpoint import Checkpoint
@@ -23,9 +23,20 @@ from geoscope.checkpoints.layout import (
 from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
+from geoscope.checkpoints.places import (
+    WEIGHTS,
+    Kind,
+    Place,
+    below,
+    choose,
+    find_places,
+    where,
+    without_factors,
+)
 from geoscope.checkpoints.readers import open_container
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
+from geoscope.checkpoints.shard_folder import holds_shards, open_shards
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
@@ -40,10 +51,48 @@ def open_local(reference: LocalReference) -> Checkpoint:
     """The checkpoint at an existing path. Raises CheckpointError."""
     path, given = reference.path, reference.given
     if path.is_dir():
-        resolved = path.resolve()
-        return open_folder(LocalFolder(resolved, given), Identity(given, str(resolved)))
+        return _open_directory(path.resolve(), given)
     # Links stay: the name in a Hub cache has a suffix, the blob that it points to has none.
     return _open_file(path.parent.resolve() / path.name, given)
+
+
+def _open_directory(path: Path, given: str) -> Checkpoint:
+    """Weights right here, as named; else those that are chosen below."""
+    places = find_places(path)
+    here = [one for one in places if not one.folder and one.kind in WEIGHTS]
+    chosen = here[0] if here else choose(places)
+    if chosen is None or (chosen.kind is Kind.ADAPTER and not chosen.folder):
+        return open_model_folder(path, given)  # says what is wrong
+    if chosen.kind is Kind.NO_FACTORS:
+        raise without_factors(given, chosen, places)
+    folder, label = path / chosen.folder, below(given, chosen.folder)
+    if chosen.kind is Kind.ADAPTER:
+        raise _adapter_first(folder, label, given, places)
+    open_it = open_shards if chosen.kind is Kind.SHARDS else open_model_folder
+    checkpoint = open_it(folder, label)
+    others = [one for one in places if one is not chosen and one.kind is not Kind.CONFIG]
+    note = (where(chosen, places),) if others or chosen.folder else ()
+    ref = replace(checkpoint.ref, given=given)
+    return replace(checkpoint, ref=ref, notes=(*note, *checkpoint.notes))
+
+
+def open_model_folder(path: Path, given: str) -> Checkpoint:
+    """The checkpoint right in a folder of model*.safetensors or pytorch_model*.bin, and no other.
+
+    given: how messages name it. Raises CheckpointError.
+    """
+    resolved = path.resolve()
+    return open_folder(LocalFolder(resolved, given), Identity(given, str(resolved)))
+
+
+def _adapter_first(
+    folder: Path, label: str, given: str, places: Sequence[Place]
+) -> CheckpointError:
+    refused = by_files(file_names(folder))
+    assert refused is not None  # what made it the place of an adapter
+    models = [below(given, one.folder) for one in places if one.kind in WEIGHTS]
+    hint = f" Or give {first_names(models)} to take the full weights." if models else ""
+    return refusal(label, replace(refused, hint=refused.hint + hint))
 
 
 def _open_file(path: Path, given: str) -> Checkpoint:
@@ -159,18 +208,17 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
             readable, refused = choose_layout(names, folder) is not None, by_files(names)
         except CheckpointError:
             continue
+        readable = readable or holds_shards(names)
         if readable or refused is not None:
             found[folder] = None if readable else refused
     return found
 
 
 def _configuration_only(path: Path, label: str) -> CheckpointError:
-    beside: Refused | None = by_files(file_names(path.parent, label))
-    if beside is not None and "FSDP" in beside.format:
-        hint = beside.hint.replace("{ref}", str(path.parent))
+    if holds_shards(file_names(path.parent, label)):
         return CheckpointError(
-            f"`{path.name}/` holds configuration only; weights are in the FSDP shards beside it. "
-            f"{hint}"
+            f"`{path.name}/` holds configuration only; weights are in the shards beside it: give "
+            f"{Path(label).parent}"
         )
     return CheckpointError(
         f"`{label}` holds configuration only (config.json); geoscope needs model*.safetensors "

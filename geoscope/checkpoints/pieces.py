@@ -1,4 +1,4 @@
-"""How is a tensor read that lies on disk in pieces? Rows are gathered from the boxes that hold them.
+"""How is a tensor read that lies on disk in pieces? Its rows come from the boxes that hold them.
 
     weight (7, 3) = rows 0–1 of rank 0 · rows 2–3 of rank 1 · rows 4–5 of rank 2 · row 6 of rank 3
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from geoscope.checkpoints.container import byte_view
@@ -125,8 +125,7 @@ def _overlap(shape: tuple[int, ...], pieces: Sequence[Piece[P]]) -> bool:
     dim = split[0] if split else 0
     ordered = sorted(pieces, key=lambda piece: piece.offsets[dim])
     return any(
-        one.offsets[dim] + one.sizes[dim] > other.offsets[dim]
-        for one, other in zip(ordered, ordered[1:], strict=False)
+        one.offsets[dim] + one.sizes[dim] > other.offsets[dim] for one, other in pairwise(ordered)
     )
 
 

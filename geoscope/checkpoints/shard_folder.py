@@ -28,7 +28,13 @@ from geoscope.checkpoints.refused import by_config, is_megatron, refusal
 from geoscope.checkpoints.shard_names import LoraNames, lora_names, model_tensors, renamed
 from geoscope.errors import CheckpointError, UnsupportedFormat
 
-__all__ = ["holds_shards", "open_shard_adapter", "open_shard_base", "open_shards"]
+__all__ = [
+    "holds_shards",
+    "open_shard_adapter",
+    "open_shard_base",
+    "open_shards",
+    "open_shards_or_adapter",
+]
 
 # Where config.json lies: beside the shards, verl's folder for it, and above Accelerate's folder.
 _CONFIG_FOLDERS = (".", "huggingface", "..", "../huggingface")
@@ -46,15 +52,23 @@ def holds_shards(names: Collection[str]) -> bool:
 def open_shards(path: Path, given: str) -> Checkpoint:
     """The model in a folder of shards. Raises CheckpointError; for a LoRA run UnsupportedFormat."""
     shards = _shards(path, given)
-    if lora_names(shards.container.header.tensors) is not None:
-        place = next((f"{given.rstrip('/')}/{one}" for one in _ADAPTER_FOLDERS
-                      if (path / one / ADAPTER_CONFIG).is_file()), None)  # fmt: skip
-        hint = f"give {place}" if place else "give the lora_adapter/ that verl writes beside them"
-        raise UnsupportedFormat(
-            f"`{given}`: shards of a LoRA run, base and factors in the same files. geoscope "
-            f"compares whole weights; {hint}, or merge the adapter into its base"
-        )
-    return _checkpoint(shards, given, shards.container)
+    if lora_names(shards.container.header.tensors) is None:
+        return _checkpoint(shards, given, shards.container)
+    written = [one for one in _ADAPTER_FOLDERS if (path / one / ADAPTER_CONFIG).is_file()]
+    place = f"{given.rstrip('/')}/{written[0]}" if written else "the lora_adapter/ of verl"
+    raise UnsupportedFormat(
+        f"`{given}`: shards of a LoRA run, base and factors in the same files. geoscope compares "
+        f"whole weights. Merge {place} into the base and give the merged folder"
+    )
+
+
+def open_shards_or_adapter(path: Path, given: str) -> Checkpoint | Adapter:
+    """The model in a folder of shards; of a LoRA run its adapter. Raises CheckpointError."""
+    shards = _shards(path, given)
+    names = lora_names(shards.container.header.tensors)
+    if names is None:
+        return _checkpoint(shards, given, shards.container)
+    return _adapter(shards, names, given)
 
 
 def open_shard_base(path: Path, given: str) -> Checkpoint:
@@ -69,9 +83,13 @@ def open_shard_adapter(path: Path, given: str) -> Adapter:
     r and alpha come from adapter_config.json of `lora_adapter/`, else from lora_train_meta.json.
     Raises CheckpointError.
     """
-    shards, names = _lora_run(path, given)
+    return _adapter(*_lora_run(path, given), given)
+
+
+def _adapter(shards: _Shards, names: LoraNames, given: str) -> Adapter:
     container = renamed(shards.container, {name: name for name in names.adapter})
-    return adapter_of(given, path.resolve(), _lora_config(path, given), container)
+    config = _lora_config(shards.path, given)
+    return adapter_of(given, shards.path.resolve(), config, container)
 
 
 def _lora_run(path: Path, given: str) -> tuple[_Shards, LoraNames]:

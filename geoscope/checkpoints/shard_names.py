@@ -13,9 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.dcp_metadata import DcpTensor
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["LoraNames", "lora_names", "model_tensors", "renamed"]
 
@@ -84,10 +88,10 @@ class _Renamed:
     container: Container
     names: Mapping[str, str]
 
-    def read(self, name: str, buffer):
+    def read(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
         return self.container.read(self.names[name], buffer)
 
-    def read_part(self, name: str, begin: int, end: int):
+    def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
         return self.container.read_part(self.names[name], begin, end)
 
 
