@@ -40,7 +40,7 @@ from geoscope.checkpoints.shard_folder import holds_shards, open_shards
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
-__all__ = ["LocalFolder", "open_local"]
+__all__ = ["LocalFolder", "open_local", "open_model_folder"]
 
 _NO_CONFIG = (
     "one file, no config at hand: Conv1D layers and tied embeddings are told by names and shapes"
@@ -70,7 +70,14 @@ def _open_directory(path: Path, given: str) -> Checkpoint:
         raise _adapter_first(folder, label, given, places)
     open_it = open_shards if chosen.kind is Kind.SHARDS else open_model_folder
     checkpoint = open_it(folder, label)
-    others = [one for one in places if one is not chosen and one.kind is not Kind.CONFIG]
+    # Of an adapter in the same folder the layout has its own word.
+    others = [
+        one
+        for one in places
+        if one is not chosen
+        and one.kind is not Kind.CONFIG
+        and (one.folder != chosen.folder or one.kind in WEIGHTS)
+    ]
     note = (where(chosen, places),) if others or chosen.folder else ()
     ref = replace(checkpoint.ref, given=given)
     return replace(checkpoint, ref=ref, notes=(*note, *checkpoint.notes))
