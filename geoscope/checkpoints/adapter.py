@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoscope.checkpoints.adalora_adapter import adalora_modules
-from geoscope.checkpoints.adapter_config import ADAPTER_CONFIG, read_config, start_of
+from geoscope.checkpoints.adapter_config import ADAPTER_CONFIG, check_type, read_config, start_of
 from geoscope.checkpoints.adapter_extras import Rows, Vector, replacements, token_rows
 from geoscope.checkpoints.adapter_file import open_adapter_file
 from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
@@ -35,7 +35,7 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "open_adapter"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "adapter_of", "open_adapter"]
 
 # peft_type → its modules, from the config and the header. Another type is one more line.
 _Modules = Callable[[Mapping[str, Any], Mapping[str, TensorInfo], str], Mapping[str, AdapterModule]]
@@ -183,6 +183,17 @@ def open_adapter(
     if alpha is not None:
         config = _with_alpha(config, alpha, given)
     container = open_adapter_file(folder, given)
+    found = adapter_of(given, folder.resolve(), config, container)
+    recorded = _recorded_start(folder, config.get("base_model_name_or_path"))
+    return replace(found, initial=found.initial or recorded)
+
+
+def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Container) -> Adapter:
+    """The adapter of a config and the tensors in a container, wherever they lie.
+
+    Raises as `open_adapter` does.
+    """
+    check_type(config, given, _TYPES)
     tensors = dict(sorted(container.header.tensors.items()))
     refuse_kohya(tensors, given)
     found = _TYPES[config["peft_type"]](config, tensors, given)
@@ -191,10 +202,9 @@ def open_adapter(
     vectors = {name: one for module in modules.values() for name, one in module.vectors.items()}
     used |= {one.stored for one in vectors.values()}
     others = tuple(name for name in tensors if name not in used)
-    base = config.get("base_model_name_or_path")
     return Adapter(
         given=given,
-        path=folder.resolve(),
+        path=path,
         config=config,
         tensors=tensors,
         modules=modules,
@@ -202,7 +212,7 @@ def open_adapter(
         rows=token_rows(config, tensors, given),
         vectors=vectors,
         others=others,
-        initial=start_of(config) or _recorded_start(folder, base),
+        initial=start_of(config),
         container=container,
     )
 

@@ -10,7 +10,7 @@ from geoscope.checkpoints.adapter_keys import MERGE
 from geoscope.checkpoints.layout import parse_object
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
 
-__all__ = ["ADAPTER_CONFIG", "read_config", "start_of"]
+__all__ = ["ADAPTER_CONFIG", "check_type", "read_config", "start_of"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -47,13 +47,18 @@ def read_config(folder: Path, given: str, types: Collection[str]) -> dict[str, A
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{given}/{ADAPTER_CONFIG}: cannot be read: {error}") from None
     config = parse_object(text, f"{given}/{ADAPTER_CONFIG}")
+    check_type(config, given, types)
+    return config
+
+
+def check_type(config: Mapping[str, Any], given: str, types: Collection[str]) -> None:
+    """Raises UnsupportedFormat, by name, for a `peft_type` that is none of `types`."""
     kind = config.get("peft_type")
     if kind not in types:
         way_out = _NOT_MERGEABLE.get(str(kind), MERGE)
         raise UnsupportedFormat(
             f"{given}: peft_type is {kind!r}; geoscope reads {', '.join(types)} adapters. {way_out}"
         )
-    return config
 
 
 def start_of(config: Mapping[str, Any]) -> str | None:

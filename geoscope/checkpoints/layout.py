@@ -12,8 +12,10 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from geoscope.checkpoints.links import is_plain_name
 from geoscope.checkpoints.readers import SAFETENSORS, is_readable
 from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
 from geoscope.errors import CheckpointError, first_names
@@ -23,6 +25,7 @@ __all__ = [
     "WEIGHT_FOLDERS",
     "Layout",
     "choose_layout",
+    "file_names",
     "is_other_copy",
     "parse_object",
     "shard_count",
@@ -39,9 +42,10 @@ WEIGHT_FOLDERS = (
     "hf_model",
     "policy/weights",
     "policy/weights/model",
+    "pytorch_model_fsdp_0",
 )
-# and where shards alone lie.
-SHARD_FOLDERS = ("pytorch_model_fsdp_0", "dist_ckpt", "actor/dist_ckpt")
+# and where Megatron does.
+SHARD_FOLDERS = ("dist_ckpt", "actor/dist_ckpt")
 
 _STANDARD = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.")
@@ -54,6 +58,15 @@ class Layout:
     file: str
     is_index: bool
     notes: tuple[str, ...] = ()
+
+
+def file_names(path: Path, given: str | None = None) -> frozenset[str]:
+    """The files right in a folder. Raises CheckpointError, with `given` for the path."""
+    try:
+        return frozenset(entry.name for entry in path.iterdir() if entry.is_file())
+    except OSError as error:
+        words = f"cannot be listed: {error.strerror or error}"
+        raise CheckpointError(f"{given or path}: {words}") from None
 
 
 def is_other_copy(name: str) -> bool:
@@ -116,17 +129,15 @@ def weight_map(text: str, label: str) -> dict[str, str]:
     if not isinstance(table, Mapping) or not table:
         raise CheckpointError(f"{label}: has no weight_map; copy or download the index again")
     for shard in table.values():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
+        if not isinstance(shard, str) or not _is_shard(shard):
             raise CheckpointError(
                 f"{label}: names the shard {shard!r}; a shard is a weight file in the same folder"
             )
     return dict(table)
 
 
-def _is_plain_name(shard: str) -> bool:
-    """Whether it is a file right here: no folder, no drive, no `..`, and a format with a reader."""
-    separators = any(mark in shard for mark in ("/", "\\", ":", "\x00"))
-    return not separators and is_readable(shard) and not is_never_opened(shard)
+def _is_shard(name: str) -> bool:
+    return is_plain_name(name) and is_readable(name) and not is_never_opened(name)
 
 
 def parse_object(text: str, label: str) -> dict[str, Any]:

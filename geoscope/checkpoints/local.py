@@ -7,7 +7,7 @@ except into the `blobs` of a Hub cache, which is how that cache stores its snaps
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from geoscope.checkpoints.checkpoint import Checkpoint
@@ -16,19 +16,31 @@ from geoscope.checkpoints.layout import (
     SHARD_FOLDERS,
     WEIGHT_FOLDERS,
     choose_layout,
+    file_names,
     is_other_copy,
     shard_count,
 )
-from geoscope.checkpoints.links import leads_elsewhere
+from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
+from geoscope.checkpoints.places import (
+    WEIGHTS,
+    Kind,
+    Place,
+    below,
+    choose,
+    find_places,
+    where,
+    without_factors,
+)
 from geoscope.checkpoints.readers import open_container
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
+from geoscope.checkpoints.shard_folder import holds_shards, open_shards
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
-__all__ = ["LocalFolder", "file_names", "open_local"]
+__all__ = ["LocalFolder", "open_local", "open_model_folder"]
 
 _NO_CONFIG = (
     "one file, no config at hand: Conv1D layers and tied embeddings are told by names and shapes"
@@ -39,10 +51,55 @@ def open_local(reference: LocalReference) -> Checkpoint:
     """The checkpoint at an existing path. Raises CheckpointError."""
     path, given = reference.path, reference.given
     if path.is_dir():
-        resolved = path.resolve()
-        return open_folder(LocalFolder(resolved, given), Identity(given, str(resolved)))
+        return _open_directory(path.resolve(), given)
     # Links stay: the name in a Hub cache has a suffix, the blob that it points to has none.
     return _open_file(path.parent.resolve() / path.name, given)
+
+
+def _open_directory(path: Path, given: str) -> Checkpoint:
+    """Weights right here, as named; else those that are chosen below."""
+    places = find_places(path)
+    here = [one for one in places if not one.folder and one.kind in WEIGHTS]
+    chosen = here[0] if here else choose(places)
+    if chosen is None or (chosen.kind is Kind.ADAPTER and not chosen.folder):
+        return open_model_folder(path, given)  # says what is wrong
+    if chosen.kind is Kind.NO_FACTORS:
+        raise without_factors(given, chosen, places)
+    folder, label = path / chosen.folder, below(given, chosen.folder)
+    if chosen.kind is Kind.ADAPTER:
+        raise _adapter_first(folder, label, given, places)
+    open_it = open_shards if chosen.kind is Kind.SHARDS else open_model_folder
+    checkpoint = open_it(folder, label)
+    # Of an adapter in the same folder the layout has its own word.
+    others = [
+        one
+        for one in places
+        if one is not chosen
+        and one.kind is not Kind.CONFIG
+        and (one.folder != chosen.folder or one.kind in WEIGHTS)
+    ]
+    note = (where(chosen, places),) if others or chosen.folder else ()
+    ref = replace(checkpoint.ref, given=given)
+    return replace(checkpoint, ref=ref, notes=(*note, *checkpoint.notes))
+
+
+def open_model_folder(path: Path, given: str) -> Checkpoint:
+    """The checkpoint right in a folder of model*.safetensors or pytorch_model*.bin, and no other.
+
+    given: how messages name it. Raises CheckpointError.
+    """
+    resolved = path.resolve()
+    return open_folder(LocalFolder(resolved, given), Identity(given, str(resolved)))
+
+
+def _adapter_first(
+    folder: Path, label: str, given: str, places: Sequence[Place]
+) -> CheckpointError:
+    refused = by_files(file_names(folder))
+    assert refused is not None  # what made it the place of an adapter
+    models = [below(given, one.folder) for one in places if one.kind in WEIGHTS]
+    hint = f" Or give {first_names(models)} to take the full weights." if models else ""
+    return refusal(label, replace(refused, hint=refused.hint + hint))
 
 
 def _open_file(path: Path, given: str) -> Checkpoint:
@@ -93,7 +150,7 @@ class LocalFolder:
     def open(self, file: str) -> Container:
         if file not in self.opened:
             path = self.path / file
-            _refuse_link_to_elsewhere(path, self.label)
+            refuse_link_to_elsewhere(path, self.label)
             self.opened[file] = open_container(path, f"{self.label}/{file}")
         return self.opened[file]
 
@@ -147,15 +204,6 @@ class LocalFolder:
         return refusal(f"{self.label}/{folder}", refused)
 
 
-def file_names(path: Path, given: str | None = None) -> frozenset[str]:
-    """The files right in a folder. Raises CheckpointError, with `given` for the path."""
-    try:
-        return frozenset(entry.name for entry in path.iterdir() if entry.is_file())
-    except OSError as error:
-        words = f"cannot be listed: {error.strerror or error}"
-        raise CheckpointError(f"{given or path}: {words}") from None
-
-
 def _weights_below(path: Path) -> dict[str, Refused | None]:
     """Folders below that hold weights, in the usual places and right here, → why not to be read."""
     usual = [name for name in (*WEIGHT_FOLDERS, *SHARD_FOLDERS) if (path / name).is_dir()]
@@ -167,28 +215,19 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
             readable, refused = choose_layout(names, folder) is not None, by_files(names)
         except CheckpointError:
             continue
+        readable = readable or holds_shards(names)
         if readable or refused is not None:
             found[folder] = None if readable else refused
     return found
 
 
 def _configuration_only(path: Path, label: str) -> CheckpointError:
-    beside: Refused | None = by_files(file_names(path.parent, label))
-    if beside is not None and "FSDP" in beside.format:
-        hint = beside.hint.replace("{ref}", str(path.parent))
+    if holds_shards(file_names(path.parent, label)):
         return CheckpointError(
-            f"`{path.name}/` holds configuration only; weights are in the FSDP shards beside it. "
-            f"{hint}"
+            f"`{path.name}/` holds configuration only; weights are in the shards beside it: give "
+            f"{Path(label).parent}"
         )
     return CheckpointError(
         f"`{label}` holds configuration only (config.json); geoscope needs model*.safetensors "
         "or pytorch_model*.bin beside it"
     )
-
-
-def _refuse_link_to_elsewhere(path: Path, label: str) -> None:
-    if leads_elsewhere(path):
-        raise CheckpointError(
-            f"`{label}`: {path.name} is a link to {path.resolve()}, outside of the folder; "
-            "give the folder that holds the file itself"
-        )

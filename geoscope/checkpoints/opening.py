@@ -22,10 +22,10 @@ from geoscope.checkpoints.tied import tied_names
 from geoscope.errors import CheckpointError, first_names
 from geoscope.records import ModelRef, TensorInfo
 
-__all__ = ["CONFIG", "Folder", "Identity", "assemble", "open_folder", "storage_dtype"]
+__all__ = ["CONFIG", "NO_CONFIG", "Folder", "Identity", "assemble", "open_folder", "storage_dtype"]
 
 CONFIG = "config.json"
-_NO_CONFIG = (
+NO_CONFIG = (
     "no config.json at hand: Conv1D layers and tied embeddings are told by names and shapes alone"
 )
 _FLOATING = ("float", "bfloat")
@@ -76,7 +76,7 @@ def open_folder(folder: Folder, identity: Identity) -> Checkpoint:
         raise folder.no_weights() if refused is None else refusal(identity.given, refused)
     shards = _shards(folder, layout)
     headers = folder.headers(sorted(set(shards.values())) if shards else [layout.file])
-    notes = layout.notes if CONFIG in names else (*layout.notes, _NO_CONFIG)
+    notes = layout.notes if CONFIG in names else (*layout.notes, NO_CONFIG)
     return assemble(identity, folder, config, headers, shards, notes)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoscope.checkpoints.container import FileHeader, byte_view
+from geoscope.checkpoints.refused import odd_shards, refusal
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.names import is_output_head
 from geoscope.records import TensorInfo
@@ -22,13 +23,18 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PickleFile"]
+__all__ = ["PickleFile", "load_tensors", "mapped_limit", "shared_storage"]
 
 # Wrappers that training scripts put around the weights.
 _NESTS = ("state_dict", "model_state_dict", "model")
 
-# Mapped bytes that may be touched before the mapping is renewed.
 _MAPPED_LIMIT = 64 << 20
+_MAPPED_LEAST = 8 << 20
+
+
+def mapped_limit(files: int = 1) -> int:
+    """Mapped bytes of each of so many files that may be touched before its mapping is renewed."""
+    return max(_MAPPED_LIMIT // files, _MAPPED_LEAST)
 
 
 @dataclass
@@ -43,9 +49,10 @@ class PickleFile:
 
     @classmethod
     def open(cls, path: Path, label: str) -> PickleFile:
-        tensors, notes = _load(path, label)
+        tensors, notes = load_tensors(path, label)
+        _refuse_parts(tensors, label)
         infos = {name: _info(name, tensor, path.name) for name, tensor in tensors.items()}
-        return cls(path, label, FileHeader(infos, _shared(tensors), notes))
+        return cls(path, label, FileHeader(infos, shared_storage(tensors), notes))
 
     def read(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
         mapped = self._tensors()[name]
@@ -65,9 +72,9 @@ class PickleFile:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         if self._loaded is None or (
-            self._touched > _MAPPED_LIMIT and _is_zip(self.path, self.label)
+            self._touched > mapped_limit() and _is_zip(self.path, self.label)
         ):
-            self._loaded, self._touched = _load(self.path, self.label)[0], 0
+            self._loaded, self._touched = load_tensors(self.path, self.label)[0], 0
         return self._loaded
 
 
@@ -80,8 +87,12 @@ def _is_zip(path: Path, label: str) -> bool:
         raise CheckpointError(f"{label}: cannot be read: {error.strerror or error}") from None
 
 
-def _load(path: Path, label: str) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The named tensors of a file, and remarks. Raises CheckpointError."""
+def load_tensors(path: Path, label: str) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The named tensors of a file, mapped where its format allows, and remarks.
+
+    Raises CheckpointError. Parts of distributed tensors come back as DTensor, once the caller has
+    imported `torch.distributed.tensor`; without that they are refused.
+    """
     import torch
 
     mappable = _is_zip(path, label)
@@ -107,6 +118,11 @@ def _refusal(error: Exception, path: Path, label: str) -> CheckpointError:
         return CheckpointError(
             f"{label}: a Git LFS pointer and not the weights; run `git lfs pull` in its folder"
         )
+    if "sharded_tensor" in reason:
+        folder = label.rpartition("/")[0] or "."
+        return refusal(folder, odd_shards(f"{path.name} is a pickle of ShardedTensor"))
+    if "torch.distributed.tensor" in reason:
+        return _parts_error(label)
     if "Weights only load failed" in reason and "Unsupported operand" not in reason:
         return UnsupportedFormat(
             f"{label}: file needs arbitrary code to load; convert it to safetensors"
@@ -114,6 +130,20 @@ def _refusal(error: Exception, path: Path, label: str) -> CheckpointError:
     return CheckpointError(
         f"{label}: no PyTorch file, or a damaged one ({type(error).__name__}); "
         "copy or download it again"
+    )
+
+
+def _refuse_parts(tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    import torch
+
+    if any(type(value) not in (torch.Tensor, torch.nn.Parameter) for value in tensors.values()):
+        raise _parts_error(label)
+
+
+def _parts_error(label: str) -> CheckpointError:
+    return UnsupportedFormat(
+        f"{label}: holds one rank's parts of distributed tensors (DTensor), and geoscope reads "
+        "those of all ranks together; give the folder of model_world_size_*_rank_*.pt files"
     )
 
 
@@ -151,7 +181,7 @@ def _info(name: str, tensor: torch.Tensor, source: str) -> TensorInfo:
     )
 
 
-def _shared(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def shared_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """name → the name it repeats, for tensors that are the same view of the same storage.
 
     Kept is the shortest path that is no output head: the embedding of a tied pair, and the name

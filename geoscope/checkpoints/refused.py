@@ -27,7 +27,9 @@ __all__ = [
     "by_files",
     "by_tensors",
     "is_adapter_file",
+    "is_megatron",
     "is_never_opened",
+    "odd_shards",
     "refusal",
     "refuse_kohya",
     "refuse_scaled",
@@ -36,7 +38,8 @@ __all__ = [
 _PRECISIONS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
 _PEFT = "geoscope reads the keys of PEFT."
 _WHOLE = "geoscope compares whole weights."
-_FILES = "geoscope reads safetensors and pytorch_model*.bin."
+_PARTS = "geoscope reads them together, from their folder."
+_DTENSORS = "geoscope reads shards of DTensors, each split along one dimension."
 
 _SOURCE = "Use the checkpoint it was quantised from."
 _BITSANDBYTES = "Merge the adapter into the bf16 base; for QLoRA that is the unquantised base."
@@ -45,7 +48,7 @@ _BF16 = "Use a bf16 conversion."
 _CONVERT = "Convert it to safetensors."
 _MERGE = "Merge it into its base (PeftModel.merge_and_unload) and give the merged folder."
 _MERGE_LORA = "Merge it into its base and give the merged weights."
-_FSDP = (
+_MERGER = (
     "Run `python -m verl.model_merger merge --backend fsdp --local_dir {ref} --target_dir OUT` "
     "(it casts to bf16) and give OUT."
 )
@@ -54,10 +57,7 @@ _MEGATRON = (
     "--backend megatron --local_dir … --target_dir OUT`, and give OUT."
 )
 _DEEPSPEED = "Run `zero_to_fp32.py` in that folder, or save with `--save_hf_ckpt`."
-_DCP = (
-    "Run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {ref} OUT.pt` "
-    "and give OUT.pt."
-)
+_TOGETHER = "Give the folder that holds them all, on this disk."
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Refused:
     evidence: str
     hint: str
     needs: str = _PRECISIONS
+
+
+def odd_shards(evidence: str) -> Refused:
+    """FSDP shards whose parts are no slices of one tensor each."""
+    return Refused("FSDP shards of a kind that is not read", evidence, _MERGER, _DTENSORS)
 
 
 def refusal(reference: str, refused: Refused) -> UnsupportedFormat:
@@ -258,15 +263,16 @@ _NEVER = re.compile(
     r"(?:optimizer|scheduler|scaler)\.(?:pt|bin)$|optim_|extra_state_|rng_state|training_args\.bin$"
 )
 _ADAPTER_FILE = re.compile(r"adapter_model(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
+# Megatron's torch_dist is DCP with two files of its own, so it comes first.
+_MEGATRON_FILE = re.compile(r"(?:common\.pt|model_optim_rng\.pt|distrib_optim\.pt)$")
 _FRAMEWORKS = (
-    # Megatron's torch_dist is DCP with two files of its own, so it comes first.
     (
-        re.compile(r"(?:common\.pt|model_optim_rng\.pt|distrib_optim\.pt)$"),
+        _MEGATRON_FILE,
         "a Megatron checkpoint",
         _MEGATRON,
         _PRECISIONS,
     ),
-    (re.compile(r"model_world_size_\d+_rank_\d+\.pt$"), "verl FSDP shards", _FSDP, _FILES),
+    (re.compile(r"model_world_size_\d+_rank_\d+\.pt$"), "verl FSDP shards", _TOGETHER, _PARTS),
     (
         re.compile(
             r"(?:.*mp_rank_\d+_model_states\.pt|.*zero_pp_rank_\d+_.*\.pt|zero_to_fp32\.py)$"
@@ -275,7 +281,7 @@ _FRAMEWORKS = (
         _DEEPSPEED,
         _PRECISIONS,
     ),
-    (re.compile(r"(?:\.metadata|.*\.distcp)$"), "a DCP checkpoint", _DCP, _FILES),
+    (re.compile(r"(?:\.metadata|.*\.distcp)$"), "a DCP checkpoint", _TOGETHER, _PARTS),
 )
 _SUFFIXES = {
     ".gguf": "GGUF",
@@ -293,6 +299,11 @@ def is_never_opened(name: str) -> bool:
 def is_adapter_file(name: str) -> bool:
     """Whether a file holds the factors of a PEFT adapter."""
     return _ADAPTER_FILE.match(name) is not None
+
+
+def is_megatron(names: Collection[str]) -> bool:
+    """Whether a folder with these files is a Megatron checkpoint."""
+    return any(_MEGATRON_FILE.match(name) for name in names)
 
 
 def by_files(names: Collection[str]) -> Refused | None:

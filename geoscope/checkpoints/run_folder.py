@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from geoscope.checkpoints.places import Kind, find_places
 from geoscope.checkpoints.reference import HubReference, LocalReference, parse_reference
-from geoscope.checkpoints.step_folder import Kind, find_places
 from geoscope.checkpoints.steps import Step, parse_step, step_of_part
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError
 from geoscope.names import in_natural_order

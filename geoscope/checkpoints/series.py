@@ -19,6 +19,7 @@ from typing import Literal
 from geoscope.checkpoints.adapter import Adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.local import open_local
+from geoscope.checkpoints.places import find_places
 from geoscope.checkpoints.readers import is_readable
 from geoscope.checkpoints.reference import HubReference, LocalReference
 from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
@@ -29,7 +30,7 @@ from geoscope.checkpoints.run_folder import (
     run_folder,
     runs_below,
 )
-from geoscope.checkpoints.step_folder import Found, find_places, open_step_folder
+from geoscope.checkpoints.step_folder import Found, open_step_folder
 from geoscope.checkpoints.steps import Step
 from geoscope.errors import CheckpointError, OptionError, first_names
 from geoscope.names import in_natural_order
@@ -109,12 +110,11 @@ def open_series(
     notes: list[str] = []
     lost: list[tuple[Candidate, Skipped]] = []
     for one in _in_order(found):
-        point, remarks = _open(one, on_progress)
+        point = _open(one, on_progress)
         if isinstance(point, Skipped):
             lost.append((one, point))
             continue
         opened.append((one, point))
-        notes.extend(remarks)
     opened, repeated = _without_repeats(opened)
     read = {point.step for _, point in opened}
     skipped = _sorted((*passed, *(_lost(*each, read) for each in lost), *repeated))
@@ -169,13 +169,11 @@ def _lost(one: Candidate, skipped: Skipped, read: Collection[int]) -> Skipped:
 # --- one candidate ------------------------------------------------------------------------------
 
 
-def _open(
-    one: Candidate, on_progress: _Progress | None
-) -> tuple[SeriesPoint | Skipped, tuple[str, ...]]:
-    """The point, or why there is none; and remarks."""
+def _open(one: Candidate, on_progress: _Progress | None) -> SeriesPoint | Skipped:
+    """The point, or why there is none."""
     reason = _no_candidate(one)
     if reason is not None or one.step is None:
-        return Skipped(one.given, reason or _NO_NUMBER), ()
+        return Skipped(one.given, reason or _NO_NUMBER)
     label = f"{one.step.unit} {one.step.number}"
     try:
         found = _found(one, on_progress)
@@ -184,12 +182,11 @@ def _open(
         # huggingface_hub is handled; a branch without weights is passed over like a folder.
         if isinstance(one.reference, HubReference) and error.__context__ is not None:
             raise
-        return Skipped(one.given, f"{label}: {error}"), ()
+        return Skipped(one.given, f"{label}: {error}")
     kind = "model" if found.adapter is None else "adapter"
-    point = SeriesPoint(
+    return SeriesPoint(
         one.step.number, one.given, found.place, kind, found.checkpoint, found.adapter
     )
-    return point, tuple(f"{label}: {note}" for note in found.notes)
 
 
 def _no_candidate(one: Candidate) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,3 +102,13 @@ def assert_equal_bits(actual: Tensor, expected: Tensor) -> None:
         tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (actual, expected)
     )
     assert torch.equal(left, right)
+
+
+class Exploit:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.path}'",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -11,19 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.files import assert_equal_bits, llama, write_config, write_index
+from checkpoints.files import Exploit, assert_equal_bits, llama, write_config, write_index
 from geoscope.checkpoints import open_checkpoint
 from geoscope.errors import CheckpointError, UnsupportedFormat
-
-
-class Exploit:
-    """Unpickled, it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.path}'",)
 
 
 def test_a_single_file_reads_back_equal_with_and_without_a_buffer(tmp_path: Path) -> None:
