@@ -57,8 +57,8 @@ class HubServer:
     log: (method, path, lower-case headers) of each request; sent: (path, bytes of its body that
     went out). drop: files whose next whole body breaks off half way. cut: file → after how many
     bytes each of its next ranges breaks off. fail: path → status, for every request of it; busy:
-    path → the statuses of the next ones. ignore_range: answer with whole files. told: headers that
-    are told in place of the true ones.
+    path → the statuses of the next ones, 0 for a true answer. ignore_range: answer with whole
+    files. told: headers that are told in place of the true ones.
     """
 
     def __init__(self, repos: Mapping[str, Repo]) -> None:
@@ -121,7 +121,8 @@ class Handler(BaseHTTPRequestHandler):
         if failing := [wanted for wanted in self.hub.fail if wanted in path]:
             raise Failure(self.hub.fail[failing[0]])
         if busy := [wanted for wanted, left in self.hub.busy.items() if wanted in path and left]:
-            raise Failure(self.hub.busy[busy[0]].pop(0))
+            if status := self.hub.busy[busy[0]].pop(0):
+                raise Failure(status)
         if match := re.fullmatch(r"/blobs/(\w+)", path):
             name, content = self.hub.blobs[match[1]]
             self._send_content(name, content, {"ETag": f'"{match[1]}"'})
