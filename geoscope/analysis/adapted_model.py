@@ -88,6 +88,7 @@ def adapted(
         tied_to=base.tied_to,
         source=base.source,
         views=base.views,
+        scales=base.scales,
         base=base,
         whole=whole,
         adapter=adapter,

@@ -11,6 +11,7 @@ import torch
 
 from geoscope.analysis.options import Options, Progress
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
+from geoscope.checkpoints.disk import free_bytes
 from geoscope.checkpoints.pairing import common_rows, is_resized
 from geoscope.checkpoints.split import common_config, split
 from geoscope.engine import (
@@ -53,7 +54,13 @@ class Prepared:
     workers: int
     devices: tuple[torch.device, ...]
     bytes_to_fetch: int
+    free_disk: int | None  # where they go; None where nothing is to be fetched
     notes: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[tuple[Checkpoint, list[str]], ...]:
+        """Both models, and the names of the tensors that are read of them."""
+        return _wanted(self.base, self.tuned, self.pairing)
 
     @property
     def device(self) -> str:
@@ -72,7 +79,7 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     memory = _memory(pairing, options, devices)
     on_cpu = devices[0].type == "cpu"
     workers = options.jobs or (_cores() if on_cpu else len(devices))
-    names = [(one.base.name, one.tuned.name) for one in (*pairing.matrices, *pairing.vectors)]
+    rooms = [one.room(names) for one, names in _wanted(left, right, pairing)]
     return Prepared(
         base=left,
         tuned=right,
@@ -88,9 +95,16 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         workers=workers,
         devices=devices,
         notes=notes,
-        bytes_to_fetch=left.bytes_to_fetch([a for a, _ in names])
-        + right.bytes_to_fetch([b for _, b in names]),
+        bytes_to_fetch=sum(nbytes for room in rooms for nbytes in room.values()),
+        free_disk=free_bytes(rooms),
     )
+
+
+def _wanted(
+    base: Checkpoint, tuned: Checkpoint, pairing: Pairing
+) -> tuple[tuple[Checkpoint, list[str]], ...]:
+    pairs = (*pairing.matrices, *pairing.vectors)
+    return (base, [one.base.name for one in pairs]), (tuned, [one.tuned.name for one in pairs])
 
 
 def _matched(
@@ -136,6 +150,7 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
             dict.fromkeys([*(note for side in sides for note in side.notes), *prepared.notes])
         ),
         bytes_to_fetch=prepared.bytes_to_fetch,
+        free_disk=prepared.free_disk,
         memory=prepared.memory,
         workers=prepared.workers,
         device=prepared.device,

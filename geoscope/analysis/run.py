@@ -14,6 +14,7 @@ from geoscope.analysis.matrices import Matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
 from geoscope.analysis.selection import VERDICT_KINDS, all_selected
+from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.engine import Outcome, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped
@@ -39,8 +40,7 @@ class TunedRun:
 def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
     """Downloads what is needed, and measures and judges every matrix; stops early on a signal."""
     pairing = prepared.pairing
-    prepared.base.fetch([one.base.name for one in (*pairing.matrices, *pairing.vectors)])
-    prepared.tuned.fetch([one.tuned.name for one in (*pairing.matrices, *pairing.vectors)])
+    fetch_all(prepared.wanted)
     found: dict[str, Matrix] = {}
     interrupted = None
     outcomes = stream(

@@ -12,6 +12,7 @@ from geoscope.adapters.peft_names import module_paths
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.checkpoints.series import Series, open_series
 from geoscope.checkpoints.split import common_config, split
 from geoscope.checkpoints.steps import given_steps
@@ -197,10 +198,10 @@ def _of_models(series: Series, options: FollowOptions, *, in_parts: bool) -> Fol
             continue
         m, n = pairs[0].shape
         tensors[name] = ModelTensor(name, (m, n), places)
-    for one in (base, *checkpoints):
-        one.fetch(
-            [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one]
-        )
+    fetch_all(
+        (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
+        for one in (base, *checkpoints)
+    )
     return Followed(
         steps=tuple(steps),
         tensors=tensors,

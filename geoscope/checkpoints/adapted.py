@@ -6,7 +6,7 @@ and a whole weight is made, in fp64, only where the tuned weight itself is asked
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,13 +91,6 @@ class AdaptedCheckpoint(Checkpoint):
 
     def rounding(self, name: str) -> float | None:
         return None if name in self.changes else self.base.rounding(name)
-
-    def bytes_to_fetch(self, names: Iterable[str]) -> int:
-        """Of the base: the adapter is here."""
-        return self.base.bytes_to_fetch(names)
-
-    def fetch(self, names: Iterable[str]) -> None:
-        self.base.fetch(names)
 
 
 def _factors(adapter: Adapter, change: Change) -> Factors:

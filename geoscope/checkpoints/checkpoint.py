@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from geoscope.checkpoints.block_fp8 import BlockScale, scaled, spacings
 from geoscope.checkpoints.container import Container, byte_view
+from geoscope.checkpoints.disk import Room, check_room
 from geoscope.checkpoints.views import View, gather
 from geoscope.errors import CheckpointError
 from geoscope.records import ModelRef, TensorInfo
@@ -18,7 +19,7 @@ from geoscope.records import ModelRef, TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "Source"]
+__all__ = ["Checkpoint", "Source", "fetch_all"]
 
 # Entries whose rounding is summed at a time.
 _PART = 1 << 22
@@ -27,9 +28,11 @@ _PART = 1 << 22
 class Source(Protocol):
     """Where the weight files come from: a folder of this disk, or the Hub and its cache."""
 
-    def bytes_to_fetch(self, files: Collection[str]) -> int: ...
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        """What fetching these tensors (file → names) would bring, and into which folders."""
+        ...
 
-    def fetch(self, files: Collection[str]) -> None: ...
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None: ...
 
     def open(self, file: str) -> Container:
         """The file, opened; it is fetched first when it is not here yet."""
@@ -71,12 +74,16 @@ class Checkpoint:
         return len({self._stored(name) for name in self.tensors})
 
     def bytes_to_fetch(self, names: Iterable[str]) -> int:
-        """Bytes of the files that hold these tensors and are not on this disk yet."""
-        return self.source.bytes_to_fetch(self._files(names))
+        """Bytes that `fetch` would bring onto this disk."""
+        return sum(self.room(names).values())
+
+    def room(self, names: Iterable[str]) -> Room:
+        """Folder → bytes that `fetch` would write there."""
+        return self.source.room(self._by_file(names))
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Download the files that hold these tensors, and no others."""
-        self.source.fetch(self._files(names))
+        """Bring these tensors onto this disk; raises CheckpointError when they do not fit."""
+        fetch_all([(self, names)])
 
     def read(self, name: str, *, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """One tensor in its storage dtype, shape (out, in); FP8 with its scales, as fp32.
@@ -161,16 +168,29 @@ class Checkpoint:
     def _stored(self, name: str) -> str:
         return self.views[name].stored if name in self.views else name
 
-    def _files(self, names: Iterable[str]) -> list[str]:
-        files: set[str] = set()
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """File → stored tensors that these are read from, with the scales of FP8."""
+        found: dict[str, set[str]] = {}
         for name in names:
-            files.add(self._info(name).source)
-            if scale := self.scales.get(self._stored(name)):
-                files.add(scale.stored.source)
-        return sorted(files)
+            stored = self._stored(name)
+            found.setdefault(self._info(name).source, set()).add(stored)
+            if scale := self.scales.get(stored):
+                found.setdefault(scale.stored.source, set()).add(scale.stored.name)
+        return {file: sorted(found[file]) for file in sorted(found)}
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.ref.given}: holds no tensor {name}")
         return info
+
+
+def fetch_all(wanted: Iterable[tuple[Checkpoint, Iterable[str]]]) -> None:
+    """Brings tensors of several checkpoints onto this disk, if there is room for all of them.
+
+    Raises CheckpointError, for a full disk before the first byte.
+    """
+    chosen = [(one, one._by_file(names)) for one, names in wanted]
+    check_room(one.source.room(files) for one, files in chosen)
+    for one, files in chosen:
+        one.source.fetch(files)

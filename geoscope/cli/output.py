@@ -206,5 +206,10 @@ def _plan_line(prepared: Prepared) -> str:
     what = f"comparing {len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
     where = f"with {prepared.base.ref.given} on {prepared.device}"
     if prepared.bytes_to_fetch:
-        where += f", fetching {prepared.bytes_to_fetch / 1e6:.0f} MB"
+        where += f", fetching {_megabytes(prepared.bytes_to_fetch)}"
+        where += f" ({(prepared.free_disk or 0) / 1e9:.0f} GB free)"
     return f"{what} {where}"
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10**7 else f"{nbytes / 1e6:.2g} MB"
