@@ -118,7 +118,8 @@ class NameMap:
 
     def canonical(self, name: str) -> tuple[str, tuple[str, ...]]:
         """As the function `canonical`, after these rules."""
-        mapped, rules = name, []
+        mapped = name
+        rules: list[str] = []
         for text in self.given:
             pattern, _, replacement = text.rpartition("=")
             changed = re.sub(pattern, replacement, mapped)

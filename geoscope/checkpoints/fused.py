@@ -37,14 +37,15 @@ def fused_parts(info: TensorInfo, config: Mapping[str, Any]) -> tuple[str, Parts
     None, too, where the sides are not those that config.json tells.
     """
     match = FUSED.search(info.name)
-    if match is None or len(info.shape) > 2:
+    is_flat = len(info.shape) in (1, 2)
+    if match is None or not is_flat:
         return None
-    leaf = match["leaf"]
+    leaf, out = match["leaf"], info.shape[0]
     rule = _rule(leaf, info, config)
-    parts = None if rule is None else rule(info.shape[0], text_config(config))
-    if parts is None or sum(one.total for one in parts.values()) != info.shape[0]:
+    parts = None if rule is None else rule(out, text_config(config))
+    if parts is None or sum(one.total for one in parts.values()) != out:
         return None
-    return (leaf, parts) if all(one.fits(info.shape[0]) for one in parts.values()) else None
+    return (leaf, parts) if all(one.fits(out) for one in parts.values()) else None
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
