@@ -45,9 +45,11 @@ def started_from(adapter: Adapter, given: str | None) -> Adapter | None:
     )
 
 
-def update_of(tuned: Checkpoint, name: str) -> tuple[Tensor, ...]:
-    """What `FactorUpdate.of` takes for an update in its factors; else the tuned weight alone."""
-    factors = tuned.factors(name) if isinstance(tuned, AdaptedCheckpoint) else ()
+def update_of(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[Tensor, ...]:
+    """What `FactorUpdate.of` takes where `tuned` is an adapter over `base`; else the weight."""
+    if not isinstance(tuned, AdaptedCheckpoint) or tuned.base is not base:
+        return (tuned.read(name),)
+    factors = tuned.factors(name)
     if not factors:
         return (tuned.read(name),)
     return tuple(
