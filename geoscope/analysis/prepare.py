@@ -66,6 +66,11 @@ class Prepared:
         return _wanted(self.base, self.tuned, self.pairing)
 
     @property
+    def stacks(self) -> bool:
+        """Whether several pairs are computed together."""
+        return _stacks(self.devices, self.tuned)
+
+    @property
     def device(self) -> str:
         """The devices by name, as reports show them."""
         return ", ".join(str(one) for one in self.devices)
@@ -91,8 +96,7 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         batches=plan(
             pairing.matrices,
             memory=memory,
-            # the factors of an adapter may differ in rank
-            stack=not on_cpu and not isinstance(right, AdaptedCheckpoint),
+            stack=_stacks(devices, right),
             parts=batches_a_shape(devices),
             entry_bytes=_MASK_BYTES * options.masks + _CURVE_BYTES * options.curves,
         ),
@@ -103,6 +107,11 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         bytes_to_fetch=sum(nbytes for room in rooms for nbytes in room.values()),
         free_disk=free_bytes(rooms),
     )
+
+
+def _stacks(devices: Sequence[torch.device], tuned: Checkpoint) -> bool:
+    """On other devices than the CPU; but the factors of an adapter may differ in rank."""
+    return devices[0].type != "cpu" and not isinstance(tuned, AdaptedCheckpoint)
 
 
 def _wanted(
