@@ -109,7 +109,7 @@ class Adapter:
         """
         module = self.modules.get(name)
         tensor = name if module is None or module.is_stack else f"{name}.weight"
-        if tensor in self.replaced:
+        if tensor in self.replaced and (module is None or not module.is_stack):
             weight = self._replacement(tensor, weight)
         if module is not None:
             return module.updated(weight, self.read)
@@ -198,7 +198,7 @@ def open_adapter(
         config=config,
         tensors=tensors,
         modules=modules,
-        replaced=replacements(others, given),
+        replaced=replacements(others, tensors, given),
         rows=token_rows(config, tensors, given),
         vectors=vectors,
         others=others,

@@ -22,8 +22,10 @@ from geoscope.records import TensorInfo
 __all__ = ["Rows", "Vector", "base_name", "replacements", "token_rows"]
 
 _MARKS = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save\.[^.]+)(?=\.)")
-# The base's own weight, and buffers of PEFT that a raw state dict repeats for every module.
-_PASSED_OVER = re.compile(r"(?:^|\.)(?:original_module|vera_[AB]|ranknum)(?:\.|$)")
+# In a raw state dict: the base's own weight, buffers of PEFT, and scales of a quantised base.
+_PASSED_OVER = re.compile(
+    r"(?:^|\.)(?:original_module|vera_[AB]|ranknum|SCB|weight_format)(?:\.|$)|\.weight\."
+)
 _OF_AN_ADAPTER = re.compile(r"(?:^|\.)(?:lora|vera|ia3|hada|lokr|oft|boft|hra|vblora|fourierft)_")
 _ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 
@@ -54,15 +56,18 @@ def base_name(stored: str) -> str:
     return _MARKS.sub("", without_wrappers(stored))
 
 
-def replacements(others: Iterable[str], label: str) -> dict[str, str]:
-    """Base tensor → the stored one that replaces it whole.
+def replacements(
+    others: Iterable[str], tensors: Mapping[str, TensorInfo], label: str
+) -> dict[str, str]:
+    """Base tensor → the stored one that replaces it whole; of a quantised base none.
 
     others: stored names that are no factors. Raises CheckpointError where two replace one, and
     for what is a part of an adapter.
     """
     found: dict[str, str] = {}
     for stored in others:
-        if _PASSED_OVER.search(stored) or is_rows(stored):
+        is_number = "float" in tensors[stored].dtype
+        if not is_number or _PASSED_OVER.search(stored) or is_rows(stored):
             continue
         if _OF_AN_ADAPTER.search(stored):
             raise CheckpointError(
