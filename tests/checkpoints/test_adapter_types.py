@@ -18,6 +18,7 @@ from torch import Tensor
 
 from checkpoints.peft_adapters import infos, merged, peft, quietly
 from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.step_folder import open_step_folder
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError, UnsupportedFormat
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
@@ -308,6 +309,18 @@ def test_an_alpha_can_be_given_where_the_config_has_none(tmp_path: Path) -> None
     merged(tmp_path / "ia3", *CASES["ia3"])
     with pytest.raises(OptionError, match="IA3 has no lora_alpha"):
         open_adapter(tmp_path / "ia3", alpha=6)
+
+
+def test_an_alpha_of_0_is_an_old_mergers_for_lora_alone(tmp_path: Path) -> None:
+    """AdaLoRA takes its own rank for it."""
+    for case in ("lora", "adalora, alpha 0"):
+        merged(tmp_path / case, *CASES[case])
+    edit(tmp_path / "lora", lora_alpha=0)
+    with pytest.raises(CheckpointError, match="lora_alpha is 0: written by an old merger"):
+        open_step_folder(tmp_path / "lora", "lora")
+    found = open_step_folder(tmp_path / "adalora, alpha 0", "adalora").adapter
+    assert found is not None
+    assert {one.scaling for one in found.modules.values()} == {4 / (4 + 1e-5)}
 
 
 # --- types that are not read --------------------------------------------------------------------
