@@ -11,16 +11,22 @@ model.embed_tokens.base_layer.weight            an adapted embedding, or a resiz
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError
 from geoscope.names import without_wrappers
 from geoscope.records import TensorInfo
 
-__all__ = ["Rows", "Vector", "base_name", "replacements", "token_rows"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+__all__ = ["Read", "Rows", "Vector", "base_name", "replacements", "token_rows"]
+
+Read = Callable[[str], "Tensor"]  # stored name → the tensor as it is stored
+
+_OTHER_MODEL = "give the model that the adapter was trained on"
 _MARKS = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save\.[^.]+)(?=\.)")
 # In a raw state dict: the base's own weight, buffers of PEFT, and scales of a quantised base.
 _PASSED_OVER = re.compile(
@@ -37,6 +43,17 @@ class Rows:
     indices: tuple[int, ...]
     stored: str
 
+    def updated(self, name: str, weight: Tensor, read: Read) -> Tensor:
+        """The embedding W (vocab, dim) with the new rows, fp64. Raises CheckpointError."""
+        rows, changed = read(self.stored).double(), weight.double().clone()
+        if rows.shape[1:] != changed.shape[1:] or max(self.indices) >= len(changed):
+            raise CheckpointError(
+                f"{name}: the base tensor is {tuple(weight.shape)}, the new rows up to number "
+                f"{max(self.indices)} are {rows.shape[1]} wide; {_OTHER_MODEL}"
+            )
+        changed[list(self.indices)] = rows
+        return changed
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -45,6 +62,16 @@ class Vector:
     stored: str
     scaling: float = 1.0
     multiplies: bool = False
+
+    def updated(self, name: str, weight: Tensor, read: Read) -> Tensor:
+        """b′ in fp64. Raises CheckpointError for a b of another length."""
+        change, b = read(self.stored).double().reshape(-1), weight.double()
+        if change.shape != b.shape:
+            raise CheckpointError(
+                f"{name}: the base tensor is {tuple(b.shape)}, its change {tuple(change.shape)}; "
+                f"{_OTHER_MODEL}"
+            )
+        return b * change if self.multiplies else b + self.scaling * change
 
 
 def base_name(stored: str) -> str:

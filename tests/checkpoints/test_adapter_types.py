@@ -127,7 +127,8 @@ def changes(adapter: Adapter, base: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in names:
         if tensor in base:  # IA3 names biases that a layer may lack
-            found.setdefault(tensor, adapter.updated(name, base[tensor]))
+            found[tensor] = adapter.updated(name, base[tensor])
+            assert torch.equal(found[tensor], adapter.updated(tensor, base[tensor]))
     return found
 
 
@@ -252,6 +253,26 @@ def test_another_model_is_no_base(tmp_path: Path, case: str) -> None:
         wrong = torch.zeros(m + 1, n + 1)
         with pytest.raises(CheckpointError, match=r"the base weight is .*; give the model that"):
             adapter.updated(name, wrong)
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "shape"),
+    [
+        ("tokens", "model.embed_tokens.weight", (5, 12)),
+        ("tokens", "model.embed_tokens.weight", (28, 11)),
+        ("lora_bias", "model.layers.0.self_attn.q_proj.bias", (15,)),
+        ("ia3, bias", "model.layers.0.self_attn.q_proj.bias", (17,)),
+    ],
+)
+def test_rows_and_vectors_of_another_model(
+    tmp_path: Path, case: str, name: str, shape: tuple[int, ...]
+) -> None:
+    merged(tmp_path, *CASES[case])
+    adapter = open_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match=r"base tensor is .*; give the model that"):
+        adapter.updated(name, torch.zeros(shape))
+    with pytest.raises(KeyError):
+        adapter.updated("model.norm.weight", torch.zeros(12))
 
 
 RAW = ["lora", "dora", "embedding", "lora_bias", "modules_to_save", "tokens", "vera", "ia3"]
