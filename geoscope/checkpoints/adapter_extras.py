@@ -148,6 +148,7 @@ def _indices(given: Any, path: str) -> tuple[int, ...] | None:
     if isinstance(given, Mapping):
         suffixes = (key for key in given if path == key or path.endswith(f".{key}"))
         given = given.get(next(suffixes, None))
-    if not isinstance(given, list) or not all(type(one) is int and one >= 0 for one in given):
+    is_list = isinstance(given, list) and bool(given)
+    if not is_list or not all(type(one) is int and one >= 0 for one in given):
         return None
     return tuple(given)
