@@ -78,7 +78,7 @@ def _open_directory(path: Path, given: str) -> Checkpoint:
         and one.kind is not Kind.CONFIG
         and (one.folder != chosen.folder or one.kind in WEIGHTS)
     ]
-    note = (where(chosen, places),) if others or chosen.folder else ()
+    note = (f"weights taken from {where(chosen, places)}",) if others or chosen.folder else ()
     ref = replace(checkpoint.ref, given=given)
     return replace(checkpoint, ref=ref, notes=(*note, *checkpoint.notes))
 

@@ -95,7 +95,7 @@ def test_config_is_found_beside_and_above(shards: Path, tmp_path: Path) -> None:
     assert open_checkpoint(str(run / "pytorch_model_fsdp_0")).config == CONFIG
     found = open_checkpoint(str(run))
     assert found.config == CONFIG
-    assert found.notes == ("pytorch_model_fsdp_0/: shards", "read from a DCP checkpoint")
+    assert found.notes == ("weights taken from pytorch_model_fsdp_0/: shards", "read from a DCP checkpoint")
     config = {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
     (run / "config.json").write_text(json.dumps(config))
     assert "weights are GPTQ" in refusal(run, UnsupportedFormat)
