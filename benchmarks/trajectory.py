@@ -5,13 +5,15 @@ cache; the minimum of the rounds is shown, as others may work on the machine. Fu
 takes them, `torch.linalg.svd` in fp32 of Δ and δ of every tensor and step, are taken in the first
 `--svd-rounds` only, and of the first `--svd-steps` checkpoints.
 
-    python benchmarks/trajectory.py [--rounds 3] [--steps 12] [--svd-steps 3] [--decay 0.5]
+    python benchmarks/trajectory.py [--family llama-3-8b] [--rounds 3] [--steps 12]
+        [--svd-steps 3] [--decay 0.5]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -33,8 +35,12 @@ from geoscope.analysis.options import Progress
 from geoscope.analysis.series_tensors import Followed, open_followed
 from geoscope.analysis.trajectory_report import Trajectory
 
-# Matrices of one layer of Qwen2.5-1.5B that are followed, and drift of size RHO·‖W_0‖ a step.
-LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+# Matrices of one layer that are followed, by family, and drift of size RHO·‖W_0‖ a step. Full SVDs
+# of the MLP of an 8B model would take an hour.
+LEAVES = {
+    "qwen2.5-1.5b": ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"),
+    "llama-3-8b": ("self_attn.q_proj", "self_attn.k_proj"),
+}
 RHO = 1e-3
 # Rank of the drift, half of its energy; the rest is dense.
 DRIFT_RANK = 16
@@ -42,7 +48,7 @@ DRIFT_RANK = 16
 RANK, ADAPTER_STEPS, DEPTH = 32, 15, 32
 
 
-def make(root: Path, steps: int, layers: int, decay: float) -> None:
+def make(root: Path, family: str, steps: int, layers: int, decay: float) -> None:
     """`root`/base and /run: bf16, a drift beside as much dense noise a step; /lora: fp32.
 
     The drift has DRIFT_RANK singular values ∝ i^-decay and a dense half; 0 makes them equal, which
@@ -50,8 +56,8 @@ def make(root: Path, steps: int, layers: int, decay: float) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     now, drift = {}, {}
-    for leaf in LEAVES:
-        m, n = FAMILIES["qwen2.5-1.5b"][leaf]
+    for leaf in LEAVES[family]:
+        m, n = FAMILIES[family][leaf]
         W = weight(m, n, generator)
         now[leaf] = W.bfloat16().float()
         drift[leaf] = _drift(m, n, RHO * float(W.norm()), decay, generator)
@@ -169,8 +175,7 @@ def _series(root: Path, steps: int) -> Iterator[tuple[str, Iterator[Tensor]]]:
     """Each tensor and it at every step, the base first."""
     places = [root / "base", *(root / f"run/checkpoint-{10 * i}" for i in range(1, steps + 1))]
     files = [safe_open(place / "model.safetensors", "pt") for place in places]
-    for leaf in LEAVES:
-        name = f"model.layers.0.{leaf}.weight"
+    for name in sorted(files[0].keys()):
         yield name, (file.get_tensor(name) for file in files)
 
 
@@ -210,17 +215,19 @@ def main() -> None:
     parser.add_argument("--svd-rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--svd-steps", type=int, default=3)
+    parser.add_argument("--family", default="qwen2.5-1.5b", choices=sorted(LEAVES))
     parser.add_argument("--adapter-layers", type=int, default=2)
     parser.add_argument("--decay", type=float, default=0.5)
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make:
-        make(given.make, given.steps, given.adapter_layers, given.decay)
+        make(given.make, given.family, given.steps, given.adapter_layers, given.decay)
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         # In a process of its own: a child's peak counts what its parent held when it forked.
         own = [sys.executable, __file__, "--make", folder, "--steps", str(given.steps)]
+        own += ["--family", given.family]
         own += ["--decay", str(given.decay), "--adapter-layers", str(given.adapter_layers)]
         subprocess.run(own, check=True)
         print(table(root, given))
@@ -253,8 +260,8 @@ def table(root: Path, given: argparse.Namespace) -> str:
         name: path.sigma.tolist()
         for name, path in measured(root, few, directions=True).paths.items()
     }
-    entries = sum(m * n for m, n in (FAMILIES["qwen2.5-1.5b"][leaf] for leaf in LEAVES))
-    largest = max(m * n for m, n in (FAMILIES["qwen2.5-1.5b"][leaf] for leaf in LEAVES))
+    sizes = [math.prod(FAMILIES[given.family][leaf]) for leaf in LEAVES[given.family]]
+    entries, largest = sum(sizes), max(sizes)
     scale = DEPTH / given.adapter_layers
 
     def row(*cells: str) -> str:
@@ -265,7 +272,7 @@ def table(root: Path, given: argparse.Namespace) -> str:
 
     return "\n".join(
         [
-            f"{len(LEAVES)} matrices of Qwen2.5-1.5B ({entries / 1e6:.1f} M weights, bf16, "
+            f"{len(sizes)} matrices of {given.family} ({entries / 1e6:.1f} M weights, bf16, "
             f"synthetic, σ_i ∝ i^-{given.decay:g}), T = {T}; {os.cpu_count()} cores, shared with "
             f"other work (load average "
             f"{load:.1f} before, {os.getloadavg()[0]:.1f} after); least of {given.rounds} rounds "

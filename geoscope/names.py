@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from geoscope.errors import OptionError
 
 __all__ = [
+    "NameMap",
     "Selection",
     "canonical",
     "in_natural_order",
@@ -23,6 +24,7 @@ __all__ = [
     "layer_index",
     "module_kind",
     "parse_layers",
+    "without_wrappers",
 ]
 
 # Removed wherever they stand, in this order.
@@ -36,11 +38,16 @@ _WRAPPERS = (
 )
 
 # Spellings of one model across versions of transformers (issue 38627 there, 2574 in peft), then
-# the optional prefix of the bare backbone.
+# the optional prefix of the bare backbone; the experts of Mixtral on disk and as they are live.
 _SPELLINGS = (
-    (re.compile(r"^(?:model\.language_model|language_model\.model)\.(?=.)"), "vlm backbone"),
-    (re.compile(r"^language_model\.(?=lm_head\.)"), "vlm head"),
-    (re.compile(r"^(?:model|transformer)\.(?=.)"), "backbone prefix"),
+    (re.compile(r"^(?:model\.language_model|language_model\.model)\.(?=.)"), "", "vlm backbone"),
+    (re.compile(r"^language_model\.(?=lm_head\.)"), "", "vlm head"),
+    (re.compile(r"^(?:model|transformer)\.(?=.)"), "", "backbone prefix"),
+    (re.compile(r"^embed_out\.(?=weight$)"), "lm_head.", "output head"),
+    (re.compile(r"(?<=\.)block_sparse_moe\."), "mlp.", "expert names"),
+    (re.compile(r"(?<=\.)(experts\.\d+)\.w1\."), r"\1.gate_proj.", "expert names"),
+    (re.compile(r"(?<=\.)(experts\.\d+)\.w3\."), r"\1.up_proj.", "expert names"),
+    (re.compile(r"(?<=\.)(experts\.\d+)\.w2\."), r"\1.down_proj.", "expert names"),
 )
 
 _BLOCK = re.compile(
@@ -68,19 +75,78 @@ def canonical(name: str) -> tuple[str, tuple[str, ...]]:
         if stripped != name:
             rules.append(f"wrapper {mark}")
             name = stripped
-    for pattern, rule in _SPELLINGS:
-        shorter = pattern.sub("", name, count=1)
+    for pattern, replacement, rule in _SPELLINGS:
+        shorter = pattern.sub(replacement, name, count=1)
         if shorter != name:
             rules.append(rule)
             name = shorter
-    return name, tuple(rules)
+    return name, tuple(dict.fromkeys(rules))
 
 
 def _strip_wrapper(name: str, mark: str) -> str:
+    if mark not in name:
+        return name
     if mark.startswith("."):
         return re.sub(re.escape(mark) + r"(?=\.|$)", "", name)
     # Only a whole path part: `submodule.` must not lose its tail.
     return re.sub(r"(?:(?<=\.)|^)" + re.escape(mark), "", name)
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The canonical names, with rules of the user before the built-in ones.
+
+    given: `REGEX=REPL` each, applied to every name in this order with `re.sub`; the last `=`
+    divides, so that an expression may hold some. Raises OptionError.
+
+    >>> NameMap((r"^policy\\.=model.",)).canonical("policy.layers.0.mlp.up_proj.weight")[0]
+    'layers.0.mlp.up_proj.weight'
+    """
+
+    given: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for text in self.given:
+            pattern, equals, replacement = text.rpartition("=")
+            if not equals or not pattern:
+                raise OptionError(f"--map-name {text!r}: write REGEX=REPL, such as '^policy\\.='")
+            try:
+                # A replacement is parsed, and refused, whether or not anything matches.
+                re.compile(pattern).sub(replacement, "")
+            except (re.error, IndexError) as error:
+                raise OptionError(f"--map-name {text!r} cannot be used: {error}") from None
+
+    def canonical(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """As the function `canonical`, after these rules."""
+        mapped = name
+        rules: list[str] = []
+        for text in self.given:
+            pattern, _, replacement = text.rpartition("=")
+            changed = re.sub(pattern, replacement, mapped)
+            if not changed:
+                raise OptionError(f"--map-name {text!r}: nothing is left of {name}")
+            if changed != mapped:
+                rules.append(f"--map-name {text}")
+                mapped = changed
+        found, built_in = canonical(mapped)
+        return found, (*rules, *built_in)
+
+    def unused(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Rules that change none of these names."""
+        used = {rule for name in names for rule in self.canonical(name)[1]}
+        return tuple(text for text in self.given if f"--map-name {text}" not in used)
+
+
+def without_wrappers(name: str) -> str:
+    """The name without the marks of frameworks; PEFT's `.base_layer` and all spellings stay.
+
+    >>> without_wrappers("_orig_mod.base_model.model.model.norm.weight")
+    'model.norm.weight'
+    """
+    for mark in _WRAPPERS:
+        if not mark.startswith("."):
+            name = _strip_wrapper(name, mark)
+    return name
 
 
 def layer_index(name: str) -> int | None:

@@ -82,7 +82,7 @@ class TensorInfo:
 
     `shape` is (out, in) after the turns of the reading boundary; `transposed` says that the file
     holds it as (in, out) (Conv1D). `dtype` is the storage dtype, spelled as torch does
-    (`bfloat16`). `source` names the file.
+    (`bfloat16`), and `nbytes` counts it. `source` names the file.
     """
 
     name: str
@@ -91,6 +91,11 @@ class TensorInfo:
     nbytes: int
     source: str
     transposed: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes once it is read: FP8 becomes fp32."""
+        return self.nbytes * (4 if self.dtype.startswith("float8") else 1)
 
 
 @dataclass(frozen=True)

@@ -52,32 +52,50 @@ class Failure(Exception):
 class HubServer:
     """Serves `repos` on a free port of the loopback. Everything may be changed while it runs.
 
-    log: (method, path, lower-case headers) of each request. drop: files whose next body breaks off
-    half way. fail: path → status, for every request of it. ignore_range: answer with whole files.
+    Large files lie in a store of their own, on another host and port.
+
+    log: (method, path, lower-case headers) of each request; sent: (path, bytes of its body that
+    went out). drop: files whose next whole body breaks off half way. cut: file → after how many
+    bytes each of its next ranges breaks off. fail: path → status, for every request of it; busy:
+    path → the statuses of the next ones, 0 for a true answer. ignore_range: answer with whole
+    files. told: headers that are told in place of the true ones.
     """
 
     def __init__(self, repos: Mapping[str, Repo]) -> None:
         self.repos = dict(repos)
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.drop: set[str] = set()
+        self.sent: list[tuple[str, int]] = []
+        self.cut: dict[str, list[int]] = {}
         self.fail: dict[str, int] = {}
+        self.busy: dict[str, list[int]] = {}
+        self.told: dict[str, str] = {}
         self.ignore_range = False
         self.blobs: dict[str, tuple[str, bytes]] = {}
         handler = type("BoundHandler", (Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.storage = f"http://localhost:{self._server.server_port}"  # to the client another host
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+        hub, store = self._servers
+        self.url = f"http://127.0.0.1:{hub.server_port}"
+        self.storage = f"http://localhost:{store.server_port}"
+
+    def bodies(self, part: str) -> int:
+        """Bytes of the bodies that went out for paths with `part` in them."""
+        return sum(count for path, count in self.sent if part in path)
 
     def __enter__(self) -> HubServer:
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=one.serve_forever, args=(0.05,)) for one in self._servers
+        ]
+        for one, thread in zip(self._servers, self._threads, strict=True):
+            one.daemon_threads = True
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        for one, thread in zip(self._servers, self._threads, strict=True):
+            one.shutdown()
+            thread.join()
+            one.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -102,6 +120,9 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if failing := [wanted for wanted in self.hub.fail if wanted in path]:
             raise Failure(self.hub.fail[failing[0]])
+        if busy := [wanted for wanted, left in self.hub.busy.items() if wanted in path and left]:
+            if status := self.hub.busy[busy[0]].pop(0):
+                raise Failure(status)
         if match := re.fullmatch(r"/blobs/(\w+)", path):
             name, content = self.hub.blobs[match[1]]
             self._send_content(name, content, {"ETag": f'"{match[1]}"'})
@@ -181,7 +202,8 @@ class Handler(BaseHTTPRequestHandler):
         self, status: int, body: bytes, headers: Mapping[str, str], name: str | None = None
     ) -> None:
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+        told = {key: value for key, value in self.hub.told.items() if key in headers}
+        for key, value in {"Content-Length": str(len(body)), **headers, **told}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -190,7 +212,19 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.drop.remove(name)
             body = body[: len(body) // 2]
             self.close_connection = True
-        self.wfile.write(body)
+        if name is not None and status == 206 and self.hub.cut.get(name):
+            body = body[: self.hub.cut[name].pop(0)]
+            self.close_connection = True
+        self._send_body(body)
+
+    def _send_body(self, body: bytes) -> None:
+        count = 0
+        try:
+            for start in range(0, len(body), 1 << 16):
+                count += self.wfile.write(body[start : start + (1 << 16)])
+        except ConnectionError:  # the client has what it wanted
+            self.close_connection = True
+        self.hub.sent.append((self.path, count))
 
 
 def oid(content: bytes) -> str:

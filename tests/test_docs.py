@@ -88,7 +88,7 @@ COMMANDS = commands_below()
 
 
 def spellings(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])-{1,2}[a-zA-Z][a-z-]*", text)) - {"-h", "--help"}
+    return set(re.findall(r"(?<![\w-])-{1,2}[a-zA-Z][a-z0-9-]*", text)) - {"-h", "--help"}
 
 
 def options_of(command: str) -> set[str]:

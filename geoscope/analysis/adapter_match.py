@@ -13,7 +13,8 @@ from torch import Tensor
 
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.adapter import Adapter
-from geoscope.checkpoints.lora_adapter import LoraModule, expert_parts, is_targeted
+from geoscope.checkpoints.adapter_module import AdapterModule
+from geoscope.checkpoints.lora_adapter import expert_parts, is_targeted
 from geoscope.names import in_natural_order
 
 __all__ = ["AdapterMatch", "Piece"]
@@ -23,7 +24,7 @@ __all__ = ["AdapterMatch", "Piece"]
 class Piece:
     """A base weight, or one of its experts, and the rows of a module's product that adapt it."""
 
-    module: LoraModule
+    module: AdapterModule
     name: str
     expert: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
@@ -81,7 +82,9 @@ class AdapterMatch:
         )
 
 
-def _pieces(module: LoraModule, by_path: Mapping[str, str], base: Checkpoint) -> tuple[Piece, ...]:
+def _pieces(
+    module: AdapterModule, by_path: Mapping[str, str], base: Checkpoint
+) -> tuple[Piece, ...]:
     """The weights of one module; () where the base has none of that path."""
     if module.name in by_path:
         name = by_path[module.name]
@@ -97,14 +100,14 @@ def _pieces(module: LoraModule, by_path: Mapping[str, str], base: Checkpoint) ->
     )
 
 
-def _share(module: LoraModule, k: int, count: int) -> slice:
+def _share(module: AdapterModule, k: int, count: int) -> slice:
     """The k-th of `count` equal parts of the rows."""
     rows = module.shape[0] // count
     return slice(k * rows, (k + 1) * rows)
 
 
 def _misfit(
-    module: LoraModule, parts: Iterable[Piece], base: Checkpoint
+    module: AdapterModule, parts: Iterable[Piece], base: Checkpoint
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Shapes of the product and of the weight, where they differ."""
     for piece in parts:

@@ -25,7 +25,8 @@ from geoscope.checkpoints.adapter_folder import (
     adapter_folder,
     record_beside,
 )
-from geoscope.checkpoints.lora_adapter import LoraModule, expert_parts, unstacked
+from geoscope.checkpoints.adapter_module import AdapterModule
+from geoscope.checkpoints.lora_adapter import expert_parts, unstacked
 from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
 from geoscope.errors import CheckpointError, NumericsError, OptionError, PairingError, first_names
@@ -109,7 +110,7 @@ class Conversion:
                 put(name, self.trained.read(name))
         return tuple(found)
 
-    def _convert(self, module: LoraModule) -> tuple[Tensor, Tensor, list[ModuleEnergy]]:
+    def _convert(self, module: AdapterModule) -> tuple[Tensor, Tensor, list[ModuleEnergy]]:
         """B and A of one module as they are stored."""
         B, A = self.trained.factors(module.name)
         start = self._initial_factors(module)
@@ -126,7 +127,7 @@ class Conversion:
         energy = ModuleEnergy(module.name, made.energy, made.discarded)
         return *unstacked(made.B, made.A), [energy]
 
-    def _initial_factors(self, module: LoraModule) -> tuple[Tensor, Tensor] | None:
+    def _initial_factors(self, module: AdapterModule) -> tuple[Tensor, Tensor] | None:
         if self.initial is None:
             return None
         parts = self.parts[module.name]
@@ -162,6 +163,8 @@ def convert_adapter(
     origin, last = adapter_folder(initial), adapter_folder(trained)
     start = open_adapter(origin.adapter, given=origin.label)
     end = open_adapter(last.adapter, given=last.label)
+    for one in (start, end):
+        one.refuse_more_than_plain("convert-adapter")
     parts = _matched(start, end)
     starts_at_zero = origin.layout == "mirror" or origin.record.get("method") in _PLAIN
     _refuse_rank(rank, end, starts_at_zero, origin)
@@ -201,7 +204,7 @@ def _matched(start: Adapter, end: Adapter) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-def _parts(start: Adapter, module: LoraModule) -> tuple[str, ...]:
+def _parts(start: Adapter, module: AdapterModule) -> tuple[str, ...]:
     """The same module, or the experts' own matrices that PEFT has joined; () for none."""
     if module.name in start.modules:
         return (module.name,)
@@ -209,7 +212,7 @@ def _parts(start: Adapter, module: LoraModule) -> tuple[str, ...]:
 
 
 def _refuse_difference(
-    start: Adapter, end: Adapter, module: LoraModule, found: list[LoraModule]
+    start: Adapter, end: Adapter, module: AdapterModule, found: list[AdapterModule]
 ) -> None:
     each = max(1, len(found) // module.experts)
     m = sum(one.shape[0] for one in found[:each])

@@ -22,6 +22,7 @@ from geoscope.analysis.series_tensors import Followed, ModelTensor, open_followe
 from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.refused import refuse_scaled
 from geoscope.checkpoints.writing import plan_model, write_model
 from geoscope.errors import OptionError, first_names
 from geoscope.trajectory.backtest import Backtest
@@ -100,9 +101,12 @@ def extrapolate(
     method = _ALIASES.get(method, method.replace("-", "_"))
     if method not in methods():
         raise OptionError(f"--method {method!r} is not one of {', '.join(methods())}")
-    found = open_followed(references, options)
+    found = open_followed(references, options, in_parts=False)
     if found.series.kind == "adapter":
         raise OptionError("a series of adapters cannot be extrapolated yet; merge them first")
+    for point in found.series.points:
+        if point.checkpoint is not None:
+            refuse_scaled(point.checkpoint, "extrapolate")
     last = found.steps[-1]
     if target <= last:
         raise OptionError(f"--to-step {target}: the series ends at step {last}; give a later step")

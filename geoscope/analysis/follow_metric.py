@@ -62,7 +62,7 @@ def metric_curve(
     try:
         return _chosen(str(state), None), ()
     except (CheckpointError, OptionError) as error:
-        return None, (f"no metric: {error}",)
+        return None, (f"not related to a metric: {error}",)
 
 
 def _chosen(file: str, name: str | None) -> MetricCurve:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from geoscope.errors import OptionError
-from geoscope.names import Selection
+from geoscope.names import NameMap, Selection
 
 __all__ = ["FollowOptions"]
 
@@ -17,24 +17,31 @@ class FollowOptions:
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     initial_adapter: the adapter before training, where that does not start at zero. steps: such as
     "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the
-    leading pair of every update and of every step. metrics: a file of metric curves; default is
-    trainer_state.json of the last checkpoint. metric: the curve in it; default the only one.
-    jobs: worker threads; default one a core.
+    leading pair of every update and of every step. scalar_r2: R² of every single entry on a line in
+    t, of "all" entries or by the "published" filter; None leaves it out. metrics: a file of metric
+    curves; default is trainer_state.json of the last checkpoint. metric: the curve in it; default
+    the only one. map_name: REGEX=REPL each, applied to all names before they are matched. jobs:
+    worker threads; default one a core.
     """
 
     base: str | None = None
     initial_adapter: str | None = None
     steps: str | None = None
     directions: bool = True
+    scalar_r2: str | None = None
     metrics: str | None = None
     metric: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
+    map_name: tuple[str, ...] = ()
     jobs: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scalar_r2 not in (None, "all", "published"):
+            raise OptionError(f"--scalar-r2 {self.scalar_r2!r} is neither all nor published")
+        NameMap(self.map_name)  # refuses what is no rule
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
 

@@ -20,9 +20,11 @@ from geoscope.engine import Batch
 from geoscope.engine.cache import ResultCache, content_of
 from geoscope.errors import NumericsError
 from geoscope.linalg.changes import nonfinite_entries
+from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
     Judged,
     Measured,
+    Rounding,
     judge,
     measure,
     measure_nothing,
@@ -52,28 +54,39 @@ class Matrix:
 
 
 def worker(
-    kind: str, options: Options, cache: ResultCache | None
-) -> Callable[[Batch, Tensor, Tensor], Sequence[Matrix]]:
-    """The work on one stack: what is kept is recalled, finite matrices are measured together."""
+    kind: str,
+    options: Options,
+    cache: ResultCache | None,
+    rounding: Callable[[WeightPair], Rounding],
+) -> Callable[..., Sequence[Matrix]]:
+    """The work on one stack: what is kept is recalled, finite matrices are measured together.
 
-    def work(batch: Batch, base: Tensor, tuned: Tensor) -> list[Matrix]:
+    It takes base and tuned weights, or base and the factors of an update (`FactorUpdate.of`).
+    rounding: what FP8 blocks of a pair rounded away.
+    """
+
+    def work(batch: Batch, base: Tensor, *tuned: Tensor) -> list[Matrix]:
         results: dict[int, Matrix] = {}
         keys: dict[int, str] = {}
+        lost = [rounding(one) for one in batch.pairs]
         for i, one in enumerate(batch.pairs):
-            bad = nonfinite_entries(base[i]) + nonfinite_entries(tuned[i])
+            bad = sum(nonfinite_entries(stack[i]) for stack in (base, *tuned))
             if bad:
                 reason = f"{bad} entries are NaN or Inf"
                 results[i] = _failed(one, kind, options, Status.NON_FINITE, reason)
             elif cache is not None:
-                keys[i] = _key(cache, kind, options, base[i], tuned[i])
+                own = [stack[i] for stack in tuned]
+                keys[i] = _key(cache, kind, options, base[i], own, lost[i])
                 found = _recalled(one, cache.get(keys[i]), kind, options)
                 if found is not None:
                     results[i] = found
         rest = [i for i in range(len(batch.pairs)) if i not in results]
         if rest:
             whole = len(rest) == len(batch.pairs)
-            stacks = (base, tuned) if whole else (base[rest], tuned[rest])
-            measured = _measured([batch.pairs[i] for i in rest], *stacks, kind, options)
+            stacks = (base, *tuned) if whole else tuple(one[rest] for one in (base, *tuned))
+            measured = _measured(
+                [batch.pairs[i] for i in rest], stacks, kind, options, [lost[i] for i in rest]
+            )
             results |= zip(rest, measured, strict=True)
             for i in rest:
                 if cache is not None and results[i].failure is None:
@@ -83,11 +96,19 @@ def worker(
     return work
 
 
-def _key(cache: ResultCache, kind: str, options: Options, base: Tensor, tuned: Tensor) -> str:
+def _key(
+    cache: ResultCache,
+    kind: str,
+    options: Options,
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    rounding: Rounding,
+) -> str:
     return cache.key(
         {
             "base": content_of(base),
-            "tuned": content_of(tuned),
+            "tuned": [content_of(one) for one in tuned],
+            "rounding": rounding,
             "kind": kind,
             "settings": asdict(options.settings),
             "device": base.device.type,
@@ -126,24 +147,31 @@ def _failed(one: WeightPair, kind: str, options: Options, status: Status, reason
 
 
 def _measured(
-    pairs: Sequence[WeightPair], base: Tensor, tuned: Tensor, kind: str, options: Options
+    pairs: Sequence[WeightPair],
+    stacks: Sequence[Tensor],
+    kind: str,
+    options: Options,
+    rounding: Sequence[Rounding],
 ) -> list[Matrix]:
     shape = two_sides(pairs[0].shape)
     chosen = selected(kind, options, shape)
     try:
         factors = pair_factors(
-            base,
-            tuned,
+            stacks[0],
+            stacks[1] if len(stacks) == 2 else FactorUpdate.of(stacks[1:]),
             takes=takes_of(chosen),
             ks=[k for k in dimensions(options, shape) if k <= min(shape)],
             settings=options.settings,
+            rounding=rounding,
         )
     except NumericsError as error:
         if len(pairs) > 1:  # find the one that fails; the others are fine
             return [
                 matrix
                 for i, one in enumerate(pairs)
-                for matrix in _measured([one], base[i : i + 1], tuned[i : i + 1], kind, options)
+                for matrix in _measured(
+                    [one], [x[i : i + 1] for x in stacks], kind, options, rounding[i : i + 1]
+                )
             ]
         return [_failed(pairs[0], kind, options, Status.NOT_CONVERGED, str(error))]
     rows = measure(factors, chosen, seed=options.seed)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.metrics import Settings
 from geoscope.metrics.verdict import limits_in_force
-from geoscope.names import Selection
+from geoscope.names import NameMap, Selection
 from geoscope.records import Report
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ __all__ = ["Interrupted", "Options", "Progress"]
 class Options:
     """What may be chosen; every field is an option of the command line.
 
+    map_name: REGEX=REPL each, applied to the names of both sides before they are matched.
+    allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     ks: subspace dimensions of the @k columns. quick: leading triplets only; what needs a whole
     spectrum is then not applicable. solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
     max_memory: such as `8GB`; default 4 × the largest pair in fp32 + 500 MB. jobs: worker threads
@@ -33,6 +35,8 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
+    map_name: tuple[str, ...] = ()
+    allow_vocab_resize: bool = False
     ks: tuple[int, ...] = (8, 64)
     device: str = "auto"
     dtype: str = "float64"
@@ -49,6 +53,7 @@ class Options:
     def __post_init__(self) -> None:
         if not self.ks or any(k < 1 for k in self.ks):
             raise OptionError(f"--k {list(self.ks)}: subspace dimensions are whole numbers from 1")
+        NameMap(self.map_name)  # refuses what is no rule
         limits_in_force(self.limits)  # refuses names of thresholds that do not exist
         if self.solver not in ("auto", "exact"):
             raise OptionError(f"--solver {self.solver!r} is not one of auto, exact")

@@ -11,6 +11,9 @@ import torch
 
 from geoscope.analysis.options import Options, Progress
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
+from geoscope.checkpoints.disk import free_bytes
+from geoscope.checkpoints.pairing import common_rows, is_resized
+from geoscope.checkpoints.split import common_config, split
 from geoscope.engine import (
     Batch,
     default_memory,
@@ -22,6 +25,7 @@ from geoscope.engine import (
     resolve_devices,
     resolve_dtype,
 )
+from geoscope.names import NameMap
 from geoscope.records import Pairing
 from geoscope.report.survey import Survey
 
@@ -37,7 +41,10 @@ _CURVE_BYTES = 4 * 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pair of checkpoints before any heavy work: opened, matched, planned."""
+    """A pair of checkpoints before any heavy work: opened, matched, planned.
+
+    Fused and stacked tensors of both are in parts. notes: remarks on the pair.
+    """
 
     base: Checkpoint
     tuned: Checkpoint
@@ -47,6 +54,13 @@ class Prepared:
     workers: int
     devices: tuple[torch.device, ...]
     bytes_to_fetch: int
+    free_disk: int | None  # where they go; None where nothing is to be fetched
+    notes: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[tuple[Checkpoint, list[str]], ...]:
+        """Both models, and the names of the tensors that are read of them."""
+        return _wanted(self.base, self.tuned, self.pairing)
 
     @property
     def device(self) -> str:
@@ -61,11 +75,11 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     resolve_dtype(options.dtype, devices[0])
     left = open_checkpoint(base, on_progress=progress.on_download)
     right = open_checkpoint(tuned, on_progress=progress.on_download)
-    pairing = pair(left, right, options.selection)
+    left, right, pairing, notes = _matched(left, right, options)
     memory = _memory(pairing, options, devices)
     on_cpu = devices[0].type == "cpu"
     workers = options.jobs or (_cores() if on_cpu else len(devices))
-    names = [(one.base.name, one.tuned.name) for one in (*pairing.matrices, *pairing.vectors)]
+    rooms = [one.room(names) for one, names in _wanted(left, right, pairing)]
     return Prepared(
         base=left,
         tuned=right,
@@ -80,9 +94,41 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         memory=memory,
         workers=workers,
         devices=devices,
-        bytes_to_fetch=left.bytes_to_fetch([a for a, _ in names])
-        + right.bytes_to_fetch([b for _, b in names]),
+        notes=notes,
+        bytes_to_fetch=sum(nbytes for room in rooms for nbytes in room.values()),
+        free_disk=free_bytes(rooms),
     )
+
+
+def _wanted(
+    base: Checkpoint, tuned: Checkpoint, pairing: Pairing
+) -> tuple[tuple[Checkpoint, list[str]], ...]:
+    pairs = (*pairing.matrices, *pairing.vectors)
+    return (base, [one.base.name for one in pairs]), (tuned, [one.tuned.name for one in pairs])
+
+
+def _matched(
+    base: Checkpoint, tuned: Checkpoint, options: Options
+) -> tuple[Checkpoint, Checkpoint, Pairing, tuple[str, ...]]:
+    """Both sides in the parts that are compared, their correspondence, and remarks on it."""
+    config = common_config(base, tuned)
+    base, tuned = split(base, config), split(tuned, config)
+    names = NameMap(options.map_name)
+    notes = tuple(
+        f"--map-name {rule}: changes no name of either model"
+        for rule in names.unused([*base.tensors, *tuned.tensors])
+    )
+    if options.allow_vocab_resize:
+        base, tuned, resized = common_rows(base, tuned, names)
+        notes += resized
+    pairing = pair(base, tuned, options.selection, names)
+    notes += tuple(
+        f"{one.name}: {one.base[0]} rows in base, {one.tuned[0]} in tuned; --allow-vocab-resize "
+        "compares the rows that both have"
+        for one in pairing.shape_mismatch
+        if one.name in pairing.missing and is_resized(one.name, one.base, one.tuned)
+    )
+    return base, tuned, pairing, notes
 
 
 def survey(prepared: Prepared, *, paired: bool) -> Survey:
@@ -92,7 +138,7 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
         models=tuple(
             {
                 **side.ref.to_json(),
-                "tensors": len(side.tensors),
+                "tensors": side.stored,
                 "parameters": sum(math.prod(one.shape) for one in side.tensors.values()),
                 "bytes": sum(one.nbytes for one in side.tensors.values()),
                 "model_type": side.config.get("model_type"),
@@ -100,8 +146,11 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
             for side in sides
         ),
         pairing=prepared.pairing,
-        notes=tuple(dict.fromkeys(note for side in sides for note in side.notes)),
+        notes=tuple(
+            dict.fromkeys([*(note for side in sides for note in side.notes), *prepared.notes])
+        ),
         bytes_to_fetch=prepared.bytes_to_fetch,
+        free_disk=prepared.free_disk,
         memory=prepared.memory,
         workers=prepared.workers,
         device=prepared.device,

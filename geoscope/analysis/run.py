@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from geoscope.analysis.adapted_model import update_of
 from geoscope.analysis.matrices import Matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
 from geoscope.analysis.selection import VERDICT_KINDS, all_selected
+from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.engine import Outcome, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped
 from geoscope.linalg.changes import nonfinite_entries, side, unchanged
-from geoscope.metrics import Instance, judge_model
+from geoscope.metrics import Instance, Rounding, judge_model
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
 __all__ = ["TunedRun", "run_one"]
@@ -38,14 +40,13 @@ class TunedRun:
 def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
     """Downloads what is needed, and measures and judges every matrix; stops early on a signal."""
     pairing = prepared.pairing
-    prepared.base.fetch([one.base.name for one in (*pairing.matrices, *pairing.vectors)])
-    prepared.tuned.fetch([one.tuned.name for one in (*pairing.matrices, *pairing.vectors)])
+    fetch_all(prepared.wanted)
     found: dict[str, Matrix] = {}
     interrupted = None
     outcomes = stream(
         prepared.batches,
         read=_reader(prepared),
-        work=worker(kind, options, _cache(options)),
+        work=worker(kind, options, _cache(options), _rounding(prepared)),
         devices=prepared.devices,
         workers=prepared.workers,
         memory=prepared.memory,
@@ -75,11 +76,21 @@ def _cache(options: Options) -> ResultCache | None:
     return None if options.cache is None else ResultCache(options.cache)
 
 
-def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, Tensor]]:
-    def read(one: WeightPair) -> tuple[Tensor, Tensor]:
-        return prepared.base.read(one.base.name), prepared.tuned.read(one.tuned.name)
+def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:
+    """Base and tuned weight, or base and the factors of the update."""
+
+    def read(one: WeightPair) -> tuple[Tensor, ...]:
+        base = prepared.base.read(one.base.name)
+        return base, *update_of(prepared.tuned, one.tuned.name)
 
     return read
+
+
+def _rounding(prepared: Prepared) -> Callable[[WeightPair], Rounding]:
+    def rounding(one: WeightPair) -> Rounding:
+        return prepared.base.rounding(one.base.name), prepared.tuned.rounding(one.tuned.name)
+
+    return rounding
 
 
 def _with_note(outcome: Outcome[Matrix]) -> Matrix:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Protocol
@@ -12,26 +12,28 @@ from geoscope.adapters.peft_names import module_paths
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.checkpoints.series import Series, open_series
+from geoscope.checkpoints.split import common_config, split
 from geoscope.checkpoints.steps import given_steps
-from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
 from geoscope.linalg import Operand, Product
-from geoscope.names import in_natural_order
+from geoscope.names import NameMap, in_natural_order
 from geoscope.records import ModelRef, Skipped
+from geoscope.trajectory.factor_series import Factor, FactorSeries
 from geoscope.trajectory.increments import (
     Increments,
     increments_of_products,
     increments_of_weights,
 )
+from geoscope.trajectory.scalar_r2 import ScalarR2, ScalarR2Counts
 
-__all__ = ["Change", "Followed", "ModelTensor", "SeriesTensor", "open_followed"]
+__all__ = ["AdapterTensor", "Change", "Followed", "ModelTensor", "SeriesTensor", "open_followed"]
 
 Change = Operand | Product
 
 # Bytes of all checkpoints' entries of a block in fp64: what a pass over a tensor costs in memory.
 _BLOCK_BYTES = 64 << 20
-# Initialisations of PEFT whose product is not zero before training.
-_NOT_FROM_ZERO = ("pissa", "olora", "corda", "milora", "loftq", "lora_ga", "pissa_niter")
 
 
 class SeriesTensor(Protocol):
@@ -69,9 +71,12 @@ class Followed:
     base: Checkpoint | None
 
 
-def open_followed(references: Sequence[str], options: FollowOptions) -> Followed:
+def open_followed(
+    references: Sequence[str], options: FollowOptions, *, in_parts: bool = True
+) -> Followed:
     """The series and its base, matched tensor by tensor, from headers alone.
 
+    in_parts: fused and stacked tensors of models in parts; without it as they are stored.
     Raises OptionError, CheckpointError, PairingError.
     """
     steps = None if options.steps is None else given_steps(options.steps)
@@ -80,7 +85,7 @@ def open_followed(references: Sequence[str], options: FollowOptions) -> Followed
         return _of_adapters(series, options)
     if options.initial_adapter is not None:
         raise OptionError("--initial-adapter is for series of adapters; these are whole models")
-    return _of_models(series, options)
+    return _of_models(series, options, in_parts=in_parts)
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -107,7 +112,29 @@ class ModelTensor:
             )
             for start in range(0, entries, width)
         )
-        return reduce(add, parts)
+        found = reduce(add, parts)
+        # What FP8 rounded away does not show in the entries, which are read as fp32.
+        rounded = [one.rounding(name) for one, name in self.places]
+        rounding = tuple(
+            energy if known is None else known**2
+            for energy, known in zip(found.rounding, rounded, strict=True)
+        )
+        return replace(found, rounding=rounding)
+
+    def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
+        """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
+        entries = self.shape[0] * self.shape[1]
+        width = max(1, _BLOCK_BYTES // (8 * len(self.places)))
+        found: ScalarR2Counts | None = None
+        for start in range(0, entries, width):
+            end = min(start + width, entries)
+            base, *series = (one.read_part(name, start, end).double() for one, name in self.places)
+            block = ScalarR2(steps[1:], published_filter=published_filter)
+            for t, weights in zip(steps[1:], series, strict=True):
+                block.add(t, weights - base)
+            found = block.counts() if found is None else found + block.counts()
+        assert found is not None
+        return found
 
     def changes(self) -> Iterator[tuple[Change, Change]]:
         first, *others = self.places
@@ -125,7 +152,7 @@ class ModelTensor:
             yield Operand(other.read(later)[None], one.read(name)[None])
 
 
-def _of_models(series: Series, options: FollowOptions) -> Followed:
+def _of_models(series: Series, options: FollowOptions, *, in_parts: bool) -> Followed:
     models = [point.checkpoint for point in series.points]
     checkpoints = [one for one in models if one is not None]
     steps = list(series.steps)
@@ -143,7 +170,13 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
         raise OptionError(
             f"{series.points[0].given}: one checkpoint makes no series; give more, or --base"
         )
-    pairings = [pair(base, one, options.selection) for one in checkpoints]
+    notes: tuple[str, ...] = ()
+    if in_parts:
+        config = common_config(base, *checkpoints)
+        whole, (base, *checkpoints) = base, [split(one, config) for one in (base, *checkpoints)]
+        notes = base.notes[len(whole.notes) :]
+    rules = NameMap(options.map_name)
+    pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
     names = [{one.name: one for one in found.matrices} for found in pairings]
     common = [name for name in names[0] if all(name in found for found in names)]
     absent = {name for found in names for name in found} - set(common)
@@ -165,10 +198,10 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
             continue
         m, n = pairs[0].shape
         tensors[name] = ModelTensor(name, (m, n), places)
-    for one in (base, *checkpoints):
-        one.fetch(
-            [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one]
-        )
+    fetch_all(
+        (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
+        for one in (base, *checkpoints)
+    )
     return Followed(
         steps=tuple(steps),
         tensors=tensors,
@@ -176,7 +209,7 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
         points=tuple(point.given for point in series.points),
         skipped=(*series.passed_over, *pairings[0].skipped),
         missing=tuple(in_natural_order(absent)),
-        notes=series.notes,
+        notes=(*series.notes, *notes),
         series=series,
         base=base,
     )
@@ -191,8 +224,8 @@ def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
 
 
 @dataclass(frozen=True)
-class _AdapterTensor:
-    """Updates from factors; nothing is made dense. base_energy: ‖W_0‖², 0 where it is not known."""
+class AdapterTensor:
+    """Updates from factors; nothing is made dense."""
 
     name: str
     shape: tuple[int, int]
@@ -201,13 +234,21 @@ class _AdapterTensor:
     base: tuple[Checkpoint, str] | None
 
     def increments(self, steps: Sequence[float]) -> Increments:
-        energy = 0.0
-        if self.base is not None:
-            checkpoint, name = self.base
-            energy = float(Operand(checkpoint.read(name)[None]).norm()) ** 2
         return increments_of_products(
-            steps, self._updates(), rounding=[0.0] * len(steps), base_energy=energy
+            steps, self._updates(), rounding=[0.0] * len(steps), base_energy=self.base_energy()
         )
+
+    def base_energy(self) -> float:
+        """‖W_0‖², 0 where the base is not known."""
+        if self.base is None:
+            return 0.0
+        checkpoint, name = self.base
+        return float(Operand(checkpoint.read(name)[None]).norm()) ** 2
+
+    def grams(self) -> FactorSeries | None:
+        """All updates through the Gram matrices of their factors; None where ranks differ."""
+        start = None if self.initial is None else _factor(self.initial, self.name)
+        return FactorSeries.of([_factor(one, self.name) for one in self.adapters], start)
 
     def changes(self) -> Iterator[tuple[Change, Change]]:
         before: Product | None = None
@@ -219,6 +260,12 @@ class _AdapterTensor:
         start = None if self.initial is None else _product(self.initial, self.name)
         found = [_product(one, self.name) for one in self.adapters]
         return found if start is None else [one - start for one in found]
+
+
+def _factor(adapter: Adapter, module: str) -> Factor:
+    """The module's factors as matrices; stacks are not followed."""
+    B, A = adapter.factors(module)
+    return B[0], A[0], adapter.modules[module].scaling
 
 
 def _product(adapter: Adapter, module: str) -> Product:
@@ -238,6 +285,8 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
             "or give it as --initial-adapter"
         )
     every = [*adapters, *([] if initial is None else [initial])]
+    for one in every:
+        _refuse_updates_of_a_base(one)
     selection = options.selection
     names: list[str] = []
     skipped = list(series.passed_over)
@@ -261,13 +310,13 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
     base = None if options.base is None else open_checkpoint(options.base)
     weights = {} if base is None else _weights_of(base, names)
     tensors: dict[str, SeriesTensor] = {
-        name: _AdapterTensor(
+        name: AdapterTensor(
             name, adapters[0].modules[name].shape, adapters, initial, weights.get(name)
         )
         for name in in_natural_order(names)
     }
     last = adapters[-1]
-    stored = last.tensors[last.modules[names[0]].A.name].dtype
+    stored = last.modules[names[0]].stored[0].dtype
     first = (
         ModelRef(last.base or "base", last.base or "base", None, stored)
         if base is None
@@ -289,12 +338,21 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
     )
 
 
+def _refuse_updates_of_a_base(adapter: Adapter) -> None:
+    """An adapter whose updates are no products of factors by themselves."""
+    of_base = [module for module in adapter.modules.values() if module.kind == "base"]
+    if of_base:
+        raise UnsupportedFormat(
+            f"{adapter.given}: {of_base[0].called} is not followed by its factors alone; merge "
+            "every step into the base (PeftModel.merge_and_unload) and give the merged folders"
+        )
+
+
 def _refuse_unknown_start(adapter: Adapter) -> None:
     """An adapter that did not start at zero, without the one that it started from."""
-    start = adapter.config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_NOT_FROM_ZERO):
+    if adapter.initial is not None:
         raise OptionError(
-            f"{adapter.given}: init_lora_weights is {start!r}, so its update is not s·B·A; give "
+            f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give "
             "the adapter before training as --initial-adapter"
         )
 

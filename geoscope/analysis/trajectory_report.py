@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -40,8 +40,10 @@ from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.metric_relation import METRIC_RELATIONS
 from geoscope.trajectory.rank1 import Rank1Path, rank1_statistics, rank1_totals
+from geoscope.trajectory.scalar_r2 import ScalarR2Counts, scalar_r2_walk
 from geoscope.trajectory.spatial_rank1 import SPATIAL, spatial_moves
 from geoscope.trajectory.statistics import STATISTICS, Statistics, statistics
+from geoscope.trajectory.storage_noise import noise_state
 from geoscope.trajectory.walk import walk
 
 __all__ = ["CODES", "IDS", "KIND", "METHODS", "Trajectory", "trajectory_report", "traps_of"]
@@ -56,6 +58,9 @@ IDS = (
     *STATISTICS,
     "rank1_share_last",
     "norm_fraction",
+    "scalar_r2_median",
+    "scalar_r2_share",
+    "scalar_r2_kept",
     *(f"skill@{name}" for name in _SKILLS),
     "horizon",
     "horizon_resolved",
@@ -65,13 +70,15 @@ IDS = (
 )
 _LAST = {"rank1_share": "rank1_share_last", "gap21": "gap21_last"}
 _MEAN = {"direction_cosine": "direction_cosine_mean"}
+# Entries of the simulated walk behind the null of R²: good to .006, and quick beside the pass.
+_NULL_ENTRIES = 1 << 14
 _Series = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the pass over a series keeps: name → increments, leading pairs of Δ_i and of δ_i, and
-    u_iᵀΔ_τv_j.
+    """What the pass over a series keeps: name → increments, leading pairs of Δ_i and of δ_i,
+    u_iᵀΔ_τv_j, how the pairs were found, and entries by R².
     """
 
     increments: Mapping[str, Increments]
@@ -79,6 +86,8 @@ class Trajectory:
     local: Mapping[str, Rank1Path]
     products: Mapping[str, Tensor]
     failed: tuple[Skipped, ...]
+    methods: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    scalar_r2: Mapping[str, ScalarR2Counts] = field(default_factory=dict)
 
     def backtest(self, others: Mapping[str, Moves] | None = None) -> Backtest:
         """Of METHODS, of the rank-1 predictions where leading pairs were taken, and of others."""
@@ -162,6 +171,7 @@ def _record(
         _add_rank1(numbers, name, inc, made, base_exact=base_exact)
     for one, skill in skills.items():
         _put(numbers, f"skill@{one}", skill[name])
+    _add_scalar_r2(numbers, made, [name], base_exact=base_exact)
     _add_relation(numbers, link, [name])
     return LayerRecord(
         name=name,
@@ -173,6 +183,7 @@ def _record(
         status=numbers.status,
         raw=numbers.raw,
         series=numbers.series,
+        method=made.methods.get(name, {}),
         gram=tuple(tuple(row) for row in inc.H.tolist()),
     )
 
@@ -230,7 +241,8 @@ def _summary(
     whole = statistics(total, base_exact=base_exact)
     numbers = _of_statistics(whole)
     if made.paths:
-        _add_totals(numbers, [*made.paths.values()])
+        _add_totals(numbers, [*made.paths.values()], total, base_exact=base_exact)
+    _add_scalar_r2(numbers, made, [*made.increments], base_exact=base_exact)
     for one in test.methods:
         _put(numbers, f"skill@{one}", test.skill(one))
     best = test.best()
@@ -301,7 +313,8 @@ def _module(
     inc = reduce(add, (made.increments[name] for name in names))
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
     if paths := [made.paths[name] for name in names if name in made.paths]:
-        _add_totals(numbers, paths)
+        _add_totals(numbers, paths, inc, base_exact=base_exact)
+    _add_scalar_r2(numbers, made, names, base_exact=base_exact)
     _add_relation(numbers, link, names)
     return numbers
 
@@ -325,9 +338,12 @@ def _add_means(numbers: _Numbers, layers: Sequence[LayerRecord]) -> None:
             numbers.nulls[f"{key}_mean"] = math.fsum(nulls) / len(nulls)
 
 
-def _add_totals(numbers: _Numbers, paths: Sequence[Rank1Path]) -> None:
-    """Shares of several tensors together."""
+def _add_totals(
+    numbers: _Numbers, paths: Sequence[Rank1Path], inc: Increments, *, base_exact: bool
+) -> None:
+    """Shares of several tensors together; inc: of all of them."""
     totals = rank1_totals(paths)
+    state = noise_state(inc, base_exact=base_exact)
     numbers.series["rank1_share"] = totals.rank1_share
     numbers.series["norm_fraction"] = totals.norm_fraction
     for key, value, null in (
@@ -339,6 +355,41 @@ def _add_totals(numbers: _Numbers, paths: Sequence[Rank1Path]) -> None:
         _put(numbers, key, value)
         if null is not None:
             numbers.nulls[key] = null
+        if value is not None:
+            _mark(numbers, key, value, state)
+
+
+def _add_scalar_r2(
+    numbers: _Numbers, made: Trajectory, names: Sequence[str], *, base_exact: bool
+) -> None:
+    """RLVR-Linearity over the entries of these matrices, where it was asked for."""
+    counts = [made.scalar_r2[name] for name in names if name in made.scalar_r2]
+    if not counts:
+        return
+    together = reduce(add, counts)
+    inc = reduce(add, (made.increments[name] for name in names if name in made.scalar_r2))
+    null = scalar_r2_walk(inc, entries=_NULL_ENTRIES)
+    state = noise_state(inc, base_exact=base_exact)
+    for key, value, expected in (
+        ("scalar_r2_median", together.median, null.median),
+        ("scalar_r2_share", together.share_linear, null.share_linear),
+        ("scalar_r2_kept", together.kept_fraction, None),
+    ):
+        _put(numbers, key, value)
+        if expected is not None:
+            numbers.nulls[key] = expected
+            if value is not None:
+                _mark(numbers, key, value, state)
+
+
+def _mark(numbers: _Numbers, key: str, value: float, state: Status) -> None:
+    """The status of a number; one below resolution is null, and its raw value stands aside."""
+    if state is Status.OK:
+        return
+    numbers.status[key] = state
+    if state.is_null:
+        numbers.values[key] = None
+        numbers.raw[key] = value
 
 
 def _paths_of(total: Increments) -> dict[str, _Series]:
@@ -368,6 +419,7 @@ def _parameters(found: Followed, options: FollowOptions, traps: Sequence[str]) -
         "places": [point.place for point in found.series.points],
         "unit": found.series.unit,
         "directions": options.directions,
+        "scalar_r2": options.scalar_r2,
         "include": list(options.include),
         "exclude": list(options.exclude),
         "layers": None if options.layers is None else sorted(options.layers),

@@ -93,6 +93,7 @@ def verify_adapter(
     """
     origin = adapter_folder(folder)
     adapter = open_adapter(origin.adapter, given=origin.label)
+    adapter.refuse_more_than_plain("verify-adapter")
     layout = _layout(origin, adapter)
     reference = _reference(origin, adapter, layout, base)
     original = open_checkpoint(reference)
@@ -432,7 +433,7 @@ def _hashes_check(record: Mapping[str, Any], match: AdapterMatch, base: Checkpoi
         if piece.module.name in recorded
     }
     for module, facts in known.values():
-        for side, info in (("sha256_A", module.A), ("sha256_B", module.B)):
+        for side, info in zip(("sha256_A", "sha256_B"), module.stored, strict=True):
             if side in facts:
                 compared += 1
                 if tensor_sha256(match.adapter.read(info.name)) != facts[side]:

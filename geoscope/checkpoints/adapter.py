@@ -1,7 +1,7 @@
-"""What is an adapter on this disk? A config, and factors that are read module by module.
+"""What is an adapter on this disk? A config, and tensors that are read module by module.
 
     adapter_config.json                                  what kind, and the scaling of its factors
-    adapter_model.safetensors (or .bin)                  the factors
+    adapter_model.safetensors (or .bin, or shards)       the factors, and what is replaced whole
 
 Each type of PEFT has a file of its own beside this one and a line in `_TYPES`; types without one
 are refused by name. Headers are read here; data on demand.
@@ -9,16 +9,27 @@ are refused by name. Headers are read here; data on demand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoscope.checkpoints.adalora_adapter import adalora_modules
+from geoscope.checkpoints.adapter_config import ADAPTER_CONFIG, check_type, read_config, start_of
+from geoscope.checkpoints.adapter_extras import Rows, Vector, replacements, token_rows
+from geoscope.checkpoints.adapter_file import open_adapter_file
+from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
+from geoscope.checkpoints.adapter_keys import MERGE
+from geoscope.checkpoints.adapter_module import AdapterModule
 from geoscope.checkpoints.container import Container
-from geoscope.checkpoints.layout import parse_object
-from geoscope.checkpoints.lora_adapter import LoraModule, lora_modules, stacked
-from geoscope.checkpoints.readers import open_container
-from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
+from geoscope.checkpoints.conv1d import is_conv1d
+from geoscope.checkpoints.ia3_adapter import ia3_modules
+from geoscope.checkpoints.lora_adapter import LoraModule, lora_modules
+from geoscope.checkpoints.refused import refuse_kohya
+from geoscope.checkpoints.vera_adapter import vera_modules
+from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
+from geoscope.names import in_natural_order
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
@@ -26,28 +37,43 @@ if TYPE_CHECKING:
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "adapter_of", "open_adapter"]
 
-ADAPTER_CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
 # peft_type → its modules, from the config and the header. Another type is one more line.
-_Modules = Callable[[Mapping[str, Any], Mapping[str, TensorInfo], str], Mapping[str, LoraModule]]
-_TYPES: dict[str, _Modules] = {"LORA": lora_modules}
+_Modules = Callable[[Mapping[str, Any], Mapping[str, TensorInfo], str], Mapping[str, AdapterModule]]
+_TYPES: dict[str, _Modules] = {
+    "LORA": lora_modules,
+    "ADALORA": adalora_modules,
+    "VERA": vera_modules,
+    "IA3": ia3_modules,
+}
+_WITH_ALPHA = ("LORA", "ADALORA")
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter, known by its config and header. Made by `open_adapter`.
 
-    modules: name of the adapted module → its factors and scaling, in natural order.
-    others: tensors that are no factors: full weights of `modules_to_save`.
+    modules: name of the adapted module → how it is changed, in natural order.
+    replaced: name of a base tensor → the stored tensor that takes its place whole: of
+    `modules_to_save`, of `bias`, and the base of an adapted or resized embedding, which the update
+    of its module is added to. It lies there as the base's own file has it: of Conv1D (in, out).
+    rows: name of a base tensor → its new rows (trainable tokens).
+    vectors: name of a base tensor → a change of a bias: `lora_bias`, IA3 (where there is a bias).
+    others: stored tensors that are no factors of `modules`.
+    initial: why the product was not zero before training ("init_lora_weights is 'pissa'"), so
+    that scaling · B·A is no update of the original base; None where nothing says so.
+    Names of base tensors are those of the live model: `model.embed_tokens.weight`.
     """
 
     given: str
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    modules: Mapping[str, LoraModule]
+    modules: Mapping[str, AdapterModule]
+    replaced: Mapping[str, str]
+    rows: Mapping[str, Rows]
+    vectors: Mapping[str, Vector]
     others: tuple[str, ...]
+    initial: str | None
     container: Container = field(repr=False)
 
     @property
@@ -55,29 +81,111 @@ class Adapter:
         """`base_model_name_or_path`, None where it says nothing."""
         return self.config.get("base_model_name_or_path") or None
 
+    @property
+    def revision(self) -> str | None:
+        """`revision` of the base, None where it says nothing."""
+        return self.config.get("revision") or None
+
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored."""
         return self.container.read(name, None)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """B (E, m, r) and A (E, r, n) of a module, in their storage dtypes; E = 1 but for stacked
-        experts. The update is modules[module].scaling · B·A."""
-        one = self.modules[module]
-        return stacked(one, self.read(one.B.name), self.read(one.A.name))
+        """B (E, m, r) and A (E, r, n) of a module; E = 1 but for stacked experts.
+
+        The update is modules[module].scaling · B·A, of the shape of the weight as a base is read:
+        (out, in), of an embedding (vocab, dim), of Conv1D (out, in). In storage dtypes; fp64 where
+        a stored diagonal is multiplied in. Raises UnsupportedFormat for kind "base".
+        """
+        return self.modules[module].factors(self.read)
+
+    def updated(self, name: str, weight: Tensor) -> Tensor:
+        """What the base's tensor becomes, in fp64.
+
+        name: of a module, or a base tensor of `rows`, `vectors` or `replaced`. weight: W as a base
+        is read, (out, in); of stacked experts (E, out, in). A base of its own that the adapter
+        brings for the module (`replaced`) takes the place of W, with its own number of rows.
+        Raises CheckpointError where W cannot be the adapted tensor, KeyError for other names.
+        """
+        module = self.modules.get(name)
+        tensor = name if module is None or module.is_stack else f"{name}.weight"
+        if tensor in self.replaced:
+            weight = self._replacement(tensor, weight)
+        if module is not None:
+            return module.updated(weight, self.read)
+        if name in self.rows:
+            changed, rows = weight.double().clone(), self.rows[name]
+            changed[list(rows.indices)] = self.read(rows.stored).double()
+            return changed
+        if name in self.vectors:
+            vector = self.vectors[name]
+            stored = self.read(vector.stored).double().reshape(weight.shape)
+            start = weight.double()
+            return start * stored if vector.multiplies else start + vector.scaling * stored
+        if name not in self.replaced:
+            raise KeyError(name)
+        return weight.double()
+
+    def _replacement(self, tensor: str, weight: Tensor) -> Tensor:
+        """The stored tensor that takes the place of W, turned as W is."""
+        stored = self.read(self.replaced[tensor])
+        if stored.dim() != 2 or not is_conv1d(tensor):
+            return stored
+        is_square = stored.shape[0] == stored.shape[1]
+        turned = (
+            bool(self.config.get("fan_in_fan_out")) if is_square else (stored.shape != weight.shape)
+        )
+        return stored.T if turned else stored
+
+    def with_base(self, base: Mapping[str, TensorInfo]) -> Adapter:
+        """The same with what only the base tells: the inner sides of IA3 and VeRA.
+
+        base: name of a module → its weight in the base, as read (out, in).
+        """
+        return replace(self, modules={n: one.with_base(base) for n, one in self.modules.items()})
+
+    @property
+    def not_plain(self) -> str | None:
+        """What makes it more than LoRA on matrices and whole replaced tensors; None for that."""
+        for one in self.modules.values():
+            if not isinstance(one, LoraModule) or one.kind == "base":
+                return one.called
+            if one.is_embedding:
+                return f"an adapted embedding, {one.name}"
+        if self.rows:
+            return "trainable tokens"
+        if self.vectors:
+            return "a bias on lora_B"
+        bias = self.config.get("bias", "none")
+        return None if bias == "none" else f"bias is {bias!r}"
+
+    def refuse_more_than_plain(self, who: str) -> None:
+        """Raises UnsupportedFormat for `who` takes plain LoRA alone."""
+        if (more := self.not_plain) is not None:
+            raise UnsupportedFormat(f"{self.given}: {more}; {who} takes plain LoRA. {MERGE}")
 
 
-def open_adapter(path: str | Path, *, given: str | None = None) -> Adapter:
+def open_adapter(
+    path: str | Path, *, given: str | None = None, alpha: float | None = None
+) -> Adapter:
     """The adapter in a local folder, from its config and header; no tensor data is read.
 
-    given: how messages name the folder, where that is not its path.
-    Raises CheckpointNotFound, UnsupportedFormat (a type or an extra that is not read yet), or
-    CheckpointError for a damaged or contradictory folder.
+    given: how messages name the folder, where that is not its path. alpha: in place of the config's
+    `lora_alpha`, which some tools write as 0; `alpha_pattern` stays.
+    Raises CheckpointNotFound, UnsupportedFormat (a type or an extra that is not read),
+    CheckpointError for a damaged or contradictory folder, OptionError for an alpha that is no
+    positive number or that the type has no use for.
     """
     folder, given = Path(path).expanduser(), str(path) if given is None else given
     if not folder.is_dir():
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
-    config = _config(folder, given)
-    return adapter_of(given, folder.resolve(), config, _weights(folder, given))
+    config = read_config(folder, given, _TYPES)
+    if alpha is not None:
+        config = _with_alpha(config, alpha, given)
+    container = open_adapter_file(folder, given)
+    found = adapter_of(given, folder.resolve(), config, container)
+    recorded = _recorded_start(folder, config.get("base_model_name_or_path"))
+    return replace(found, initial=found.initial or recorded)
 
 
 def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Container) -> Adapter:
@@ -85,49 +193,44 @@ def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Con
 
     Raises as `open_adapter` does.
     """
-    _refuse_type(config, given)
+    check_type(config, given, _TYPES)
     tensors = dict(sorted(container.header.tensors.items()))
-    modules = _TYPES[config["peft_type"]](config, tensors, given)
-    factors = {info.name for one in modules.values() for info in (one.A, one.B)}
-    others = tuple(name for name in tensors if name not in factors)
-    return Adapter(given, path, config, tensors, modules, others, container)
-
-
-def _config(folder: Path, given: str) -> dict[str, Any]:
-    """adapter_config.json, of a type that is read."""
-    try:
-        text = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        below = [f"{given}/{one.parent.name}" for one in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]
-        hint = f"give {first_names(below)}" if below else "give the folder of a PEFT adapter"
-        raise CheckpointNotFound(f"{given}: holds no {ADAPTER_CONFIG}; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{given}/{ADAPTER_CONFIG}: cannot be read: {error}") from None
-    config = parse_object(text, f"{given}/{ADAPTER_CONFIG}")
-    _refuse_type(config, given)
-    return config
-
-
-def _refuse_type(config: Mapping[str, Any], given: str) -> None:
-    kind = config.get("peft_type")
-    if kind not in _TYPES:
-        raise UnsupportedFormat(
-            f"{given}: peft_type is {kind!r}; geoscope reads {', '.join(_TYPES)} adapters. "
-            "Merge it into its base (PeftModel.merge_and_unload) and use the merged folder"
-        )
-
-
-def _weights(folder: Path, given: str) -> Container:
-    """The file of factors; safetensors before the pickle, as PEFT chooses."""
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return open_container(folder / name, f"{given}/{name}")
-    shards = sorted(one.name for one in folder.glob("adapter_model-*-of-*"))
-    if shards:
-        raise UnsupportedFormat(
-            f"{given}: the factors are in {len(shards)} shards ({first_names(shards, 1)}); "
-            f"geoscope reads one {_WEIGHTS[0]}: load the adapter with PEFT and save it again"
-        )
-    raise CheckpointNotFound(
-        f"{given}: {ADAPTER_CONFIG} without factors; copy {' or '.join(_WEIGHTS)} beside it"
+    refuse_kohya(tensors, given)
+    found = _TYPES[config["peft_type"]](config, tensors, given)
+    modules = {name: found[name] for name in in_natural_order(found)}
+    used = {info.name for one in modules.values() for info in one.stored}
+    vectors = {name: one for module in modules.values() for name, one in module.vectors.items()}
+    used |= {one.stored for one in vectors.values()}
+    others = tuple(name for name in tensors if name not in used)
+    return Adapter(
+        given=given,
+        path=path,
+        config=config,
+        tensors=tensors,
+        modules=modules,
+        replaced=replacements(others, given),
+        rows=token_rows(config, tensors, given),
+        vectors=vectors,
+        others=others,
+        initial=start_of(config),
+        container=container,
     )
+
+
+def _with_alpha(config: dict[str, Any], alpha: float, given: str) -> dict[str, Any]:
+    kind = config["peft_type"]
+    if kind not in _WITH_ALPHA:
+        raise OptionError(f"{given}: {kind} has no lora_alpha; leave the alpha out")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise OptionError(f"{given}: alpha {alpha:g} is given, and must be a number above 0")
+    return {**config, "lora_alpha": alpha}
+
+
+def _recorded_start(folder: Path, base: Any) -> str | None:
+    """Why the product is not zero before training, by what our commands wrote; None where it is."""
+    layout = adapter_folder(folder).layout
+    if layout in ("residual", "anchor"):
+        return f"its layout is {layout}"
+    if isinstance(base, str) and record_beside(base).get("layout") == "residual":
+        return f"its base {base} is a rewritten one"
+    return None

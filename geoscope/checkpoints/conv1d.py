@@ -14,11 +14,16 @@ from typing import Any
 from geoscope.names import layer_index
 from geoscope.records import TensorInfo
 
-__all__ = ["turned_names"]
+__all__ = ["is_conv1d", "turned_names"]
 
 _MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
 _FUSED_QKV = re.compile(r"\.c_attn\.weight$")
+
+
+def is_conv1d(name: str) -> bool:
+    """Whether a weight is of a module that is a Conv1D in the models that have such."""
+    return _CONV1D.search(name) is not None and layer_index(name) is not None
 
 
 def turned_names(
@@ -26,9 +31,7 @@ def turned_names(
 ) -> tuple[frozenset[str], tuple[str, ...]]:
     """Names stored (in, out), and a remark when the shape had to say so."""
     candidates = frozenset(
-        name
-        for name, info in tensors.items()
-        if len(info.shape) == 2 and _CONV1D.search(name) and layer_index(name) is not None
+        name for name, info in tensors.items() if len(info.shape) == 2 and is_conv1d(name)
     )
     if not candidates:
         return frozenset(), ()

@@ -1,18 +1,16 @@
 """How is a model on the Hub opened without downloading it?
 
 The revision is resolved to a commit once; every later call names that commit. One listing gives
-files and sizes, a range request per shard gives its header, and only shards that hold wanted
-tensors are downloaded, by name, into huggingface_hub's own cache. Offline, the commit comes from
-the cached refs and everything else from the cached snapshot.
+files and sizes, a range request per shard gives its header. Wanted tensors come as ranges of their
+own (hub_shard.py) or, where they are most of a shard, with the whole shard in huggingface_hub's own
+cache. Offline, the commit comes from the cached refs and everything else from what was kept.
 
-All of it goes through huggingface_hub, which is imported only here and only when needed. A token
-comes from its environment or login; it is never taken as an argument and never printed.
+All of it goes through huggingface_hub, which is imported only in the hub_* files and only when
+needed. A token comes from its environment or login; it is never an argument and never printed.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,32 +19,40 @@ from typing import Any
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
+from geoscope.checkpoints.disk import Room
+from geoscope.checkpoints.hub_cache import cache_of, cached_commit, download, in_cache, remember
 from geoscope.checkpoints.hub_errors import hub_errors
-from geoscope.checkpoints.hub_progress import Report, quiet_download
+from geoscope.checkpoints.hub_progress import Report
+from geoscope.checkpoints.hub_ranges import RemoteFile
+from geoscope.checkpoints.hub_shard import HubShard
 from geoscope.checkpoints.local import LocalFolder
-from geoscope.checkpoints.opening import Identity, open_folder
+from geoscope.checkpoints.opening import Folder, Identity, open_folder
 from geoscope.checkpoints.output_folder import travels
+from geoscope.checkpoints.range_cache import cached_listing, keep_listing
 from geoscope.checkpoints.readers import SAFETENSORS, open_container
 from geoscope.checkpoints.reference import HubReference
-from geoscope.checkpoints.safetensors_file import checked_entries, file_header
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 
-__all__ = ["HubFolder", "open_hub"]
+__all__ = ["HubFolder", "hub_folder", "open_hub"]
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = 30.0
 _HEADER_REQUESTS = 8
 
 
 def open_hub(reference: HubReference, on_progress: Report | None) -> Checkpoint:
     """The checkpoint of a Hub model. Raises CheckpointError."""
+    folder, commit = hub_folder(reference, on_progress)
+    return open_folder(folder, Identity(reference.given, folder.label, commit))
+
+
+def hub_folder(reference: HubReference, on_progress: Report | None) -> tuple[Folder, str]:
+    """The folder that a reference names, and its commit. Raises CheckpointError."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return _open_cached(reference)
+        return _cached_folder(reference)
     commit, sizes = _resolve(reference)
-    folder = HubFolder(reference.repo, commit, reference.folder, sizes, on_progress)
-    return open_folder(folder, Identity(reference.given, folder.label, commit))
+    return HubFolder(reference.repo, commit, reference.folder, sizes, on_progress), commit
 
 
 def _resolve(reference: HubReference) -> tuple[str, dict[str, int]]:
@@ -58,8 +64,10 @@ def _resolve(reference: HubReference) -> tuple[str, dict[str, int]]:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     if info.sha is None:
         raise CheckpointError(f"{repo}: the Hub names no commit; set HF_ENDPOINT to a real one")
-    _remember(repo, revision or "main", info.sha)
-    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    remember(repo, revision or "main", info.sha)
+    keep_listing(repo, info.sha, sizes)
+    return info.sha, sizes
 
 
 def _branches(repo: str) -> str:
@@ -71,53 +79,20 @@ def _branches(repo: str) -> str:
         return ""
 
 
-# --- the cache ----------------------------------------------------------------------------------
-
-
-def _cache_of(repo: str) -> Path:
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-
-
-def _remember(repo: str, revision: str, commit: str) -> None:
-    """Note the commit of a branch in the cache, as downloads by branch name do.
-
-    Our downloads name the commit, so nothing else would, and the model could not be found offline.
-    """
-    if revision == commit:
-        return
-    path = _cache_of(repo) / "refs" / revision
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(commit, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:  # a cache that only others may write to
-        return
-
-
-def _open_cached(reference: HubReference) -> Checkpoint:
-    revision = reference.revision or "main"
-    cache = _cache_of(reference.repo)
-    commit = revision if _COMMIT.fullmatch(revision) else _cached_commit(cache / "refs" / revision)
-    if commit is None or not (cache / "snapshots" / commit).is_dir():
-        raise CheckpointNotFound(f"offline, and {reference.repo}@{revision} is not cached.")
-    label = _label(reference.repo, commit, reference.folder)
-    path = cache / "snapshots" / commit / reference.folder
+def _cached_folder(reference: HubReference) -> tuple[Folder, str]:
+    """Offline: by the listing that was kept, or a snapshot that another program fetched."""
+    repo, revision = reference.repo, reference.revision or "main"
+    commit = cached_commit(repo, revision)
+    sizes = None if commit is None else cached_listing(repo, commit)
+    if commit is not None and sizes is not None:
+        return HubFolder(repo, commit, reference.folder, sizes), commit
+    if commit is None or not (cache_of(repo) / "snapshots" / commit).is_dir():
+        raise CheckpointNotFound(f"offline, and {repo}@{revision} is not cached.")
+    label = _label(repo, commit, reference.folder)
+    path = cache_of(repo) / "snapshots" / commit / reference.folder
     if not path.is_dir():
         raise CheckpointNotFound(f"offline, and {label} is not cached.")
-    folder = LocalFolder(path, reference.given, label)
-    return open_folder(folder, Identity(reference.given, label, commit))
-
-
-def _cached_commit(path: Path) -> str | None:
-    try:
-        commit = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return commit if _COMMIT.fullmatch(commit) else None
+    return LocalFolder(path, reference.given, label), commit
 
 
 def _label(repo: str, commit: str, folder: str) -> str:
@@ -163,24 +138,34 @@ class HubFolder:
 
     def _header(self, name: str) -> FileHeader:
         # A pickle has its header inside: there is no other way than to download it.
-        if self._cached(name) is not None or not name.endswith(SAFETENSORS):
-            return self.open(name).header
-        with hub_errors(self.repo, self.commit, name):
-            raw, metadata = _remote_header(self.repo, self._path(name), self.commit)
-        entries = checked_entries(raw, f"{self.label}/{name}", None)
-        return file_header(entries, metadata, name)
+        return self.open(name).header
 
     def open(self, file: str) -> Container:
-        if file not in self.opened:
-            self.opened[file] = open_container(self._download(file), f"{self.label}/{file}")
-        return self.opened[file]
+        known = self.opened.get(file)
+        if known is None or (isinstance(known, HubShard) and known.path is not None):
+            known = self.opened[file] = self._opened(file)
+        return known
 
-    def bytes_to_fetch(self, files: Collection[str]) -> int:
-        return sum(self.sizes[self._path(file)] for file in files if self._cached(file) is None)
+    def _opened(self, file: str) -> Container:
+        label, path = f"{self.label}/{file}", self._path(file)
+        if not file.endswith(SAFETENSORS) or in_cache(self.repo, self.commit, path) is not None:
+            return open_container(self._download(file), label)
+        return HubShard.open(RemoteFile(self.repo, self.commit, path, self.sizes[path]), label)
 
-    def fetch(self, files: Collection[str]) -> None:
-        for file in files:
-            self._download(file)
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        total: dict[Path, int] = {}
+        for file, names in wanted.items():
+            container = self.open(file)
+            if isinstance(container, HubShard):
+                for folder, nbytes in container.room(names).items():
+                    total[folder] = total.get(folder, 0) + nbytes
+        return total
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
+        for file, names in wanted.items():
+            container = self.open(file)
+            if isinstance(container, HubShard):
+                container.fetch(names, self.on_progress)
 
     def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
         return {name: self._download(name) for name in sorted(self.names()) if travels(name)}, ()
@@ -198,32 +183,6 @@ class HubFolder:
     def _path(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
 
-    def _cached(self, name: str) -> Path | None:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(self.repo, self._path(name), revision=self.commit)
-        return Path(cached) if isinstance(cached, str) else None
-
     def _download(self, name: str) -> Path:
-        cached = self._cached(name)
-        if cached is not None:
-            return cached
         path = self._path(name)
-        with hub_errors(self.repo, self.commit, name):
-            return quiet_download(self.repo, path, self.commit, self.sizes[path], self.on_progress)
-
-
-def _remote_header(repo: str, path: str, commit: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header of a safetensors file by range request, in the form that it has in the file."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import SafetensorsParsingError
-
-    try:
-        remote = HfApi().parse_safetensors_file_metadata(repo, path, revision=commit)
-    except (AttributeError, TypeError, RecursionError) as error:  # JSON of another form than theirs
-        raise SafetensorsParsingError(str(error)) from None
-    raw = {
-        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
-        for name, info in remote.tensors.items()
-    }
-    return raw, dict(remote.metadata or {})
+        return download(self.repo, self.commit, path, self.sizes[path], self.on_progress)

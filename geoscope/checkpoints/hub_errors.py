@@ -15,7 +15,9 @@ from typing import cast
 from geoscope.checkpoints.reference import GRAMMAR
 from geoscope.errors import CheckpointError, CheckpointNotFound, GeoscopeError, OptionError
 
-__all__ = ["hub_errors"]
+__all__ = ["hub_errors", "is_passing"]
+
+_BUSY = (408, 429, 500, 502, 503, 504)
 
 
 @contextmanager
@@ -57,14 +59,25 @@ def hub_errors(
         raise _not_here(error, what) from None
     except errors.EntryNotFoundError:
         raise CheckpointNotFound(f"{what} is not on the Hub") from None
-    except errors.SafetensorsParsingError:
-        raise CheckpointError(
-            f"{file}: header is damaged; delete it from the cache and retry."
-        ) from None
     except errors.HFValidationError:
         raise OptionError(f"{repo!r} is no org/name; {GRAMMAR}") from None
     except network as error:
         raise _transport(error, what) from None
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a request that failed so may succeed when it is repeated."""
+    from huggingface_hub import errors
+
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in _BUSY
+    # The last base that a library of connections gives: httpx.HTTPError, requests' RequestException
+    carriers = ("httpx", "httpx2", "requests")
+    of_carriers = [
+        one for one in errors.HfHubHTTPError.__mro__ if one.__module__.split(".")[0] in carriers
+    ]
+    return isinstance(error, of_carriers[-1])
 
 
 def _not_here(error: Exception, what: str) -> CheckpointError:
@@ -106,4 +119,6 @@ def _remedy(status: int) -> str:
         return "the login is not accepted: log in again (`hf auth login`)"
     if status == 429:
         return "too many requests: wait a few minutes and retry"
+    if status == 416:
+        return "the file there is shorter than its listing says: retry"
     return "retry, or set HF_ENDPOINT"

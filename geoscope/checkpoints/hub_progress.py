@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Report", "quiet_download"]
+__all__ = ["Report", "ignore", "quiet_download"]
 
 Report = Callable[[str, int, int], None]
 """(file, bytes done, bytes in all)."""
@@ -24,7 +24,7 @@ def quiet_download(
     """The file in huggingface_hub's cache; downloaded now. Raises what huggingface_hub raises."""
     from huggingface_hub import hf_hub_download
 
-    report = on_progress if on_progress is not None else _ignore
+    report = on_progress if on_progress is not None else ignore
     report(path, 0, size)
     if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
         bar: Any = _bar(path, size, report)
@@ -35,8 +35,8 @@ def quiet_download(
     return Path(local)
 
 
-def _ignore(file: str, done: int, total: int) -> None:
-    return None
+def ignore(file: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 def _download_without_bars(repo: str, path: str, commit: str) -> str:

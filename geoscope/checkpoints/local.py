@@ -12,6 +12,7 @@ from pathlib import Path
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
+from geoscope.checkpoints.disk import Room
 from geoscope.checkpoints.layout import (
     SHARD_FOLDERS,
     WEIGHT_FOLDERS,
@@ -154,10 +155,10 @@ class LocalFolder:
             self.opened[file] = open_container(path, f"{self.label}/{file}")
         return self.opened[file]
 
-    def bytes_to_fetch(self, files: Collection[str]) -> int:
-        return 0
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        return {}
 
-    def fetch(self, files: Collection[str]) -> None:
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
         return None
 
     def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -1,7 +1,9 @@
 """How does a LoRA adapter of PEFT name, scale and lay out its factors?
 
-    base_model.model.<module>.lora_{A,B}.weight            A (r, in), B (out, r)
-    ….lora_A.<adapter>.weight                              the same, from a raw state dict
+    <module>.lora_{A,B}.weight                  A (r, in), B (out, r)
+    <module>.lora_embedding_{A,B}               A (r, vocab), B (dim, r): ΔW (vocab, dim) = s·(B·A)ᵀ
+    <module>.lora_magnitude_vector              DoRA: m of W′ = m·V/‖V‖, V = W + s·B·A
+    <module>.lora_B.bias                        `lora_bias`: b′ = b + s·(this)
     ….experts.base_layer.lora_{A,B}.weight, ….experts.lora_{A,B}.weight
         stacked experts (`target_parameters`), first and second parameter: A (E·r, in) with rows
         e·r + j, B (out, r·E) with columns j·E + e
@@ -18,8 +20,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from geoscope.errors import CheckpointError, UnsupportedFormat, first_names
-from geoscope.names import in_natural_order, layer_index
+from geoscope.checkpoints.adapter_extras import Vector
+from geoscope.checkpoints.adapter_keys import MERGE, by_module, refuse_flat, refuse_partial
+from geoscope.checkpoints.adapter_module import AdapterModule, Kind, Read
+from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.names import layer_index
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
@@ -27,10 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraModule", "expert_parts", "is_targeted", "lora_modules", "stacked", "unstacked"]
 
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
-)
 _BASE_LAYER = ".base_layer"
+_LINEAR, _EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
+_MAGNITUDE, _BIAS = "lora_magnitude_vector", "lora_B.bias"
 
 # Parameter that holds a block's experts → what files call the matrices on top of one another in it.
 _EXPERT_LEAVES = {
@@ -39,141 +43,103 @@ _EXPERT_LEAVES = {
 }
 _EXPERT_HOLDERS = (".mlp.experts", ".block_sparse_moe.experts")
 
-# Extras of `LoraConfig` that make the update something else than scaling·B·A.
+# Extras of `LoraConfig` that make the update something that is not read.
 _EXTRAS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "a bias on lora_B",
     "layer_replication": "layer replication",
     "alora_invocation_tokens": "activated LoRA",
-    "trainable_token_indices": "trainable tokens",
     "arrow_config": "Arrow routing",
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
 }
-_OTHER_TENSORS = (
-    (re.compile(r"\.lora_embedding_[AB]"), "an adapted embedding"),
-    (re.compile(r"\.lora_magnitude_vector"), "DoRA"),
-    (re.compile(r"\.lora_[AB](?:\.[^.]+)?\.bias$"), "a bias on lora_B"),
-    (re.compile(r"\.trainable_tokens_delta"), "trainable tokens"),
-    (re.compile(r"^lora_(?:unet|te\d?)_|\.lora_(?:down|up)\."), "a kohya or diffusers LoRA"),
-)
-_MERGE = "Merge it into its base (PeftModel.merge_and_unload) and use the merged folder"
 
 
-@dataclass(frozen=True)
-class LoraModule:
-    """One adapted module: update = scaling · B·A, of shape (out, in).
+@dataclass(frozen=True, kw_only=True)
+class LoraModule(AdapterModule):
+    """A module with LoRA: update = scaling · B·A; with a magnitude (DoRA) it needs the base.
 
-    name: path of the module in the live model, `model.layers.0.self_attn.q_proj`; of stacked
-    experts the path of the parameter, `model.layers.0.mlp.experts.gate_up_proj`. path: the same
-    as it stands in the keys. experts: how many matrices the factors hold, 1 but for stacks.
+    A, B: as stored. is_embedding: they are (r, vocab) and (dim, r), and are turned on reading.
+    bias: of `lora_bias`, which the bias of the module is changed by.
     """
 
-    name: str
-    path: str
     A: TensorInfo
     B: TensorInfo
-    rank: int
-    alpha: float
-    scaling: float
-    experts: int = 1
-    is_stack: bool = False
+    is_embedding: bool = False
+    magnitude: TensorInfo | None = None
+    bias: TensorInfo | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the matrix, or of each of the experts'."""
-        return self.B.shape[0], self.A.shape[1]
+    def kind(self) -> Kind:
+        return "factors" if self.magnitude is None else "base"
+
+    @property
+    def called(self) -> str:
+        return "LoRA" if self.magnitude is None else "DoRA"
+
+    @property
+    def vectors(self) -> Mapping[str, Vector]:
+        if self.bias is None:
+            return {}
+        return {f"{self.name}.bias": Vector(self.bias.name, self.scaling)}
+
+    def factors(self, read: Read) -> tuple[Tensor, Tensor]:
+        if self.magnitude is not None:
+            raise self.no_factors()
+        return self._stored_factors(read)
+
+    def updated(self, weight: Tensor, read: Read) -> Tensor:
+        """With a magnitude m: m·V/‖V‖, V = W + s·B·A, norms along rows (of an embedding along
+        columns, as PEFT has it); a zero row of V is not a number there, as in PEFT."""
+        if self.magnitude is None:
+            return super().updated(weight, read)
+        self.check_fits(tuple(weight.shape))
+        B, A = (one.double() for one in self._stored_factors(read))
+        changed = weight.double() + self.scaling * (B @ A).reshape(weight.shape)
+        along = -2 if self.is_embedding else -1
+        magnitude = read(self.magnitude.name).double().unsqueeze(along)
+        return magnitude * (changed / changed.norm(dim=along, keepdim=True))
+
+    def _stored_factors(self, read: Read) -> tuple[Tensor, Tensor]:
+        B, A = read(self.B.name), read(self.A.name)
+        return (A.T[None], B.T[None]) if self.is_embedding else stacked(self, B, A)
 
 
 def lora_modules(
     config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], label: str
 ) -> dict[str, LoraModule]:
-    """Every adapted module by name, in natural order.
+    """Every adapted module by name.
 
     Raises UnsupportedFormat for extras that change the update, CheckpointError for factors that
     lack their partner or contradict the config.
     """
-    _refuse_extras(config, tensors, label)
-    found: dict[str, dict[str, TensorInfo]] = {}
-    adapters: set[str] = set()
-    for name, info in tensors.items():
-        match = _KEY.fullmatch(name)
-        if match is None:
-            continue
-        adapters.add(match["adapter"] or "default")
-        sides = found.setdefault(match["path"], {})
-        if match["side"] in sides:
-            raise CheckpointError(
-                f"{label}: lora_{match['side']} of {match['path']} stands there twice; "
-                "save one adapter in a file"
-            )
-        sides[match["side"]] = info
-    if len(adapters) > 1:
-        raise CheckpointError(
-            f"{label}: holds {len(adapters)} adapters ({first_names(sorted(adapters))}); "
-            "save one adapter in a file"
-        )
-    if not found:
-        raise CheckpointError(
-            f"{label}: no lora_A or lora_B among its {len(tensors)} tensors; "
-            "save the adapter again with PeftModel.save_pretrained"
-        )
-    _refuse_halves(found, label)
-    modules = [_module(path, sides, config, label) for path, sides in found.items()]
-    by_name = {one.name: one for one in modules}
-    return {name: by_name[name] for name in in_natural_order(by_name)}
-
-
-def _refuse_extras(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], label: str
-) -> None:
     for option, called in _EXTRAS.items():
         if config.get(option):
             raise UnsupportedFormat(
-                f"{label}: {called} ({option} in adapter_config.json); "
-                f"geoscope reads plain LoRA. {_MERGE}"
+                f"{label}: {called} ({option} in adapter_config.json), which is not read. {MERGE}"
             )
-    if config.get("bias", "none") != "none":
-        raise UnsupportedFormat(
-            f"{label}: bias is {config['bias']!r} in adapter_config.json; "
-            f"geoscope reads adapters with bias 'none'. {_MERGE}"
-        )
-    for pattern, called in _OTHER_TENSORS:
-        name = next((name for name in tensors if pattern.search(name)), None)
-        if name is not None:
-            raise UnsupportedFormat(
-                f"{label}: {called} (tensor {name}); geoscope reads plain LoRA. {_MERGE}"
-            )
-
-
-def _refuse_halves(found: Mapping[str, Mapping[str, TensorInfo]], label: str) -> None:
-    halves = [path for path, sides in found.items() if len(sides) == 1]
-    if halves:
-        (side,) = found[halves[0]]
-        lacking = "B" if side == "A" else "A"
+    found = by_module(tensors, (*_LINEAR, *_EMBEDDING, _MAGNITUDE), label)
+    embeddings = {path: one for path, one in found.items() if not one.keys().isdisjoint(_EMBEDDING)}
+    linear = {path: one for path, one in found.items() if path not in embeddings}
+    factors: list[TensorInfo] = []
+    for group, sides in ((linear, _LINEAR), (embeddings, _EMBEDDING)):
+        refuse_partial(group, sides, label)
+        factors += [roles[side] for roles in group.values() for side in sides]
+    refuse_flat(factors, label)
+    if config.get("lora_bias") and not any(_BIAS in roles for roles in found.values()):
         raise CheckpointError(
-            f"{label}: {len(halves)} modules have one factor of two, first {halves[0]} "
-            f"without lora_{lacking}; save the adapter again"
+            f"{label}: lora_bias is true in adapter_config.json and no {_BIAS} is stored; "
+            "factors and adapter_config.json are of different saves: copy both again"
         )
-    infos = [info for sides in found.values() for info in sides.values()]
-    flat = [info for info in infos if len(info.shape) != 2 or 0 in info.shape]
-    if flat:
-        raise CheckpointError(
-            f"{label}: {len(flat)} factors are no matrices, first {flat[0].name} "
-            f"{flat[0].shape}: a ZeRO-3 or FSDP save whose shards were not gathered; "
-            "gather them and save again"
-        )
+    modules = [_module(path, roles, config, label) for path, roles in found.items()]
+    return {one.name: one for one in modules}
 
 
 def _module(
-    path: str,
-    sides: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    label: str,
+    path: str, roles: Mapping[str, TensorInfo], config: Mapping[str, Any], label: str
 ) -> LoraModule:
-    A, B = sides["A"], sides["B"]
+    is_embedding = _EMBEDDING[0] in roles
+    A, B = (roles[side] for side in (_EMBEDDING if is_embedding else _LINEAR))
     parameter = _parameter(path, config)
     name = path if parameter is None else f"{path.removesuffix(_BASE_LAYER)}.{parameter}"
     rank = _pattern(config, "rank_pattern", name, config.get("r"), label)
@@ -184,8 +150,43 @@ def _module(
             f"{label}: {name} has lora_A {A.shape} and lora_B {B.shape}, the config rank {rank:g}; "
             "factors and adapter_config.json are of different saves: copy both again"
         )
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LoraModule(name, path, A, B, int(rank), alpha, scaling, experts, parameter is not None)
+    sides = B.shape[0], A.shape[1]
+    magnitude = _vector(roles, _MAGNITUDE, sides[0], label)
+    if bool(config.get("use_dora")) is not (magnitude is not None):
+        has, says = ("no ", "true") if magnitude is None else ("a ", "not true")
+        raise CheckpointError(
+            f"{label}: {name} has {has}{_MAGNITUDE} and use_dora is {says} in adapter_config.json; "
+            "factors and adapter_config.json are of different saves: copy both again"
+        )
+    return LoraModule(
+        name=name,
+        path=path,
+        shape=(sides[1], sides[0]) if is_embedding else sides,
+        rank=int(rank),
+        scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
+        stored=(A, B) if magnitude is None else (A, B, magnitude),
+        alpha=alpha,
+        experts=experts,
+        is_stack=parameter is not None,
+        A=A,
+        B=B,
+        is_embedding=is_embedding,
+        magnitude=magnitude,
+        bias=_vector(roles, _BIAS, sides[0], label),
+    )
+
+
+def _vector(
+    roles: Mapping[str, TensorInfo], role: str, length: int, label: str
+) -> TensorInfo | None:
+    """A vector of one number for each row of B; None where there is none."""
+    info = roles.get(role)
+    if info is not None and info.shape != (length,):
+        raise CheckpointError(
+            f"{label}: {info.name} is {info.shape}, needs ({length},): a ZeRO-3 or FSDP save whose "
+            "shards were not gathered, or of another module; save the adapter again"
+        )
+    return info
 
 
 def _parameter(path: str, config: Mapping[str, Any]) -> str | None:
@@ -246,7 +247,7 @@ def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any, l
     return float(value)
 
 
-def expert_parts(module: LoraModule, known: Collection[str]) -> tuple[tuple[str, ...], ...]:
+def expert_parts(module: AdapterModule, known: Collection[str]) -> tuple[tuple[str, ...], ...]:
     """The experts' own modules that a stack stands for: of each expert, from top to bottom.
 
     known: paths of modules; () where they do not hold all of them, and for what is no stack.
@@ -263,7 +264,7 @@ def expert_parts(module: LoraModule, known: Collection[str]) -> tuple[tuple[str,
     return ()
 
 
-def stacked(module: LoraModule, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def stacked(module: AdapterModule, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """From the stored form to B (E, m, r), A (E, r, n)."""
     m, n = module.shape
     rank = A.shape[0] // module.experts

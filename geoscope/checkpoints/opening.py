@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from geoscope.checkpoints.block_fp8 import SCALE, block_scales
 from geoscope.checkpoints.checkpoint import Checkpoint, Source
 from geoscope.checkpoints.container import FileHeader
 from geoscope.checkpoints.conv1d import turned_names
 from geoscope.checkpoints.layout import Layout, choose_layout, parse_object, weight_map
-from geoscope.checkpoints.refused import by_config, by_files, by_tensors, refusal
+from geoscope.checkpoints.refused import block_of, by_config, by_files, by_tensors, refusal
 from geoscope.checkpoints.tied import tied_names
 from geoscope.errors import CheckpointError, first_names
 from geoscope.records import ModelRef, TensorInfo
@@ -101,7 +102,8 @@ def assemble(
 ) -> Checkpoint:
     """The checkpoint that these headers describe."""
     stored = _stored(identity.given, headers, shards)
-    refused = by_tensors(stored)
+    scales, unscaled = block_scales(stored, block_of(config))
+    refused = by_tensors(stored, unscaled)
     if refused is not None:
         raise refusal(identity.given, refused)
     turned, turn_notes = turned_names(stored, config)
@@ -110,13 +112,17 @@ def assemble(
     file_notes = tuple(note for header in headers.values() for note in header.notes)
     return Checkpoint(
         ref=ModelRef(
-            identity.given, identity.resolved, identity.commit, storage_dtype(tensors.values())
+            identity.given,
+            identity.resolved,
+            identity.commit,
+            storage_dtype(info for info in tensors.values() if not info.name.endswith(SCALE)),
         ),
         config=config,
         tensors=tensors,
         notes=(*notes, *file_notes, *turn_notes),
         tied_to=tied_names(tensors, config, shared),
         source=source,
+        scales=scales,
     )
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
+from geoscope.checkpoints.disk import in_units, nearest
 from geoscope.checkpoints.links import leads_elsewhere
 from geoscope.checkpoints.safetensors_writer import (
     TEMPORARY,
@@ -188,15 +189,10 @@ def _folders(path: Path, planned: Collection[str]) -> list[Path]:
 def _refuse_unusable(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: is a file; the output is a folder: give another name")
-    existing = _nearest(path)
+    existing = nearest(path)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK | os.R_OK):
         what = "is not writable" if existing.is_dir() else "is a file"
         raise CheckpointError(f"{path}: {existing} {what}; give another output folder")
-
-
-def _nearest(path: Path) -> Path:
-    """The folder itself, or the first one above that exists."""
-    return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
 def _refuse_inputs(path: Path, planned: Collection[str], inputs: Collection[Path]) -> None:
@@ -242,20 +238,13 @@ def _refuse_foreign_weights(path: Path, planned: Collection[str]) -> None:
 
 
 def _refuse_full_disk(path: Path, needed: int, meanwhile: int) -> None:
-    free = shutil.disk_usage(_nearest(path)).free
+    free = shutil.disk_usage(nearest(path)).free
     if free < needed + meanwhile:
-        beside = f" and {_size(meanwhile)} lie beside them meanwhile" if meanwhile else ""
+        beside = f" and {in_units(meanwhile)} lie beside them meanwhile" if meanwhile else ""
         raise CheckpointError(
-            f"{path}: {_size(needed)} are to be written{beside}, {_size(free)} are free there; "
-            "make room, or give an output folder on another disk"
+            f"{path}: {in_units(needed)} are to be written{beside}, {in_units(free)} are free "
+            "there; make room, or give an output folder on another disk"
         )
-
-
-def _size(nbytes: int) -> str:
-    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= width:
-            return f"{nbytes / width:.2f} {unit}"
-    return f"{nbytes} bytes"
 
 
 # --- small files that travel along ----------------------------------------------------------------

@@ -11,28 +11,42 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from geoscope.checkpoints.checkpoint import Checkpoint
-from geoscope.checkpoints.scope import MATRIX, VECTOR, Scope
+from geoscope.checkpoints.scope import MATRIX, VECTOR, Scope, scale_reason
+from geoscope.checkpoints.split import narrowed
 from geoscope.errors import PairingError, first_names
-from geoscope.names import Selection, canonical, in_natural_order, layer_index, module_kind
+from geoscope.names import (
+    NameMap,
+    Selection,
+    in_natural_order,
+    is_embedding,
+    is_output_head,
+    layer_index,
+    module_kind,
+)
 from geoscope.records import Pairing, Rename, ShapeMismatch, Skipped, TensorInfo, WeightPair
 
-__all__ = ["pair"]
+__all__ = ["common_rows", "is_resized", "match", "pair"]
 
 BASE = "base"
 TUNED = "tuned"
 
 
-def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
+def pair(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    selection: Selection,
+    names: NameMap = NameMap(),  # noqa: B008 - frozen
+) -> Pairing:
     """The correspondence of two checkpoints under a selection of names.
 
     Raises PairingError when two names of one side mean the same tensor, or when nothing is left to
     compare.
     """
     for side in (base, tuned):
-        _refuse_repeats(side)
-    matching = _match(base.tensors, tuned.tensors)
+        _refuse_repeats(side, names)
+    matching = match(base.tensors, tuned.tensors, names)
     scope = Scope.of(selection, (*base.tensors.values(), *tuned.tensors.values()))
-    ledger = _Ledger(scope, _tied(base, tuned))
+    ledger = _Ledger(scope, names, _tied(base, tuned, names))
     for one, other in matching.pairs:
         ledger.enter_pair(one, other)
     for info in matching.base_only:
@@ -45,16 +59,16 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
     return pairing
 
 
-def _refuse_repeats(checkpoint: Checkpoint) -> None:
+def _refuse_repeats(checkpoint: Checkpoint, names: NameMap) -> None:
     seen: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name in checkpoint.tied_to:
             continue
-        other = seen.setdefault(canonical(name)[0], name)
+        other = seen.setdefault(names.canonical(name)[0], name)
         if other != name:
             raise PairingError(
                 f"{checkpoint.ref.given}: {other} and {name} mean the same tensor "
-                f"({canonical(name)[0]}); keep one of them"
+                f"({names.canonical(name)[0]}); keep one of them"
             )
 
 
@@ -62,7 +76,7 @@ def _refuse_repeats(checkpoint: Checkpoint) -> None:
 
 
 @dataclass(frozen=True)
-class _Matching:
+class Matching:
     """Pairs of stored tensors, and what is left on each side; sorted by name."""
 
     pairs: tuple[tuple[TensorInfo, TensorInfo], ...]
@@ -70,31 +84,35 @@ class _Matching:
     tuned_only: tuple[TensorInfo, ...]
 
 
-def _match(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> _Matching:
+def match(
+    base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], names: NameMap
+) -> Matching:
+    """First by the exact name, then by the canonical one; shapes may differ."""
     partners = {name: name for name in base if name in tuned}
-    left = {canonical(name)[0]: name for name in tuned if name not in partners}
+    left = {names.canonical(name)[0]: name for name in tuned if name not in partners}
     for name in base:
-        if name not in partners and canonical(name)[0] in left:
-            partners[name] = left.pop(canonical(name)[0])
+        if name not in partners and names.canonical(name)[0] in left:
+            partners[name] = left.pop(names.canonical(name)[0])
     taken = set(partners.values())
-    return _Matching(
+    return Matching(
         pairs=tuple((base[name], tuned[partners[name]]) for name in in_natural_order(partners)),
         base_only=tuple(base[name] for name in in_natural_order(base) if name not in partners),
         tuned_only=tuple(tuned[name] for name in in_natural_order(tuned) if name not in taken),
     )
 
 
-def _rename(base: str, tuned: str) -> Rename:
+def _rename(base: str, tuned: str, names: NameMap) -> Rename:
     """The rules that made one name of the two; what both share made no difference."""
-    mine, theirs = canonical(base)[1], canonical(tuned)[1]
+    mine, theirs = names.canonical(base)[1], names.canonical(tuned)[1]
     rules = [rule for rule in (*mine, *theirs) if (rule in mine) != (rule in theirs)]
     return Rename(base, tuned, ", ".join(rules or dict.fromkeys((*mine, *theirs))))
 
 
-def _tied(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+def _tied(base: Checkpoint, tuned: Checkpoint, names: NameMap) -> dict[str, str]:
     """canonical name → why it is left out, for a tensor that repeats another one on either side."""
     sides = [
-        {canonical(name)[0]: kept for name, kept in side.tied_to.items()} for side in (base, tuned)
+        {names.canonical(name)[0]: kept for name, kept in side.tied_to.items()}
+        for side in (base, tuned)
     ]
     reasons: dict[str, str] = {}
     for mine, theirs, side in ((sides[0], sides[1], BASE), (sides[1], sides[0], TUNED)):
@@ -114,6 +132,7 @@ class _Ledger:
     """Takes the pairs and the left-over tensors one by one and enters each in one list."""
 
     scope: Scope
+    names: NameMap
     tied: Mapping[str, str]
     pairs: dict[str, list[WeightPair]] = field(default_factory=lambda: {MATRIX: [], VECTOR: []})
     alone: dict[str, list[str]] = field(default_factory=lambda: {BASE: [], TUNED: []})
@@ -123,10 +142,10 @@ class _Ledger:
     missing: list[str] = field(default_factory=list[str])
 
     def enter_pair(self, base: TensorInfo, tuned: TensorInfo) -> None:
-        if self._skip_tied(base):
+        if self._skip_known(base):
             return
         if base.name != tuned.name:
-            self.renamed.append(_rename(base.name, tuned.name))
+            self.renamed.append(_rename(base.name, tuned.name, self.names))
         if base.shape != tuned.shape:
             self.mismatches.append(ShapeMismatch(base.name, base.shape, tuned.shape))
             if self.scope.wants_matrix(base) or self.scope.wants_matrix(tuned):
@@ -141,14 +160,15 @@ class _Ledger:
             self.missing.append(place.name)
 
     def enter_alone(self, info: TensorInfo, side: str) -> None:
-        if self._skip_tied(info):
+        if self._skip_known(info):
             return
         self.alone[side].append(info.name)
         if self.scope.wants_matrix(info):
             self.missing.append(info.name)
 
-    def _skip_tied(self, info: TensorInfo) -> bool:
-        reason = self.tied.get(canonical(info.name)[0])
+    def _skip_known(self, info: TensorInfo) -> bool:
+        """Whether it is no tensor of its own: tied to another, or the scale of one."""
+        reason = self.tied.get(self.names.canonical(info.name)[0]) or scale_reason(info.name)
         if reason is not None:
             self.skipped.append(Skipped(info.name, reason))
         return reason is not None
@@ -171,13 +191,39 @@ def _weight_pair(base: TensorInfo, tuned: TensorInfo) -> WeightPair:
     return WeightPair(name, layer_index(name), module_kind(name), base.shape, base, tuned)
 
 
+# --- resized vocabularies -----------------------------------------------------------------------
+
+
+def common_rows(
+    base: Checkpoint, tuned: Checkpoint, names: NameMap
+) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:
+    """Both checkpoints with the rows of embeddings and output heads that both have; and remarks."""
+    notes: list[str] = []
+    for one, other in match(base.tensors, tuned.tensors, names).pairs:
+        rows, others = one.shape[:1], other.shape[:1]
+        if rows != others and is_resized(one.name, one.shape, other.shape):
+            common = min(*rows, *others)
+            base, tuned = narrowed(base, one.name, common), narrowed(tuned, other.name, common)
+            notes.append(
+                f"{one.name}: {rows[0]} rows in base, {others[0]} in tuned; the first {common} are "
+                "compared"
+            )
+    return base, tuned, tuple(notes)
+
+
+def is_resized(name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
+    """Whether two shapes of an embedding or output head differ in the number of rows alone."""
+    is_vocabulary = is_embedding(name) or is_output_head(name)
+    return is_vocabulary and len(base) == len(tuned) <= 2 and base[1:] == tuned[1:] != base
+
+
 # --- nothing to compare -------------------------------------------------------------------------
 
 
 def _nothing(
     base: Checkpoint,
     tuned: Checkpoint,
-    matching: _Matching,
+    matching: Matching,
     pairing: Pairing,
     selection: Selection,
 ) -> PairingError:
@@ -194,7 +240,12 @@ def _nothing(
         return PairingError(
             f"nothing to compare: {len(reshaped)} matrices in scope differ in shape, first "
             f"{first.name}: base {first.base}, tuned {first.tuned}. geoscope compares tensors of "
-            "equal shape; give the base that was trained"
+            "equal shape; "
+            + (
+                "--allow-vocab-resize compares the rows that both have"
+                if all(is_resized(one.name, one.base, one.tuned) for one in reshaped)
+                else "give the base that was trained"
+            )
         )
     matrices = [info.name for info, _ in matching.pairs if len(info.shape) == 2]
     if pairing.missing:

@@ -11,13 +11,18 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from geoscope.checkpoints.block_fp8 import DEFAULT_BLOCK, FP8, SCALE, block_size
 from geoscope.errors import UnsupportedFormat, first_names
 from geoscope.records import TensorInfo
 
+if TYPE_CHECKING:
+    from geoscope.checkpoints.checkpoint import Checkpoint
+
 __all__ = [
     "Refused",
+    "block_of",
     "by_config",
     "by_files",
     "by_tensors",
@@ -26,9 +31,12 @@ __all__ = [
     "is_never_opened",
     "odd_shards",
     "refusal",
+    "refuse_kohya",
+    "refuse_scaled",
 ]
 
-_PRECISIONS = "geoscope reads fp32, fp16 and bf16."
+_PRECISIONS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
+_PEFT = "geoscope reads the keys of PEFT."
 _WHOLE = "geoscope compares whole weights."
 _PARTS = "geoscope reads them together, from their folder."
 _DTENSORS = "geoscope reads shards of DTensors, each split along one dimension."
@@ -75,6 +83,19 @@ def refusal(reference: str, refused: Refused) -> UnsupportedFormat:
     )
 
 
+def refuse_scaled(checkpoint: Checkpoint, what: str) -> None:
+    """Raises UnsupportedFormat for block-scaled FP8, which can be compared and not be written.
+
+    what: the command, as the message names it.
+    """
+    if checkpoint.scales:
+        scale = f"tensor {next(iter(checkpoint.scales))}{SCALE}"
+        raise UnsupportedFormat(
+            f"`{checkpoint.ref.given}`: weights are block-scaled FP8 ({scale}). {what} needs fp32, "
+            f"fp16 or bf16. {_BF16}"
+        )
+
+
 # --- config.json --------------------------------------------------------------------------------
 
 # quant_method → (how it is called, what to do). Every other name is refused under its own name.
@@ -92,15 +113,27 @@ _METHODS = {
 
 def by_config(config: Mapping[str, Any]) -> Refused | None:
     """What `quantization_config` says, here or in the text part of a multimodal model."""
+    quantization = _quantization(config)
+    return _by_method(quantization) if quantization else None
+
+
+def block_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Sides of an FP8 block, as config.json has them; 128 × 128 where it is silent."""
+    return block_size(_quantization(config)) or DEFAULT_BLOCK
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     for where in (config, text if isinstance(text, Mapping) else {}):
         quantization = where.get("quantization_config")
         if isinstance(quantization, Mapping) and quantization:
-            return _by_method(quantization)
-    return None
+            return quantization
+    return {}
 
 
-def _by_method(quantization: Mapping[str, Any]) -> Refused:
+def _by_method(quantization: Mapping[str, Any]) -> Refused | None:
+    if quantization.get("quant_method") == "fp8" and block_size(quantization) is not None:
+        return None
     bits = {4: quantization.get("load_in_4bit"), 8: quantization.get("load_in_8bit")}
     name = quantization.get("quant_method")
     if name is None:
@@ -116,13 +149,28 @@ def _by_method(quantization: Mapping[str, Any]) -> Refused:
 # --- names and dtypes of tensors ----------------------------------------------------------------
 
 
-def by_tensors(tensors: Mapping[str, TensorInfo]) -> Refused | None:
-    """What the tensors themselves show. They come sorted by name: the first one is the evidence."""
+def by_tensors(tensors: Mapping[str, TensorInfo], unscaled: str | None = None) -> Refused | None:
+    """What the tensors themselves show. They come sorted by name: the first one is the evidence.
+
+    unscaled: an FP8 tensor without a scale for each of its blocks.
+    """
     for test in (_packed_integers, _bitsandbytes, _packed_floats, _adapter):
         refused = test(tensors)
         if refused is not None:
             return refused
+    if unscaled is not None:
+        return _without_scale(unscaled, tensors)
     return None
+
+
+def _without_scale(name: str, tensors: Mapping[str, TensorInfo]) -> Refused:
+    scale = tensors.get(name + SCALE)
+    if scale is None:
+        return Refused("FP8", f"tensor {name} is {FP8} without {name}{SCALE}", _BF16)
+    sides = " × ".join(map(str, scale.shape)) or "one number"
+    return Refused(
+        "FP8", f"tensor {scale.name}: {scale.dtype}, {sides}, is no scale by block", _BF16
+    )
 
 
 def _packed_integers(tensors: Mapping[str, TensorInfo]) -> Refused | None:
@@ -157,14 +205,18 @@ def _packed_floats(tensors: Mapping[str, TensorInfo]) -> Refused | None:
         return Refused("MXFP4", f"tensor {blocks}", _BF16)
     for suffix, called in (
         (".weight_scale_2", "NVFP4"),
-        (".weight_scale_inv", "FP8"),
         (".weight_scale", "FP8"),
     ):
         scale = _first(tensors, lambda name, suffix=suffix: name.endswith(suffix))
         if scale is not None:
             return Refused(called, f"tensor {scale}", _BF16)
     narrow = _first(
-        tensors, lambda name: tensors[name].dtype.startswith(("float8_", "float6_", "float4_"))
+        tensors,
+        lambda name: (
+            tensors[name].dtype.startswith(("float8_", "float6_", "float4_"))
+            and tensors[name].dtype != FP8
+            and not name.endswith(SCALE)
+        ),
     )
     if narrow is not None:
         dtype = tensors[narrow].dtype
@@ -179,10 +231,22 @@ _ADAPTER_TENSOR = re.compile(
 _KOHYA_TENSOR = re.compile(r"^lora_(?:unet|te\d?)_|\.lora_(?:down|up)\.weight$")
 
 
+def refuse_kohya(tensors: Mapping[str, TensorInfo], reference: str) -> None:
+    """Raises UnsupportedFormat where an adapter's keys are kohya's or of old diffusers."""
+    if (found := _kohya(tensors, _PEFT)) is not None:
+        raise refusal(reference, found)
+
+
+def _kohya(tensors: Mapping[str, TensorInfo], needs: str) -> Refused | None:
+    name = _first(tensors, lambda name: _KOHYA_TENSOR.search(name) is not None)
+    if name is None:
+        return None
+    return Refused("a kohya or diffusers LoRA", f"tensor {name}", _MERGE_LORA, needs)
+
+
 def _adapter(tensors: Mapping[str, TensorInfo]) -> Refused | None:
-    kohya = _first(tensors, lambda name: _KOHYA_TENSOR.search(name) is not None)
-    if kohya is not None:
-        return Refused("a kohya or diffusers LoRA", f"tensor {kohya}", _MERGE_LORA, _WHOLE)
+    if (kohya := _kohya(tensors, _WHOLE)) is not None:
+        return kohya
     factor = _first(tensors, lambda name: _ADAPTER_TENSOR.search(name) is not None)
     if factor is not None:
         return Refused("a PEFT adapter", f"tensor {factor}", _MERGE, _WHOLE)

@@ -32,6 +32,10 @@ __all__ = [
     "SafetensorsFile",
     "checked_entries",
     "file_header",
+    "header_length",
+    "parse_header",
+    "read_entry",
+    "read_entry_part",
     "read_header",
 ]
 
@@ -89,18 +93,31 @@ def read_header(path: Path, label: str) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = _header_length(file.read(8), size, label)
-            raw = _parse(file.read(length), label)
+            length = header_length(file.read(8), size, label)
+            text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{label}: cannot be read: {error.strerror or error}") from None
+    return parse_header(text, size, label)
+
+
+def parse_header(text: bytes, size: int, label: str) -> Header:
+    """The header from its JSON, checked against the `size` of the whole file.
+
+    Raises CheckpointError.
+    """
+    raw = _parse(text, label)
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(label, "__metadata__ is no table of strings")
-    data_start = 8 + length
+    data_start = 8 + len(text)
     return Header(checked_entries(raw, label, size - data_start), metadata, data_start)
 
 
-def _header_length(first: bytes, size: int, label: str) -> int:
+def header_length(first: bytes, size: int, label: str, limit: int = MAX_HEADER) -> int:
+    """Bytes of JSON that the first 8 bytes of a file of `size` bytes announce.
+
+    Raises CheckpointError for more than `limit`, or than the file can hold.
+    """
     if len(first) < 8:
         raise _damaged(label, f"the file has {size} bytes, a header needs 8")
     if first == b"version ":
@@ -108,8 +125,8 @@ def _header_length(first: bytes, size: int, label: str) -> int:
             f"{label}: a Git LFS pointer and not the weights; run `git lfs pull` in its folder"
         )
     (length,) = struct.unpack("<Q", first)
-    if length > MAX_HEADER:
-        raise _damaged(label, f"it claims {length} bytes, {MAX_HEADER} are allowed")
+    if length > limit:
+        raise _damaged(label, f"it claims {length} bytes, {limit} are allowed")
     if 8 + length > size:
         raise _damaged(label, f"it claims {length} bytes, the file has {size}")
     return length
@@ -207,35 +224,53 @@ class SafetensorsFile:
         return cls(path, label, parsed, file_header(parsed.entries, parsed.metadata, path.name))
 
     def read(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
-        import torch
-
         entry = self.parsed.entries[name]
-        raw = byte_view(entry.end - entry.begin, buffer)
-        self._fill(raw.numpy().data, self.parsed.data_start + entry.begin, name)
-        return raw.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+        place = self.path, self.parsed.data_start + entry.begin
+        return read_entry(entry, place, buffer, f"{self.label}: {name}")
 
     def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
-        import torch
-
         entry = self.parsed.entries[name]
-        width = (entry.end - entry.begin) // max(1, math.prod(entry.shape))
-        raw = byte_view((end - begin) * width, None)
-        place = self.parsed.data_start + entry.begin + begin * width
-        self._fill(raw.numpy().data, place, name)
-        return raw.view(getattr(torch, entry.dtype))
+        place = self.path, self.parsed.data_start + entry.begin
+        return read_entry_part(entry, place, begin, end, f"{self.label}: {name}")
 
-    def _fill(self, target: memoryview, offset: int, name: str) -> None:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                while target:  # one call returns 2 GiB at most on Linux
-                    count = file.readinto(target)
-                    if not count:
-                        raise CheckpointError(
-                            f"{self.label}: ends inside {name}; it was changed while it was read"
-                        )
-                    target = target[count:]
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.label}: {name} cannot be read: {error.strerror or error}"
-            ) from None
+
+def read_entry(
+    entry: Entry, place: tuple[Path, int], buffer: torch.Tensor | None, label: str
+) -> torch.Tensor:
+    """A tensor whose bytes begin at an offset of a file. Raises CheckpointError."""
+    import torch
+
+    raw = byte_view(entry.end - entry.begin, buffer)
+    _fill(raw.numpy().data, place, label)
+    return raw.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+
+def read_entry_part(
+    entry: Entry, place: tuple[Path, int], begin: int, end: int, label: str
+) -> torch.Tensor:
+    """Entries begin … end − 1 of a tensor whose bytes begin at an offset of a file, 1-D."""
+    import torch
+
+    path, offset = place
+    width = (entry.end - entry.begin) // max(1, math.prod(entry.shape))
+    raw = byte_view((end - begin) * width, None)
+    _fill(raw.numpy().data, (path, offset + begin * width), label)
+    return raw.view(getattr(torch, entry.dtype))
+
+
+def _fill(target: memoryview, place: tuple[Path, int], label: str) -> None:
+    path, offset = place
+    if not target:
+        return
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while target:  # one call returns 2 GiB at most on Linux
+                count = file.readinto(target)
+                if not count:
+                    raise CheckpointError(
+                        f"{label}: the file ends inside it; it was changed while it was read"
+                    )
+                target = target[count:]
+    except OSError as error:
+        raise CheckpointError(f"{label}: cannot be read: {error.strerror or error}") from None

@@ -18,8 +18,10 @@ __all__ = [
     "CURVES",
     "DIMENSIONS",
     "FAIL_ON",
+    "MAP_NAME",
     "MASKS",
     "OUTPUT",
+    "PAIRING",
     "QUICK",
     "SELECT",
     "VERDICT",
@@ -57,6 +59,28 @@ SELECT: dict[str, Spec] = {
     ),
     "layers": Spec(
         str | None, None, ("--layers",), "Only these block indices, such as 0-3,7.", "LIST"
+    ),
+}
+
+MAP_NAME: dict[str, Spec] = {
+    "map_name": Spec(
+        list[str] | None,
+        None,
+        ("--map-name",),
+        "Replace REGEX by REPL in the names of all models before they are matched (re.sub). May be "
+        "given again.",
+        "REGEX=REPL",
+    ),
+}
+
+PAIRING: dict[str, Spec] = {
+    **MAP_NAME,
+    "allow_vocab_resize": Spec(
+        bool,
+        False,
+        ("--allow-vocab-resize",),
+        "Compare the rows that both have of embeddings and output heads of different height; "
+        "--include brings these in scope.",
     ),
 }
 

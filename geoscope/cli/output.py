@@ -102,6 +102,11 @@ def check_outputs(paths: list[Path] | None, *, force: bool) -> None:
         reports.check_output(path, force=force)
 
 
+def check_file(path: Path, suffix: str, *, force: bool) -> None:
+    """The same of a file that is no report."""
+    reports.check_output(path, force=force, suffixes=(suffix,))
+
+
 def _width() -> int:
     return _columns(sys.stdout)
 
@@ -190,9 +195,10 @@ def _bar() -> Bar:
 
 
 def _note_lines(prepared: Prepared) -> list[str]:
-    """The notes of both sides, each under the name that its model was given by."""
+    """The notes of both sides, each under the name that its model was given by; of the pair."""
     sides = (prepared.base, prepared.tuned)
-    return [f"note: {side.ref.given}: {note}" for side in sides for note in side.notes]
+    lines = [f"note: {side.ref.given}: {note}" for side in sides for note in side.notes]
+    return [*lines, *(f"note: {note}" for note in prepared.notes)]
 
 
 def _plan_line(prepared: Prepared) -> str:
@@ -200,5 +206,10 @@ def _plan_line(prepared: Prepared) -> str:
     what = f"comparing {len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
     where = f"with {prepared.base.ref.given} on {prepared.device}"
     if prepared.bytes_to_fetch:
-        where += f", fetching {prepared.bytes_to_fetch / 1e6:.0f} MB"
+        where += f", fetching {_megabytes(prepared.bytes_to_fetch)}"
+        where += f" ({(prepared.free_disk or 0) / 1e9:.0f} GB free)"
     return f"{what} {where}"
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10**7 else f"{nbytes / 1e6:.2g} MB"

@@ -32,6 +32,7 @@ SeveralTuned = Annotated[
 @opt.with_options(
     opt.OUTPUT,
     opt.SELECT,
+    opt.PAIRING,
     opt.FAIL_ON,
     opt.VERDICT,
     opt.CURVES,
@@ -44,7 +45,7 @@ def collapse(base: Base, tuned: Tuned, **options: Any) -> None:
     _run("collapse", base, [tuned], options)
 
 
-@opt.with_options(opt.OUTPUT, opt.SELECT, opt.FAIL_ON, opt.QUICK, opt.COMPUTE)
+@opt.with_options(opt.OUTPUT, opt.SELECT, opt.PAIRING, opt.FAIL_ON, opt.QUICK, opt.COMPUTE)
 def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
     """Update anisotropy: how many directions it uses."""
     _run("anisotropy", base, [tuned], options)
@@ -53,6 +54,7 @@ def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
 @opt.with_options(
     opt.OUTPUT,
     opt.SELECT,
+    opt.PAIRING,
     opt.FAIL_ON,
     opt.MASKS,
     opt.CURVES,
@@ -68,6 +70,7 @@ def alignment(base: Base, tuned: SeveralTuned, **options: Any) -> None:
 @opt.with_options(
     opt.OUTPUT,
     opt.SELECT,
+    opt.PAIRING,
     opt.FAIL_ON,
     opt.VERDICT,
     opt.MASKS,
@@ -81,7 +84,9 @@ def compare(base: Base, tuned: SeveralTuned, **options: Any) -> None:
     _run("compare", base, tuned, options)
 
 
-@opt.with_options({name: opt.OUTPUT[name] for name in ("as_json", "verbose", "debug")}, opt.SELECT)
+@opt.with_options(
+    {name: opt.OUTPUT[name] for name in ("as_json", "verbose", "debug")}, opt.SELECT, opt.PAIRING
+)
 def inspect(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder, file or org/name[@revision].")
@@ -185,6 +190,8 @@ def _selection(options: dict[str, Any]) -> dict[str, Any]:
         "include": tuple(options["include"] or ()),
         "exclude": tuple(options["exclude"] or ()),
         "layers": parse_layers(options["layers"]) if options["layers"] else None,
+        "map_name": tuple(options["map_name"] or ()),
+        "allow_vocab_resize": options["allow_vocab_resize"],
     }
 
 

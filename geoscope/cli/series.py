@@ -76,7 +76,27 @@ _SERIES: dict[str, opt.Spec] = {
 _SHOW = {name: spec for name, spec in opt.OUTPUT.items() if name != "dry_run"}
 
 
-@opt.with_options(_SERIES, _SHOW, opt.SELECT, opt.FAIL_ON)
+_TRAJECTORY: dict[str, opt.Spec] = {
+    "scalar_r2": opt.Spec(
+        str | None,
+        None,
+        ("--scalar-r2",),
+        "R² of every single entry on a line in t, as RLVR-Linearity reports it: of `all` entries, "
+        "or by the `published` filter. One more pass over whole models; not for adapters.",
+        "all|published",
+    ),
+    "vectors": opt.Spec(
+        Path | None,
+        None,
+        ("--vectors",),
+        "Write the leading pairs of every update and step, with aligned signs, to this "
+        ".safetensors file.",
+        "FILE",
+    ),
+}
+
+
+@opt.with_options(_SERIES, _TRAJECTORY, _SHOW, opt.SELECT, opt.MAP_NAME, opt.FAIL_ON)
 def trajectory(points: Points, **options: Any) -> None:
     """Drift or diffusion? A run step by step, and how far it can be foretold."""
     from geoscope.analysis.follow import follow
@@ -85,8 +105,12 @@ def trajectory(points: Points, **options: Any) -> None:
     chosen = _options(options)
     conditions = parse_fail_on(options["fail_on"], kind="trajectory", codes=CODES, ids=IDS)
     output.check_outputs(options["out"], force=options["force"])
+    if options["vectors"] is not None:
+        if not options["directions"]:
+            raise OptionError("--vectors are leading pairs, which --no-directions leaves out")
+        output.check_file(options["vectors"], ".safetensors", force=options["force"])
     with output.matrices(quiet=options["quiet"]) as progress:
-        report = follow(points, options=chosen, progress=progress)
+        report = follow(points, options=chosen, vectors=options["vectors"], progress=progress)
     output.emit(report, options)
     for note in report.provenance.parameters["notes"]:
         output.say(f"note: {note}", quiet=options["quiet"])
@@ -110,11 +134,13 @@ def _options(options: dict[str, Any]) -> FollowOptions:
         initial_adapter=options["initial_adapter"],
         steps=options["steps"],
         directions=options["directions"],
+        scalar_r2=options.get("scalar_r2"),
         metrics=options.get("metrics"),
         metric=options.get("metric"),
         include=tuple(options["include"] or ()),
         exclude=tuple(options["exclude"] or ()),
         layers=parse_layers(options["layers"]) if options["layers"] else None,
+        map_name=tuple(options["map_name"] or ()),
         jobs=options["jobs"],
         seed=options["seed"],
     )
@@ -156,6 +182,7 @@ def _options(options: dict[str, Any]) -> FollowOptions:
     {name: _SERIES[name] for name in ("base", "steps", "jobs", "seed")},
     {name: opt.OUTPUT[name] for name in ("as_json", "quiet", "debug")},
     opt.SELECT,
+    opt.MAP_NAME,
 )
 def extrapolate(points: Points, **options: Any) -> None:
     """Predicted weights of a later step, as far as held-out checkpoints justify them."""

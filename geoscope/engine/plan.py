@@ -110,7 +110,7 @@ def plan(
 
 
 def working_bytes(pair: WeightPair, *, stack: bool = False) -> int:
-    """Peak bytes of one pair in work: as stored, a Gram matrix, and leading vectors of both sides.
+    """Peak bytes of one pair in work: as read, a Gram matrix, and leading vectors of both sides.
 
     512 fp64 rows stand for the vectors of three roles; products go by two blocks of 1024 rows. In a
     stack on a device a batched eigensolver holds the Gram matrices, all eigenvectors and its own
@@ -125,7 +125,7 @@ def working_bytes(pair: WeightPair, *, stack: bool = False) -> int:
 
 
 def _stored(pair: WeightPair) -> int:
-    return pair.base.nbytes + pair.tuned.nbytes
+    return pair.base.memory_bytes + pair.tuned.memory_bytes
 
 
 def _ceil(a: int, b: int) -> int:

@@ -137,6 +137,10 @@ class Product:
         """The images of rows Y (b, k, m) under the transpose: Y·B·diag(s)·A, (b, k, n)."""
         return (Y @ self.B * self.scale[:, None, :]) @ self.A
 
+    def both(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """`right` of X and `left` of Y."""
+        return self.right(X), self.left(Y)
+
     @stage("products")
     def inner(self, other: Product) -> Tensor:
         """⟨P, Q⟩_F = ⟨(Q_B'ᵀQ_B)·C·(Q_AᵀQ_A'), C'⟩, (b,).

@@ -1,7 +1,7 @@
 """What is measured: METRICS, their nulls, precision floors, aggregation and the verdict."""
 
 from geoscope.metrics.aggregate import aggregate
-from geoscope.metrics.factors import PairFactors, Settings, pair_factors
+from geoscope.metrics.factors import PairFactors, Rounding, Settings, pair_factors
 from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict_dimension
 from geoscope.metrics.metric import Instance, Metric, Null, instances
 from geoscope.metrics.table import FAMILIES, METRICS
@@ -26,6 +26,7 @@ __all__ = [
     "Metric",
     "Null",
     "PairFactors",
+    "Rounding",
     "Settings",
     "aggregate",
     "instances",

@@ -6,6 +6,7 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
     base.top@j, tuned.top@j, update.top@j   (b, ≥ j)   the leading ones: at least j of them
     base.norm, tuned.norm, update.norm      (b,)       Frobenius norms
     base.noise, tuned.noise                 (b,)       √(Σulp²/12): what storing them rounded away
+    update.noise                            (b,)       tuned.noise, and that of a base in FP8
     base.eps, tuned.eps                     (b,)       spacing at 1 of the storage format
     unchanged.relative|absolute|exact       (b,)       shares of entries that did not move
     isotropic.relative|absolute|exact       (b,)       the same, expected of an isotropic update
@@ -23,7 +24,7 @@ entries (`Operand`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,11 +38,20 @@ from geoscope.linalg import (
     principal_angles,
 )
 from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
+from geoscope.linalg.factor_update import FactorUpdate
+from geoscope.linalg.product import Product, factorise_product
+from geoscope.linalg.storage import FP8, FloatFormat
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.nulls import marchenko_pastur_median
 
-__all__ = ["PairFactors", "Settings", "pair_factors"]
+__all__ = ["PairFactors", "Rounding", "Settings", "pair_factors"]
+
+# What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
+Rounding = tuple[float | None, float | None]
+_STARTED_FROM_FP8 = "larger than the update, which started from FP8; ν leaves it out"
+# ‖rounding error‖/‖W‖ of a Gaussian W with f fraction bits, times 2^f (METHODS §1).
+_RELATIVE_ROUNDING = 1.6617e-3 * 2**7
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,13 @@ class _Work:
     base: Factors | None = None
 
     def factorise(
-        self, role: str, A: Operand, *, takes: frozenset[str], vectors: int = 0, cuts: Sequence[int]
+        self,
+        role: str,
+        A: Operand | Product,
+        *,
+        takes: frozenset[str],
+        vectors: int = 0,
+        cuts: Sequence[int],
     ) -> Factors:
         """The factors of A: its whole spectrum, or the leading triplets where these do.
 
@@ -94,7 +110,9 @@ class _Work:
         whole = f"{role}.S" in takes and not settings.quick
         values_do = not (whole or vectors)
         asked = settings.solver == "exact" or settings.dtype != "float64"
-        if (settings.quick or values_do) and not asked:
+        if isinstance(A, Product):
+            factors = factorise_product(A, vectors=vectors, cuts=cuts)
+        elif (settings.quick or values_do) and not asked:
             # One more than is taken, for the gap behind the last.
             values = max(_leading_values(takes, role), vectors) + 1
             factors = factorise_leading(
@@ -120,33 +138,50 @@ class _Work:
 
 def pair_factors(
     base: Tensor,
-    tuned: Tensor,
+    tuned: Tensor | FactorUpdate,
     *,
     takes: frozenset[str],
     ks: Sequence[int],
     settings: Settings,
+    rounding: Sequence[Rounding] = (),
 ) -> PairFactors:
     """All factors named in `takes` of a stack of pairs.
 
-    base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation. ks: the
-    dimensions of this shape, the verdict's among them.
+    base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation; of an
+    adapter the update in its factors, of which what needs single entries is left out. ks: the
+    dimensions of this shape, the verdict's among them. rounding: of each pair, where a side was
+    stored in FP8 blocks. Of these the rounding cells are not known, and what is expected of an
+    isotropic update in them, the masks among it, is left out.
     """
     work = _Work(settings)
     m, n = base.shape[-2:]
     q = min(m, n)
     inside = sorted({k for k in ks if k <= q})
-    sides = _from_storage(work, base, tuned, takes)
-    W0, update = Operand(base), Operand(tuned, base)
-    _spectra(work, W0, Operand(tuned), takes, inside)
+    rounding = rounding or [(None, None)] * len(base)
+    in_blocks = any(one is not None for pair in rounding for one in pair)
+    W0 = Operand(base)
+    sides: list[tuple[Side, Side]] = []
+    if isinstance(tuned, FactorUpdate):
+        _from_factors(work, base, tuned, [one for one, _ in rounding])
+        update = tuned.product
+    else:
+        sides = _from_storage(work, base, tuned, takes, rounding)
+        update = Operand(tuned, base)
+    _spectra(work, W0, tuned, takes, inside)
     if "update.S" in takes or _any(takes, "update.top@"):
         work.factorise("update", update, takes=takes, cuts=())
     spectrum = work.values.get("update.S")  # Σσ² is the sum over the entries, without a pass
     work.values["update.norm"] = update.norm() if spectrum is None else spectrum.norm(dim=-1)
-    _isotropic(work, sides, (m, n), takes)
+    if isinstance(tuned, FactorUpdate):  # what the base rounded is in no product
+        work.values["update.noise"] = tuned.noise
+    else:
+        work.values["update.noise"] = _update_noise(work.values, rounding)
     if _any(takes, "cross."):
         _cross(work, update)
-    if _any(takes, "masks."):
-        _masks(work, base, tuned, sides)
+    if isinstance(tuned, Tensor) and not in_blocks:
+        _isotropic(work, sides, (m, n), takes)
+        if _any(takes, "masks."):
+            _masks(work, base, tuned, sides)
     work.values["bulk_median"] = torch.tensor(
         marchenko_pastur_median(q / max(m, n)), dtype=torch.float64, device=base.device
     )
@@ -156,7 +191,12 @@ def pair_factors(
         methods=tuple(
             {name: methods[i] for name, methods in work.methods.items()} for i in range(len(base))
         ),
-        notes=tuple(_notes(base, tuned, *pair) for pair in sides),
+        notes=tuple(
+            _notes(base.dtype, tuned.dtype, *pair, counted=bool(noise > pair[1].noise))
+            for pair, noise in zip(sides, work.values["update.noise"].tolist(), strict=True)
+        )
+        if isinstance(tuned, Tensor)
+        else ((),) * len(base),
     )
 
 
@@ -172,10 +212,17 @@ def _any(takes: frozenset[str], prefix: str) -> bool:
 
 
 def _from_storage(
-    work: _Work, base: Tensor, tuned: Tensor, takes: frozenset[str]
+    work: _Work,
+    base: Tensor,
+    tuned: Tensor,
+    takes: frozenset[str],
+    rounding: Sequence[Rounding],
 ) -> list[tuple[Side, Side]]:
     """Norms, rounding noise and changed shares, straight from the stored entries."""
-    sides = [(side(before), side(after)) for before, after in zip(base, tuned, strict=True)]
+    sides = [
+        (_side(before, noise), _side(after, other))
+        for before, after, (noise, other) in zip(base, tuned, rounding, strict=True)
+    ]
 
     def column(numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device=base.device)
@@ -189,6 +236,45 @@ def _from_storage(
         for rule in ("relative", "absolute", "exact"):
             work.values[f"unchanged.{rule}"] = column([getattr(one, rule) for one in shares])
     return sides
+
+
+def _from_factors(
+    work: _Work, base: Tensor, update: FactorUpdate, rounding: Sequence[float | None]
+) -> None:
+    """Norms and rounding noise of a base and of an update in its factors.
+
+    The tuned weight is never stored: what is rounded is the factors.
+    """
+    sides = [_side(weight, noise) for weight, noise in zip(base, rounding, strict=True)]
+
+    def column(numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=base.device)
+
+    work.values["base.norm"] = column([one.norm for one in sides])
+    work.values["base.noise"] = column([one.noise for one in sides])
+    work.values["base.eps"] = column([one.fmt.eps for one in sides])
+    work.values["tuned.norm"] = update.tuned_norm(base)
+    work.values["tuned.noise"] = update.noise
+    work.values["tuned.eps"] = column([update.fmt.eps] * len(base))
+
+
+def _side(weight: Tensor, noise: float | None) -> Side:
+    """noise: what FP8 blocks rounded away, which the entries do not show."""
+    found = side(weight)
+    return found if noise is None else replace(found, noise=noise, fmt=FP8)
+
+
+def _update_noise(values: Mapping[str, Tensor], rounding: Sequence[Rounding]) -> Tensor:
+    """(b,): the tuned side's rounding, and that of a base in FP8, in quadrature.
+
+    Training mostly starts from the weights before they were quantised: the base's error is in the
+    update then. An update of half that size or less cannot hold it, and started from FP8.
+    """
+    base = values["base.noise"] * values["base.noise"].new_tensor(
+        [before is not None for before, _ in rounding]
+    )
+    inside = values["update.norm"] > base / 2
+    return torch.hypot(values["tuned.noise"], torch.where(inside, base, 0.0))
 
 
 def _isotropic(
@@ -208,7 +294,11 @@ def _isotropic(
 
 
 def _spectra(
-    work: _Work, W0: Operand, W1: Operand, takes: frozenset[str], ks: Sequence[int]
+    work: _Work,
+    W0: Operand,
+    tuned_weight: Tensor | FactorUpdate,
+    takes: frozenset[str],
+    ks: Sequence[int],
 ) -> None:
     """Spectra and leading subspaces of base and tuned; angles and intruders between them."""
     angles = _any(takes, "angles.")
@@ -220,6 +310,8 @@ def _spectra(
     if not (tuned_vectors or "tuned.S" in takes or _any(takes, "tuned.top@")):
         return
     cuts = ks if angles else ()
+    is_update = isinstance(tuned_weight, FactorUpdate)
+    W1 = Operand(tuned_weight.over(W0.plus) if is_update else tuned_weight)
     tuned = work.factorise("tuned", W1, takes=takes, vectors=tuned_vectors, cuts=cuts)
     if angles:
         _angles(work, base, tuned, ks)
@@ -298,7 +390,7 @@ def _settled(cosines: Tensor) -> bool:
     return bool((found | (unexplained < INTRUDER_COSINE**2)).all())
 
 
-def _cross(work: _Work, update: Operand) -> None:
+def _cross(work: _Work, update: Operand | Product) -> None:
     """Energies of the update along the base's singular directions."""
     assert work.base is not None
     U, Vh = _both(work.base)
@@ -352,11 +444,31 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side,
     work.values["masks.changed"] = column([float(one.changed) for one in results])
 
 
-def _notes(base: Tensor, tuned: Tensor, before: Side, after: Side) -> tuple[str, ...]:
-    """Remarks on the storage of one pair."""
+def _notes(
+    base: torch.dtype, tuned: torch.dtype, before: Side, after: Side, *, counted: bool
+) -> tuple[str, ...]:
+    """Remarks on the storage of one pair. counted: ν holds more than the rounding of tuned."""
     notes = []
-    for role, weight, one in (("base", base, before), ("tuned", tuned, after)):
-        stored = str(weight.dtype).removeprefix("torch.")
-        if stored != one.fmt.name:
+    for role, dtype, one in (("base", base, before), ("tuned", tuned, after)):
+        stored = str(dtype).removeprefix("torch.")
+        if stored != one.fmt.name and one.fmt is not FP8:
             notes.append(f"{role} is stored as {stored} and holds only {one.fmt.name} numbers")
+    for role, one in (("base", before), ("tuned", after)):
+        if one.fmt is FP8:
+            inside = role == "tuned" or counted
+            remark = f"{role} is block-scaled FP8: its quantisation error, {_error(FP8)} of the "
+            remark += "weights, is "
+            remark += "in the update; ν counts it" if inside else _STARTED_FROM_FP8
+            notes.append(remark)
+    if FP8 not in (before.fmt, after.fmt) and before.fmt != after.fmt:
+        remark = f"base holds {before.fmt.name}, tuned {after.fmt.name}: ν counts the rounding of "
+        remark += f"tuned, {_error(after.fmt)} of the weights"
+        if before.fmt.fraction_bits < after.fmt.fraction_bits:
+            remark += f"; a base rounded after training began adds {_error(before.fmt)}"
+        notes.append(remark)
     return tuple(notes)
+
+
+def _error(fmt: FloatFormat) -> str:
+    """How much of a weight rounding takes away, as a share of its norm."""
+    return f"about {_RELATIVE_ROUNDING * 2.0**-fmt.fraction_bits:.2g}"

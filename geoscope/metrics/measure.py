@@ -86,7 +86,7 @@ def _weights(
         "parameters": float(shape[0] * shape[1]),
         "update": float(values["update.norm"][i]) ** 2,
         "base": float(values["base.norm"][i]) ** 2,
-        "noise": float(values["tuned.noise"][i]) ** 2,
+        "noise": float(values["update.noise"][i]) ** 2,
     }
     if "masks.changed" in values:
         weights["changed"] = float(values["masks.changed"][i])
@@ -114,7 +114,7 @@ class _Floors:
         if instance.floor is None:
             return Status.OK
         norm = float(self.values["update.norm"][i])
-        noise_ratio = float(self.values["tuned.noise"][i]) / norm if norm > 0 else math.nan
+        noise_ratio = float(self.values["update.noise"][i]) / norm if norm > 0 else math.nan
         spread = math.nan
         if instance.floor == "amplitude":
             spread = float(participation_ratio(self.values["update.S"][i]))
@@ -127,7 +127,7 @@ class _Floors:
         angles = self.values[f"angles.{side}@{instance.k}"][i]
         floor = angle_rms(
             self._spectrum(i),
-            self.values["tuned.noise"][i],
+            self.values["update.noise"][i],
             k=instance.k,
             side=side,
             shape=self.shape,

@@ -135,5 +135,5 @@ def instances(metric: Metric, ks: Iterable[int]) -> list[Instance]:
 
 
 def _noise_role(name: str, role: str | None) -> str | None:
-    """The update's rounding is that of the tuned file, which is what was stored."""
-    return "tuned" if role == "update" and name in ("role.noise", "role.eps") else role
+    """The update's spacing is that of the tuned file, which is what was stored."""
+    return "tuned" if role == "update" and name == "role.eps" else role

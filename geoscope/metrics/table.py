@@ -63,9 +63,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "precision_ratio",
         size.precision_ratio,
-        ("tuned.noise", "update.norm"),
+        ("update.noise", "update.norm"),
         "size",
-        formula="ν = √(Σulp(W1)²/12)/‖ΔW‖_F",
+        formula="ν = √(Σulp(W1)²/12)/‖ΔW‖_F; Σulp(W0)² too where the base is FP8",
         range="≥ 0",
         reading="share of the update that storing it made; below .2 most numbers are safe",
         caution="an exact noise share above .5: there the true noise saturates, ν only ranks it",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from geoscope.errors import OptionError, ReportError
@@ -17,12 +18,12 @@ _ADAPTER_RECORD = '"schema": "geoscope.adapter/'
 SUFFIXES = (".json", ".csv", ".md", ".png", ".svg", ".pdf")
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, *, force: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Refuse an output before the work: unknown suffix, no folder, a file that is already there.
 
     Raises OptionError for what another option mends, ReportError for what the disk says.
     """
-    _check_suffix(path)
+    _check_suffix(path, suffixes)
     folder = path.parent
     if not folder.is_dir():
         raise ReportError(f"{path}: folder {folder} does not exist; make it first")
@@ -34,10 +35,11 @@ def check_output(path: Path, *, force: bool) -> None:
         raise OptionError(f"{path} exists; use --force to overwrite it, or another name")
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix.lower() not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise OptionError(f"{path}: suffix {path.suffix!r} is no report format; use one of {known}")
+def _check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
+    if path.suffix.lower() in suffixes:
+        return
+    what = "no report format; use one of " if suffixes is SUFFIXES else "not "
+    raise OptionError(f"{path}: suffix {path.suffix!r} is {what}{', '.join(suffixes)}")
 
 
 def write(report: Report, path: Path) -> None:

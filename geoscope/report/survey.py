@@ -20,13 +20,15 @@ class Survey:
     """Headers of one model, or of a pair, and what comparing them would take.
 
     models: {"given", "resolved", "commit", "storage_dtype", "tensors", "parameters", "bytes",
-    "model_type"} of each. bytes_to_fetch is for the Hub, 0 for local folders.
+    "model_type"} of each. bytes_to_fetch is for the Hub, 0 for local folders; free_disk are the
+    free bytes where they go, None where nothing is to be fetched.
     """
 
     models: tuple[Mapping[str, Any], ...]
     pairing: Pairing
     notes: tuple[str, ...]
     bytes_to_fetch: int
+    free_disk: int | None
     memory: int
     workers: int
     device: str
@@ -59,6 +61,7 @@ class Survey:
             "notes": list(self.notes),
             "plan": {
                 "bytes_to_fetch": self.bytes_to_fetch,
+                "free_disk": self.free_disk,
                 "memory": self.memory,
                 "workers": self.workers,
                 "device": self.device,
@@ -159,6 +162,7 @@ def _work(survey: Survey) -> list[str]:
     lines = [f"would read {_bytes(read)}"]
     if survey.bytes_to_fetch:
         lines[0] += f", after fetching {_bytes(survey.bytes_to_fetch)}"
+        lines[0] += f" ({_bytes(survey.free_disk or 0)} free)"
     if survey.paired:
         lines.append(
             f"would take about {_seconds(survey.seconds)} on {survey.device} "

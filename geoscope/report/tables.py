@@ -161,6 +161,9 @@ _TABLE = (
     Quantity("rank1_coefficient_r2", "R² c1", "R² of its coefficient", "on a line in t"),
     Quantity("linear_r2", "R² line", "R² of a line", "all of the update, with intercept"),
     Quantity("linear_r2_origin", "R² origin", "R² of a line from the base", "without intercept"),
+    Quantity("scalar_r2_median", "R² entry", "median R² of an entry", "on a line (RLVR-Linearity)"),
+    Quantity("scalar_r2_share", "R² > .7", "entries with R² above .7", "of those that are counted"),
+    Quantity("scalar_r2_kept", "counted", "entries counted", "those that move, or pass the filter"),
     Quantity("rank1_share_last", "rank-1", "spatial rank-1 share", "σ1² over ‖Δ‖², last step"),
     Quantity("norm_fraction", "σ1/‖Δ‖", "norm fraction (AlphaRL)", "σ1 over ‖Δ‖, last step"),
     Quantity("gap21_last", "σ2/σ1", "σ2/σ1", "above .9 the direction is ill-defined"),
@@ -174,6 +177,9 @@ _TABLE = (
     Quantity("skill@damped(linear)", "damped", "skill: linear, damped", "held out, over hold"),
     Quantity("skill@relex", "RELEX", "skill: RELEX", "held out, over hold"),
     Quantity("skill@relex_pinned", "pinned", "skill: RELEX, pinned", "held out, over hold"),
+    Quantity(
+        "skill@spatial_rank1_pinned", "spatial", "skill: spatial rank 1", "σ1, u and v moved on"
+    ),
     Quantity("skill@auto", "auto", "skill: auto", "each matrix its best so far"),
     Quantity("horizon", "horizon", "credible horizon, in steps", "0: none"),
     Quantity(
@@ -424,6 +430,7 @@ KINDS["trajectory"] = Kind(
                 "linear_r2_origin",
             ),
         ),
+        ("single entries", ("scalar_r2_median", "scalar_r2_share", "scalar_r2_kept")),
         ("spatial rank 1", ("rank1_share_last", "norm_fraction")),
         (
             "held-out skill",
@@ -433,6 +440,7 @@ KINDS["trajectory"] = Kind(
                 "skill@damped(linear)",
                 "skill@relex",
                 "skill@relex_pinned",
+                "skill@spatial_rank1_pinned",
                 "skill@auto",
                 "horizon",
                 "horizon_resolved",

@@ -278,8 +278,7 @@ def rank1_statistics(
     }
     if local is not None:
         found["local_global_cosine"] = _mean(series["local_global_cosine"])
-    inc = storage_noise.with_exact_base(inc) if base_exact else inc
-    state = storage_noise.noise_status(storage_noise.precision_ratio(inc))
+    state = storage_noise.noise_state(inc, base_exact=base_exact)
     status = {key: _status(value, path, state) for key, value in found.items()}
     return Rank1Statistics(
         values={key: None if status[key].is_null else value for key, value in found.items()},

@@ -21,6 +21,7 @@ __all__ = [
     "CAUTION_ABOVE",
     "UNRESOLVED_ABOVE",
     "corrected_gram",
+    "noise_state",
     "noise_status",
     "precision_ratio",
     "step_precision_ratio",
@@ -64,6 +65,11 @@ def noise_status(ratio: float | None) -> Status:
     if ratio is None or ratio <= CAUTION_ABOVE:
         return Status.OK
     return Status.CAUTION if ratio <= UNRESOLVED_ABOVE else Status.BELOW_RESOLUTION
+
+
+def noise_state(inc: Increments, *, base_exact: bool) -> Status:
+    """The status of a number about the updates: `noise_status` of their ν."""
+    return noise_status(precision_ratio(with_exact_base(inc) if base_exact else inc))
 
 
 def corrected_gram(inc: Increments) -> Tensor:

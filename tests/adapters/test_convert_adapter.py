@@ -40,7 +40,13 @@ from geoscope.analysis.convert_adapter import (
 )
 from geoscope.analysis.verify_adapter import verify_adapter
 from geoscope.checkpoints.hashes import file_sha256
-from geoscope.errors import CheckpointError, NumericsError, OptionError, PairingError
+from geoscope.errors import (
+    CheckpointError,
+    NumericsError,
+    OptionError,
+    PairingError,
+    UnsupportedFormat,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning"),
@@ -338,6 +344,25 @@ def test_an_adapter_of_the_original_is_refused_for_a_residual(
             convert_adapter(str(out), str(other))
         with pytest.raises(PairingError, match="names the original model"):
             convert_adapter(str(out), str(other), base=str(base))
+
+
+@pytest.mark.parametrize(
+    ("settings", "called"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
+        ({"leaves": ("embed_tokens", "q_proj")}, "an adapted embedding, model.embed_tokens"),
+    ],
+)
+def test_more_than_plain_lora_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], called: str
+) -> None:
+    base = tiny_models.llama(tmp_path / "original")
+    trained = saved(adapted(base, **settings), tmp_path / "trained")
+    with pytest.raises(UnsupportedFormat, match=rf"{called}; convert-adapter takes plain LoRA\. M"):
+        convert_adapter(str(trained), str(trained), base=str(base))
+    with pytest.raises(UnsupportedFormat, match=rf"{called}; verify-adapter takes plain LoRA\. M"):
+        verify_adapter(str(trained), base=str(base))
 
 
 def test_an_adapter_that_was_not_trained_is_told(run: tuple[Path, Path, Path, Tensor]) -> None:

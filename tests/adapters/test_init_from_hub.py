@@ -22,6 +22,7 @@ def test_a_model_on_the_hub_becomes_a_residual_and_an_adapter(tmp_path: Path) ->
             "PYTHONPATH": os.pathsep.join(sys.path),
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hub"),
+            "GEOSCOPE_CACHE": str(tmp_path / "cache"),
             "HF_HUB_DISABLE_XET": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from analysis_series.runs import GPT2, LLAMA, Run, lora_run, same_numbers, steps_of
+from safetensors.torch import load_file, save_file
 
 from geoscope.analysis.follow import follow
 from geoscope.analysis.follow_options import FollowOptions
-from geoscope.errors import NumericsError, OptionError
+from geoscope.errors import NumericsError, OptionError, UnsupportedFormat
 from geoscope.records import Report
 from geoscope.trajectory.backtest import backtest
 from geoscope.trajectory.extrapolators import extrapolator
@@ -151,6 +153,39 @@ def test_an_initialisation_that_says_so_needs_its_start(tmp_path: Path) -> None:
     config = folder / "checkpoint-10/adapter_config.json"
     config.write_text(config.read_text().replace("true", '"pissa_niter_4"'))
     with pytest.raises(OptionError, match="--initial-adapter"):
+        follow([str(folder)])
+
+
+def test_a_rewritten_base_needs_the_start_of_its_adapters(tmp_path: Path) -> None:
+    """The base says what the configuration of an adapter does not."""
+    _, folder, initial = lora_run(tmp_path, (0, 10, 20, 30), from_zero=False)
+    residual = tmp_path / "out/residual"
+    residual.mkdir(parents=True)
+    record = {"schema": "geoscope.adapter/1", "layout": "residual"}
+    (residual.parent / "geoscope.json").write_text(json.dumps(record))
+    for config in folder.glob("*/adapter_config.json"):
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps({**settings, "base_model_name_or_path": str(residual)}))
+    with pytest.raises(
+        OptionError, match=r"residual is a rewritten one.* --initial-adapter"
+    ):
+        follow([str(folder)])
+    follow([str(folder)], options=FollowOptions(initial_adapter=str(initial), jobs=1))
+
+
+def test_updates_that_need_the_base_are_refused_by_name(tmp_path: Path) -> None:
+    _, folder, _ = lora_run(tmp_path, (0, 10, 20), from_zero=True)
+    for path in folder.glob("checkpoint-*"):
+        weights = path / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        for name in list(tensors):
+            if name.endswith(".lora_B.weight"):
+                norms = torch.ones(len(tensors[name]))
+                tensors[name.replace(".lora_B.weight", ".lora_magnitude_vector")] = norms
+        save_file(tensors, weights)
+        config = path / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
+    with pytest.raises(UnsupportedFormat, match=r"DoRA is not followed .*; merge every step into"):
         follow([str(folder)])
 
 

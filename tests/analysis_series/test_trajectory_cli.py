@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from analysis_series.runs import LLAMA, Run, stored
 from cli.running import run as command
+from safetensors.torch import load_file
 
 STEPS = tuple(range(0, 100, 10))
 
@@ -128,3 +130,66 @@ def test_extrapolate_refuses_beyond_the_horizon(tmp_path: Path, drifting: Run) -
     done = command(*given, "-o", tmp_path / "out", "--method", "two-point", "--force")
     assert done.code == 0
     assert "asked for 8910" in done.out
+
+
+def test_single_entries_on_request(drifting: Run) -> None:
+    """RLVR-Linearity's R² against lstsq over every entry; a walk's beside it."""
+    given = "trajectory", drifting.folder, "--base", drifting.base, "--no-directions", "--json"
+    plain, done = command(*given), command(*given, "--scalar-r2", "all")
+    assert done.code == 0, done.err
+    assert "scalar_r2_median" not in json.loads(plain.out)["summary"]["model"]
+    report = json.loads(done.out)
+    values, null = report["summary"]["model"], report["summary"]["nulls"]["scalar_r2_median"]
+    t = np.array(STEPS[1:], dtype=float)
+    rows = np.concatenate(
+        [
+            np.stack([(W[name].double() - drifting.models[0][name].double()).numpy().ravel()
+                      for W in drifting.models[1:]])
+            for name in LLAMA
+        ],
+        axis=1,
+    )  # fmt: skip
+    moved = np.ptp(rows, axis=0) > 0
+    X = np.stack([np.ones_like(t), t], axis=1)
+    fitted = X @ np.linalg.lstsq(X, rows[:, moved], rcond=None)[0]
+    left = ((rows[:, moved] - fitted) ** 2).sum(0)
+    r2 = 1 - left / ((rows[:, moved] - rows[:, moved].mean(0)) ** 2).sum(0)
+    assert values["scalar_r2_median"] == pytest.approx(np.median(r2), abs=2e-4)
+    assert values["scalar_r2_share"] == pytest.approx((r2 > 0.7).mean(), abs=1e-3)
+    assert values["scalar_r2_kept"] == pytest.approx(moved.mean(), abs=1e-9)
+    assert null == pytest.approx(0.44, abs=0.04)
+    assert "median R² of an entry" in command(*given[:-1], "--scalar-r2", "published").out
+    refused = command(*given, "--scalar-r2", "some")
+    assert refused.code == 2 and "some" in refused.err
+
+
+def test_vectors_on_request(tmp_path: Path, drifting: Run) -> None:
+    path = tmp_path / "pairs.safetensors"
+    given = "trajectory", drifting.folder, "--base", drifting.base, "--vectors", path
+    done = command(*given)
+    assert done.code == 0, done.err
+    pairs = load_file(path)
+    for name in LLAMA:
+        first, last = drifting.models[0][name].double(), drifting.models[-1][name].double()
+        U, S, Vh = torch.linalg.svd(last - first)
+        u, v, sigma = (pairs[f"{name}.updates.{key}"] for key in ("u", "v", "sigma"))
+        assert u.shape == (len(STEPS) - 1, len(first))
+        assert float(sigma[-1]) == pytest.approx(float(S[0]), rel=1e-9)
+        assert abs(float(u[-1] @ U[:, 0])) == pytest.approx(1, abs=1e-9)
+        assert abs(float(v[-1] @ Vh[0])) == pytest.approx(1, abs=1e-9)
+        turns = (u[1:] * u[:-1]).sum(-1) + (v[1:] * v[:-1]).sum(-1)
+        assert float(turns.min()) >= 0, "signs are aligned"
+    assert command(*given).code == 2, "not overwritten without --force"
+    assert command(*given, "--force").code == 0
+    refused = command(*given[:-1], tmp_path / "other.safetensors", "--no-directions")
+    assert refused.code == 2 and "--no-directions" in refused.err
+    assert command(*given[:-1], tmp_path / "pairs.npz").code == 2
+
+
+def test_verbose_tells_how_pairs_were_found(drifting: Run) -> None:
+    done = command("trajectory", drifting.folder, "--base", drifting.base, "--json")
+    for layer in json.loads(done.out)["layers"]:
+        for kind in ("updates", "steps"):
+            assert 0 < layer["method"][kind]["bound"] < 1e-9
+    words = command("trajectory", drifting.folder, "--base", drifting.base, "--verbose").out
+    assert "updates" in words.partition("how each matrix was computed")[2]

@@ -8,15 +8,29 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sys
+import time
+from types import SimpleNamespace
 from typing import Any
 
-from geoscope.checkpoints import Checkpoint, open_checkpoint
+from geoscope.checkpoints import Checkpoint, disk, hub_ranges, open_checkpoint
 from geoscope.errors import GeoscopeError
 
 
 def main(reference: str, wanted: str, how: str) -> dict[str, Any]:
-    """Open `reference`; fetch, or fetch and read, every tensor that `wanted` finds."""
+    """Open `reference`; fetch, or fetch and read, every tensor that `wanted` finds.
+
+    how: "fetch", "read", "read alone" (without fetching), "parts" (entries 7 … 98), "full disk",
+    "no waiting" (how long it would have waited, in place of that).
+    """
+    waits: list[float] = []
+    if how == "full disk":
+        usage = shutil.disk_usage("/")._replace(free=5)
+        vars(disk)["shutil"] = SimpleNamespace(disk_usage=lambda _: usage)
+    elif how == "no waiting":
+        clock = SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
+        vars(hub_ranges)["time"] = clock
     progress: list[tuple[str, int, int]] = []
     try:
         checkpoint = open_checkpoint(reference, on_progress=lambda *step: progress.append(step))
@@ -26,12 +40,21 @@ def main(reference: str, wanted: str, how: str) -> dict[str, Any]:
             found["to_fetch"] = checkpoint.bytes_to_fetch(names)
             found["opening"] = list(progress)
             progress.clear()
-            checkpoint.fetch(names)
+            if how != "read alone":
+                checkpoint.fetch(names)
             found["left_to_fetch"] = checkpoint.bytes_to_fetch(names)
-            if how == "read":
-                found["bits"] = {name: bits(checkpoint, name) for name in names}
+            if how.startswith("read"):
+                found["bits"] = {name: bits(checkpoint.read(name)) for name in names}
+            elif how == "parts":
+                parts = {name: checkpoint.read_part(name, 7, 99) for name in names}
+                found["bits"] = {name: bits(one) for name, one in parts.items()}
     except GeoscopeError as error:
-        return {"error": str(error), "kind": type(error).__name__, "progress": progress}
+        return {
+            "error": str(error),
+            "kind": type(error).__name__,
+            "progress": progress,
+            "waits": waits,
+        }
     return {**found, "progress": progress}
 
 
@@ -48,10 +71,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def bits(checkpoint: Checkpoint, name: str) -> str:
+def bits(tensor: Any) -> str:
     import torch
 
-    raw = checkpoint.read(name).contiguous().reshape(-1).view(torch.uint8)
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 

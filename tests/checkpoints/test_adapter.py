@@ -17,6 +17,7 @@ from geoscope.checkpoints.adapter import open_adapter
 from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
 from geoscope.checkpoints.lora_adapter import is_targeted, stacked, unstacked
+from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.v_proj"
@@ -85,6 +86,77 @@ def test_a_pickle_is_read_without_running_it(tmp_path: Path) -> None:
     assert torch.equal(adapter.factors(Q)[0][0], factors(Q)[f"base_model.model.{Q}.lora_B.weight"])
 
 
+class _Exploit:
+    """Pickled, it is a call that creates a file when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
+    path, target = folder(tmp_path / "adapter"), tmp_path / "touched"
+    (path / "adapter_model.safetensors").unlink()
+    hostile = path / "adapter_model.bin"
+    torch.save({**factors(Q), "x": _Exploit(target)}, hostile)
+    refused(path, UnsupportedFormat, "file needs arbitrary code to load; convert it to safetensors")
+    assert not target.exists()
+    torch.load(hostile, weights_only=False)  # and it would have
+    assert target.exists()
+
+
+def test_no_data_is_read_before_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening needs the header alone; factors are read module by module."""
+    asked: list[str] = []
+    read = SafetensorsFile.read
+
+    def told(self: SafetensorsFile, name: str, buffer: Tensor | None) -> Tensor:
+        asked.append(name)
+        return read(self, name, buffer)
+
+    monkeypatch.setattr(SafetensorsFile, "read", told)
+    adapter = open_adapter(folder(tmp_path))
+    assert asked == []
+    adapter.factors(Q)
+    assert sorted(asked) == [f"base_model.model.{Q}.lora_{side}.weight" for side in "AB"]
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        *((one, True) for one in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq")),
+        *((one, True) for one in ("lora_ga", "milora")),
+        *((one, False) for one in (True, False, "gaussian", "eva", "orthogonal", "mica", None)),
+    ],
+)
+def test_a_start_that_is_not_zero_is_told(tmp_path: Path, start: Any, told: bool) -> None:
+    adapter = open_adapter(folder(tmp_path, init_lora_weights=start))
+    assert adapter.initial == (f"init_lora_weights is {start!r}" if told else None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"), [("residual", True), ("anchor", True), ("mirror", False), (None, False)]
+)
+def test_a_start_that_is_recorded_is_told(tmp_path: Path, layout: str | None, told: bool) -> None:
+    """Beside the adapter, and beside the rewritten base of one that was trained from it."""
+    record(tmp_path, layout=layout)
+    adapter = open_adapter(folder(tmp_path / "adapter"))
+    assert adapter.initial == (f"its layout is {layout}" if told else None)
+    base = model(tmp_path / "residual")
+    trained = open_adapter(folder(tmp_path / "trained", base_model_name_or_path=str(base)))
+    assert bool(trained.initial) is (layout == "residual")
+
+
+def test_the_base_and_its_revision(tmp_path: Path) -> None:
+    adapter = open_adapter(folder(tmp_path, revision="c0ffee"))
+    assert (adapter.base, adapter.revision) == ("org/base", "c0ffee")
+    assert open_adapter(folder(tmp_path, base_model_name_or_path="")).base is None
+
+
 @pytest.mark.parametrize(
     ("config", "rank", "scaling"),
     [
@@ -131,7 +203,9 @@ def test_stacked_experts_come_apart_as_peft_multiplies_them(tmp_path: Path) -> N
             stored_A = tensors[f"{path}{inner}.lora_A.weight"][e * rank : (e + 1) * rank]
             stored_B = tensors[f"{path}{inner}.lora_B.weight"][:, e::experts]
             torch.testing.assert_close(B[e] @ A[e], stored_B @ stored_A)
-        again = unstacked(*stacked(one, *(adapter.read(info.name) for info in (one.B, one.A))))
+        again = unstacked(
+            *stacked(one, *(adapter.read(info.name) for info in reversed(one.stored)))
+        )
         assert torch.equal(again[0], tensors[f"{path}{inner}.lora_B.weight"])
         assert torch.equal(again[1], tensors[f"{path}{inner}.lora_A.weight"])
 
@@ -160,20 +234,28 @@ def test_targets_are_matched_by_the_rule_of_peft(
 # --- refusals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["IA3", "VERA", "ADALORA", None])
-def test_other_types_are_refused_by_name(tmp_path: Path, kind: str | None) -> None:
-    text = rf"peft_type is {kind!r}; geoscope reads LORA adapters\. Merge it"
+@pytest.mark.parametrize(
+    ("kind", "way_out"),
+    [
+        ("BOFT", "Merge it"),
+        ("VBLORA", "Merge it"),
+        ("XLORA", "mixes its adapters"),
+        ("P_TUNING", "changes no weight"),
+        ("new", "Merge it"),
+        (None, "Merge it"),
+    ],
+)
+def test_other_types_are_refused_by_name(tmp_path: Path, kind: str | None, way_out: str) -> None:
+    text = rf"peft_type is {kind!r}; geoscope reads LORA, ADALORA, VERA, IA3 adapters\. .*{way_out}"
     refused(folder(tmp_path, peft_type=kind), UnsupportedFormat, text)
 
 
 @pytest.mark.parametrize(
     ("config", "called"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "a bias on lora_B"),
-        ({"bias": "all"}, "bias is 'all'"),
         ({"layer_replication": [[0, 2]]}, "layer replication"),
-        ({"trainable_token_indices": [1]}, "trainable tokens"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"use_qalora": True}, "QALoRA"),
     ],
 )
 def test_extras_that_change_the_update_are_refused(
@@ -183,17 +265,24 @@ def test_extras_that_change_the_update_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "called"),
+    ("config", "text"),
     [
-        (f"base_model.model.{Q}.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "an adapted embedding"),
-        (f"base_model.model.{Q}.lora_B.bias", "a bias on lora_B"),
-        ("lora_unet_down.lora_down.weight", "a kohya or diffusers LoRA"),
+        ({"use_dora": True}, "has no lora_magnitude_vector and use_dora is true"),
+        ({"lora_bias": True}, "lora_bias is true .* no lora_B.bias is stored"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices are in .* no new rows"),
     ],
 )
-def test_tensors_of_other_kinds_are_refused(tmp_path: Path, name: str, called: str) -> None:
+def test_extras_of_the_config_without_their_tensors(
+    tmp_path: Path, config: dict[str, Any], text: str
+) -> None:
+    refused(folder(tmp_path, **config), CheckpointError, text)
+
+
+@pytest.mark.parametrize("name", ["lora_unet_down.lora_down.weight", "a.b.lora_up.weight"])
+def test_keys_of_kohya_and_diffusers_are_refused_by_name(tmp_path: Path, name: str) -> None:
     tensors = {**factors(Q), name: torch.zeros(5)}
-    refused(folder(tmp_path, tensors), UnsupportedFormat, rf"{called} \(tensor {re.escape(name)}\)")
+    text = rf"a kohya or diffusers LoRA \(tensor {re.escape(name)}\)"
+    refused(folder(tmp_path, tensors), UnsupportedFormat, text)
 
 
 def test_what_is_no_adapter_folder(tmp_path: Path) -> None:
@@ -206,9 +295,39 @@ def test_what_is_no_adapter_folder(tmp_path: Path) -> None:
     (path / "adapter_model.safetensors").unlink()
     refused(path, CheckpointNotFound, "without factors; copy adapter_model.safetensors or")
     (path / "adapter_model-00001-of-00002.safetensors").write_bytes(b"")
-    refused(path, UnsupportedFormat, "in 1 shards")
+    refused(path, UnsupportedFormat, r"in 1 shards .* without adapter_model\.safetensors\.index")
     (path / "adapter_config.json").write_text("[1]", encoding="utf-8")
     refused(path, CheckpointError, "the JSON is no object")
+
+
+def test_factors_of_another_type_or_of_kernels(tmp_path: Path) -> None:
+    whole = factors(Q)
+    refused(folder(tmp_path, whole, peft_type="IA3"), CheckpointError, "no ia3_l among its 2")
+    two = {**whole, f"base_model.model.{V}.ia3_l": torch.ones(5, 1)}
+    refused(folder(tmp_path, two), CheckpointError, r"ia3_l belongs to no module of the type")
+    kernels = {name: one[..., None, None] for name, one in whole.items()}
+    refused(folder(tmp_path, kernels), UnsupportedFormat, "2 factors are of convolutions")
+    magnitude = {**whole, f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(5)}
+    refused(
+        folder(tmp_path, magnitude), CheckpointError, "has a lora_magnitude_vector and use_dora"
+    )
+    short = {**whole, f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(4)}
+    refused(folder(tmp_path, short, use_dora=True), CheckpointError, r"is \(4,\), needs \(5,\)")
+
+
+def test_whole_tensors_that_replace_one_twice(tmp_path: Path) -> None:
+    head = "base_model.model.lm_head"
+    names = (f"{head}.weight", f"{head}.modules_to_save.default.weight")
+    both = {**factors(Q), **{name: torch.zeros(3, 2) for name in names}}
+    refused(folder(tmp_path, both), CheckpointError, r"both replace lm_head\.weight; save one")
+
+
+@pytest.mark.parametrize("indices", [[1], [1, 2, 3], {"lm_head": [1, 2]}, [0.5, 1], "1,2"])
+def test_rows_that_the_config_does_not_count(tmp_path: Path, indices: Any) -> None:
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    tensors = {**factors(Q), rows: torch.zeros(2, 6)}
+    path = folder(tmp_path, tensors, trainable_token_indices=indices)
+    refused(path, CheckpointError, r"trainable_tokens_delta is \(2, 6\), and trainable_token_ind")
 
 
 def test_damaged_factors(tmp_path: Path) -> None:

@@ -5,56 +5,29 @@ Through the real huggingface_hub against a server on the loopback, each in a pro
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hub_server import HubServer, Repo, commit_of
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
-from checkpoints import hub_client
 from checkpoints.files import CONFIG, llama, raw_safetensors
-
-SECRET = "hf_aVeryPrivateToken"
-SHARDS = tuple(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
-CONFIG_FILE = {"config.json": json.dumps(CONFIG).encode()}
-
-Tensors = dict[str, torch.Tensor]
-
-
-def wide() -> Tensors:
-    """Tensors large enough for the redirect of large files and for a break in the middle."""
-    generator = torch.Generator().manual_seed(11)
-    return {
-        f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(
-            200, 200, generator=generator, dtype=torch.float32
-        ).bfloat16()
-        for layer in range(3)
-    }
-
-
-def sharded(tensors: Tensors) -> dict[str, bytes]:
-    names = sorted(tensors)
-    parts = {shard: {name: tensors[name] for name in names[i::3]} for i, shard in enumerate(SHARDS)}
-    weight_map = {name: shard for shard, part in parts.items() for name in part}
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    return {
-        **CONFIG_FILE,
-        **{shard: save(part, metadata={"format": "pt"}) for shard, part in parts.items()},
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        "consolidated.safetensors": b"never opened" * 500,
-    }
-
-
-def single(tensors: Tensors) -> dict[str, bytes]:
-    return {**CONFIG_FILE, "model.safetensors": save(tensors, metadata={"format": "pt"})}
+from checkpoints.hub_models import (
+    CONFIG_FILE,
+    SECRET,
+    SHARDS,
+    Client,
+    digest,
+    sharded,
+    single,
+    wide,
+)
 
 
 @pytest.fixture
@@ -69,53 +42,9 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-class Client:
-    """Runs hub_client against a server, with a cache and a token of its own."""
-
-    def __init__(self, hub: HubServer, home: Path) -> None:
-        self.hub = hub
-        self.home = home
-        self.cwd = home / "cwd"
-        self.cwd.mkdir(parents=True)
-
-    def __call__(
-        self, reference: str, wanted: str = "", how: str = "fetch", **settings: str
-    ) -> dict[str, Any]:
-        done = self.run(reference, wanted, how, **settings)
-        assert done.returncode == 0, done.stderr
-        assert SECRET not in done.stdout + done.stderr
-        assert done.stderr == ""
-        return json.loads(done.stdout)
-
-    def run(
-        self, reference: str, wanted: str, how: str, **settings: str
-    ) -> subprocess.CompletedProcess[str]:
-        environment = {
-            "PATH": os.environ.get("PATH", ""),
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "HF_ENDPOINT": self.hub.url,
-            "HF_HOME": str(self.home / "hugging face"),
-            "HF_TOKEN": SECRET,
-            "HF_HUB_DISABLE_XET": "1",
-            **settings,
-        }
-        return subprocess.run(
-            [sys.executable, hub_client.__file__, reference, wanted, how],
-            capture_output=True, text=True, timeout=60, env=environment, cwd=self.cwd,
-        )  # fmt: skip
-
-    def cached(self) -> set[str]:
-        """Names of the weight files in the cache."""
-        return {path.name for path in self.home.rglob("snapshots/**/*.safetensors")}
-
-
 @pytest.fixture
 def client(hub: HubServer, tmp_path: Path) -> Client:
     return Client(hub, tmp_path / "Zwischenspeicher ä")
-
-
-def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 # --- opening ------------------------------------------------------------------------------------
@@ -199,7 +128,8 @@ def test_a_folder_of_a_repository_is_a_model(hub: HubServer, client: Client) -> 
     assert len(found["tensors"]) == 3
     assert found["progress"][-1][0] == f"sub/folder/{SHARDS[0]}"
     offline = client("hf://org/nested/sub/folder", r"layers\.0\.", HF_HUB_OFFLINE="1")
-    assert offline["error"].startswith(f"offline, and {SHARDS[1]} of org/nested@")
+    assert offline["left_to_fetch"] == 0
+    assert offline["tensors"] == found["tensors"]
 
 
 def test_a_pickle_is_downloaded_to_be_opened(
@@ -289,13 +219,21 @@ def test_an_index_that_names_an_absent_shard_is_an_error(hub: HubServer, client:
 
 
 @pytest.mark.parametrize(
-    "header", [b"no json", b"[1]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": ["x"]}}']
-)
-def test_a_damaged_header_is_an_error(hub: HubServer, client: Client, header: bytes) -> None:
+    ("header", "reason"),
+    [(b"no json", "no valid JSON (Expecting value: line 1 column 1 (char 0))"),
+     (b"[1]", "the JSON is no table"),
+     (b'{"a": 1}', "a lacks dtype, shape or data_offsets"),
+     (b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
+      "a has the impossible shape ['x']")],
+)  # fmt: skip
+def test_a_damaged_header_is_an_error(
+    hub: HubServer, client: Client, header: bytes, reason: str
+) -> None:
     hub.repos["org/bad"] = Repo({**CONFIG_FILE, "model.safetensors": raw_safetensors(header)})
     found = client("org/bad")
+    label = f"org/bad@{commit_of(hub.repos['org/bad'].files)}/model.safetensors"
     assert found["error"] == (
-        "model.safetensors: header is damaged; delete it from the cache and retry."
+        f"{label}: header is damaged: {reason}; copy or download the file again"
     )
     assert found["kind"] == "CheckpointError"
 
@@ -383,16 +321,30 @@ def test_what_was_fetched_is_found_again_offline(
 
 def test_a_shard_that_is_not_cached_is_named_offline(client: Client) -> None:
     commit = client("org/sharded", r"layers\.0\.")["commit"]
-    found = client("org/sharded", HF_HUB_OFFLINE="1")
+    assert len(client("org/sharded", r"layers\.0\.", HF_HUB_OFFLINE="1")["tensors"]) == 3
+    found = client("org/sharded", "layers", HF_HUB_OFFLINE="1")
     assert found["error"] == f"offline, and {SHARDS[1]} of org/sharded@{commit} is not cached."
     assert found["kind"] == "CheckpointNotFound"
 
 
-def test_a_model_of_which_only_headers_were_read_is_not_cached(client: Client) -> None:
-    commit = client("org/single")["commit"]
-    assert client("org/single", HF_HUB_OFFLINE="1")["error"] == (
-        f"offline, and model.safetensors of org/single@{commit} is not cached."
+def test_a_model_of_which_only_headers_were_read_is_inspected_offline(client: Client) -> None:
+    online = client("org/single")
+    assert client("org/single", HF_HUB_OFFLINE="1") == {**online, "progress": []}
+    assert client("org/single", "norm", HF_HUB_OFFLINE="1")["error"] == (
+        f"offline, and model.safetensors of org/single@{online['commit']} is not cached."
     )
+
+
+def test_a_snapshot_of_another_program_is_read_offline(hub: HubServer, client: Client) -> None:
+    """Without the listing that geoscope keeps: what is there is all that is known."""
+    client("org/sharded", "layers")
+    shutil.rmtree(client.home / "geo scope")
+    offline = client("org/sharded", "layers", "read", HF_HUB_OFFLINE="1")
+    assert offline["bits"] == {name: digest(tensor) for name, tensor in wide().items()}
+    shutil.rmtree(client.home / "geo scope", ignore_errors=True)
+    next(client.home.rglob(f"snapshots/*/{SHARDS[1]}")).unlink()
+    found = client("org/sharded", HF_HUB_OFFLINE="1")
+    assert found["error"].startswith(f"offline, and {SHARDS[1]} of org/sharded@")
 
 
 @pytest.mark.parametrize("reference", ["org/single", "org/single@" + "a" * 40])

@@ -202,11 +202,11 @@ def test_what_is_no_matrix_is_skipped_with_its_reason(sides: Sides) -> None:
     assert len(pairing.matrices) == 14
 
 
-def test_stacked_experts_are_missing_until_they_are_read(sides: Sides) -> None:
+def test_a_stack_whose_layout_is_not_known_is_missing(sides: Sides) -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     tensors = {**llama(), name: torch.zeros(4, 6, 8)}
     pairing = sides.pair(tensors, tensors)
-    reason = "3-D (4, 6, 8): stacked experts are not read yet"
+    reason = "3-D (4, 6, 8): a stack of experts of unknown layout"
     assert Skipped(name, reason, missing=True) in pairing.skipped
     assert pairing.missing == (name,)
     excluded = sides.pair(tensors, tensors, Selection(exclude=("experts",)))

@@ -200,7 +200,7 @@ def test_most_metrics_are_invariant_and_masks_are_not() -> None:
 
 
 # What the width of the file enters: its rounding noise and its eps.
-ABOUT_STORAGE = {"role.noise", "role.eps", "tuned.noise"}
+ABOUT_STORAGE = {"role.noise", "role.eps", "update.noise"}
 SMOOTH = [one for one in METRICS if not ABOUT_STORAGE & set(one.takes) and not one.integer]
 
 

@@ -93,7 +93,7 @@ def test_a_log_that_nobody_asked_for_stops_nothing(run: Path, series: Series) ->
     (run / "grpo" / "checkpoint-320" / TRAINER_STATE).write_text("{", encoding="utf-8")
     curve, notes = metric_curve(series, FollowOptions())
     assert curve is None
-    assert notes[0].startswith("no metric: ")
+    assert notes[0].startswith("not related to a metric: ")
 
 
 def test_a_name_without_a_file_is_an_error(series: Series) -> None:

@@ -74,7 +74,7 @@ def draw_trajectory_cosines(area: SubFigure, section: Section) -> None:
     edges = np.array(section.steps, dtype=float)
     mesh = axes.pcolormesh(edges, edges, cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     panel_title(axes, "Cosines between increments", "of a random walk 0 off the diagonal")
-    axes.set_aspect("equal")
+    axes.set_aspect("equal", anchor="W")
     axes.set(xlabel="step", ylabel="step")
     bar = area.colorbar(mesh, ax=axes, aspect=30, pad=0.02)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,161 @@
+"""An adapter over a base: which tensors of the base it changes, and from where it started."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoscope.adapters.peft_names import module_paths
+from geoscope.checkpoints import Checkpoint
+from geoscope.checkpoints.adapted import AdaptedCheckpoint, Change
+from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
+from geoscope.checkpoints.adapter_module import AdapterModule
+from geoscope.checkpoints.lora_adapter import expert_parts
+from geoscope.checkpoints.views import Blocks
+from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.records import ModelRef, TensorInfo
+
+__all__ = ["adapted", "started_from", "update_of"]
+
+
+def started_from(adapter: Adapter, given: str | None) -> Adapter | None:
+    """The adapter before training, where the product was not zero then.
+
+    given: `--initial-adapter`. Without it, that of a base which `init-adapter` rewrote is found
+    beside this base. Raises OptionError where the update cannot be told without it.
+    """
+    if given is not None:
+        return open_adapter(given)
+    if adapter.initial is None:
+        return None
+    base = adapter.base
+    if base is not None and record_beside(base).get("layout") == "residual":
+        beside = Path(base).parent / "adapter"
+        if beside.is_dir() and adapter_folder(beside).layout == "residual":
+            return open_adapter(beside)
+    raise OptionError(
+        f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give the adapter before "
+        "training as --initial-adapter"
+    )
+
+
+def update_of(tuned: Checkpoint, name: str) -> tuple[Tensor, ...]:
+    """What `FactorUpdate.of` takes for an update in its factors; else the tuned weight alone."""
+    factors = tuned.factors(name) if isinstance(tuned, AdaptedCheckpoint) else ()
+    if not factors:
+        return (tuned.read(name),)
+    return tuple(
+        one for B, A, s in factors for one in (B, A, torch.tensor([s], dtype=torch.float64))
+    )
+
+
+def adapted(
+    base: Checkpoint, whole: Checkpoint, adapter: Adapter, start: Adapter | None
+) -> AdaptedCheckpoint:
+    """The base with the adapter over it.
+
+    whole: the base as stored; base: the same, or in parts (`split`). Raises PairingError where the
+    adapter belongs to another model.
+    """
+    live = module_paths(list(whole.tensors), whole.config).paths
+    infos = {path: whole.tensors[name] for name, path in live.items()}
+    adapter = adapter.with_base(infos)
+    changes, notes = _changes(adapter, infos)
+    parts: dict[str, Change] = {}
+    tensors = dict(base.tensors)
+    for name, info in base.tensors.items():
+        view = base.views.get(name)
+        change = changes.get(name if view is None else view.stored)
+        if change is None:
+            continue
+        if view is not None:  # the blocks of a view are outputs, however it lies
+            change = replace(change, rows=view.blocks, expert=max(view.matrix, change.expert))
+        parts[name] = change
+        tensors[name] = _changed_info(info, change, adapter)
+    dtypes = Counter(one.dtype for one in adapter.tensors.values())
+    stored = dtypes.most_common(1)[0][0]
+    return AdaptedCheckpoint(
+        ref=ModelRef(adapter.given, str(adapter.path), None, f"{stored} adapter"),
+        config=base.config,
+        tensors=tensors,
+        notes=(*notes, *(() if start is None else (f"the start {start.given} is taken off",))),
+        tied_to=base.tied_to,
+        source=base.source,
+        views=base.views,
+        scales=base.scales,
+        base=base,
+        whole=whole,
+        adapter=adapter,
+        changes=parts,
+        start=start,
+    )
+
+
+def _changes(
+    adapter: Adapter, infos: Mapping[str, TensorInfo]
+) -> tuple[dict[str, Change], tuple[str, ...]]:
+    """Stored name of the base → how it is changed, and remarks. infos: live path → base tensor."""
+    changes: dict[str, Change] = {}
+    lacking: list[str] = []
+    for name, module in adapter.modules.items():
+        found = _of_module(name, module, adapter, infos)
+        if found is None:
+            lacking.append(name)
+        else:
+            changes |= found
+    if lacking:
+        raise PairingError(
+            f"{adapter.given}: the base lacks {len(lacking)} of {len(adapter.modules)} adapted "
+            f"modules: {first_names(lacking)}; give the model that it was trained on"
+        )
+    notes: list[str] = []
+    for key in (*adapter.replaced, *adapter.rows, *adapter.vectors):
+        info = infos.get(key.removesuffix(".weight"))
+        if info is None:
+            notes.append(f"{key} of the adapter has no counterpart in the base")
+        elif info.name not in changes:
+            changes[info.name] = Change(key, replaced=adapter.replaced.get(key))
+    return changes, tuple(notes)
+
+
+def _of_module(
+    name: str, module: AdapterModule, adapter: Adapter, infos: Mapping[str, TensorInfo]
+) -> dict[str, Change] | None:
+    """The tensors of one module; None where the base has no such, or in another shape."""
+    info = infos.get(name)
+    if info is not None:
+        replaced = adapter.replaced.get(f"{name}.weight")
+        if replaced is None and not module.fits(info.shape):
+            raise PairingError(
+                f"{adapter.given}: {name} is adapted as {module.shape}, and {info.shape} in the "
+                "base; give the model that it was trained on"
+            )
+        return {info.name: Change(name, module, replaced)}
+    found: dict[str, Change] = {}
+    for expert, paths in enumerate(expert_parts(module, infos)):
+        top = 0
+        for path in paths:
+            one = infos[path]
+            found[one.name] = Change(name, module, expert=expert, rows=Blocks(top, one.shape[0]))
+            top += one.shape[0]
+    return found or None
+
+
+def _changed_info(info: TensorInfo, change: Change, adapter: Adapter) -> TensorInfo:
+    """The header of the tuned tensor: the dtype of what changes it, and its rows."""
+    if change.replaced is not None:
+        header = adapter.tensors[change.replaced]
+        turned = info.transposed and len(header.shape) == 2
+        return replace(
+            info, shape=header.shape[::-1] if turned else header.shape, dtype=header.dtype
+        )
+    if change.module is None:
+        return info
+    dtypes = {one.dtype for one in change.module.stored}
+    return replace(info, dtype=dtypes.pop() if len(dtypes) == 1 else "float64")

@@ -1,0 +1,113 @@
+"""What is a base with an adapter over it? A checkpoint of which some tensors are changed when read.
+
+The update of a low-rank adapter stays in its factors: they are at hand for what takes an update,
+and a whole weight is made, in fp64, only where the tuned weight itself is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.adapter_module import AdapterModule
+from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.views import Blocks
+from geoscope.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["AdaptedCheckpoint", "Change"]
+
+Factors = tuple["Tensor", "Tensor", float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one tensor of the base is changed.
+
+    key: what `Adapter.updated` takes: a module, or a base tensor by its live name. module: None for
+    a whole replacement, new rows, a bias. replaced: the stored tensor that takes the base's place.
+    expert: of a stack. rows: the outputs of the adapted matrix that this tensor is; None for all.
+    """
+
+    key: str
+    module: AdapterModule | None = None
+    replaced: str | None = None
+    expert: int = 0
+    rows: Blocks | None = None
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the update is a product by itself."""
+        return self.module is not None and self.module.kind == "factors" and self.replaced is None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AdaptedCheckpoint(Checkpoint):
+    """A base with an adapter over it.
+
+    base: in the same parts as this one. whole: the base as it is stored. changes: name here → how.
+    start: the adapter before training, where its product was not zero; it is taken off again.
+    """
+
+    base: Checkpoint
+    whole: Checkpoint
+    adapter: Adapter
+    changes: Mapping[str, Change]
+    start: Adapter | None = None
+
+    def factors(self, name: str) -> tuple[Factors, ...]:
+        """(B (m, r), A (r, n), scaling), as stored, with the update scaling·B·A; with a start two
+        of these, of which the second is to be subtracted. Empty for a change that has none."""
+        change = self.changes.get(name)
+        if change is None or not change.has_factors:
+            return ()
+        adapters = [self.adapter] if self.start is None else [self.adapter, self.start]
+        return tuple(_factors(one, change) for one in adapters)
+
+    def read(self, name: str, *, buffer: Tensor | None = None) -> Tensor:
+        """The tuned tensor: of one that is changed in fp64, else as the base has it."""
+        change = self.changes.get(name)
+        if change is None:
+            return self.base.read(name, buffer=buffer)
+        if not change.has_factors:
+            stored = self.base.views[name].stored if name in self.base.views else name
+            return _taken(self.adapter.updated(change.key, self.whole.read(stored)), change.rows)
+        tuned = self.base.read(name).double()
+        for sign, (B, A, scaling) in zip((1, -1), self.factors(name), strict=False):
+            tuned = tuned.addmm(B.double(), A.double(), alpha=sign * scaling)
+        return tuned
+
+    def read_part(self, name: str, begin: int, end: int) -> Tensor:
+        """Entries in the order of the base's file; the whole tensor is read for it."""
+        if name not in self.changes:
+            return self.base.read_part(name, begin, end)
+        tensor = self.read(name)
+        stored = tensor.T if self.tensors[name].transposed else tensor
+        return stored.reshape(-1)[begin:end]
+
+    def rounding(self, name: str) -> float | None:
+        return None if name in self.changes else self.base.rounding(name)
+
+
+def _factors(adapter: Adapter, change: Change) -> Factors:
+    module = adapter.modules.get(change.key)
+    if module is None or change.module is None or module.shape != change.module.shape:
+        raise CheckpointError(
+            f"{adapter.given}: {change.key} is not adapted there, or in another shape; give the "
+            "initial adapter of this very run"
+        )
+    B, A = adapter.factors(change.key)
+    return _taken(B[change.expert], change.rows), A[change.expert], module.scaling
+
+
+def _taken(matrix: Tensor, rows: Blocks | None) -> Tensor:
+    if rows is None:
+        return matrix
+    import torch
+
+    starts = rows.start + rows.stride * torch.arange(rows.repeats)
+    return matrix.index_select(0, (starts[:, None] + torch.arange(rows.count)).reshape(-1))
