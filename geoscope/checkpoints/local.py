@@ -16,7 +16,6 @@ from geoscope.checkpoints.disk import Room
 from geoscope.checkpoints.layout import (
     SHARD_FOLDERS,
     WEIGHT_FOLDERS,
-    choose_layout,
     file_names,
     is_other_copy,
     shard_count,
@@ -212,11 +211,10 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
     found: dict[str, Refused | None] = {}
     for folder in dict.fromkeys([*usual, *others]):
         try:
-            names = file_names(path / folder, folder)
-            readable, refused = choose_layout(names, folder) is not None, by_files(names)
+            readable = any(one.kind in WEIGHTS for one in find_places(path / folder))
+            refused = by_files(file_names(path / folder, folder))
         except CheckpointError:
             continue
-        readable = readable or holds_shards(names)
         if readable or refused is not None:
             found[folder] = None if readable else refused
     return found

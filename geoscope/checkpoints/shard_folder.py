@@ -20,6 +20,7 @@ from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.dcp_folder import DcpFolder
 from geoscope.checkpoints.dcp_metadata import METADATA, is_dcp_file, read_metadata
+from geoscope.checkpoints.disk import Room
 from geoscope.checkpoints.fsdp_shards import FsdpShards, is_rank_file, rank_files
 from geoscope.checkpoints.layout import file_names, parse_object
 from geoscope.checkpoints.opening import CONFIG, NO_CONFIG, Identity, assemble
@@ -158,10 +159,10 @@ class _ShardSource:
     container: Container
     config_folder: Path | None
 
-    def bytes_to_fetch(self, files: Collection[str]) -> int:
-        return 0
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        return {}
 
-    def fetch(self, files: Collection[str]) -> None:
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
         return None
 
     def open(self, file: str) -> Container:
