@@ -21,7 +21,7 @@ from geoscope.checkpoints.views import Blocks
 from geoscope.errors import OptionError, PairingError, first_names
 from geoscope.records import ModelRef, TensorInfo
 
-__all__ = ["adapted", "started_from", "update_of"]
+__all__ = ["adapted", "stacks_of_update", "started_from", "update_of"]
 
 
 def started_from(adapter: Adapter, given: str | None) -> Adapter | None:
@@ -45,14 +45,24 @@ def started_from(adapter: Adapter, given: str | None) -> Adapter | None:
     )
 
 
-def update_of(tuned: Checkpoint, name: str) -> tuple[Tensor, ...]:
-    """What `FactorUpdate.of` takes for an update in its factors; else the tuned weight alone."""
-    factors = tuned.factors(name) if isinstance(tuned, AdaptedCheckpoint) else ()
-    if not factors:
+def update_of(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[Tensor, ...]:
+    """What `FactorUpdate.of` takes where `tuned` is an adapter over `base`; else the weight."""
+    if not isinstance(tuned, AdaptedCheckpoint) or stacks_of_update(base, tuned, name) == 1:
         return (tuned.read(name),)
+    factors = tuned.factors(name)
     return tuple(
         one for B, A, s in factors for one in (B, A, torch.tensor([s], dtype=torch.float64))
     )
+
+
+def stacks_of_update(base: Checkpoint, tuned: Checkpoint, name: str) -> int:
+    """How many tensors `update_of` gives, without reading them."""
+    if not isinstance(tuned, AdaptedCheckpoint) or tuned.base is not base:
+        return 1
+    change = tuned.changes.get(name)
+    if change is None or not change.has_factors:
+        return 1
+    return 3 if tuned.start is None else 6
 
 
 def adapted(

@@ -25,6 +25,8 @@ class Options:
 
     map_name: REGEX=REPL each, applied to the names of both sides before they are matched.
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
+    initial_adapter: the adapter before training, where that does not start at zero. lora_alpha: in
+    place of the one in adapter_config.json.
     ks: subspace dimensions of the @k columns. quick: leading triplets only; what needs a whole
     spectrum is then not applicable. solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
     max_memory: such as `8GB`; default 4 × the largest pair in fp32 + 500 MB. jobs: worker threads
@@ -37,6 +39,8 @@ class Options:
     layers: frozenset[int] | None = None
     map_name: tuple[str, ...] = ()
     allow_vocab_resize: bool = False
+    initial_adapter: str | None = None
+    lora_alpha: float | None = None
     ks: tuple[int, ...] = (8, 64)
     device: str = "auto"
     dtype: str = "float64"

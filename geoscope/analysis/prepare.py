@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from geoscope.analysis.models import in_parts, open_model, open_tuned, over
 from geoscope.analysis.options import Options, Progress
-from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
+from geoscope.checkpoints import Checkpoint, pair
+from geoscope.checkpoints.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.disk import free_bytes
 from geoscope.checkpoints.pairing import common_rows, is_resized
-from geoscope.checkpoints.split import common_config, split
+from geoscope.checkpoints.split import common_config
 from geoscope.engine import (
     Batch,
     default_memory,
@@ -25,8 +27,9 @@ from geoscope.engine import (
     resolve_devices,
     resolve_dtype,
 )
+from geoscope.errors import PairingError, first_names
 from geoscope.names import NameMap
-from geoscope.records import Pairing
+from geoscope.records import Pairing, Skipped
 from geoscope.report.survey import Survey
 
 __all__ = ["Prepared", "batches_a_shape", "prepare", "survey"]
@@ -63,6 +66,11 @@ class Prepared:
         return _wanted(self.base, self.tuned, self.pairing)
 
     @property
+    def stacks(self) -> bool:
+        """Whether several pairs are computed together."""
+        return _stacks(self.devices, self.tuned)
+
+    @property
     def device(self) -> str:
         """The devices by name, as reports show them."""
         return ", ".join(str(one) for one in self.devices)
@@ -73,8 +81,9 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     progress = progress or Progress()
     devices = resolve_devices(options.device)
     resolve_dtype(options.dtype, devices[0])
-    left = open_checkpoint(base, on_progress=progress.on_download)
-    right = open_checkpoint(tuned, on_progress=progress.on_download)
+    given = {"initial": options.initial_adapter, "alpha": options.lora_alpha}
+    left = open_model(base, on_progress=progress.on_download)
+    right = open_tuned(tuned, left, **given, on_progress=progress.on_download)
     left, right, pairing, notes = _matched(left, right, options)
     memory = _memory(pairing, options, devices)
     on_cpu = devices[0].type == "cpu"
@@ -87,7 +96,7 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         batches=plan(
             pairing.matrices,
             memory=memory,
-            stack=not on_cpu,
+            stack=_stacks(devices, right),
             parts=batches_a_shape(devices),
             entry_bytes=_MASK_BYTES * options.masks + _CURVE_BYTES * options.curves,
         ),
@@ -100,10 +109,17 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     )
 
 
+def _stacks(devices: Sequence[torch.device], tuned: Checkpoint) -> bool:
+    """On other devices than the CPU; but the factors of an adapter may differ in rank."""
+    return devices[0].type != "cpu" and not isinstance(tuned, AdaptedCheckpoint)
+
+
 def _wanted(
     base: Checkpoint, tuned: Checkpoint, pairing: Pairing
 ) -> tuple[tuple[Checkpoint, list[str]], ...]:
     pairs = (*pairing.matrices, *pairing.vectors)
+    if isinstance(tuned, AdaptedCheckpoint) and tuned.base is base:
+        return ((base, [one.base.name for one in pairs]),)
     return (base, [one.base.name for one in pairs]), (tuned, [one.tuned.name for one in pairs])
 
 
@@ -112,16 +128,22 @@ def _matched(
 ) -> tuple[Checkpoint, Checkpoint, Pairing, tuple[str, ...]]:
     """Both sides in the parts that are compared, their correspondence, and remarks on it."""
     config = common_config(base, tuned)
-    base, tuned = split(base, config), split(tuned, config)
+    whole, base = base, in_parts(base, config)
+    if isinstance(tuned, AdaptedCheckpoint) and tuned.base is whole:
+        tuned = over(tuned, base)
+    else:
+        tuned = in_parts(tuned, config)
     names = NameMap(options.map_name)
     notes = tuple(
         f"--map-name {rule}: changes no name of either model"
         for rule in names.unused([*base.tensors, *tuned.tensors])
     )
-    if options.allow_vocab_resize:
+    if options.allow_vocab_resize and not isinstance(tuned, AdaptedCheckpoint):
         base, tuned, resized = common_rows(base, tuned, names)
         notes += resized
     pairing = pair(base, tuned, options.selection, names)
+    if isinstance(tuned, AdaptedCheckpoint) and tuned.base is base:
+        pairing = _adapted_only(pairing, tuned)
     notes += tuple(
         f"{one.name}: {one.base[0]} rows in base, {one.tuned[0]} in tuned; --allow-vocab-resize "
         "compares the rows that both have"
@@ -129,6 +151,28 @@ def _matched(
         if one.name in pairing.missing and is_resized(one.name, one.base, one.tuned)
     )
     return base, tuned, pairing, notes
+
+
+def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint) -> Pairing:
+    """Without what the adapter leaves as it is. Raises PairingError where nothing is left."""
+    left_out = [
+        Skipped(one.name, "the adapter leaves it as it is")
+        for one in (*pairing.matrices, *pairing.vectors)
+        if one.tuned.name not in tuned.changes
+    ]
+    names = {one.name for one in left_out}
+    matrices = tuple(one for one in pairing.matrices if one.name not in names)
+    if not matrices:
+        found = first_names([*tuned.changes]) or "none"
+        raise PairingError(
+            f"{tuned.ref.given}: changes no matrix in scope; it changes {found}; see --include"
+        )
+    return replace(
+        pairing,
+        matrices=matrices,
+        vectors=tuple(one for one in pairing.vectors if one.name not in names),
+        skipped=(*pairing.skipped, *left_out),
+    )
 
 
 def survey(prepared: Prepared, *, paired: bool) -> Survey:

@@ -81,7 +81,7 @@ def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:
 
     def read(one: WeightPair) -> tuple[Tensor, ...]:
         base = prepared.base.read(one.base.name)
-        return base, *update_of(prepared.tuned, one.tuned.name)
+        return base, *update_of(prepared.base, prepared.tuned, one.tuned.name)
 
     return read
 

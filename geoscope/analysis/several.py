@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from geoscope.analysis.adapted_model import stacks_of_update, update_of
 from geoscope.analysis.options import Options
 from geoscope.analysis.prepare import Prepared, batches_a_shape
 from geoscope.engine import Batch, plan, stream
 from geoscope.errors import NumericsError
 from geoscope.linalg.changes import nonfinite_entries
+from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics.overlaps import overlap
 from geoscope.records import Overlap, WeightPair
 
@@ -26,20 +28,27 @@ def overlaps_of(
     other = {one.base.name: one.tuned.name for one in second.pairing.matrices}
     common = [one for one in first.pairing.matrices if one.base.name in other]
 
-    def read(one: WeightPair) -> tuple[Tensor, Tensor, Tensor]:
-        base, tuned = first.base.read(one.base.name), first.tuned.read(one.tuned.name)
-        return base, tuned, second.tuned.read(other[one.base.name])
+    def read(one: WeightPair) -> tuple[Tensor, ...]:
+        base = first.base.read(one.base.name)
+        updates = (
+            update_of(side.base, side.tuned, name)
+            for side, name in ((first, one.tuned.name), (second, other[one.base.name]))
+        )
+        return base, *(part for update in updates for part in update)
 
     def work(batch: Batch, *stacks: Tensor) -> list[tuple[Any, dict[str, float]] | None]:
+        # Of one batch all are alike: stacks hold pairs of equal dtypes, of adapters one pair.
+        count = stacks_of_update(first.base, first.tuned, batch.pairs[0].tuned.name)
         return [
-            _overlap([one[i : i + 1] for one in stacks], options) for i in range(len(batch.pairs))
+            _overlap([one[i : i + 1] for one in stacks], count, options)
+            for i in range(len(batch.pairs))
         ]
 
     found = stream(
         plan(
             common,
             memory=first.memory,
-            stack=first.devices[0].type != "cpu",
+            stack=first.stacks and second.stacks,
             parts=batches_a_shape(first.devices),
         ),
         read=read,
@@ -56,12 +65,20 @@ def overlaps_of(
 
 
 def _overlap(
-    stacks: Sequence[Tensor], options: Options
+    stacks: Sequence[Tensor], count: int, options: Options
 ) -> tuple[dict[str, float | int | None], dict[str, float]] | None:
-    """One matrix; None where it holds NaN or Inf, or where no solver converges."""
+    """One matrix; None where it holds NaN or Inf, or where no solver converges.
+
+    stacks: the base, `count` of the first update, the rest of the second.
+    """
     if any(nonfinite_entries(one) for one in stacks):
         return None
+    base, *updates = stacks
+    sides = [
+        part[0] if len(part) == 1 else FactorUpdate.of(part)
+        for part in (updates[:count], updates[count:])
+    ]
     try:
-        return overlap(*stacks, ks=options.ks, solver=options.solver)
+        return overlap(base, *sides, ks=options.ks, solver=options.solver)
     except NumericsError:
         return None

@@ -5,6 +5,8 @@
     hf://org/name[@revision][/sub/folder]         the same with a sub-folder; %2F for a slash in
                                                   a branch, refs/pr/N and refs/convert/* keep theirs
 
+    base+adapter                                  two of these: the base with the adapter over it
+
 A name without a slash is only ever a path. Nothing here touches the network.
 """
 
@@ -15,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
+from geoscope.errors import CheckpointNotFound, OptionError
 
-__all__ = ["GRAMMAR", "HubReference", "LocalReference", "parse_reference"]
+__all__ = ["GRAMMAR", "HubReference", "LocalReference", "base_and_adapter", "parse_reference"]
 
-GRAMMAR = "write PATH, org/name[@revision] or hf://org/name[@revision][/sub/folder]"
+GRAMMAR = (
+    "write PATH, org/name[@revision], hf://org/name[@revision][/sub/folder], or two of these as "
+    "base+adapter"
+)
 
 _HUB = "hf://"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -46,6 +51,33 @@ class HubReference:
     repo: str
     revision: str | None = None
     folder: str = ""
+
+
+def base_and_adapter(reference: str) -> tuple[str, str] | None:
+    """The two references of `base+adapter`; None for anything else.
+
+    An existing path wins over this reading, and each + that leaves two references is taken for the
+    mark, the first of several. Raises OptionError where a + leaves none.
+    """
+    if "+" not in reference or _exists(Path(reference).expanduser()):
+        return None
+    marks = [place for place, letter in enumerate(reference) if letter == "+"]
+    for place in marks:
+        base, adapter = reference[:place], reference[place + 1 :]
+        if _is_reference(base) and _is_reference(adapter):
+            return base, adapter
+    raise OptionError(
+        f"{reference}: neither a path nor base+adapter, for on one side of the + stands no folder, "
+        f"file or Hub id; {GRAMMAR}"
+    )
+
+
+def _is_reference(text: str) -> bool:
+    try:
+        parse_reference(text)
+    except (CheckpointNotFound, OptionError):
+        return False
+    return True
 
 
 def parse_reference(reference: str) -> LocalReference | HubReference:
@@ -83,11 +115,6 @@ def _hub_name(reference: str) -> HubReference:
     if "/" not in repo:
         raise CheckpointNotFound(
             f"{reference}: no such file or folder, and no Hub id either: {GRAMMAR}"
-        )
-    if "+" in repo and all(part.strip("./~") for part in repo.split("+")):
-        raise UnsupportedFormat(
-            f"{reference}: base+adapter is not read yet; merge the adapter into its base "
-            "(PeftModel.merge_and_unload) and give the merged folder"
         )
     if repo.count("/") > 1 and not at:
         raise CheckpointNotFound(

@@ -84,6 +84,23 @@ PAIRING: dict[str, Spec] = {
     ),
 }
 
+ADAPTER: dict[str, Spec] = {
+    "initial_adapter": Spec(
+        str | None,
+        None,
+        ("--initial-adapter",),
+        "The adapter before training, where it did not start at zero (PiSSA, GeoRA, OLoRA …).",
+        "DIR",
+    ),
+    "lora_alpha": Spec(
+        float | None,
+        None,
+        ("--lora-alpha",),
+        "Take this for lora_alpha of adapters; some converters write 0.",
+        "X",
+    ),
+}
+
 DIMENSIONS: dict[str, Spec] = {
     "k": Spec(str, "8,64", ("--k",), "Subspace dimensions of the @k columns.", "K,K,…"),
 }

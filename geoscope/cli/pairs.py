@@ -32,6 +32,7 @@ SeveralTuned = Annotated[
 @opt.with_options(
     opt.OUTPUT,
     opt.SELECT,
+    opt.ADAPTER,
     opt.PAIRING,
     opt.FAIL_ON,
     opt.VERDICT,
@@ -45,7 +46,9 @@ def collapse(base: Base, tuned: Tuned, **options: Any) -> None:
     _run("collapse", base, [tuned], options)
 
 
-@opt.with_options(opt.OUTPUT, opt.SELECT, opt.PAIRING, opt.FAIL_ON, opt.QUICK, opt.COMPUTE)
+@opt.with_options(
+    opt.OUTPUT, opt.SELECT, opt.ADAPTER, opt.PAIRING, opt.FAIL_ON, opt.QUICK, opt.COMPUTE
+)
 def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
     """Update anisotropy: how many directions it uses."""
     _run("anisotropy", base, [tuned], options)
@@ -54,6 +57,7 @@ def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
 @opt.with_options(
     opt.OUTPUT,
     opt.SELECT,
+    opt.ADAPTER,
     opt.PAIRING,
     opt.FAIL_ON,
     opt.MASKS,
@@ -70,6 +74,7 @@ def alignment(base: Base, tuned: SeveralTuned, **options: Any) -> None:
 @opt.with_options(
     opt.OUTPUT,
     opt.SELECT,
+    opt.ADAPTER,
     opt.PAIRING,
     opt.FAIL_ON,
     opt.VERDICT,
@@ -85,7 +90,10 @@ def compare(base: Base, tuned: SeveralTuned, **options: Any) -> None:
 
 
 @opt.with_options(
-    {name: opt.OUTPUT[name] for name in ("as_json", "verbose", "debug")}, opt.SELECT, opt.PAIRING
+    {name: opt.OUTPUT[name] for name in ("as_json", "verbose", "debug")},
+    opt.SELECT,
+    opt.ADAPTER,
+    opt.PAIRING,
 )
 def inspect(
     model: Annotated[
@@ -191,6 +199,8 @@ def _selection(options: dict[str, Any]) -> dict[str, Any]:
         "exclude": tuple(options["exclude"] or ()),
         "layers": parse_layers(options["layers"]) if options["layers"] else None,
         "map_name": tuple(options["map_name"] or ()),
+        "initial_adapter": options["initial_adapter"],
+        "lora_alpha": options["lora_alpha"],
         "allow_vocab_resize": options["allow_vocab_resize"],
     }
 

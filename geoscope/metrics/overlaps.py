@@ -21,6 +21,8 @@ from geoscope.linalg.changes import (
     unchanged_cell,
     unchanged_probability,
 )
+from geoscope.linalg.factor_update import FactorUpdate
+from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import effective_format
 
 __all__ = ["PHI_DIMENSIONS", "overlap"]
@@ -31,21 +33,31 @@ Values = dict[str, float | int | None]
 
 
 def overlap(
-    base: Tensor, a: Tensor, b: Tensor, *, ks: Sequence[int], solver: str = "auto"
+    base: Tensor,
+    a: Tensor | FactorUpdate,
+    b: Tensor | FactorUpdate,
+    *,
+    ks: Sequence[int],
+    solver: str = "auto",
 ) -> tuple[Values, dict[str, float]]:
-    """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes.
+    """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes, or
+    the update in its factors.
 
-    A quantity that is undefined (an update is zero, k exceeds q or its rank) is None.
+    A quantity that is undefined (an update is zero, k exceeds q or its rank; single entries of an
+    update in its factors) is None.
     """
     m, n = base.shape[-2:]
     q = min(m, n)
     values: Values = {}
     nulls: dict[str, float] = {}
-    first, second = Operand(a, base), Operand(b, base)
+    first, second = (_update(one, base) for one in (a, b))
     both = float(first.norm()) > 0 and float(second.norm()) > 0
     values["update_cosine"] = update_cosine(first, second) if both else None
     nulls["update_cosine"] = 0.0
-    _masks(values, nulls, base[0], a[0], b[0])
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        _masks(values, nulls, base[0], a[0], b[0])
+    else:
+        values |= {"mask_jaccard": None, "sign_conflict": None}
     inside = [k for k in (*ks, *PHI_DIMENSIONS) if k <= q]
     left = right = None
     if both and inside:
@@ -57,12 +69,19 @@ def overlap(
     return values, nulls
 
 
-def _leading(update: Operand, cuts: Sequence[int], solver: str) -> tuple[Tensor, Tensor]:
+def _update(tuned: Tensor | FactorUpdate, base: Tensor) -> Operand | Product:
+    return tuned.product if isinstance(tuned, FactorUpdate) else Operand(tuned, base)
+
+
+def _leading(update: Operand | Product, cuts: Sequence[int], solver: str) -> tuple[Tensor, Tensor]:
     """Leading left and right vectors of an update, as columns; as many as its rank at most.
 
     What changed in few entries has few directions: vectors beyond them are the solver's choice.
     """
-    factors = factorise(update, vectors=max(cuts), cuts=cuts, solver=solver)
+    if isinstance(update, Product):
+        factors = factorise_product(update, vectors=max(cuts), cuts=cuts)
+    else:
+        factors = factorise(update, vectors=max(cuts), cuts=cuts, solver=solver)
     assert factors.U is not None and factors.Vh is not None
     S = factors.S[0]
     rank = int((S > max(update.shape) * torch.finfo(S.dtype).eps * S[0]).sum())
@@ -98,12 +117,22 @@ def _subspaces(
                 values[key] = float(angles.mean())
 
 
-def update_cosine(first: Operand, second: Operand) -> float:
+def update_cosine(first: Operand | Product, second: Operand | Product) -> float:
     """⟨ΔW_a, ΔW_b⟩/(‖ΔW_a‖‖ΔW_b‖), in [−1, 1]; null 0, sd 1/√(mn).   Stacks of one matrix."""
-    inner = 0.0
-    for (_, x), (_, y) in zip(first.blocks(0), second.blocks(0), strict=True):
-        inner += float((x * y).sum())
-    return inner / (float(first.norm()) * float(second.norm()))
+    return _inner(first, second) / (float(first.norm()) * float(second.norm()))
+
+
+def _inner(first: Operand | Product, second: Operand | Product) -> float:
+    if isinstance(first, Product) and isinstance(second, Product):
+        return float(first.inner(second))
+    if isinstance(first, Operand) and isinstance(second, Operand):
+        pairs = zip(first.blocks(0), second.blocks(0), strict=True)
+        return sum(float((x * y).sum()) for (_, x), (_, y) in pairs)
+    if isinstance(first, Product):
+        return _inner(second, first)
+    assert isinstance(second, Product)
+    images = first.right(second.A.contiguous())  # Δ·a_k as rows, (1, r, m)
+    return float((images * (second.B * second.scale[:, None, :]).mT).sum())
 
 
 def subspace_capture(Q0: Tensor, Q1: Tensor) -> float:

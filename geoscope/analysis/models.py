@@ -1,0 +1,111 @@
+"""What a reference stands for: a model, an adapter, or a base with an adapter over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from geoscope.analysis.adapted_model import adapted, started_from
+from geoscope.checkpoints import Checkpoint
+from geoscope.checkpoints.adapted import AdaptedCheckpoint
+from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.model_or_adapter import open_model_or_adapter
+from geoscope.checkpoints.reference import base_and_adapter
+from geoscope.checkpoints.split import split
+from geoscope.errors import CheckpointError, GeoscopeError, OptionError
+
+__all__ = ["in_parts", "open_model", "open_tuned", "over"]
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def open_model(
+    reference: str,
+    *,
+    initial: str | None = None,
+    alpha: float | None = None,
+    on_progress: OnProgress | None = None,
+) -> Checkpoint:
+    """The weights that a reference names; of an adapter alone those of its own base with it.
+
+    initial, alpha: `--initial-adapter`, `--lora-alpha`. Raises GeoscopeError.
+    """
+    pair = base_and_adapter(reference)
+    if pair is not None:
+        base = open_model(pair[0], on_progress=on_progress)
+        return _over(base, _adapter(pair[1], alpha, on_progress), initial, given=reference)
+    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    if isinstance(found, Checkpoint):
+        return found
+    return _over(_base_of(found, on_progress), found, initial)
+
+
+def open_tuned(
+    reference: str,
+    base: Checkpoint,
+    *,
+    initial: str | None = None,
+    alpha: float | None = None,
+    on_progress: OnProgress | None = None,
+) -> Checkpoint:
+    """A tuned model of `base`; an adapter, alone or as base+adapter of the same base, lies over it.
+
+    Raises GeoscopeError.
+    """
+    pair = base_and_adapter(reference)
+    if pair is not None:
+        own = open_model(pair[0], on_progress=on_progress)
+        same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
+        adapter = _adapter(pair[1], alpha, on_progress)
+        return _over(base if same else own, adapter, initial, given=reference)
+    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    return found if isinstance(found, Checkpoint) else _over(base, found, initial)
+
+
+def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """As `split`, of a base with an adapter, too."""
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return over(checkpoint, in_parts(checkpoint.whole, config))
+    return split(checkpoint, config)
+
+
+def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:
+    """The same adapter over the base in other parts."""
+    found = adapted(base, checkpoint.whole, checkpoint.adapter, checkpoint.start)
+    return replace(found, ref=checkpoint.ref)
+
+
+def _over(
+    base: Checkpoint, adapter: Adapter, initial: str | None, *, given: str | None = None
+) -> AdaptedCheckpoint:
+    found = adapted(base, base, adapter, started_from(adapter, initial))
+    return found if given is None else replace(found, ref=replace(found.ref, given=given))
+
+
+def _adapter(reference: str, alpha: float | None, on_progress: OnProgress | None) -> Adapter:
+    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    if isinstance(found, Checkpoint):
+        raise OptionError(
+            f"{reference}: a model and no adapter; behind a + stands the folder of an adapter"
+        )
+    return found
+
+
+def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:
+    """The model that its config names."""
+    field = "base_model_name_or_path in adapter_config.json"
+    if adapter.base is None:
+        raise CheckpointError(f"{adapter.given}: no {field}; give base+adapter")
+    name = adapter.base if adapter.revision is None else f"{adapter.base}@{adapter.revision}"
+    beside = adapter.path / adapter.base
+    if not Path(adapter.base).exists() and beside.is_dir():  # told from the adapter's own folder
+        name = str(beside.resolve())
+    try:
+        return open_model(name, on_progress=on_progress)
+    except GeoscopeError as error:
+        raise CheckpointError(
+            f"{adapter.given}: its base, {field}, cannot be opened ({error}); "
+            f"give BASE+{adapter.given}"
+        ) from None
