@@ -149,7 +149,7 @@ def _spec(
 def _mesh(mesh: Any) -> tuple[torch.Tensor, tuple[str, ...]]:
     """The ranks of a mesh, and the names of its dimensions.
 
-    torch up to 2.9 kept them as attributes of these names, which are properties now.
+    Older versions of torch kept them as attributes of these names, which are properties now.
     """
     state = vars(mesh)
     ranks = state["mesh"] if "mesh" in state else mesh.mesh

@@ -134,7 +134,7 @@ def test_plain_parts_need_a_config_that_fits(shards: Path, tmp_path: Path) -> No
 
 
 def test_an_older_mesh_is_read_from_its_attributes(shards: Path, tmp_path: Path) -> None:
-    """torch up to 2.9 pickled a mesh as `mesh`, `mesh_dim_names`, which are properties now."""
+    """Older torch pickled a mesh with `mesh`, `mesh_dim_names`, which are properties now."""
     folder = copy(shards / "grid", tmp_path)
 
     def age(table: dict[str, Any]) -> None:
