@@ -124,8 +124,8 @@ def _spec(
     names: tuple[str, ...],
     label: str,
 ) -> _Spec:
-    evidence = f"{name} is {', '.join(str(one) for one in placements)} on a mesh of {names}"
     kinds = [type(one).__name__ for one in placements]
+    evidence = f"{name} is {', '.join(kinds)} on a mesh of {names}"
     splits = [i for i, kind in enumerate(kinds) if kind == "Shard"]
     parallel = any(
         str(one) in _TENSOR_PARALLEL and size > 1

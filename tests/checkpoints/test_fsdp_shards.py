@@ -204,14 +204,14 @@ def test_the_state_of_the_trainer_is_not_opened(shards: Path) -> None:
 
 def test_partial_sums_are_refused_with_the_merger(shards: Path) -> None:
     line = refusal(shards / "partial", UnsupportedFormat)
-    assert f"(model.layers.0.mlp.up_proj.weight is {'P(sum)'} on a mesh of ('fsdp',))" in line
+    assert "(model.layers.0.mlp.up_proj.weight is Partial on a mesh of ('fsdp',))" in line
     assert MERGER.format(shards / "partial") in line
     assert "(it casts to bf16)" in line
 
 
 def test_a_mesh_of_tensor_parallelism_is_refused_with_the_merger(shards: Path) -> None:
     line = refusal(shards / "parallel", UnsupportedFormat)
-    assert "on a mesh of ('fsdp', 'tp'))" in line
+    assert "up_proj.weight is Shard, Shard on a mesh of ('fsdp', 'tp'))" in line
     assert MERGER.format(shards / "parallel") in line
 
 
