@@ -104,6 +104,7 @@ def adapted(
         adapter=adapter,
         changes=parts,
         start=start,
+        is_doubled=adapter_folder(adapter.path).layout == "mirror",
     )
 
 

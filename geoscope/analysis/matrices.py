@@ -24,16 +24,19 @@ from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
     Judged,
     Measured,
+    PairFactors,
     Rounding,
     judge,
+    judge_capacity,
     measure,
     measure_nothing,
     pair_factors,
+    update_factors,
 )
 from geoscope.metrics.curves import curves
 from geoscope.records import Curve, Status, WeightPair
 
-__all__ = ["Matrix", "two_sides", "worker"]
+__all__ = ["Headers", "Matrix", "two_sides", "worker"]
 
 
 @dataclass(frozen=True)
@@ -53,39 +56,52 @@ class Matrix:
     recalled: bool = False
 
 
-def worker(
-    kind: str,
-    options: Options,
-    cache: ResultCache | None,
-    rounding: Callable[[WeightPair], Rounding],
-) -> Callable[..., Sequence[Matrix]]:
-    """The work on one stack: what is kept is recalled, finite matrices are measured together.
+@dataclass(frozen=True)
+class Headers:
+    """What is known of pairs beside the stacks that are read of them.
 
-    It takes base and tuned weights, or base and the factors of an update (`FactorUpdate.of`).
-    rounding: what FP8 blocks of a pair rounded away.
+    rounding: what FP8 blocks of a pair rounded away. nominal: the rank that an adapter was asked
+    for, None for another update. has_base: whether the base's weight is the first stack.
     """
 
-    def work(batch: Batch, base: Tensor, *tuned: Tensor) -> list[Matrix]:
+    rounding: Callable[[WeightPair], Rounding]
+    nominal: Callable[[WeightPair], int | None]
+    has_base: bool = True
+
+
+def worker(
+    kind: str, options: Options, cache: ResultCache | None, headers: Headers
+) -> Callable[..., Sequence[Matrix]]:
+    """The work on some stacks: what is kept is recalled, finite matrices are measured together.
+
+    It takes base and tuned weights, or the factors of an update (`FactorUpdate.of`) with the base
+    before them or without.
+    """
+
+    def work(batch: Batch, *stacks: Tensor) -> list[Matrix]:
         results: dict[int, Matrix] = {}
         keys: dict[int, str] = {}
-        lost = [rounding(one) for one in batch.pairs]
+        facts = [(headers.rounding(one), headers.nominal(one)) for one in batch.pairs]
         for i, one in enumerate(batch.pairs):
-            bad = sum(nonfinite_entries(stack[i]) for stack in (base, *tuned))
+            bad = sum(nonfinite_entries(stack[i]) for stack in stacks)
             if bad:
                 reason = f"{bad} entries are NaN or Inf"
                 results[i] = _failed(one, kind, options, Status.NON_FINITE, reason)
             elif cache is not None:
-                own = [stack[i] for stack in tuned]
-                keys[i] = _key(cache, kind, options, base[i], own, lost[i])
+                own = [stack[i] for stack in stacks]
+                keys[i] = _key(cache, kind, options, own, facts[i])
                 found = _recalled(one, cache.get(keys[i]), kind, options)
                 if found is not None:
                     results[i] = found
         rest = [i for i in range(len(batch.pairs)) if i not in results]
         if rest:
             whole = len(rest) == len(batch.pairs)
-            stacks = (base, *tuned) if whole else tuple(one[rest] for one in (base, *tuned))
+            taken = stacks if whole else tuple(one[rest] for one in stacks)
             measured = _measured(
-                [batch.pairs[i] for i in rest], stacks, kind, options, [lost[i] for i in rest]
+                [batch.pairs[i] for i in rest],
+                _Read(taken, tuple(facts[i] for i in rest), headers.has_base),
+                kind,
+                options,
             )
             results |= zip(rest, measured, strict=True)
             for i in rest:
@@ -100,18 +116,16 @@ def _key(
     cache: ResultCache,
     kind: str,
     options: Options,
-    base: Tensor,
-    tuned: Sequence[Tensor],
-    rounding: Rounding,
+    stacks: Sequence[Tensor],
+    facts: tuple[Rounding, int | None],
 ) -> str:
     return cache.key(
         {
-            "base": content_of(base),
-            "tuned": [content_of(one) for one in tuned],
-            "rounding": rounding,
+            "stacks": [content_of(one) for one in stacks],
+            "facts": facts,
             "kind": kind,
             "settings": asdict(options.settings),
-            "device": base.device.type,
+            "device": stacks[0].device.type,
         }
     )
 
@@ -146,32 +160,50 @@ def _failed(one: WeightPair, kind: str, options: Options, status: Status, reason
     return Matrix(one, row, judged, notes=(reason,), failure=f"{status.value}: {reason}")
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Stacks of some pairs, and rounding and nominal rank of each."""
+
+    stacks: tuple[Tensor, ...]
+    facts: tuple[tuple[Rounding, int | None], ...]
+    has_base: bool
+
+    def row(self, i: int) -> _Read:
+        rows = tuple(one[i : i + 1] for one in self.stacks)
+        return _Read(rows, self.facts[i : i + 1], self.has_base)
+
+    def factors(self, takes: frozenset[str], ks: Sequence[int], options: Options) -> PairFactors:
+        """Raises NumericsError."""
+        settings, nominal = options.settings, self.facts[0][1]
+        if not self.has_base:
+            update = FactorUpdate.of(self.stacks, nominal=nominal)
+            return update_factors(update, takes=takes, settings=settings)
+        base, *tuned = self.stacks
+        return pair_factors(
+            base,
+            tuned[0] if len(tuned) == 1 else FactorUpdate.of(tuned, nominal=nominal),
+            takes=takes,
+            ks=ks,
+            settings=settings,
+            rounding=[one for one, _ in self.facts],
+        )
+
+
 def _measured(
-    pairs: Sequence[WeightPair],
-    stacks: Sequence[Tensor],
-    kind: str,
-    options: Options,
-    rounding: Sequence[Rounding],
+    pairs: Sequence[WeightPair], read: _Read, kind: str, options: Options
 ) -> list[Matrix]:
     shape = two_sides(pairs[0].shape)
     chosen = selected(kind, options, shape)
     try:
-        factors = pair_factors(
-            stacks[0],
-            stacks[1] if len(stacks) == 2 else FactorUpdate.of(stacks[1:]),
-            takes=takes_of(chosen),
-            ks=[k for k in dimensions(options, shape) if k <= min(shape)],
-            settings=options.settings,
-            rounding=rounding,
+        factors = read.factors(
+            takes_of(chosen), [k for k in dimensions(options, shape) if k <= min(shape)], options
         )
     except NumericsError as error:
         if len(pairs) > 1:  # find the one that fails; the others are fine
             return [
                 matrix
                 for i, one in enumerate(pairs)
-                for matrix in _measured(
-                    [one], [x[i : i + 1] for x in stacks], kind, options, rounding[i : i + 1]
-                )
+                for matrix in _measured([one], read.row(i), kind, options)
             ]
         return [_failed(pairs[0], kind, options, Status.NOT_CONVERGED, str(error))]
     rows = measure(factors, chosen, seed=options.seed)
@@ -192,6 +224,8 @@ def _measured(
 def _judged(row: Measured, shape: tuple[int, int], kind: str, options: Options) -> Judged | None:
     if kind not in VERDICT_KINDS:
         return None
+    if kind == "capacity":
+        return judge_capacity(row, options.limits)
     return judge(row, verdict_k(options, shape), options.limits)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.metrics import Settings
-from geoscope.metrics.verdict import limits_in_force
+from geoscope.metrics.thresholds import limits_in_force
 from geoscope.names import NameMap, Selection
 from geoscope.records import Report
 

@@ -59,6 +59,7 @@ class Prepared:
     bytes_to_fetch: int
     free_disk: int | None  # where they go; None where nothing is to be fetched
     notes: tuple[str, ...] = ()
+    has_base: bool = True
 
     @property
     def wanted(self) -> tuple[tuple[Checkpoint, list[str]], ...]:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from geoscope.analysis.adapted_model import update_of
-from geoscope.analysis.matrices import Matrix, two_sides, worker
+from geoscope.analysis.matrices import Headers, Matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
 from geoscope.analysis.selection import VERDICT_KINDS, all_selected
+from geoscope.checkpoints.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.engine import Outcome, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped
 from geoscope.linalg.changes import nonfinite_entries, side, unchanged
-from geoscope.metrics import Instance, Rounding, judge_model
+from geoscope.metrics import Instance, Rounding, judge_capacity_model, judge_model
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
 __all__ = ["TunedRun", "run_one"]
@@ -46,7 +47,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     outcomes = stream(
         prepared.batches,
         read=_reader(prepared),
-        work=worker(kind, options, _cache(options), _rounding(prepared)),
+        work=worker(kind, options, _cache(options), _headers(prepared)),
         devices=prepared.devices,
         workers=prepared.workers,
         memory=prepared.memory,
@@ -67,7 +68,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         matrices=matrices,
         vectors=vectors,
         selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
-        verdict=_verdict(matrices, options) if kind in VERDICT_KINDS and matrices else None,
+        verdict=_verdict(kind, matrices, options) if kind in VERDICT_KINDS and matrices else None,
         interrupted=interrupted,
     )
 
@@ -77,20 +78,25 @@ def _cache(options: Options) -> ResultCache | None:
 
 
 def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:
-    """Base and tuned weight, or base and the factors of the update."""
+    """Base and tuned weight, or the factors of the update, with the base or without."""
 
     def read(one: WeightPair) -> tuple[Tensor, ...]:
-        base = prepared.base.read(one.base.name)
-        return base, *update_of(prepared.base, prepared.tuned, one.tuned.name)
+        update = update_of(prepared.base, prepared.tuned, one.tuned.name)
+        return (prepared.base.read(one.base.name), *update) if prepared.has_base else update
 
     return read
 
 
-def _rounding(prepared: Prepared) -> Callable[[WeightPair], Rounding]:
-    def rounding(one: WeightPair) -> Rounding:
-        return prepared.base.rounding(one.base.name), prepared.tuned.rounding(one.tuned.name)
+def _headers(prepared: Prepared) -> Headers:
+    base, tuned = prepared.base, prepared.tuned
 
-    return rounding
+    def rounding(one: WeightPair) -> Rounding:
+        return base.rounding(one.base.name), tuned.rounding(one.tuned.name)
+
+    def nominal(one: WeightPair) -> int | None:
+        return tuned.nominal_rank(one.tuned.name) if isinstance(tuned, AdaptedCheckpoint) else None
+
+    return Headers(rounding, nominal, prepared.has_base)
 
 
 def _with_note(outcome: Outcome[Matrix]) -> Matrix:
@@ -119,11 +125,11 @@ def _vector_record(prepared: Prepared, one: WeightPair) -> LayerRecord:
     return LayerRecord(one.name, one.layer, one.module, one.shape, values, status=status)
 
 
-def _verdict(matrices: Sequence[Matrix], options: Options) -> Verdict:
-    return judge_model(
-        [one.pair.name for one in matrices],
-        [one.pair.module for one in matrices],
-        [one.row for one in matrices],
-        [one.judged for one in matrices if one.judged is not None],
-        options.limits,
-    )
+def _verdict(kind: str, matrices: Sequence[Matrix], options: Options) -> Verdict:
+    names = [one.pair.name for one in matrices]
+    rows = [one.row for one in matrices]
+    judged = [one.judged for one in matrices if one.judged is not None]
+    if kind == "capacity":
+        return judge_capacity_model(names, rows, judged, options.limits)
+    modules = [one.pair.module for one in matrices]
+    return judge_model(names, modules, rows, judged, options.limits)

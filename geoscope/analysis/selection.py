@@ -24,9 +24,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "collapse": ("size", "collapse"),
     "anisotropy": ("size", "spectrum"),
     "alignment": ("size", "update_alignment", "base_alignment", "masks"),
+    "capacity": ("size", "capacity"),
     "compare": ("size", "spectrum", "update_alignment", "base_alignment", "collapse", "masks"),
 }
-VERDICT_KINDS = ("collapse", "compare")
+VERDICT_KINDS = ("collapse", "compare", "capacity")
 # With several tuned models these also hold the overlaps of their updates.
 OVERLAP_KINDS = ("alignment", "compare")
 
@@ -44,7 +45,7 @@ def verdict_k(options: Options, shape: tuple[int, int]) -> int:
 
 def selected(kind: str, options: Options, shape: tuple[int, int]) -> list[Instance]:
     """The instances of METRICS that a report of this kind holds for one shape."""
-    with_verdict = VERDICT_IDS if kind in VERDICT_KINDS else ()
+    with_verdict = VERDICT_IDS if kind in ("collapse", "compare") else ()
     found = []
     for metric in METRICS:
         if metric.option is not None and not getattr(options, metric.option):

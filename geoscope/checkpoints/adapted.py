@@ -51,6 +51,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     base: in the same parts as this one. whole: the base as it is stored. changes: name here → how.
     start: the adapter before training, where its product was not zero; it is taken off again.
+    is_doubled: whether the layout has twice the rank that was asked for.
     """
 
     base: Checkpoint
@@ -58,6 +59,14 @@ class AdaptedCheckpoint(Checkpoint):
     adapter: Adapter
     changes: Mapping[str, Change]
     start: Adapter | None = None
+    is_doubled: bool = False
+
+    def nominal_rank(self, name: str) -> int | None:
+        """The rank that was asked for; None for a change that has no factors."""
+        change = self.changes.get(name)
+        if change is None or change.module is None or not change.has_factors:
+            return None
+        return change.module.rank // 2 if self.is_doubled else change.module.rank
 
     def factors(self, name: str) -> tuple[Factors, ...]:
         """(B (m, r), A (r, n), scaling), as stored, with the update scaling·B·A; with a start two

@@ -102,26 +102,20 @@ class Adapter:
     def updated(self, name: str, weight: Tensor) -> Tensor:
         """What the base's tensor becomes, in fp64.
 
-        name: of a module, or a base tensor of `rows`, `vectors` or `replaced`. weight: W as a base
-        is read, (out, in); of stacked experts (E, out, in). A base of its own that the adapter
-        brings for the module (`replaced`) takes the place of W, with its own number of rows.
+        name: of a module or its weight, or a base tensor of `rows`, `vectors` or `replaced`.
+        weight: W as a base is read, (out, in); of stacked experts (E, out, in). A base of its own
+        that the adapter brings for the module (`replaced`) takes the place of W, with its own
+        number of rows.
         Raises CheckpointError where W cannot be the adapted tensor, KeyError for other names.
         """
-        module = self.modules.get(name)
-        tensor = name if module is None or module.is_stack else f"{name}.weight"
-        if tensor in self.replaced:
+        module = self.modules.get(name) or self.modules.get(name.removesuffix(".weight"))
+        tensor = name if module is None or module.is_stack else f"{module.name}.weight"
+        if tensor in self.replaced and (module is None or not module.is_stack):
             weight = self._replacement(tensor, weight)
         if module is not None:
             return module.updated(weight, self.read)
-        if name in self.rows:
-            changed, rows = weight.double().clone(), self.rows[name]
-            changed[list(rows.indices)] = self.read(rows.stored).double()
-            return changed
-        if name in self.vectors:
-            vector = self.vectors[name]
-            stored = self.read(vector.stored).double().reshape(weight.shape)
-            start = weight.double()
-            return start * stored if vector.multiplies else start + vector.scaling * stored
+        if (change := self.rows.get(name) or self.vectors.get(name)) is not None:
+            return change.updated(name, weight, self.read)
         if name not in self.replaced:
             raise KeyError(name)
         return weight.double()
@@ -208,7 +202,7 @@ def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Con
         config=config,
         tensors=tensors,
         modules=modules,
-        replaced=replacements(others, given),
+        replaced=replacements(others, tensors, given),
         rows=token_rows(config, tensors, given),
         vectors=vectors,
         others=others,

@@ -11,19 +11,27 @@ model.embed_tokens.base_layer.weight            an adapted embedding, or a resiz
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError
 from geoscope.names import without_wrappers
 from geoscope.records import TensorInfo
 
-__all__ = ["Rows", "Vector", "base_name", "replacements", "token_rows"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+__all__ = ["Read", "Rows", "Vector", "base_name", "replacements", "token_rows"]
+
+Read = Callable[[str], "Tensor"]  # stored name → the tensor as it is stored
+
+_OTHER_MODEL = "give the model that the adapter was trained on"
 _MARKS = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save\.[^.]+)(?=\.)")
-# The base's own weight, and buffers of PEFT that a raw state dict repeats for every module.
-_PASSED_OVER = re.compile(r"(?:^|\.)(?:original_module|vera_[AB]|ranknum)(?:\.|$)")
+# In a raw state dict: the base's own weight, buffers of PEFT, and scales of a quantised base.
+_PASSED_OVER = re.compile(
+    r"(?:^|\.)(?:original_module|vera_[AB]|ranknum|SCB|weight_format)(?:\.|$)|\.weight\."
+)
 _OF_AN_ADAPTER = re.compile(r"(?:^|\.)(?:lora|vera|ia3|hada|lokr|oft|boft|hra|vblora|fourierft)_")
 _ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 
@@ -35,6 +43,17 @@ class Rows:
     indices: tuple[int, ...]
     stored: str
 
+    def updated(self, name: str, weight: Tensor, read: Read) -> Tensor:
+        """The embedding W (vocab, dim) with the new rows, fp64. Raises CheckpointError."""
+        rows, changed = read(self.stored).double(), weight.double().clone()
+        if rows.shape[1:] != changed.shape[1:] or max(self.indices) >= len(changed):
+            raise CheckpointError(
+                f"{name}: the base tensor is {tuple(weight.shape)}, the new rows up to number "
+                f"{max(self.indices)} are {rows.shape[1]} wide; {_OTHER_MODEL}"
+            )
+        changed[list(self.indices)] = rows
+        return changed
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -43,6 +62,16 @@ class Vector:
     stored: str
     scaling: float = 1.0
     multiplies: bool = False
+
+    def updated(self, name: str, weight: Tensor, read: Read) -> Tensor:
+        """b′ in fp64. Raises CheckpointError for a b of another length."""
+        change, b = read(self.stored).double().reshape(-1), weight.double()
+        if change.shape != b.shape:
+            raise CheckpointError(
+                f"{name}: the base tensor is {tuple(b.shape)}, its change {tuple(change.shape)}; "
+                f"{_OTHER_MODEL}"
+            )
+        return b * change if self.multiplies else b + self.scaling * change
 
 
 def base_name(stored: str) -> str:
@@ -54,15 +83,18 @@ def base_name(stored: str) -> str:
     return _MARKS.sub("", without_wrappers(stored))
 
 
-def replacements(others: Iterable[str], label: str) -> dict[str, str]:
-    """Base tensor → the stored one that replaces it whole.
+def replacements(
+    others: Iterable[str], tensors: Mapping[str, TensorInfo], label: str
+) -> dict[str, str]:
+    """Base tensor → the stored one that replaces it whole; of a quantised base none.
 
     others: stored names that are no factors. Raises CheckpointError where two replace one, and
     for what is a part of an adapter.
     """
     found: dict[str, str] = {}
     for stored in others:
-        if _PASSED_OVER.search(stored) or is_rows(stored):
+        is_number = "float" in tensors[stored].dtype
+        if not is_number or _PASSED_OVER.search(stored) or is_rows(stored):
             continue
         if _OF_AN_ADAPTER.search(stored):
             raise CheckpointError(
@@ -116,6 +148,7 @@ def _indices(given: Any, path: str) -> tuple[int, ...] | None:
     if isinstance(given, Mapping):
         suffixes = (key for key in given if path == key or path.endswith(f".{key}"))
         given = given.get(next(suffixes, None))
-    if not isinstance(given, list) or not all(type(one) is int and one >= 0 for one in given):
+    is_list = isinstance(given, list) and bool(given)
+    if not is_list or not all(type(one) is int and one >= 0 for one in given):
         return None
     return tuple(given)

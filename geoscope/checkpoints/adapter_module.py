@@ -8,11 +8,11 @@ kind is "factors", update = scaling · B·A; where it exists on a base weight al
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from geoscope.checkpoints.adapter_extras import Vector
+from geoscope.checkpoints.adapter_extras import Read, Vector
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.records import TensorInfo
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["AdapterModule", "Kind", "Read"]
 
 Kind = Literal["factors", "base"]
-Read = Callable[[str], "Tensor"]  # stored name → the tensor as it is stored
 
 
 @dataclass(frozen=True, kw_only=True)

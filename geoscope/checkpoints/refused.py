@@ -226,9 +226,12 @@ def _packed_floats(tensors: Mapping[str, TensorInfo]) -> Refused | None:
 
 
 _ADAPTER_TENSOR = re.compile(
-    r"(?:^|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)"
+    r"(?:^|\.)(?:lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|vera_lambda_[bd]|ia3_l)"
+    r"(?:\.|$)"
 )
-_KOHYA_TENSOR = re.compile(r"^lora_(?:unet|te\d?)_|\.lora_(?:down|up)\.weight$")
+_KOHYA_TENSOR = re.compile(
+    r"^lora_(?:unet|te\d?)_|(?:^|[._])lora(?:_linear_layer)?[._](?:down|up)\.weight$"
+)
 
 
 def refuse_kohya(tensors: Mapping[str, TensorInfo], reference: str) -> None:

@@ -96,7 +96,9 @@ def _check_alpha(folder: Path, label: str) -> None:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return  # said when the adapter is opened
-    if isinstance(config, dict) and config.get("lora_alpha") == 0:
+    # AdaLoRA takes 0 for its own rank.
+    is_lora = isinstance(config, dict) and config.get("peft_type", "LORA") == "LORA"
+    if is_lora and config.get("lora_alpha") == 0:
         raise CheckpointError(
             f"{label}: lora_alpha is 0: written by an old merger; set it in "
             f"{ADAPTER_CONFIG} to the alpha of the training"

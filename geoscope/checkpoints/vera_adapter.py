@@ -115,9 +115,9 @@ class VeraModule(AdapterModule):
             return None
         if lacking := [name for name in self.every if name not in base]:
             raise CheckpointError(
-                f"VeRA's projections are as large as its largest module, and the base lacks "
-                f"{len(lacking)} modules: {first_names(lacking)}; give the model that the adapter "
-                "was trained on"
+                f"{self.name}: VeRA's projections have the largest sides of all its modules, and "
+                f"the base lacks {len(lacking)} modules: {first_names(lacking)}; give the model "
+                "that the adapter was trained on"
             )
         shapes = [base[name].shape for name in self.every]
         largest = (max(m for m, _ in shapes), max(n for _, n in shapes))

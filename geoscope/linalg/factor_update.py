@@ -22,21 +22,25 @@ class FactorUpdate:
 
     With dB, dA the rounding errors, each entry independent with variance ulp²/12, the error is
     s(dB·A + B·dA), of expected square s²Σ_k(‖dB_k‖²‖a_k‖² + ‖b_k‖²‖dA_k‖²) (ours). fmt: of B.
+    nominal: r as it was asked for, where the product may have more.
     """
 
     product: Product
     noise: Tensor
     fmt: FloatFormat
+    nominal: int
 
     @classmethod
-    def of(cls, factors: Sequence[Tensor]) -> FactorUpdate:
+    def of(cls, factors: Sequence[Tensor], *, nominal: int | None = None) -> FactorUpdate:
         """Of stacks B (b, m, r), A (b, r, n), scaling (b, 1) as stored, and where the product was
-        not zero before training, the three of its start, which is taken off."""
+        not zero before training, the three of its start, which is taken off. nominal: default the
+        rank of the first product."""
         parts = [factors[i : i + 3] for i in range(0, len(factors), 3)]
         products = [Product.of(B, A, scaling) for B, A, scaling in parts]
         squares = torch.stack([_squared_noise(*part) for part in parts]).sum(0)
         whole = products[0] if len(products) == 1 else products[0] - products[1]
-        return cls(whole, squares.sqrt(), effective_format(factors[0]))
+        rank = factors[0].shape[-1] if nominal is None else nominal
+        return cls(whole, squares.sqrt(), effective_format(factors[0]), rank)
 
     @stage("entries")
     def over(self, base: Tensor) -> Tensor:

@@ -1,20 +1,27 @@
 """What is measured: METRICS, their nulls, precision floors, aggregation and the verdict."""
 
 from geoscope.metrics.aggregate import aggregate
-from geoscope.metrics.factors import PairFactors, Rounding, Settings, pair_factors
+from geoscope.metrics.capacity_verdict import (
+    CAPACITY_CODES,
+    judge_capacity,
+    judge_capacity_model,
+)
+from geoscope.metrics.factors import (
+    PairFactors,
+    Rounding,
+    Settings,
+    pair_factors,
+    update_factors,
+)
+from geoscope.metrics.judging import Judged
 from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict_dimension
 from geoscope.metrics.metric import Instance, Metric, Null, instances
 from geoscope.metrics.table import FAMILIES, METRICS
-from geoscope.metrics.verdict import (
-    CODES,
-    THRESHOLDS,
-    VERDICT_IDS,
-    Judged,
-    judge,
-    judge_model,
-)
+from geoscope.metrics.thresholds import THRESHOLDS
+from geoscope.metrics.verdict import CODES, VERDICT_IDS, judge, judge_model
 
 __all__ = [
+    "CAPACITY_CODES",
     "CODES",
     "FAMILIES",
     "METRICS",
@@ -31,9 +38,12 @@ __all__ = [
     "aggregate",
     "instances",
     "judge",
+    "judge_capacity",
+    "judge_capacity_model",
     "judge_model",
     "measure",
     "measure_nothing",
     "pair_factors",
+    "update_factors",
     "verdict_dimension",
 ]

@@ -17,6 +17,7 @@ _POINTS = 64
 
 # kind of report → curve ids that its figure draws
 CURVES: Mapping[str, tuple[str, ...]] = {
+    "capacity": ("spectrum",),
     "collapse": ("energy",),
     "anisotropy": ("spectrum",),
     "alignment": ("energy", "angles"),

@@ -15,6 +15,7 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
     angles.left@k, angles.right@k           (b, k)     principal angles base/tuned
     intruders.left, intruders.right         (b, ≤10)   max_i |⟨u_j(W1), u_i(W0)⟩|
     masks.low|principal|control             (b,)       overlaps; .density and .matched behind
+    rank.nominal, rank.max                  (b,)       of an update in factors: r, and its limit
     bulk_median                             ()         median of the Marchenko-Pastur law
 
 Nothing is held in fp64 as a whole on the CPU: products are taken block by block from the stored
@@ -45,7 +46,7 @@ from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.nulls import marchenko_pastur_median
 
-__all__ = ["PairFactors", "Rounding", "Settings", "pair_factors"]
+__all__ = ["PairFactors", "Rounding", "Settings", "pair_factors", "update_factors"]
 
 # What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
 Rounding = tuple[float | None, float | None]
@@ -163,6 +164,7 @@ def pair_factors(
     sides: list[tuple[Side, Side]] = []
     if isinstance(tuned, FactorUpdate):
         _from_factors(work, base, tuned, [one for one, _ in rounding])
+        _of_update(work, tuned)
         update = tuned.product
     else:
         sides = _from_storage(work, base, tuned, takes, rounding)
@@ -172,9 +174,7 @@ def pair_factors(
         work.factorise("update", update, takes=takes, cuts=())
     spectrum = work.values.get("update.S")  # Σσ² is the sum over the entries, without a pass
     work.values["update.norm"] = update.norm() if spectrum is None else spectrum.norm(dim=-1)
-    if isinstance(tuned, FactorUpdate):  # what the base rounded is in no product
-        work.values["update.noise"] = tuned.noise
-    else:
+    if isinstance(tuned, Tensor):
         work.values["update.noise"] = _update_noise(work.values, rounding)
     if _any(takes, "cross."):
         _cross(work, update)
@@ -182,21 +182,49 @@ def pair_factors(
         _isotropic(work, sides, (m, n), takes)
         if _any(takes, "masks."):
             _masks(work, base, tuned, sides)
-    work.values["bulk_median"] = torch.tensor(
-        marchenko_pastur_median(q / max(m, n)), dtype=torch.float64, device=base.device
-    )
-    return PairFactors(
-        shape=(m, n),
-        values=work.values,
-        methods=tuple(
-            {name: methods[i] for name, methods in work.methods.items()} for i in range(len(base))
-        ),
-        notes=tuple(
+    notes = (
+        tuple(
             _notes(base.dtype, tuned.dtype, *pair, counted=bool(noise > pair[1].noise))
             for pair, noise in zip(sides, work.values["update.noise"].tolist(), strict=True)
         )
         if isinstance(tuned, Tensor)
-        else ((),) * len(base),
+        else ((),) * len(base)
+    )
+    return _found(work, (m, n), notes)
+
+
+def update_factors(
+    update: FactorUpdate, *, takes: frozenset[str], settings: Settings
+) -> PairFactors:
+    """Those factors of `takes` that an update in its factors has without its base."""
+    work = _Work(settings)
+    _of_update(work, update)
+    work.factorise("update", update.product, takes=takes | {"update.S"}, cuts=())
+    work.values["update.norm"] = work.values["update.top"].norm(dim=-1)
+    return _found(work, update.product.shape, ((),) * len(update.product))
+
+
+def _of_update(work: _Work, update: FactorUpdate) -> None:
+    """Rounding noise and ranks; what the base rounded is in no product."""
+    product = update.product
+    work.values["update.noise"] = work.values["tuned.noise"] = update.noise
+    ones = torch.ones_like(update.noise)
+    work.values["rank.nominal"] = update.nominal * ones
+    work.values["rank.max"] = product.rank * ones
+
+
+def _found(work: _Work, shape: tuple[int, int], notes: tuple[tuple[str, ...], ...]) -> PairFactors:
+    values = work.values
+    values["bulk_median"] = values["update.norm"].new_tensor(
+        marchenko_pastur_median(min(shape) / max(shape))
+    )
+    return PairFactors(
+        shape=shape,
+        values=values,
+        methods=tuple(
+            {name: methods[i] for name, methods in work.methods.items()} for i in range(len(notes))
+        ),
+        notes=notes,
     )
 
 
@@ -254,7 +282,6 @@ def _from_factors(
     work.values["base.noise"] = column([one.noise for one in sides])
     work.values["base.eps"] = column([one.fmt.eps for one in sides])
     work.values["tuned.norm"] = update.tuned_norm(base)
-    work.values["tuned.noise"] = update.noise
     work.values["tuned.eps"] = column([update.fmt.eps] * len(base))
 
 

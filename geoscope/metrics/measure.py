@@ -85,9 +85,12 @@ def _weights(
     weights = {
         "parameters": float(shape[0] * shape[1]),
         "update": float(values["update.norm"][i]) ** 2,
-        "base": float(values["base.norm"][i]) ** 2,
         "noise": float(values["update.noise"][i]) ** 2,
     }
+    if "base.norm" in values:
+        weights["base"] = float(values["base.norm"][i]) ** 2
+    if "rank.max" in values:
+        weights["rank"] = float(values["rank.max"][i])
     if "masks.changed" in values:
         weights["changed"] = float(values["masks.changed"][i])
     for instance in selected:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from geoscope.metrics import alignment, collapse, masks, nulls, size, spectrum
+from geoscope.metrics import alignment, capacity, collapse, masks, nulls, size, spectrum
 from geoscope.metrics.metric import Metric, Null
 
 __all__ = ["FAMILIES", "METRICS"]
@@ -25,7 +25,11 @@ FAMILIES = (
     "base_alignment",
     "collapse",
     "masks",
+    "capacity",
 )
+
+
+_FLAT = "a flat spectrum of that rank"
 
 
 def _iid(fn: Callable[..., Tensor], text: str, **params: Any) -> Null:
@@ -693,5 +697,93 @@ METRICS: tuple[Metric, ...] = (
             option="masks",
         )
         for key in ("low", "principal", "control")
+    ),
+    # ---- capacity -----------------------------------------------------------------------------
+    Metric(
+        "nominal_rank",
+        capacity.nominal_rank,
+        ("rank.nominal",),
+        "capacity",
+        formula="r of the adapter's config; r_max/2 where the layout doubles it",
+        range="≥ 1",
+        reading="what the shares below are of, but for layouts that double it",
+        caution="rank of the update: it may be lower",
+        source="METHODS §7",
+        integer=True,
+    ),
+    Metric(
+        "effective_rank_share",
+        capacity.effective_rank_share,
+        ("update.S", "rank.max"),
+        "capacity",
+        formula="effective rank (amplitudes) over r_max",
+        range="0…1",
+        reading="1: a flat spectrum; below .1 a few directions hold the update",
+        caution="that unused rank was useless: it may have served early steps",
+        source="METHODS §7",
+        null=Null(_FLAT, capacity.flat_share, ("rank.max",)),
+        floor="amplitude",
+        of_update=True,
+    ),
+    Metric(
+        "entropy_rank_share",
+        capacity.entropy_rank_share,
+        ("update.S", "rank.max"),
+        "capacity",
+        formula="entropy rank (energies) over r_max",
+        range="0…1",
+        reading="as the effective rank, and less moved by the tail",
+        caution="that unused rank was useless: it may have served early steps",
+        source="METHODS §7",
+        null=Null(_FLAT, capacity.flat_share, ("rank.max",)),
+        floor="energy",
+        of_update=True,
+    ),
+    *(
+        Metric(
+            f"k{round(100 * level)}_share",
+            capacity.energy_rank_share,
+            ("update.S", "rank.max"),
+            "capacity",
+            formula=f"least k with {100 * level:.0f} % of the energy, over r_max",
+            range="0…1",
+            reading="near its null the rank is filled; far below it is idle",
+            caution="that this rank would have learned the same",
+            source="METHODS §7",
+            null=Null(_FLAT, capacity.flat_energy_share, ("rank.max",), params={"level": level}),
+            params={"level": level},
+            floor="energy",
+            of_update=True,
+        )
+        for level in (0.9, 0.99)
+    ),
+    Metric(
+        "tail_ratio",
+        capacity.tail_ratio,
+        ("update.S", "rank.max"),
+        "capacity",
+        formula="σ_{r_max}/σ1 of the update",
+        range="0…1",
+        reading="above .1 the last direction still works: with k90 near its null, saturated",
+        caution="that a larger rank would help",
+        source="METHODS §7",
+        null=Null(_FLAT, capacity.flat_share, ("rank.max",)),
+        floor="amplitude",
+        of_update=True,
+    ),
+    Metric(
+        "suggested_rank",
+        capacity.suggested_rank,
+        ("update.S", "update.noise", "bulk_median"),
+        "capacity",
+        formula="least k with 90 % of the energy of the directions above the noise edge",
+        range="0…q",
+        reading="a rank that would have held this update; 0: nothing is above the noise",
+        caution="the best rank for a new run: energy is not behaviour",
+        source="METHODS §7",
+        wants=("shape",),
+        aggregate="max",
+        of_update=True,
+        integer=True,
     ),
 )

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from geoscope.errors import OptionError, first_names
+from geoscope.metrics.judging import (
+    Check,
+    Judged,
+    clause,
+    explained,
+    flagged_names,
+    shares_of,
+)
 from geoscope.metrics.measure import Measured
+from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status, Verdict
 
 __all__ = [
     "CODES",
-    "THRESHOLDS",
     "VERDICT_IDS",
-    "Judged",
-    "Threshold",
     "judge",
     "judge_model",
-    "limits_in_force",
 ]
 
 CODES = (
@@ -60,97 +62,6 @@ VERDICT_IDS = (
 )
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """A limit of the rules: default and where it comes from."""
-
-    value: float
-    standing: str
-
-
-THRESHOLDS: Mapping[str, Threshold] = {
-    "init_mismatch.relative_update": Threshold(0.2, "ours, algebra"),
-    "init_mismatch.spectral_share": Threshold(0.9, "ours, algebra"),
-    "init_mismatch.versus_base": Threshold(1.2, "ours, algebra"),
-    "undetermined.precision_ratio": Threshold(0.6, "ours, METHODS §1"),
-    "rank_collapse.top_share": Threshold(0.9, "ours"),
-    "on_principal.energy_two_sided": Threshold(0.5, "ours; PiSSA ≈ .98, GeoRA ≤ .02"),
-    "on_principal.spectral_share": Threshold(0.3, "ours"),
-    "on_principal.spectral_lift": Threshold(10.0, "ours"),
-    "on_principal.versus_base": Threshold(0.5, "ours"),
-    "distorted.nss": Threshold(5e-2, "ours"),
-    "distorted.rank_ratio": Threshold(0.9, "ours"),
-    "distorted.angle": Threshold(math.radians(10), "2606.07082"),
-    "distorted.angle_over_null": Threshold(1.5, "ours"),
-    "off_principal.energy_two_sided": Threshold(0.05, "ours"),
-    "off_principal.versus_base": Threshold(0.2, "ours"),
-    "off_principal.energy_one_sided": Threshold(0.5, "ours"),
-    "off_principal.angle": Threshold(math.radians(1), "2606.07082"),
-    "off_principal.angle_over_null": Threshold(1.5, "ours"),
-    "words.spectral_lift": Threshold(0.5, "ours"),
-    "words.enriched": Threshold(2.0, "ours"),
-    "words.avoids": Threshold(0.5, "ours"),
-}
-
-
-def limits_in_force(given: Mapping[str, float] | None) -> dict[str, float]:
-    """The thresholds' values, with those of `given` in place. Raises OptionError for others."""
-    unknown = [key for key in given or () if key not in THRESHOLDS]
-    if unknown:
-        raise OptionError(f"no threshold {first_names(unknown)}; they are {', '.join(THRESHOLDS)}")
-    return {key: threshold.value for key, threshold in THRESHOLDS.items()} | dict(given or {})
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The verdict on one matrix; `checks` holds every condition that was looked at."""
-
-    code: str
-    k: int
-    clause: str
-    words: str
-    checks: tuple[_Check, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        entry: dict[str, Any] = {"code": self.code, "k": self.k}
-        if self.clause:
-            entry["clause"] = self.clause
-        if self.words:
-            entry["words"] = self.words
-        return entry
-
-
-@dataclass(frozen=True)
-class _Check:
-    """One condition: `value` on the stated side of `limit`. value None: no number.
-
-    `left_out`: the angle does not apply to this matrix (a complete basis), so the condition is
-    dropped from its rule (METHODS §3); a condition on any other missing number does not hold.
-    """
-
-    code: str
-    name: str
-    value: float | None
-    sign: str
-    limit: float
-    standing: str
-    left_out: bool = False
-
-    @property
-    def holds(self) -> bool:
-        if self.value is None:
-            return self.left_out
-        return _SIGNS[self.sign](self.value, self.limit)
-
-
-_SIGNS: dict[str, Callable[[float, float], bool]] = {
-    ">": lambda value, limit: value > limit,
-    "<": lambda value, limit: value < limit,
-    "≥": lambda value, limit: value >= limit,
-    "≤": lambda value, limit: value <= limit,
-}
-
-
 class _Numbers:
     """The numbers of one matrix, as the rules see them."""
 
@@ -160,8 +71,8 @@ class _Numbers:
     def value(self, key: str) -> float | None:
         return self.row.values.get(key)
 
-    def check(self, rule: str, name: str, key: str, sign: str, threshold: str) -> _Check:
-        return _Check(
+    def check(self, rule: str, name: str, key: str, sign: str, threshold: str) -> Check:
+        return Check(
             code=rule,
             name=name,
             value=self.value(key),
@@ -170,7 +81,7 @@ class _Numbers:
             standing=THRESHOLDS[threshold].standing,
         )
 
-    def angle(self, rule: str, sign: str, threshold: str) -> _Check:
+    def angle(self, rule: str, sign: str, threshold: str) -> Check:
         """Larger of the left and right mean angle, against the larger of limit and null."""
         sides = [f"angle_{side}_mean@{self.k}" for side in ("left", "right")]
         known = [(value, key) for key in sides if (value := self.value(key)) is not None]
@@ -180,7 +91,7 @@ class _Numbers:
         value, side = max(known, default=(None, ""))
         null = self.row.nulls.get(side)
         applies = [self.row.status.get(key) is not Status.NOT_APPLICABLE for key in sides]
-        return _Check(
+        return Check(
             code=rule,
             name="mean angle",
             value=value,
@@ -202,27 +113,27 @@ def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> J
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
         if status in row.status.values():
             return Judged("UNDETERMINED", k, status.value, "", ())
-    seen: list[_Check] = []
+    seen: list[Check] = []
     for code, alternatives in _rules(numbers):
         fired = None
         for conditions in alternatives:
             seen.extend(conditions)
             usable = [check for check in conditions if not check.left_out]
             if fired is None and usable and all(check.holds for check in usable):
-                fired = _clause(usable)
+                fired = clause(usable)
         if fired is not None:
             words = _words(numbers) if code == "OFF_PRINCIPAL" else ""
             return Judged(code, k, fired, words, tuple(seen))
     return Judged("MIXED", k, "no rule matched", _words(numbers), tuple(seen))
 
 
-def _rules(numbers: _Numbers) -> list[tuple[str, list[list[_Check]]]]:
+def _rules(numbers: _Numbers) -> list[tuple[str, list[list[Check]]]]:
     """The rules in order: code → alternatives, each a conjunction of conditions."""
     k = numbers.k
     two_sided, versus = f"energy_two_sided@{k}", f"versus_base@{k}"
     c_lr, over_base = f"C_LR({k})", f"C_LR/E_{k}"
 
-    def on(rule: str) -> Callable[..., _Check]:
+    def on(rule: str) -> Callable[..., Check]:
         return lambda name, key, sign, threshold: numbers.check(rule, name, key, sign, threshold)
 
     init, undetermined = on("INIT_MISMATCH"), on("UNDETERMINED")
@@ -282,17 +193,6 @@ def _rules(numbers: _Numbers) -> list[tuple[str, list[list[_Check]]]]:
             ],
         ),
     ]
-
-
-def _clause(checks: Sequence[_Check]) -> str:
-    return " and ".join(
-        f"{check.name} {_number(check.value)} {check.sign} {_number(check.limit)}"
-        for check in checks
-    )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 def _words(numbers: _Numbers) -> str:
@@ -360,9 +260,9 @@ def judge_model(
     energy = [row.weights.get("update", 0.0) for row in rows]
     total = math.fsum(energy)
     counts = {code: sum(one.code == code for one in judged) for code in CODES}
-    shares = _shares(energy, judged) if total > 0 else {}
+    shares = shares_of(energy, judged, CODES) if total > 0 else {}
     code, share = _model_code(judged, shares)
-    flagged = _flagged(names, energy, judged)
+    flagged = flagged_names(names, energy, judged, FLAGGED)
     text = _sentence(code, judged, rows, limits) + _flag_text(names, modules, judged, flagged)
     if rows and all(row.status.get("nss") is Status.NOT_APPLICABLE for row in rows):
         text += " Judged on leading directions alone: NSS, rank ratio and angles are left out."
@@ -373,19 +273,9 @@ def judge_model(
         flagged=flagged,
         counts={code: number for code, number in counts.items() if number},
         text=text,
-        thresholds=dict(limits),
-        explain=_explain(judged),
+        thresholds={k: v for k, v in limits.items() if not k.startswith("capacity.")},
+        explain=explained(judged),
     )
-
-
-def _shares(energy: Sequence[float], judged: Sequence[Judged]) -> dict[str, float]:
-    """Share of the update's energy that each code holds, in the order of the rules."""
-    total = math.fsum(energy)
-    held = {
-        code: [e for e, one in zip(energy, judged, strict=True) if one.code == code]
-        for code in CODES
-    }
-    return {code: math.fsum(part) / total for code, part in held.items() if part}
 
 
 def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[str, float | None]:
@@ -395,18 +285,6 @@ def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[
         return ("NO_UPDATE" if unchanged else "UNDETERMINED"), None
     code, share = max(shares.items(), key=lambda item: item[1])
     return (code, share) if share >= 0.5 else ("MIXED", shares.get("MIXED", 0.0))
-
-
-def _flagged(
-    names: Sequence[str], energy: Sequence[float], judged: Sequence[Judged]
-) -> tuple[str, ...]:
-    """Names of the matrices that ask for attention, most energy first."""
-    found = [
-        (-e, name)
-        for name, e, one in zip(names, energy, judged, strict=True)
-        if one.code in FLAGGED
-    ]
-    return tuple(name for _, name in sorted(found))
 
 
 def _sentence(
@@ -466,28 +344,3 @@ def _flag_text(
     return (
         f". Flagged {len(flagged)} of {len(names)} matrices ({listed}), worst: {flagged[0]}{rest}."
     )
-
-
-def _explain(judged: Sequence[Judged]) -> tuple[dict[str, Any], ...]:
-    """Each condition of the rules once, with how often it held and the range of what it met."""
-    groups: dict[tuple[str, str, str, str], list[_Check]] = {}
-    for one in judged:
-        for check in one.checks:
-            name = check.name.replace(f"({one.k})", "(k)").replace(f"E_{one.k}", "E_k")
-            groups.setdefault((check.code, name, check.sign, check.standing), []).append(check)
-    entries = []
-    for (code, name, sign, standing), checks in groups.items():
-        met = [check.value for check in checks if check.value is not None]
-        entries.append(
-            {
-                "code": code,
-                "condition": f"{name} {sign}",
-                "threshold": min(check.limit for check in checks),
-                "standing": standing,
-                "holds": sum(check.holds and not check.left_out for check in checks),
-                "of": len(checks),
-                "least": min(met, default=None),
-                "largest": max(met, default=None),
-            }
-        )
-    return tuple(entries)

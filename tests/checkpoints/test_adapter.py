@@ -278,7 +278,16 @@ def test_extras_of_the_config_without_their_tensors(
     refused(folder(tmp_path, **config), CheckpointError, text)
 
 
-@pytest.mark.parametrize("name", ["lora_unet_down.lora_down.weight", "a.b.lora_up.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_down.lora_down.weight",
+        "a.b.lora_up.weight",
+        "unet.mid_block.attn1.processor.to_q_lora.up.weight",
+        "unet.mid_block.attn1.to_q.lora.down.weight",
+        "text_encoder.k_proj.lora_linear_layer.up.weight",
+    ],
+)
 def test_keys_of_kohya_and_diffusers_are_refused_by_name(tmp_path: Path, name: str) -> None:
     tensors = {**factors(Q), name: torch.zeros(5)}
     text = rf"a kohya or diffusers LoRA \(tensor {re.escape(name)}\)"
@@ -313,6 +322,22 @@ def test_factors_of_another_type_or_of_kernels(tmp_path: Path) -> None:
     )
     short = {**whole, f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(4)}
     refused(folder(tmp_path, short, use_dora=True), CheckpointError, r"is \(4,\), needs \(5,\)")
+
+
+def test_factors_over_a_quantised_base_are_read_alone(tmp_path: Path) -> None:
+    """A raw state dict of QLoRA: the packed weights and their scales are nobody's replacement."""
+    packed = f"base_model.model.{Q}.base_layer.weight"
+    beside = {
+        packed: torch.zeros(15, 1, dtype=torch.uint8),
+        f"{packed}.absmax": torch.ones(2),
+        f"{packed}.quant_map": torch.ones(16),
+        f"base_model.model.{V}.base_layer.SCB": torch.ones(5),
+    }
+    adapter = open_adapter(folder(tmp_path, {**factors(Q, adapter=".default"), **beside}))
+    assert adapter.replaced == {}
+    B, A = adapter.factors(Q)
+    W = torch.ones(5, 6)
+    assert torch.equal(adapter.updated(Q, W), W.double() + 2 * B[0].double() @ A[0].double())
 
 
 def test_whole_tensors_that_replace_one_twice(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from checkpoints.peft_adapters import infos, merged, peft, quietly
 from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.step_folder import open_step_folder
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError, UnsupportedFormat
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
@@ -86,6 +87,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "experts": ("qwen3_moe", lora(target_parameters=EXPERTS, **STACKS)),
     "experts, one": ("mixtral", lora(target_parameters=EXPERTS[1:], **STACKS)),
     "experts, turned": ("gpt_oss", lora(target_parameters=EXPERTS, **STACKS)),
+    "router": ("qwen3_moe", lora(target_parameters=["mlp.gate.weight"], **STACKS)),
     "adalora": ("llama", adalora()),
     "adalora, alpha 0": ("llama", adalora(lora_alpha=0)),
     "adalora, conv1d": ("gpt2", adalora(**FIFO)),
@@ -125,7 +127,8 @@ def changes(adapter: Adapter, base: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in names:
         if tensor in base:  # IA3 names biases that a layer may lack
-            found.setdefault(tensor, adapter.updated(name, base[tensor]))
+            found[tensor] = adapter.updated(name, base[tensor])
+            assert torch.equal(found[tensor], adapter.updated(tensor, base[tensor]))
     return found
 
 
@@ -252,10 +255,31 @@ def test_another_model_is_no_base(tmp_path: Path, case: str) -> None:
             adapter.updated(name, wrong)
 
 
+@pytest.mark.parametrize(
+    ("case", "name", "shape"),
+    [
+        ("tokens", "model.embed_tokens.weight", (5, 12)),
+        ("tokens", "model.embed_tokens.weight", (28, 11)),
+        ("lora_bias", "model.layers.0.self_attn.q_proj.bias", (15,)),
+        ("ia3, bias", "model.layers.0.self_attn.q_proj.bias", (17,)),
+    ],
+)
+def test_rows_and_vectors_of_another_model(
+    tmp_path: Path, case: str, name: str, shape: tuple[int, ...]
+) -> None:
+    merged(tmp_path, *CASES[case])
+    adapter = open_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match=r"base tensor is .*; give the model that"):
+        adapter.updated(name, torch.zeros(shape))
+    with pytest.raises(KeyError):
+        adapter.updated("model.norm.weight", torch.zeros(12))
+
+
 RAW = ["lora", "dora", "embedding", "lora_bias", "modules_to_save", "tokens", "vera", "ia3"]
+RAW += ["conv1d", "dora, conv1d", "modules_to_save, conv1d", "experts", "experts, turned"]
 
 
-@pytest.mark.parametrize("case", [*RAW, "adalora", "experts"])
+@pytest.mark.parametrize("case", [*RAW, "adalora"])
 def test_a_raw_state_dict_is_the_same_adapter(tmp_path: Path, case: str) -> None:
     """With the adapter's name in its keys, the whole base beside it, and the marks of wrappers."""
     made = merged(tmp_path, *CASES[case])
@@ -306,6 +330,18 @@ def test_an_alpha_can_be_given_where_the_config_has_none(tmp_path: Path) -> None
     merged(tmp_path / "ia3", *CASES["ia3"])
     with pytest.raises(OptionError, match="IA3 has no lora_alpha"):
         open_adapter(tmp_path / "ia3", alpha=6)
+
+
+def test_an_alpha_of_0_is_an_old_mergers_for_lora_alone(tmp_path: Path) -> None:
+    """AdaLoRA takes its own rank for it."""
+    for case in ("lora", "adalora, alpha 0"):
+        merged(tmp_path / case, *CASES[case])
+    edit(tmp_path / "lora", lora_alpha=0)
+    with pytest.raises(CheckpointError, match="lora_alpha is 0: written by an old merger"):
+        open_step_folder(tmp_path / "lora", "lora")
+    found = open_step_folder(tmp_path / "adalora, alpha 0", "adalora").adapter
+    assert found is not None
+    assert {one.scaling for one in found.modules.values()} == {4 / (4 + 1e-5)}
 
 
 # --- types that are not read --------------------------------------------------------------------

@@ -1,0 +1,136 @@
+"""One word for how an adapter uses its rank (METHODS §7, ours); the first rule that holds decides.
+
+The model takes the code of at least half of its matrices. Whether a rank was good for the task is
+not in the weights: a rank that holds 90 % of the energy need not hold 90 % of the behaviour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from geoscope.metrics.capacity import servable
+from geoscope.metrics.judging import Check, Judged, clause, explained, flagged_names, shares_of
+from geoscope.metrics.measure import Measured
+from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
+from geoscope.records import Status, Verdict
+
+__all__ = ["CAPACITY_CODES", "judge_capacity", "judge_capacity_model"]
+
+CAPACITY_CODES = (
+    "NO_UPDATE",
+    "UNDETERMINED",
+    "SATURATED",
+    "RANK_COLLAPSE",
+    "CONCENTRATED",
+    "IDLE",
+    "USED",
+    "FULL_UPDATE",
+)
+_FLAGGED = ("SATURATED", "RANK_COLLAPSE", "CONCENTRATED", "IDLE")
+# From this rank on, concentration has the name of a collapse.
+_COLLAPSE_FROM = 16
+
+_SENTENCES = {
+    "NO_UPDATE": "no weight in scope changed",
+    "UNDETERMINED": "no rank could be told",
+    "SATURATED": "the update fills its rank with a flat spectrum: a larger rank may have been used",
+    "RANK_COLLAPSE": "a few directions hold the update, far fewer than the rank",
+    "CONCENTRATED": "a few directions hold the update, fewer than the rank",
+    "IDLE": "half of the rank or more holds next to nothing: a smaller one would have held the "
+    "update",
+    "USED": "the rank is used, and the spectrum falls towards its end",
+    "FULL_UPDATE": "a full update, which has no rank to use up",
+    "MIXED": "no single pattern: matrices use their rank differently",
+}
+
+
+def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> Judged:
+    """How one matrix uses its rank; `limits` override THRESHOLDS by name."""
+    values = row.values
+    if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
+        return Judged("NO_UPDATE", 0, "", "", ())
+    for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
+        if status in row.status.values():
+            return Judged("UNDETERMINED", 0, status.value, "", ())
+    rank = values.get("nominal_rank")
+    if rank is None:
+        return Judged("FULL_UPDATE", 0, "", "", ())
+    limit = limits_in_force(limits)
+
+    def check(code: str, name: str, value: float | None, sign: str, key: str) -> Check:
+        return Check(code, name, value, sign, limit[key], THRESHOLDS[key].standing)
+
+    few = "RANK_COLLAPSE" if rank >= _COLLAPSE_FROM else "CONCENTRATED"
+    # k99 is of r_max; idle is what fills half of the rank that was asked for.
+    k99 = values.get("k99_share")
+    of_nominal = None if k99 is None else k99 * row.weights["rank"] / rank
+    k90, tail = values.get("k90_share"), values.get("tail_ratio")
+    effective = values.get("effective_rank_share")
+    rules = (
+        (
+            "SATURATED",
+            [
+                check("SATURATED", "k90/r", k90, "≥", "capacity.saturated_k90"),
+                check("SATURATED", "σ_r/σ1", tail, "≥", "capacity.saturated_tail"),
+            ],
+        ),
+        (few, [check(few, "effective rank/r", effective, "<", "capacity.concentrated")]),
+        ("IDLE", [check("IDLE", "k99/r", of_nominal, "≤", "capacity.idle_k99")]),
+    )
+    seen: list[Check] = []
+    for code, checks in rules:
+        seen += checks
+        if all(one.holds for one in checks):
+            return Judged(code, 0, clause(checks), "", tuple(seen))
+    return Judged("USED", 0, "no rule of misuse matched", "", tuple(seen))
+
+
+def judge_capacity_model(
+    names: Sequence[str],
+    rows: Sequence[Measured],
+    judged: Sequence[Judged],
+    limits: Mapping[str, float] | None = None,
+) -> Verdict:
+    """The verdict on a model: the code of at least half of the matrices, else MIXED."""
+    limits = limits_in_force(limits)
+    equal = [1.0] * len(judged)
+    shares = shares_of(equal, judged, CAPACITY_CODES)
+    code, share = max(shares.items(), key=lambda item: item[1])
+    if share < 0.5:
+        code, share = "MIXED", 0.0
+    flagged = flagged_names(
+        names, [row.weights.get("update", 0.0) for row in rows], judged, _FLAGGED
+    )
+    counts = {one: sum(each.code == one for each in judged) for one in CAPACITY_CODES}
+    return Verdict(
+        code=code,
+        share=share,
+        shares=shares,
+        flagged=flagged,
+        counts={one: number for one, number in counts.items() if number},
+        text=f"{_SENTENCES[code]}. {_advice(rows)}",
+        thresholds={key: value for key, value in limits.items() if key.startswith("capacity.")},
+        explain=explained(judged),
+    )
+
+
+def _advice(rows: Sequence[Measured]) -> str:
+    """Ranks that would have held the update: of most matrices, and of all."""
+    found = sorted(
+        float(one) for row in rows if (one := row.values.get("suggested_rank")) is not None
+    )
+    resolved = [one for one in found if one > 0]
+    if not resolved:
+        return "No direction of the update is above its noise, so no rank can be suggested."
+    most = resolved[math.ceil(0.9 * len(resolved)) - 1]
+    words = [f"{most:.0f} holds 90 % of the energy above the noise in 9 of 10 matrices"]
+    served = servable(most)
+    if served is not None and served != most:
+        words.append(f"{served} is the next rank that vLLM serves")
+    if resolved[-1] > most:
+        words.append(f"the largest need is {resolved[-1]:.0f}")
+    below = len(found) - len(resolved)
+    if below:
+        words.append(f"{below} matrices are below the noise")
+    return f"Rank: {'; '.join(words)}. That is about energy and not about behaviour."
