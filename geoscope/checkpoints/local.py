@@ -16,7 +16,6 @@ from geoscope.checkpoints.disk import Room
 from geoscope.checkpoints.layout import (
     SHARD_FOLDERS,
     WEIGHT_FOLDERS,
-    choose_layout,
     file_names,
     is_other_copy,
     shard_count,
@@ -79,7 +78,7 @@ def _open_directory(path: Path, given: str) -> Checkpoint:
         and one.kind is not Kind.CONFIG
         and (one.folder != chosen.folder or one.kind in WEIGHTS)
     ]
-    note = (where(chosen, places),) if others or chosen.folder else ()
+    note = (f"weights taken from {where(chosen, places)}",) if others or chosen.folder else ()
     ref = replace(checkpoint.ref, given=given)
     return replace(checkpoint, ref=ref, notes=(*note, *checkpoint.notes))
 
@@ -212,11 +211,10 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
     found: dict[str, Refused | None] = {}
     for folder in dict.fromkeys([*usual, *others]):
         try:
-            names = file_names(path / folder, folder)
-            readable, refused = choose_layout(names, folder) is not None, by_files(names)
+            readable = any(one.kind in WEIGHTS for one in find_places(path / folder))
+            refused = by_files(file_names(path / folder, folder))
         except CheckpointError:
             continue
-        readable = readable or holds_shards(names)
         if readable or refused is not None:
             found[folder] = None if readable else refused
     return found

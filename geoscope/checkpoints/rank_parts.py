@@ -124,8 +124,8 @@ def _spec(
     names: tuple[str, ...],
     label: str,
 ) -> _Spec:
-    evidence = f"{name} is {', '.join(str(one) for one in placements)} on a mesh of {names}"
     kinds = [type(one).__name__ for one in placements]
+    evidence = f"{name} is {', '.join(kinds)} on a mesh of {names}"
     splits = [i for i, kind in enumerate(kinds) if kind == "Shard"]
     parallel = any(
         str(one) in _TENSOR_PARALLEL and size > 1
@@ -149,7 +149,7 @@ def _spec(
 def _mesh(mesh: Any) -> tuple[torch.Tensor, tuple[str, ...]]:
     """The ranks of a mesh, and the names of its dimensions.
 
-    torch up to 2.9 kept them as attributes of these names, which are properties now.
+    Older versions of torch kept them as attributes of these names, which are properties now.
     """
     state = vars(mesh)
     ranks = state["mesh"] if "mesh" in state else mesh.mesh

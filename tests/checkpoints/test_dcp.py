@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from checkpoints.files import Exploit, assert_equal_bits
 from checkpoints.test_fsdp_shards import assert_reads, refusal
@@ -95,7 +95,10 @@ def test_config_is_found_beside_and_above(shards: Path, tmp_path: Path) -> None:
     assert open_checkpoint(str(run / "pytorch_model_fsdp_0")).config == CONFIG
     found = open_checkpoint(str(run))
     assert found.config == CONFIG
-    assert found.notes == ("pytorch_model_fsdp_0/: shards", "read from a DCP checkpoint")
+    assert found.notes == (
+        "weights taken from pytorch_model_fsdp_0/: shards",
+        "read from a DCP checkpoint",
+    )
     config = {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
     (run / "config.json").write_text(json.dumps(config))
     assert "weights are GPTQ" in refusal(run, UnsupportedFormat)
@@ -116,7 +119,7 @@ def test_a_tensor_costs_its_own_memory(tmp_path: Path) -> None:
     big = torch.arange(24 << 20, dtype=torch.int32).reshape(-1, 1 << 10).view(torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process
-        dcp.save({"layers.0.up.weight": big}, checkpoint_id=tmp_path / "big", no_dist=True)
+        save({"layers.0.up.weight": big}, checkpoint_id=tmp_path / "big", no_dist=True)
     code = (
         "import resource, sys, torch\n"
         "from geoscope.checkpoints import open_checkpoint\n"

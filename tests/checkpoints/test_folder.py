@@ -237,10 +237,9 @@ def test_configuration_beside_fsdp_shards_says_where_the_weights_are(tmp_path: P
     huggingface.mkdir(parents=True)
     write_config(huggingface)
     (tmp_path / "actor" / "model_world_size_2_rank_0.pt").touch()
-    line = refusal(huggingface)
-    assert line.startswith(
-        "`huggingface/` holds configuration only; weights are in the FSDP shards beside it. "
-        "Run `python -m verl.model_merger merge --backend fsdp --local_dir "
+    assert refusal(huggingface) == (
+        "`huggingface/` holds configuration only; weights are in the shards beside it: give "
+        f"{tmp_path}/actor"
     )
 
 
@@ -263,8 +262,8 @@ def test_the_publishers_own_layout_is_never_opened_by_itself(tmp_path: Path) -> 
 
 
 def test_weights_further_down_are_pointed_at(tmp_path: Path) -> None:
-    write_model(tmp_path / "hf_model", llama())
-    assert "no weights here, but in hf_model/; give the folder that is meant" in refusal(tmp_path)
+    write_model(tmp_path / "merged", llama())
+    assert "no weights here, but in merged/; give the folder that is meant" in refusal(tmp_path)
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     (run / "adapter" / "adapter_config.json").touch()

@@ -134,7 +134,7 @@ def test_plain_parts_need_a_config_that_fits(shards: Path, tmp_path: Path) -> No
 
 
 def test_an_older_mesh_is_read_from_its_attributes(shards: Path, tmp_path: Path) -> None:
-    """torch up to 2.9 pickled a mesh as `mesh`, `mesh_dim_names`, which are properties now."""
+    """Older torch pickled a mesh with `mesh`, `mesh_dim_names`, which are properties now."""
     folder = copy(shards / "grid", tmp_path)
 
     def age(table: dict[str, Any]) -> None:
@@ -204,14 +204,14 @@ def test_the_state_of_the_trainer_is_not_opened(shards: Path) -> None:
 
 def test_partial_sums_are_refused_with_the_merger(shards: Path) -> None:
     line = refusal(shards / "partial", UnsupportedFormat)
-    assert f"(model.layers.0.mlp.up_proj.weight is {'P(sum)'} on a mesh of ('fsdp',))" in line
+    assert "(model.layers.0.mlp.up_proj.weight is Partial on a mesh of ('fsdp',))" in line
     assert MERGER.format(shards / "partial") in line
     assert "(it casts to bf16)" in line
 
 
 def test_a_mesh_of_tensor_parallelism_is_refused_with_the_merger(shards: Path) -> None:
     line = refusal(shards / "parallel", UnsupportedFormat)
-    assert "on a mesh of ('fsdp', 'tp'))" in line
+    assert "up_proj.weight is Shard, Shard on a mesh of ('fsdp', 'tp'))" in line
     assert MERGER.format(shards / "parallel") in line
 
 

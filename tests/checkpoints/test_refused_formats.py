@@ -21,7 +21,10 @@ SOURCE = "Use the checkpoint it was quantised from."
 BITSANDBYTES = "Merge the adapter into the bf16 base; for QLoRA that is the unquantised base."
 BF16 = "Use a bf16 conversion."
 WHOLE = "geoscope compares whole weights."
-FILES = "geoscope reads safetensors and pytorch_model*.bin."
+TOGETHER = (
+    "geoscope reads them together, from their folder. Give the folder that holds them all, on this "
+    "disk."
+)
 MERGE = "Merge it into its base (PeftModel.merge_and_unload) and give the merged folder."
 BLOCK = "model.layers.0.mlp.up_proj"
 
@@ -174,14 +177,6 @@ def test_readable_weights_beside_another_format_are_read(tmp_path: Path) -> None
     assert open_checkpoint(str(tmp_path)).tensors
 
 
-FSDP = (
-    "Run `python -m verl.model_merger merge --backend fsdp --local_dir {ref} --target_dir OUT` "
-    "(it casts to bf16) and give OUT."
-)
-DCP = (
-    "Run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {ref} OUT.pt` "
-    "and give OUT.pt."
-)
 DEEPSPEED = "Run `zero_to_fp32.py` in that folder, or save with `--save_hf_ckpt`."
 MEGATRON = (
     "Export it with the framework's own converter, for verl `python -m verl.model_merger merge "
@@ -192,22 +187,6 @@ MEGATRON = (
 @pytest.mark.parametrize(
     ("names", "called", "evidence", "rest"),
     [
-        (
-            [
-                *(f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)),
-                "fsdp_config.json",
-                "optim_world_size_2_rank_0.pt",
-            ],
-            "verl FSDP shards",
-            "model_world_size_2_rank_0.pt and 1 more",
-            f"{FILES} {FSDP}",
-        ),
-        (
-            [".metadata", "__0_0.distcp"],
-            "a DCP checkpoint",
-            ".metadata and 1 more",
-            f"{FILES} {DCP}",
-        ),
         (
             ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
             "DeepSpeed ZeRO shards",
@@ -234,15 +213,23 @@ def test_a_framework_folder_is_known_by_its_files(
 
 
 def test_framework_shards_in_a_folder_below_are_named_with_it(tmp_path: Path) -> None:
-    (tmp_path / "actor").mkdir()
-    (tmp_path / "actor" / "model_world_size_1_rank_0.pt").touch()
-    assert f"`{tmp_path}/actor`: weights are verl FSDP shards" in line(tmp_path)
+    (tmp_path / "actor" / "dist_ckpt").mkdir(parents=True)
+    (tmp_path / "actor" / "dist_ckpt" / "common.pt").touch()
+    assert f"`{tmp_path}/actor/dist_ckpt`: weights are a Megatron checkpoint" in line(tmp_path)
 
 
-def test_one_shard_of_a_framework_is_refused_like_its_folder(tmp_path: Path) -> None:
-    path = tmp_path / "model_world_size_4_rank_3.pt"
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("model_world_size_4_rank_3.pt", "verl FSDP shards"),
+        ("__0_0.distcp", "a DCP checkpoint"),
+        (".metadata", "a DCP checkpoint"),
+    ],
+)
+def test_one_shard_of_a_framework_is_no_model(tmp_path: Path, name: str, called: str) -> None:
+    path = tmp_path / name
     path.touch()
-    assert f"`{path}`: weights are verl FSDP shards (model_world_size_4_rank_3.pt)." in line(path)
+    assert line(path) == f"`{path}`: weights are {called} ({name}). {TOGETHER}"
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

@@ -18,7 +18,6 @@ from geoscope.errors import CheckpointError, CheckpointNotFound, GeoscopeError, 
 
 Q = "model.layers.0.self_attn.q_proj"
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-FSDP = "model_world_size_2_rank_0.pt"
 
 
 def model(folder: Path, seed: int = 0) -> Path:
@@ -249,12 +248,20 @@ def test_nothing_given_or_nothing_left(tmp_path: Path) -> None:
 
 def verl(run: Path, fill: Callable[[Path], object]) -> Path:
     for step in (5, 10, 100):
-        touch(run / f"global_step_{step}" / "actor" / FSDP)
-        touch(run / f"global_step_{step}" / "actor" / "fsdp_config.json", "{}")
+        actor = run / f"global_step_{step}" / "actor"
+        shards(actor, step)
         touch(run / f"global_step_{step}" / "data.pt")
-        fill(run / f"global_step_{step}" / "actor")
+        fill(actor)
     touch(run / "latest_checkpointed_iteration.txt", "100")
     return run
+
+
+def shards(actor: Path, step: int) -> Path:
+    """Of one rank, where nothing is split."""
+    touch(actor / "fsdp_config.json", '{"world_size": 1}')
+    weights = {f"{Q}.weight": llama(step)[f"{Q}.weight"]}
+    torch.save(weights, actor / "model_world_size_1_rank_0.pt")
+    return actor
 
 
 def test_trl_adapters(tmp_path: Path) -> None:
@@ -272,13 +279,30 @@ def test_trl_adapters(tmp_path: Path) -> None:
 def test_verl_with_a_model_folder_beside_the_shards(tmp_path: Path) -> None:
     found = opened(verl(tmp_path, lambda actor: model(actor / "huggingface")))
     assert (found.steps, found.kind) == ((5, 10, 100), "model")
-    assert found.points[0].place == (
-        "actor/huggingface/: model folder, chosen over the shards in actor/"
-    )
-    assert found.notes[0] == (
-        "step 5: actor/: shards are not read yet; actor/huggingface/ is taken"
-    )
-    assert len(found.notes) == 3
+    place = "actor/: shards, chosen over the model folder in actor/huggingface/"
+    for point in found.points:
+        assert point.place == place
+        assert point.checkpoint is not None
+        assert torch.equal(point.checkpoint.read(f"{Q}.weight"), llama(point.step)[f"{Q}.weight"])
+    named = opened(*(one / "actor" / "huggingface" for one in tmp_path.glob("global_step_*")))
+    assert named.points[0].place == "./: model folder"
+
+
+def test_shards_of_a_lora_run_are_adapters(tmp_path: Path) -> None:
+    for step in (1, 2):
+        actor = tmp_path / f"global_step_{step}" / "actor"
+        touch(actor / "lora_train_meta.json", '{"r": 2, "lora_alpha": 4}')
+        names = [f"base_model.model.{Q}.lora_{side}.default.weight" for side in "AB"]
+        factors = dict(zip(names, (torch.ones(2, 8), torch.ones(8, 2)), strict=True))
+        factors[f"base_model.model.{Q}.base_layer.weight"] = torch.ones(8, 8)
+        torch.save(factors, actor / "model_world_size_1_rank_0.pt")
+    found = opened(tmp_path)
+    assert (found.steps, found.kind) == ((1, 2), "adapter")
+    assert found.points[0].place == "actor/: shards, read as an adapter"
+    (tmp_path / "global_step_2" / "actor" / "lora_train_meta.json").unlink()
+    found = opened(tmp_path)
+    assert found.steps == (1,)
+    assert "whose alpha is not known" in reasons(found)["global_step_2"]
 
 
 def test_verl_takes_the_adapter_before_all_else(tmp_path: Path) -> None:
@@ -334,13 +358,9 @@ def test_nemo_rl(tmp_path: Path, below: str, write: Callable[[Path], Path]) -> N
 @pytest.mark.parametrize(
     ("file", "called"),
     [
-        ("policy/weights/.metadata", "a DCP checkpoint"),
-        ("policy/weights/model/__0_0.distcp", "a DCP checkpoint"),
         ("policy/weights/iter_0000002/common.pt", "a Megatron checkpoint"),
         ("actor/dist_ckpt/common.pt", "a Megatron checkpoint"),
-        ("pytorch_model_fsdp_0/.metadata", "a DCP checkpoint"),
         ("global_step2/zero_to_fp32.py", "DeepSpeed ZeRO shards"),
-        (f"actor/{FSDP}", "verl FSDP shards"),
     ],
 )
 def test_shards_that_are_not_read_are_named(tmp_path: Path, file: str, called: str) -> None:
@@ -382,12 +402,24 @@ def trap(folder: Path, tmp_path: Path) -> str:
 
 
 def test_configuration_without_weights(tmp_path: Path) -> None:
-    folder = tmp_path / "step_2"
-    touch(folder / "actor" / FSDP)
-    configuration(folder / "actor" / "huggingface")
-    assert trap(folder, tmp_path).startswith(
-        "step 2: `huggingface/` holds configuration only; weights are in the FSDP shards beside it."
-    )
+    actor = shards(tmp_path / "global_step_2" / "actor", 2)
+    configuration(actor / "huggingface")
+    assert opened(tmp_path / "global_step_2").points[0].place == "actor/: shards"
+    with pytest.raises(CheckpointError) as caught:
+        opened(actor / "huggingface")
+    assert "`huggingface/` holds configuration only; weights are in the shards" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("actor/model_world_size_2_rank_0.pt", "1 of 2 rank files are not there"),
+        ("policy/weights/__0_0.distcp", ".distcp files without .metadata"),
+    ],
+)
+def test_shards_that_are_still_being_written(tmp_path: Path, file: str, reason: str) -> None:
+    touch(tmp_path / "step_2" / file)
+    assert reason in trap(tmp_path / "step_2", tmp_path)
 
 
 def test_configuration_alone(tmp_path: Path) -> None:

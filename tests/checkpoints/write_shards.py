@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.multiprocessing.spawn import start_processes
 
 WORLD = 4
 CONFIG = {
@@ -161,7 +162,7 @@ def _write_tensors(verl: Verl, line: DeviceMesh, rank: int) -> None:
             "model.rotary_emb.inv_freq": torch.arange(4.0),
         },
     )
-    local = sharded_tensor.Shard(
+    local = LocalShard(
         up[3 * rank : 3 * rank + 3].clone(),
         ShardMetadata([3 * rank, 0], [3, 8], f"rank:{rank}/cpu"),
     )
@@ -173,14 +174,14 @@ def _write_tensors(verl: Verl, line: DeviceMesh, rank: int) -> None:
 def _write_dcp(folder: Path, line: DeviceMesh, grid: DeviceMesh) -> None:
     model = sharded(whole(), line)
     moments = {f"state.{name}.exp_avg": value for name, value in model.items()}
-    dcp.save({"model": model}, checkpoint_id=folder / "checkpoint-5" / "pytorch_model_fsdp_0")
-    dcp.save({"app": {"model": model, "optim": moments}}, checkpoint_id=folder / "nested")
-    dcp.save(model, checkpoint_id=folder / "flat")
-    dcp.save({"model": sharded(whole(), grid)}, checkpoint_id=folder / "dcp_grid")
-    dcp.save({"optim": moments}, checkpoint_id=folder / "optimizer_0")
+    save({"model": model}, checkpoint_id=folder / "checkpoint-5" / "pytorch_model_fsdp_0")
+    save({"app": {"model": model, "optim": moments}}, checkpoint_id=folder / "nested")
+    save(model, checkpoint_id=folder / "flat")
+    save({"model": sharded(whole(), grid)}, checkpoint_id=folder / "dcp_grid")
+    save({"optim": moments}, checkpoint_id=folder / "optimizer_0")
     wide = whole()["model.layers.0.mlp.up_proj.weight"]
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    dcp.save(
+    save(
         {
             "columns": distribute_tensor(wide, line, [Shard(1)]),
             "square": distribute_tensor(wide, square, [Shard(0), Shard(1)]),
@@ -192,7 +193,7 @@ def _write_dcp(folder: Path, line: DeviceMesh, grid: DeviceMesh) -> None:
     )
     for step in (1, 2, 3):
         weights = folder / "nemo" / f"step_{step}" / "policy" / "weights"
-        dcp.save({"model": sharded(whole(step), line)}, checkpoint_id=weights)
+        save({"model": sharded(whole(step), line)}, checkpoint_id=weights)
 
 
 def main() -> None:
@@ -200,7 +201,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     # fork, so that torch is imported once
-    mp.start_processes(_write, (folder,), nprocs=WORLD, start_method="fork")
+    start_processes(_write, (folder,), nprocs=WORLD, start_method="fork")
 
 
 if __name__ == "__main__":

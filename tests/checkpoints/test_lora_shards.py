@@ -1,0 +1,51 @@
+"""Are the shards of a real LoRA run divided into its base and its adapter?"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints.files import assert_equal_bits
+from geoscope.checkpoints import open_checkpoint
+from geoscope.checkpoints.adapter import open_adapter
+from geoscope.checkpoints.series import open_series
+from geoscope.checkpoints.shard_folder import open_shard_adapter, open_shard_base
+
+WRITER = Path(__file__).with_name("write_lora_shards.py")
+
+
+@pytest.mark.slow
+def test_base_and_adapter_are_those_that_were_wrapped(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, str(WRITER), str(run)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    actor = run / "actor"
+
+    expected = open_checkpoint(str(run / "base"))
+    base = open_shard_base(actor, "actor")
+    # The head is in the state dict of a tied model, and in no file of transformers.
+    assert set(base.tensors) == {*expected.tensors, "lm_head.weight"}
+    assert base.tied_to == expected.tied_to == {"lm_head.weight": "model.embed_tokens.weight"}
+    for name in expected.tensors:
+        assert_equal_bits(base.read(name), expected.read(name))
+
+    saved = open_adapter(actor / "lora_adapter")
+    found = open_shard_adapter(actor, "actor")
+    alone = tmp_path / "global_step_7" / "actor"
+    shutil.copytree(actor, alone, ignore=shutil.ignore_patterns("lora_adapter"))
+    (point,) = open_series([str(tmp_path / "global_step_7")]).points
+    assert point.adapter is not None and point.place == "actor/: shards, read as an adapter"
+    assert len(saved.modules) == 4
+    for one in (found, point.adapter):
+        assert list(one.modules) == list(saved.modules)
+        for name, module in saved.modules.items():
+            assert one.modules[name].scaling == module.scaling == 2
+            for factor, kept in zip(one.factors(name), saved.factors(name), strict=True):
+                assert_equal_bits(factor, kept)
+                assert factor.count_nonzero() > 0
