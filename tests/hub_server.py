@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = 1000  # bytes from which on a file is stored elsewhere
@@ -43,6 +43,14 @@ def commit_of(files: Files) -> str:
     return oid(repr(sorted(files.items())).encode())
 
 
+class Sent(NamedTuple):
+    """A body that went out, and the range that was asked for."""
+
+    path: str
+    range: str
+    nbytes: int
+
+
 @dataclass
 class Failure(Exception):
     status: int
@@ -54,8 +62,7 @@ class HubServer:
 
     Large files lie in a store of their own, on another host and port.
 
-    log: (method, path, lower-case headers) of each request; sent: (path, bytes of its body that
-    went out). drop: files whose next whole body breaks off half way. cut: file → after how many
+    log: (method, path, lower-case headers) of each request; sent: each body that went out. drop: files whose next whole body breaks off half way. cut: file → after how many
     bytes each of its next ranges breaks off. fail: path → status, for every request of it; busy:
     path → the statuses of the next ones, 0 for a true answer. ignore_range: answer with whole
     files. told: headers that are told in place of the true ones.
@@ -65,7 +72,7 @@ class HubServer:
         self.repos = dict(repos)
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.drop: set[str] = set()
-        self.sent: list[tuple[str, int]] = []
+        self.sent: list[Sent] = []
         self.cut: dict[str, list[int]] = {}
         self.fail: dict[str, int] = {}
         self.busy: dict[str, list[int]] = {}
@@ -80,7 +87,7 @@ class HubServer:
 
     def bodies(self, part: str) -> int:
         """Bytes of the bodies that went out for paths with `part` in them."""
-        return sum(count for path, count in self.sent if part in path)
+        return sum(one.nbytes for one in self.sent if part in one.path)
 
     def __enter__(self) -> HubServer:
         self._threads = [
@@ -224,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
                 count += self.wfile.write(body[start : start + (1 << 16)])
         except ConnectionError:  # the client has what it wanted
             self.close_connection = True
-        self.hub.sent.append((self.path, count))
+        self.hub.sent.append(Sent(self.path, self.headers.get("Range", ""), count))
 
 
 def oid(content: bytes) -> str:

@@ -52,10 +52,11 @@ def follow(
     """
     options = options or FollowOptions()
     started = time.perf_counter()
-    found = open_followed(references, options)
+    progress = progress or Progress()
+    found = open_followed(references, options, progress)
     curve, notes = metric_curve(found.series, options)
     found = replace(found, notes=(*found.notes, *notes))
-    measured = measure_series(found, options, progress or Progress())
+    measured = measure_series(found, options, progress)
     return trajectory_report(
         found,
         measured,

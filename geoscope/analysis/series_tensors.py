@@ -9,10 +9,11 @@ from operator import add
 from typing import Protocol
 
 from geoscope.adapters.peft_names import module_paths
+from geoscope.analysis.fetching import fetch
 from geoscope.analysis.follow_options import FollowOptions
+from geoscope.analysis.options import Progress
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.checkpoints.adapter import Adapter, open_adapter
-from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.checkpoints.series import Series, open_series
 from geoscope.checkpoints.steps import given_steps
 from geoscope.errors import OptionError, PairingError, first_names
@@ -70,18 +71,20 @@ class Followed:
     base: Checkpoint | None
 
 
-def open_followed(references: Sequence[str], options: FollowOptions) -> Followed:
-    """The series and its base, matched tensor by tensor, from headers alone.
+def open_followed(
+    references: Sequence[str], options: FollowOptions, progress: Progress
+) -> Followed:
+    """The series and its base, matched tensor by tensor; data of the Hub is fetched.
 
     Raises OptionError, CheckpointError, PairingError.
     """
     steps = None if options.steps is None else given_steps(options.steps)
-    series = open_series(references, steps=steps)
+    series = open_series(references, steps=steps, on_progress=progress.on_download)
     if series.kind == "adapter":
-        return _of_adapters(series, options)
+        return _of_adapters(series, options, progress)
     if options.initial_adapter is not None:
         raise OptionError("--initial-adapter is for series of adapters; these are whole models")
-    return _of_models(series, options)
+    return _of_models(series, options, progress)
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ class ModelTensor:
             yield Operand(other.read(later)[None], one.read(name)[None])
 
 
-def _of_models(series: Series, options: FollowOptions) -> Followed:
+def _of_models(series: Series, options: FollowOptions, progress: Progress) -> Followed:
     models = [point.checkpoint for point in series.points]
     checkpoints = [one for one in models if one is not None]
     steps = list(series.steps)
@@ -166,10 +169,11 @@ def _of_models(series: Series, options: FollowOptions) -> Followed:
             continue
         m, n = pairs[0].shape
         tensors[name] = ModelTensor(name, (m, n), places)
-    fetch_all(
+    wanted = (
         (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
         for one in (base, *checkpoints)
     )
+    fetch(wanted, progress)
     return Followed(
         steps=tuple(steps),
         tensors=tensors,
@@ -226,11 +230,11 @@ def _product(adapter: Adapter, module: str) -> Product:
     return Product.of(*adapter.factors(module), adapter.modules[module].scaling)
 
 
-def _of_adapters(series: Series, options: FollowOptions) -> Followed:
+def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> Followed:
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     initial = None
     if options.initial_adapter is not None:
-        initial = open_adapter(options.initial_adapter)
+        initial = open_adapter(options.initial_adapter, on_progress=progress.on_download)
     else:
         _refuse_unknown_start(adapters[0])
     if series.steps[0] <= 0:
@@ -259,8 +263,11 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
         raise PairingError(
             f"{adapters[0].given}: no module is in all {len(adapters)} adapters with one shape"
         )
-    base = None if options.base is None else open_checkpoint(options.base)
-    weights = {} if base is None else _weights_of(base, names)
+    base, weights = None, dict[str, tuple[Checkpoint, str]]()
+    if options.base is not None:
+        base = open_checkpoint(options.base, on_progress=progress.on_download)
+        weights = _weights_of(base, names)
+        fetch([(base, [name for _, name in weights.values()])], progress)
     tensors: dict[str, SeriesTensor] = {
         name: _AdapterTensor(
             name, adapters[0].modules[name].shape, adapters, initial, weights.get(name)
@@ -280,7 +287,7 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
     return Followed(
         steps=(0, *series.steps),
         tensors=tensors,
-        refs=(first, ModelRef(last.given, str(last.path), None, stored)),
+        refs=(first, ModelRef(last.given, last.resolved, last.commit, stored)),
         points=tuple(point.given for point in series.points),
         skipped=tuple(skipped),
         missing=tuple(missing),

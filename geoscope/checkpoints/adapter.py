@@ -1,4 +1,4 @@
-"""What is an adapter on this disk? A config, and factors that are read module by module.
+"""What is an adapter, here or on the Hub? A config, and factors that are read module by module.
 
     adapter_config.json                                  what kind, and the scaling of its factors
     adapter_model.safetensors (or .bin)                  the factors
@@ -9,8 +9,9 @@ are refused by name. Headers are read here; data on demand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,14 @@ from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.layout import parse_object
 from geoscope.checkpoints.lora_adapter import LoraModule, lora_modules, stacked
 from geoscope.checkpoints.readers import open_container
+from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "open_adapter"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "factors_file", "open_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -40,6 +42,7 @@ class Adapter:
 
     modules: name of the adapted module → its factors and scaling, in natural order.
     others: tensors that are no factors: full weights of `modules_to_save`.
+    path: its folder on this disk. at, commit: org/name@commit of one on the Hub.
     """
 
     given: str
@@ -49,6 +52,13 @@ class Adapter:
     modules: Mapping[str, LoraModule]
     others: tuple[str, ...]
     container: Container = field(repr=False)
+    at: str | None = None
+    commit: str | None = None
+
+    @property
+    def resolved(self) -> str:
+        """The path, or org/name@commit."""
+        return self.at or str(self.path)
 
     @property
     def base(self) -> str | None:
@@ -66,13 +76,24 @@ class Adapter:
         return stacked(one, self.read(one.B.name), self.read(one.A.name))
 
 
-def open_adapter(path: str | Path, *, given: str | None = None) -> Adapter:
-    """The adapter in a local folder, from its config and header; no tensor data is read.
+def open_adapter(
+    path: str | Path,
+    *,
+    given: str | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Adapter:
+    """The adapter in a folder, from its config and header; no tensor data is read.
 
-    given: how messages name the folder, where that is not its path.
+    path: a folder; a string may be a reference to the Hub, whose files are fetched (on_progress: as
+    of `open_checkpoint`). given: how messages name the folder, where that is not its path.
     Raises CheckpointNotFound, UnsupportedFormat (a type or an extra that is not read yet), or
     CheckpointError for a damaged or contradictory folder.
     """
+    reference = _on_the_hub(path)
+    if reference is not None:
+        from geoscope.checkpoints.hub_adapter import fetch_adapter, open_fetched
+
+        return open_fetched(fetch_adapter(reference, on_progress), given or reference.given)
     folder, given = Path(path).expanduser(), str(path) if given is None else given
     if not folder.is_dir():
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
@@ -83,6 +104,13 @@ def open_adapter(path: str | Path, *, given: str | None = None) -> Adapter:
     factors = {info.name for one in modules.values() for info in (one.A, one.B)}
     others = tuple(name for name in tensors if name not in factors)
     return Adapter(given, folder.resolve(), config, tensors, modules, others, container)
+
+
+def _on_the_hub(path: str | Path) -> HubReference | None:
+    if isinstance(path, Path) or Path(path).expanduser().is_dir():
+        return None
+    parsed = parse_reference(path)
+    return parsed if isinstance(parsed, HubReference) else None
 
 
 def _config(folder: Path, given: str) -> dict[str, Any]:
@@ -106,11 +134,19 @@ def _config(folder: Path, given: str) -> dict[str, Any]:
 
 
 def _weights(folder: Path, given: str) -> Container:
-    """The file of factors; safetensors before the pickle, as PEFT chooses."""
+    name = factors_file([one.name for one in folder.iterdir() if one.is_file()], given)
+    return open_container(folder / name, f"{given}/{name}")
+
+
+def factors_file(names: Collection[str], given: str) -> str:
+    """Which of the files of an adapter's folder holds the factors.
+
+    Safetensors before the pickle, as PEFT chooses. Raises UnsupportedFormat, CheckpointNotFound.
+    """
     for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return open_container(folder / name, f"{given}/{name}")
-    shards = sorted(one.name for one in folder.glob("adapter_model-*-of-*"))
+        if name in names:
+            return name
+    shards = sorted(one for one in names if fnmatchcase(one, "adapter_model-*-of-*"))
     if shards:
         raise UnsupportedFormat(
             f"{given}: the factors are in {len(shards)} shards ({first_names(shards, 1)}); "

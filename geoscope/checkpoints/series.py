@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.readers import is_readable
@@ -29,7 +29,12 @@ from geoscope.checkpoints.run_folder import (
     run_folder,
     runs_below,
 )
-from geoscope.checkpoints.step_folder import Found, find_places, open_step_folder
+from geoscope.checkpoints.step_folder import (
+    Found,
+    find_places,
+    open_step_folder,
+    refuse_zero_alpha,
+)
 from geoscope.checkpoints.steps import Step
 from geoscope.errors import CheckpointError, OptionError, first_names
 from geoscope.names import in_natural_order
@@ -62,7 +67,7 @@ class SeriesPoint:
         if self.checkpoint is not None:
             return self.checkpoint.ref.resolved
         assert self.adapter is not None  # one of the two
-        return str(self.adapter.path)
+        return self.adapter.resolved
 
 
 @dataclass(frozen=True)
@@ -211,10 +216,7 @@ def _no_candidate(one: Candidate) -> str | None:
 
 def _found(one: Candidate, on_progress: _Progress | None) -> Found:
     if isinstance(one.reference, HubReference):
-        from geoscope.checkpoints.hub import open_hub  # local paths need no huggingface_hub
-
-        checkpoint = open_hub(one.reference, on_progress)
-        return Found(f"{one.reference.folder or '.'}/: model folder on the Hub", checkpoint)
+        return _found_on_the_hub(one.reference, on_progress)
     path = one.reference.path
     if path.is_dir():
         return open_step_folder(path, one.given)
@@ -222,6 +224,23 @@ def _found(one: Candidate, on_progress: _Progress | None) -> Found:
         folder = open_step_folder(path.parent, str(Path(one.given).parent))
         return replace(folder, place=f"{path.name}: adapter, named itself")
     return Found(f"{path.name}: file of weights, named itself", open_local(one.reference))
+
+
+def _found_on_the_hub(reference: HubReference, on_progress: _Progress | None) -> Found:
+    """An adapter before a model, as in a folder."""
+    from geoscope.checkpoints.hub import hub_folder, open_hub_folder  # local paths need none of it
+
+    folder, commit = hub_folder(reference, on_progress)
+    place = f"{reference.folder or '.'}/"
+    if ADAPTER_CONFIG not in folder.names():
+        checkpoint = open_hub_folder(folder, commit, given=reference.given)
+        return Found(f"{place}: model folder on the Hub", checkpoint)
+    from geoscope.checkpoints.hub_adapter import of_folder, open_fetched
+
+    found = of_folder(folder, commit)
+    refuse_zero_alpha(found.path, reference.given)
+    adapter = open_fetched(found, reference.given)
+    return Found(f"{place}: adapter on the Hub", adapter=adapter)
 
 
 # --- the series as a whole ----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from geoscope.checkpoints.refused import by_files, is_adapter_file, refusal
 from geoscope.checkpoints.steps import step_of_part
 from geoscope.errors import CheckpointError, first_names
 
-__all__ = ["Found", "Kind", "Place", "find_places", "open_step_folder"]
+__all__ = ["Found", "Kind", "Place", "find_places", "open_step_folder", "refuse_zero_alpha"]
 
 _PLACES = ("", *WEIGHT_FOLDERS)
 # Folders there are named after the step once more, and hold shards.
@@ -132,7 +132,7 @@ def _open(path: Path, given: str, chosen: Place, places: Sequence[Place]) -> Fou
         instead = [one for one in models if one != label]
         hint = f"; give {first_names(instead)} to take the full weights" if instead else ""
         raise CheckpointError(f"adapter folder without `adapter_model.safetensors` ({label}){hint}")
-    _check_alpha(folder, label)
+    refuse_zero_alpha(folder, label)
     return Found(_where(chosen, others), adapter=open_adapter(folder, given=label))
 
 
@@ -165,7 +165,8 @@ def _check_shards(folder: Path, label: str) -> None:
         )
 
 
-def _check_alpha(folder: Path, label: str) -> None:
+def refuse_zero_alpha(folder: Path, label: str) -> None:
+    """Raises CheckpointError for an adapter of an old merger, which wrote no scaling."""
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
