@@ -62,10 +62,12 @@ class HubServer:
 
     Large files lie in a store of their own, on another host and port.
 
-    log: (method, path, lower-case headers) of each request; sent: each body that went out. drop: files whose next whole body breaks off half way. cut: file → after how many
-    bytes each of its next ranges breaks off. fail: path → status, for every request of it; busy:
-    path → the statuses of the next ones, 0 for a true answer. ignore_range: answer with whole
-    files. told: headers that are told in place of the true ones.
+    log: (method, path, lower-case headers) of each request. sent: each body that went out.
+    drop: files whose next whole body breaks off half way.
+    cut: file → after how many bytes each of its next ranges breaks off.
+    fail: path → status, for every request of it.
+    busy: path → the statuses of the next ones, 0 for a true answer.
+    ignore_range: answer with whole files. told: headers in place of the true ones.
     """
 
     def __init__(self, repos: Mapping[str, Repo]) -> None:

@@ -107,7 +107,7 @@ def open_adapter(
 
 
 def _on_the_hub(path: str | Path) -> HubReference | None:
-    if isinstance(path, Path) or Path(path).expanduser().is_dir():
+    if isinstance(path, Path):
         return None
     parsed = parse_reference(path)
     return parsed if isinstance(parsed, HubReference) else None
