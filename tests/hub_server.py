@@ -67,7 +67,9 @@ class HubServer:
     cut: file → after how many bytes each of its next ranges breaks off.
     fail: path → status, for every request of it.
     busy: path → the statuses of the next ones, 0 for a true answer.
-    ignore_range: answer with whole files. told: headers in place of the true ones.
+    ignore_range: answer with whole files.
+    sha: the commit that is named, in place of the true one.
+    told: headers in place of the true ones. told_after: those from the next cut on.
     """
 
     def __init__(self, repos: Mapping[str, Repo]) -> None:
@@ -79,7 +81,9 @@ class HubServer:
         self.fail: dict[str, int] = {}
         self.busy: dict[str, list[int]] = {}
         self.told: dict[str, str] = {}
+        self.told_after: dict[str, str] = {}
         self.ignore_range = False
+        self.sha = ""
         self.blobs: dict[str, tuple[str, bytes]] = {}
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
@@ -160,7 +164,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _info(self, name: str, commit: str, files: Files) -> dict[str, Any]:
         siblings = [{"rfilename": path, "size": len(files[path])} for path in files]
-        return {"id": name, "sha": commit, "siblings": siblings, "gated": self._repo(name).gated}
+        sha = self.hub.sha or commit
+        return {"id": name, "sha": sha, "siblings": siblings, "gated": self._repo(name).gated}
 
     def _refs(self, repo: Repo) -> dict[str, Any]:
         branches = [
@@ -223,6 +228,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         if name is not None and status == 206 and self.hub.cut.get(name):
             body = body[: self.hub.cut[name].pop(0)]
+            self.hub.told |= self.hub.told_after
             self.close_connection = True
         self._send_body(body)
 

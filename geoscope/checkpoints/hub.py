@@ -20,7 +20,14 @@ from typing import Any
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.disk import Room, check_room
-from geoscope.checkpoints.hub_cache import cache_of, cached_commit, download, in_cache, remember
+from geoscope.checkpoints.hub_cache import (
+    cache_of,
+    cached_commit,
+    download,
+    in_cache,
+    is_commit,
+    remember,
+)
 from geoscope.checkpoints.hub_errors import hub_errors
 from geoscope.checkpoints.hub_progress import Report
 from geoscope.checkpoints.hub_ranges import RemoteFile
@@ -66,7 +73,7 @@ def _resolve(reference: HubReference) -> tuple[str, dict[str, int]]:
     repo, revision = reference.repo, reference.revision
     with hub_errors(repo, revision or "main", branches=lambda: _branches(repo)):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    if info.sha is None:
+    if info.sha is None or not is_commit(info.sha):
         raise CheckpointError(f"{repo}: the Hub names no commit; set HF_ENDPOINT to a real one")
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     remember(repo, revision or "main", info.sha)
