@@ -107,7 +107,7 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         source=_NoFiles(),
     )
     tuned = AdaptedCheckpoint(
-        ref=ModelRef(adapter.given, str(adapter.path), None, f"{stored} adapter"),
+        ref=ModelRef(adapter.given, adapter.resolved, adapter.commit, f"{stored} adapter"),
         config={},
         tensors=tensors,
         notes=() if start is None else (f"the start {start.given} is taken off",),
