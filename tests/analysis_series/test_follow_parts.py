@@ -92,13 +92,14 @@ def test_the_rounding_of_fp8_checkpoints_is_that_of_their_blocks(tmp_path: Path)
     quantization = {"quantization_config": {"quant_method": "fp8"}}
     points, options = series(tmp_path, fp8, **quantization)
     report = follow(points, options=options)
-    last = split(open_checkpoint(points[-1]))
+    base, *models = (split(open_checkpoint(str(one))) for one in (options.base, *points))
     for layer in report.layers:
-        lost, size = last.rounding(layer.name), layer.values["update_norm"]
-        assert lost and size
-        assert layer.values["precision_ratio"] == pytest.approx(lost / size, rel=1e-6)
-        # The entries, which are read as fp32, would tell 1e-6.
-        assert lost / size > 0.1
+        lost = sum((one.rounding(layer.name) or 0) ** 2 for one in models)
+        start = base.read(layer.name).double()
+        moved = sum(float((one.read(layer.name) - start).square().sum()) for one in models)
+        # The entries, which are read as fp32, would tell 5e-7; the base counts as exact.
+        assert layer.values["precision_ratio"] == pytest.approx((lost / moved) ** 0.5, rel=1e-6)
+        assert lost / moved > 0.1
 
 
 def test_an_fp8_series_is_not_extrapolated(tmp_path: Path) -> None:
