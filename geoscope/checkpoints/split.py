@@ -105,9 +105,10 @@ def _part(info: TensorInfo, name: str, blocks: Blocks, *, axis: int, matrix: int
     """
     stored = info.shape[::-1] if info.transposed else info.shape
     is_vector = len(stored) == 1 or (len(stored) == 2 and name.endswith("bias"))
-    rows, columns = (1 if is_vector else stored[-2]), stored[-1]
     if len(stored) == 1:
         rows, columns = stored[0], 1
+    else:
+        rows, columns = (1 if is_vector else stored[-2]), stored[-1]
     view = View(info.name, rows, columns, blocks, axis, matrix)
     turned = axis == 1 and not is_vector
     shape = (blocks.total,) if is_vector else view.shape[::-1] if turned else view.shape

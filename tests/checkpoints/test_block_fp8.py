@@ -78,7 +78,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
+@pytest.fixture(params=CASES.values(), ids=[*CASES])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Checkpoint, Tensor]:
     shape, block, scale = request.param
     q, s = quantised(drawn(*shape), block, scale)

@@ -42,9 +42,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Models:
     )  # fmt: skip
     found: Models = {}
     generator = torch.Generator().manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(config)
     for side, scale in (("base", 0.3), ("tuned", 0.01)):
-        if side == "base":
-            model = transformers.Qwen3MoeForCausalLM(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 drawn = torch.randn(parameter.shape, generator=generator) * scale
