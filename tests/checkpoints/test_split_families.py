@@ -363,3 +363,44 @@ def test_a_side_without_config_is_split_by_that_of_the_other(tmp_path: Path) -> 
         found = prepare(str(tmp_path / one), str(tmp_path / other), Options(device="cpu"))
         kinds = {pair.module for pair in found.pairing.matrices}
         assert {*QKV, "gate_proj", "up_proj"} <= kinds and found.pairing.missing == ()
+
+
+def qwen2_5_vl() -> Any:
+    text = {**SIZES, "num_key_value_heads": 2, **TOKENS}
+    del text["attn_implementation"]
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4}
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "patch_size": 4,
+        "spatial_merge_size": 1, "out_hidden_size": 16,
+    }  # fmt: skip
+    return made(
+        "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
+        text_config={**text, "rope_parameters": rope}, vision_config=vision,
+        image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [qwen2_vl, qwen2_5_vl])
+def test_spellings_of_a_vision_language_model_meet(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """The saved folder, the live model, and the names of two older libraries."""
+    model = make()
+    folder = saved(model, tmp_path / "folder")
+    live = model.state_dict()
+    old = {name.replace("model.language_model.", "model."): W for name, W in live.items()}
+    older = {
+        name.replace("model.language_model.", "language_model.model.")
+        .replace("model.visual.", "visual.")
+        .replace("lm_head.", "language_model.lm_head."): W
+        for name, W in live.items()
+    }
+    for number, tensors in enumerate((live, old, older)):
+        torch.save(tensors, tmp_path / f"{number}.bin")
+        other = split(open_checkpoint(str(tmp_path / f"{number}.bin")), folder.config)
+        found = pair(folder, other, Selection())
+        assert found.missing == found.base_only == found.tuned_only == ()
+        assert {one.module for one in found.matrices} >= {*QKV, "down_proj"}
+        for one in (*found.matrices, *found.vectors):
+            assert torch.equal(folder.read(one.base.name), other.read(one.tuned.name))
+        # The folder has the names of older libraries: `model.` and `visual.`.
+        told = any("vlm backbone" in one.rule for one in found.renamed)
+        assert told == (tensors is not old)
