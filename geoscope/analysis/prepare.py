@@ -24,8 +24,9 @@ from geoscope.engine import (
     resolve_devices,
     resolve_dtype,
 )
+from geoscope.metrics import Rounding
 from geoscope.names import NameMap
-from geoscope.records import Pairing
+from geoscope.records import Pairing, WeightPair
 from geoscope.report.survey import Survey
 
 __all__ = ["Prepared", "batches_a_shape", "prepare", "survey"]
@@ -54,6 +55,10 @@ class Prepared:
     devices: tuple[torch.device, ...]
     bytes_to_fetch: int
     notes: tuple[str, ...] = ()
+
+    def rounding(self, one: WeightPair) -> Rounding:
+        """What FP8 blocks rounded away on both sides of a pair."""
+        return self.base.rounding(one.base.name), self.tuned.rounding(one.tuned.name)
 
     @property
     def device(self) -> str:

@@ -17,7 +17,7 @@ from geoscope.engine import Outcome, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped
 from geoscope.linalg.changes import nonfinite_entries, side, unchanged
-from geoscope.metrics import Instance, Rounding, judge_model
+from geoscope.metrics import Instance, judge_model
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
 __all__ = ["TunedRun", "run_one"]
@@ -45,7 +45,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     outcomes = stream(
         prepared.batches,
         read=_reader(prepared),
-        work=worker(kind, options, _cache(options), _rounding(prepared)),
+        work=worker(kind, options, _cache(options), prepared.rounding),
         devices=prepared.devices,
         workers=prepared.workers,
         memory=prepared.memory,
@@ -80,13 +80,6 @@ def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, Tensor]]
         return prepared.base.read(one.base.name), prepared.tuned.read(one.tuned.name)
 
     return read
-
-
-def _rounding(prepared: Prepared) -> Callable[[WeightPair], Rounding]:
-    def rounding(one: WeightPair) -> Rounding:
-        return prepared.base.rounding(one.base.name), prepared.tuned.rounding(one.tuned.name)
-
-    return rounding
 
 
 def _with_note(outcome: Outcome[Matrix]) -> Matrix:

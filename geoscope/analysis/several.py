@@ -32,8 +32,13 @@ def overlaps_of(
 
     def work(batch: Batch, *stacks: Tensor) -> list[tuple[Any, dict[str, float]] | None]:
         return [
-            _overlap([one[i : i + 1] for one in stacks], options) for i in range(len(batch.pairs))
+            _overlap([one[i : i + 1] for one in stacks], options, in_blocks=in_blocks(pair))
+            for i, pair in enumerate(batch.pairs)
         ]
+
+    def in_blocks(one: WeightPair) -> bool:
+        third = second.tuned.rounding(other[one.base.name])
+        return any(lost is not None for lost in (*first.rounding(one), third))
 
     found = stream(
         plan(
@@ -56,12 +61,12 @@ def overlaps_of(
 
 
 def _overlap(
-    stacks: Sequence[Tensor], options: Options
+    stacks: Sequence[Tensor], options: Options, *, in_blocks: bool
 ) -> tuple[dict[str, float | int | None], dict[str, float]] | None:
     """One matrix; None where it holds NaN or Inf, or where no solver converges."""
     if any(nonfinite_entries(one) for one in stacks):
         return None
     try:
-        return overlap(*stacks, ks=options.ks, solver=options.solver)
+        return overlap(*stacks, ks=options.ks, solver=options.solver, in_blocks=in_blocks)
     except NumericsError:
         return None

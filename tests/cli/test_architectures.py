@@ -188,6 +188,21 @@ def test_two_fp8_models_have_the_rounding_of_both(quantised: Models) -> None:
     assert "Which weights FP8 blocks round away is not known" in " ".join(shown.out.split())
 
 
+def test_two_tuned_models_of_which_one_is_fp8_have_no_null_of_their_masks(
+    quantised: Models,
+) -> None:
+    """The rounding cells of FP8 blocks are not known; those of bf16 are."""
+    asked = ("--json", "--no-resume", "--layers", "0")
+    for second, known in (("tuned fp8", False), ("trained on", True)):
+        done = run(
+            "alignment", quantised["bf16"], quantised["trained on"], quantised[second], *asked
+        )
+        assert done.code == 0
+        for one in done.report["overlaps"]:
+            assert one["values"]["mask_jaccard"] is not None
+            assert ("mask_jaccard" in one["nulls"]) == known
+
+
 def test_an_fp8_model_beside_itself_is_unchanged(quantised: Models) -> None:
     done = run("compare", quantised["fp8"], quantised["fp8"], "--json", "--no-resume")
     assert {layer["values"]["relative_update"] for layer in done.report["layers"]} == {0}
