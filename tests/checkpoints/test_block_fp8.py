@@ -19,6 +19,7 @@ from torch import Tensor
 
 from checkpoints.files import assert_equal_bits, write_config, write_model, write_sharded
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
+from geoscope.checkpoints.block_fp8 import spacings
 from geoscope.checkpoints.split import split
 from geoscope.errors import UnsupportedFormat
 from geoscope.linalg.storage import FP8
@@ -253,3 +254,13 @@ def test_damaged_numbers_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of((4, 5))))
     found = open_checkpoint(str(tmp_path)).read(UP)
     assert found.isnan().nonzero().tolist() == [[3, 3]]
+
+
+def test_the_spacing_of_every_number_is_that_of_the_list() -> None:
+    """The least numbers, which have no leading bit of their own, among them."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = numbers.float().isfinite()
+    every = numbers.float()[finite].abs().unique()
+    expected = [spacing(float(one), every) for one in numbers.float()[finite]]
+    assert spacings(numbers)[finite].tolist() == expected
+    assert min(expected) == 2.0**-9
