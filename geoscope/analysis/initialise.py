@@ -39,6 +39,7 @@ from geoscope.analysis.init_options import InitOptions
 from geoscope.analysis.options import Progress
 from geoscope.checkpoints import Checkpoint, open_checkpoint
 from geoscope.checkpoints.adapter_folder import RECORD_SCHEMA, refuse_as_base
+from geoscope.checkpoints.container import files_of
 from geoscope.checkpoints.hashes import file_sha256
 from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.output_folder import OutputFolder
@@ -349,8 +350,7 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     containers = {
         info.source: checkpoint.source.open(info.source) for info in checkpoint.tensors.values()
     }
-    paths = (getattr(one, "path", None) for one in containers.values())
-    return sorted(path for path in paths if path is not None)
+    return sorted({path for one in containers.values() for path in files_of(one)})
 
 
 def _written(out: Path, files: AdapterFiles) -> ModelRef:

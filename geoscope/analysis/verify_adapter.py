@@ -31,6 +31,7 @@ from geoscope.checkpoints.adapter_folder import (
     original_of,
     record_beside,
 )
+from geoscope.checkpoints.container import files_of
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
 from geoscope.errors import OptionError, first_names
 from geoscope.profile import stage
@@ -456,9 +457,8 @@ def _hashes_check(record: Mapping[str, Any], match: AdapterMatch, base: Checkpoi
 
 def _path_of(base: Checkpoint, file: str) -> Path | None:
     """Where a weight file of the base lies; None for a file that holds none of its tensors."""
-    if all(info.source != file for info in base.tensors.values()):
-        return None
-    return getattr(base.source.open(file), "path", None)
+    containers = [base.source.open(one) for one in {info.source for info in base.tensors.values()}]
+    return next((path for one in containers for path in files_of(one) if path.name == file), None)
 
 
 # --- PEFT ---------------------------------------------------------------------------------------

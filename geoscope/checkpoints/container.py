@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from geoscope.records import TensorInfo
@@ -15,7 +16,7 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Container", "FileHeader", "byte_view"]
+__all__ = ["Container", "FileHeader", "byte_view", "files_of"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Container(Protocol):
     def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Entries begin … end − 1 of the tensor, in the order of the file, 1-D."""
         ...
+
+
+def files_of(container: Container) -> tuple[Path, ...]:
+    """The files that a container reads, as far as they lie on this disk."""
+    path = getattr(container, "path", None)
+    return getattr(container, "paths", () if path is None else (path,))
 
 
 def byte_view(nbytes: int, buffer: torch.Tensor | None) -> torch.Tensor:

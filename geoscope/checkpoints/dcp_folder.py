@@ -35,7 +35,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")
 class DcpFolder:
     """The `.distcp` files of a folder, read as one file of whole tensors."""
 
-    path: Path
+    folder: Path
     label: str
     header: FileHeader = field(repr=False)
     stored: Mapping[str, Pieced[Region]] = field(repr=False)
@@ -51,6 +51,12 @@ class DcpFolder:
         header = FileHeader({name: one.info(name, source) for name, one in stored.items()})
         return cls(path, label, header, stored)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files with pieces that are read."""
+        pieces = (piece for one in self.stored.values() for piece in one.pieces)
+        return tuple(self.folder / file for file in sorted({one.place.file for one in pieces}))
+
     def read(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
         return read_whole(self.stored[name], self._filler(name), buffer)
 
@@ -63,7 +69,7 @@ class DcpFolder:
         def fill(target: torch.Tensor, piece: Piece[Region], begin: int, end: int) -> None:
             label = f"{self.label}/{piece.place.file}"
             try:
-                with (self.path / piece.place.file).open("rb") as file:
+                with (self.folder / piece.place.file).open("rb") as file:
                     _fill(target, file, piece, begin, end, dtype, f"{label}: {name}")
             except OSError as error:
                 raise CheckpointError(

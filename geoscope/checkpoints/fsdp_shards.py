@@ -120,7 +120,11 @@ class FsdpShards:
             shared_storage({name: _local(value) for name, value in ranks[0][0].items()}),
             tuple(dict.fromkeys(note for _, notes in ranks for note in notes)),
         )
-        loaded: list[dict[str, torch.Tensor] | None] = [tensors for tensors, _ in ranks]
+        # Plain tensors were compared with one another, and what was touched counts as memory.
+        compared = any(not hasattr(value, "_spec") for value in ranks[0][0].values())
+        loaded: list[dict[str, torch.Tensor] | None] = [
+            None if compared else tensors for tensors, _ in ranks
+        ]
         return cls(paths, labels, header, stored, loaded, [0] * len(files))
 
     def read(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor:

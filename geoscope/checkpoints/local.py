@@ -28,7 +28,7 @@ from geoscope.checkpoints.places import (
     Kind,
     Place,
     below,
-    choose,
+    choose_below,
     find_places,
     where,
     without_factors,
@@ -59,8 +59,7 @@ def open_local(reference: LocalReference) -> Checkpoint:
 def _open_directory(path: Path, given: str) -> Checkpoint:
     """Weights right here, as named; else those that are chosen below."""
     places = find_places(path)
-    here = [one for one in places if not one.folder and one.kind in WEIGHTS]
-    chosen = here[0] if here else choose(places)
+    chosen = choose_below(places)
     if chosen is None or (chosen.kind is Kind.ADAPTER and not chosen.folder):
         return open_model_folder(path, given)  # says what is wrong
     if chosen.kind is Kind.NO_FACTORS:

@@ -8,7 +8,7 @@ from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.layout import choose_layout
 from geoscope.checkpoints.local import open_local
-from geoscope.checkpoints.places import WEIGHTS, Kind, below, choose, find_places
+from geoscope.checkpoints.places import Kind, below, choose_below, find_places
 from geoscope.checkpoints.reference import HubReference, LocalReference, parse_reference
 from geoscope.checkpoints.shard_folder import open_shards_or_adapter
 
@@ -34,11 +34,7 @@ def open_model_or_adapter(
     path, given = parsed.path, parsed.given
     if not path.is_dir():
         return open_local(parsed)
-    places = find_places(path.resolve())
-    if any(not one.folder and one.kind in WEIGHTS for one in places):
-        chosen = next(one for one in places if not one.folder and one.kind in WEIGHTS)
-    else:
-        chosen = choose(places)
+    chosen = choose_below(find_places(path.resolve()))
     folder = path.resolve() / ("" if chosen is None else chosen.folder)
     if chosen is not None and chosen.kind is Kind.ADAPTER:
         return open_adapter(folder, given=below(given, chosen.folder), alpha=alpha)

@@ -28,6 +28,7 @@ __all__ = [
     "Place",
     "below",
     "choose",
+    "choose_below",
     "find_places",
     "kinds_at",
     "where",
@@ -108,6 +109,12 @@ def choose(places: Sequence[Place]) -> Place | None:
     """The place that is meant by the folder above it; None when none holds what is read."""
     readable = (Kind.ADAPTER, Kind.NO_FACTORS, *WEIGHTS)
     return next((one for kind in readable for one in places if one.kind is kind), None)
+
+
+def choose_below(places: Sequence[Place]) -> Place | None:
+    """The same for a folder that was named itself: weights right there come before all others."""
+    here = (one for one in places if not one.folder and one.kind in WEIGHTS)
+    return next(here, choose(places))
 
 
 def where(chosen: Place, places: Sequence[Place]) -> str:

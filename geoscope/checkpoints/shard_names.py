@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geoscope.checkpoints.container import Container, FileHeader
+from geoscope.checkpoints.container import Container, FileHeader, files_of
 from geoscope.checkpoints.dcp_metadata import DcpTensor
 
 if TYPE_CHECKING:
@@ -87,6 +88,10 @@ class _Renamed:
     header: FileHeader
     container: Container
     names: Mapping[str, str]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return files_of(self.container)
 
     def read(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
         return self.container.read(self.names[name], buffer)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from checkpoints.files import Exploit, assert_equal_bits
 from checkpoints.test_fsdp_shards import assert_reads, refusal
-from checkpoints.write_shards import CONFIG, SHAPES, whole
+from checkpoints.write_shards import CONFIG, SHAPES, stack, whole
 from geoscope.checkpoints import open_checkpoint
 from geoscope.errors import CheckpointError, UnsupportedFormat
 
@@ -85,6 +85,7 @@ def test_columns_squares_scalars_and_turned_tensors(shards: Path) -> None:
         "turned": up.T,
         "scalar": torch.tensor(3.5),
         "rows": up[2:5],
+        "stack": stack(),
     }
     assert_reads(open_checkpoint(str(shards / "odd")), expected)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoints.files import Exploit, assert_equal_bits, write_model
-from checkpoints.write_shards import CONFIG, SHAPES, Q, lora, whole
+from checkpoints.write_shards import CONFIG, SHAPES, Q, lora, stack, whole
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.checkpoints.shard_folder import open_shard_adapter, open_shard_base
 from geoscope.errors import CheckpointError, UnsupportedFormat
@@ -101,12 +101,14 @@ def test_the_fixture_has_an_empty_part_and_two_replicas(shards: Path) -> None:
     assert grid._local_tensor.shape == (6, 8)
 
 
-def test_split_columns_replicas_and_scalars(shards: Path) -> None:
+def test_split_columns_stacks_replicas_and_scalars(shards: Path) -> None:
     up = whole()[UP]
     expected = {
         UP: up,
         "model.layers.0.mlp.gate_proj.weight": up,
         "scale": torch.tensor(3.5),
+        "model.layers.0.mlp.experts.down_proj": stack(),
+        "model.layers.0.mlp.experts.gate_up_proj": stack(),
     }
     assert_reads(open_checkpoint(str(shards / "columns")), expected)
 
@@ -197,6 +199,39 @@ def test_the_state_of_the_trainer_is_not_opened(shards: Path) -> None:
     """Those files are empty here, and no PyTorch files: opening one would fail."""
     assert (actor(shards) / "optim_world_size_4_rank_0.pt").stat().st_size == 0
     assert open_checkpoint(str(actor(shards))).tensors.keys() == SHAPES.keys()
+
+
+@pytest.mark.slow
+def test_mapped_files_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """256 MiB through one buffer of 32 MiB."""
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(8)]
+    for rank in (0, 1):
+        table = {name: torch.full((1 << 11, 1 << 11), float(rank)) for name in names}
+        torch.save(table, tmp_path / rank_file(rank, 2))
+    config = {**CONFIG, "intermediate_size": 1 << 12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from geoscope.checkpoints import open_checkpoint\n"
+        "def held():\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return next(int(one.split()[1]) for one in lines if one.startswith('VmRSS'))\n"
+        "checkpoint = open_checkpoint(sys.argv[1])\n"
+        "buffer = torch.ones(32 << 20, dtype=torch.uint8)\n"
+        "before, most = held(), 0\n"
+        "for name in checkpoint.tensors:\n"
+        "    read = checkpoint.read(name, buffer=buffer)\n"
+        "    assert (read[0, 0], read[-1, -1]) == (0, 1)\n"
+        "    most = max(most, held())\n"
+        "print(most - before)\n"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 128 << 10  # KiB
 
 
 # --- refused ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cli.running import run
 
 from checkpoints.files import assert_equal_bits, llama, write_config, write_model
 from checkpoints.test_fsdp_shards import assert_reads
@@ -192,8 +193,6 @@ def test_a_run_of_verl_is_told_by_its_steps(shards: Path) -> None:
 def test_commands_read_shards(shards: Path, tmp_path: Path) -> None:
     """FSDP against the model folder of the same step: no update; against the next: the same as
     from model folders."""
-    from cli.running import run
-
     base = write_model(tmp_path / "base", whole(), CONFIG)
     tuned = write_model(tmp_path / "tuned", whole(1), CONFIG)
     asked = ("--json", "--no-resume")
@@ -204,3 +203,21 @@ def test_commands_read_shards(shards: Path, tmp_path: Path) -> None:
     assert len(results[0]) == 5
     assert results[0] == results[1] == results[2]
     assert results[0] != same["layers"]
+
+
+def test_an_adapter_starts_from_shards_and_knows_their_hashes(shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards / "run" / "global_step_0", tmp_path / "global_step_0"))
+    out = tmp_path / "out"
+    assert run("init-adapter", folder, "-o", out, "--layout", "residual", "--rank", "2").code == 0
+    names = [f"model_world_size_4_rank_{rank}.pt" for rank in range(4)]
+    assert list(json.loads((out / "geoscope.json").read_text())["base"]["sha256"]) == names
+    residual = open_checkpoint(str(out / "residual"))
+    assert residual.config == CONFIG
+    assert_equal_bits(residual.read("lm_head.weight"), whole()["lm_head.weight"])
+    checked = run("verify-adapter", out)
+    assert (checked.code, "12 hashes of geoscope.json agree" in checked.out) == (0, True)
+    path = folder / "actor" / names[2]
+    path.write_bytes(path.read_bytes() + b"\0" * 8)
+    changed = run("verify-adapter", out)
+    assert changed.code == 1
+    assert names[2] in changed.out

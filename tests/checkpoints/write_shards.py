@@ -65,6 +65,11 @@ def whole(step: int = 0) -> dict[str, Tensor]:
     return made
 
 
+def stack() -> Tensor:
+    """Experts on top of one another, five of (6, 7)."""
+    return torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(5))
+
+
 def lora() -> dict[str, Tensor]:
     """The same as PEFT wraps it for q_proj, rank 2."""
     generator = torch.Generator().manual_seed(9)
@@ -146,6 +151,8 @@ def _write_tensors(verl: Verl, line: DeviceMesh, rank: int) -> None:
             name: distribute_tensor(up, line, [Shard(1)]),
             "model.layers.0.mlp.gate_proj.weight": distribute_tensor(up, line, [Replicate()]),
             "scale": distribute_tensor(torch.tensor(3.5), line, [Replicate()]),
+            "model.layers.0.mlp.experts.down_proj": distribute_tensor(stack(), line, [Shard(0)]),
+            "model.layers.0.mlp.experts.gate_up_proj": distribute_tensor(stack(), line, [Shard(2)]),
         },
     )
     parts = DTensor.from_local(up.float(), line, [Partial()], run_check=False)
@@ -188,6 +195,7 @@ def _write_dcp(folder: Path, line: DeviceMesh, grid: DeviceMesh) -> None:
             "turned": wide.T,
             "scalar": torch.tensor(3.5),
             "rows": wide[2:5],
+            "stack": distribute_tensor(stack(), square, [Shard(2), Shard(0)]),
         },
         checkpoint_id=folder / "odd",
     )
