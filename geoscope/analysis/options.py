@@ -95,7 +95,8 @@ class Progress:
 
     on_fetch(bytes, free bytes of the disk), before downloads that no plan tells of;
     on_download(file, bytes done, bytes in all); on_plan(prepared); on_pair(done, total, name);
-    on_recalled(count, total): so many results of a model came from the cache.
+    on_recalled(count, total): so many results of a model came from the cache. on_note(text): what
+    came out on the way.
     """
 
     on_fetch: Callable[[int, int], None] = _ignore
@@ -103,6 +104,7 @@ class Progress:
     on_plan: Callable[[Prepared], None] = _ignore
     on_pair: Callable[[int, int, str], None] = _ignore
     on_recalled: Callable[[int, int], None] = _ignore
+    on_note: Callable[[str], None] = _ignore
 
 
 class Interrupted(GeoscopeError):

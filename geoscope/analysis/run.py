@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,14 @@ from geoscope.analysis.matrices import Headers, Matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
 from geoscope.analysis.selection import VERDICT_KINDS, all_selected
+from geoscope.analysis.start_check import LARGE, seen_start
 from geoscope.checkpoints.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.engine import Outcome, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped
 from geoscope.linalg.changes import nonfinite_entries, side, unchanged
-from geoscope.metrics import Instance, judge_capacity_model, judge_model
+from geoscope.metrics import Instance, Judged, judge_capacity_model, judge_model
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
 __all__ = ["TunedRun", "run_one"]
@@ -63,6 +65,8 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     if recalled := sum(one.recalled for one in found.values()):
         progress.on_recalled(recalled, len(pairing.matrices))
     matrices = tuple(found[one.name] for one in pairing.matrices if one.name in found)
+    if interrupted is None:
+        matrices = _with_start(prepared, kind, matrices, progress)
     return TunedRun(
         prepared=prepared,
         matrices=matrices,
@@ -71,6 +75,41 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         verdict=_verdict(kind, matrices, options) if kind in VERDICT_KINDS and matrices else None,
         interrupted=interrupted,
     )
+
+
+def _with_start(
+    prepared: Prepared, kind: str, matrices: tuple[Matrix, ...], progress: Progress
+) -> tuple[Matrix, ...]:
+    """With what is to be said of an adapter whose start is not known."""
+    start = seen_start(prepared)
+    if start is None:
+        unknown = isinstance(prepared.tuned, AdaptedCheckpoint) and prepared.tuned.start is None
+        if unknown and prepared.has_base and _ratio(matrices) > LARGE:
+            progress.on_note(
+                f"{prepared.tuned.ref.given}: ρ is {_ratio(matrices):.2g}, much for an adapter; if "
+                "its product was not zero before training, give that adapter as --initial-adapter"
+            )
+        return matrices
+    progress.on_note(f"{prepared.tuned.ref.given}: {start.text}")
+    marked = tuple(replace(one, notes=(*one.notes, start.text)) for one in matrices)
+    if kind not in ("collapse", "compare"):
+        return marked
+    return tuple(
+        replace(
+            one, judged=Judged("INIT_MISMATCH", one.judged.k, f"as {start.method} begins", "", ())
+        )
+        if one.judged is not None and one.judged.code != "NO_UPDATE"
+        else one
+        for one in marked
+    )
+
+
+def _ratio(matrices: Sequence[Matrix]) -> float:
+    """ρ of all together; 0 without numbers."""
+    update, base = (
+        sum(one.row.weights.get(key, 0.0) for one in matrices) for key in ("update", "base")
+    )
+    return math.sqrt(update / base) if base > 0 else 0.0
 
 
 def _cache(options: Options) -> ResultCache | None:

@@ -137,8 +137,11 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     def recalled(count: int, total: int) -> None:
         say(f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet)
 
+    def note(text: str) -> None:
+        say(f"note: {text}", quiet=quiet)
+
     if quiet or not sys.stderr.isatty():
-        yield Progress(on_plan=plan, on_recalled=recalled)
+        yield Progress(on_plan=plan, on_recalled=recalled, on_note=note)
         return
     bar = _bar()
     tasks: dict[str, Any] = {}
@@ -155,7 +158,11 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
     with bar:
         yield Progress(
-            on_download=_downloads(bar), on_plan=planned, on_pair=paired, on_recalled=recalled
+            on_download=_downloads(bar),
+            on_plan=planned,
+            on_pair=paired,
+            on_recalled=recalled,
+            on_note=note,
         )
 
 

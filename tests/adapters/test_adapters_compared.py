@@ -1,0 +1,266 @@
+"""An adapter as a tuned model: its report against that of PEFT's own merge, saved in fp64."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import tiny_models
+from cli.running import run
+
+import geoscope
+from geoscope.records import LayerRecord, Report, Status
+
+with warnings.catch_warnings():  # of packages that it imports
+    warnings.simplefilter("ignore")
+    peft = pytest.importorskip("peft")
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+OPTIONS = geoscope.Options(ks=(2, 4))
+# What only stored entries tell, and what counts their rounding.
+ENTRIES = ("update_sparsity", "update_sparsity_abs", "update_sparsity_exact", "precision_ratio")
+
+
+@dataclass(frozen=True)
+class Made:
+    """Folders: base, adapter, start (where it does not begin at zero), and the merged model."""
+
+    base: Path
+    adapter: Path
+    start: Path
+    merged: Path
+
+
+def made(
+    root: Path,
+    family: Callable[..., Path],
+    config: Any,
+    *,
+    train: Callable[[Any], None] | None = None,
+) -> Made:
+    """The adapter with random values, saved by PEFT, and what PEFT merges in fp64."""
+    found = Made(root / "base", root / "adapter", root / "start", root / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tiny_models.live(family(found.base), torch.float64)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config)
+        adapted.save_pretrained(found.start)
+        (train or randomise)(adapted)
+        adapted.save_pretrained(found.adapter)
+        adapted.merge_and_unload().save_pretrained(found.merged)
+    return found
+
+
+def randomise(model: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.3 * drawn + (parameter.data if parameter.dim() == 1 else 0))
+
+
+def lora(**settings: Any) -> Any:
+    given = {"r": 3, "lora_alpha": 5, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**{**given, **settings})
+
+
+CASES: dict[str, tuple[Callable[..., Path], Any]] = {
+    "lora": (tiny_models.llama, lora()),
+    "rslora, patterns": (
+        tiny_models.llama,
+        lora(use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"down_proj": 9}),
+    ),
+    "conv1d, fused": (
+        tiny_models.gpt2,
+        lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    ),
+    "fused": (tiny_models.phi3, lora(target_modules=["qkv_proj", "gate_up_proj"])),
+    "dora, fused": (tiny_models.phi3, lora(target_modules=["qkv_proj"], use_dora=True)),
+    "experts": (tiny_models.qwen3_moe, lora(target_parameters=EXPERTS, target_modules=["q_proj"])),
+    "saved whole": (tiny_models.llama, lora(modules_to_save=["norm", "o_proj"])),
+    "adalora": (
+        tiny_models.llama,
+        peft.AdaLoraConfig(init_r=3, target_modules=LINEAR, total_step=10, task_type="CAUSAL_LM"),
+    ),
+    "vera": (tiny_models.llama, peft.VeraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM")),
+    "ia3": (
+        tiny_models.llama,
+        peft.IA3Config(
+            target_modules=LINEAR, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return made(tmp_path_factory.mktemp("adapter"), *CASES[request.param])
+
+
+def by_name(report: Report) -> dict[str, LayerRecord]:
+    return {one.name: one for one in report.layers}
+
+
+def assert_same_numbers(found: LayerRecord, expected: LayerRecord) -> None:
+    for key, value in expected.values.items():
+        mine = found.values[key]
+        if key in ENTRIES or value is None or key.endswith("numerical_rank"):
+            continue
+        if mine is None:
+            assert key.endswith("condition_number") or found.raw.get(key) is not None, key
+            continue
+        near = pytest.approx(value, rel=1e-6, abs=1e-6)
+        assert mine == near, (found.name, key)
+
+
+def test_the_report_is_that_of_the_merged_model(case: Made) -> None:
+    found = geoscope.compare(case.base, case.adapter, options=OPTIONS)
+    expected = by_name(geoscope.compare(case.base, case.merged, options=OPTIONS))
+    assert found.coverage.status == "COMPLETE"
+    changed = {name for name, one in expected.items() if one.values["update.frobenius_norm"]}
+    assert set(by_name(found)) == changed
+    for name, one in by_name(found).items():
+        assert_same_numbers(one, expected[name])
+
+
+def test_base_and_adapter_is_the_merged_model(case: Made) -> None:
+    """Over another base than that of the comparison the weights are made, one at a time."""
+    reference = f"{case.base}+{case.adapter}"
+    own = geoscope.compare(case.base, reference, kind="collapse", options=OPTIONS)
+    alone = geoscope.compare(case.base, case.adapter, kind="collapse", options=OPTIONS)
+    assert own.layers == alone.layers
+    found = by_name(geoscope.compare(case.merged, reference, kind="anisotropy", options=OPTIONS))
+    for one in found.values():
+        assert (one.values["relative_update"] or 0) < 1e-7
+
+
+def test_a_wrong_alpha_is_another_update(tmp_path: Path) -> None:
+    """Negative control."""
+    case = made(tmp_path, *CASES["lora"])
+    config = json.loads((case.adapter / "adapter_config.json").read_text())
+    (case.adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    refused = run("anisotropy", case.base, case.adapter)
+    assert refused.code == 1 and "lora_alpha" in refused.err
+    right, wrong = (
+        run("anisotropy", case.base, case.adapter, "--lora-alpha", alpha, "--json").report
+        for alpha in (5, 10)
+    )
+    one, two = (each["summary"]["model"]["relative_update"] for each in (right, wrong))
+    assert two == pytest.approx(2 * one, rel=1e-9)
+
+
+def test_an_update_of_factors_has_no_single_entries(tmp_path: Path) -> None:
+    case = made(tmp_path, *CASES["lora"])
+    report = geoscope.compare(case.base, case.adapter, options=OPTIONS)
+    for layer in report.layers:
+        assert layer.status["update_sparsity"] is Status.NOT_APPLICABLE
+        assert 0 < (layer.values["precision_ratio"] or 0) < 1e-6, "rounding of fp32 factors"
+    left = [one for one in report.coverage.skipped if "leaves it as it is" in one.reason]
+    assert left and not any(one.missing for one in left)
+
+
+def test_overlaps_of_adapters_and_of_a_model(tmp_path: Path) -> None:
+    case = made(tmp_path, *CASES["lora"])
+    report = geoscope.compare(
+        case.base, case.adapter, case.merged, case.adapter, kind="alignment", options=OPTIONS
+    )
+    for one in report.overlaps:
+        assert one.values["update_cosine"] == pytest.approx(1, abs=1e-9)
+        assert one.values["phi_left@1,1"] == pytest.approx(1, abs=1e-9)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    case = made(tmp_path, *CASES["lora"])
+    other = tiny_models.llama(tmp_path / "other", num_hidden_layers=1)
+    done = run("collapse", other, case.adapter)
+    assert done.code == 1
+    assert "the base lacks 3 of 6 adapted modules" in done.err
+    wider = tiny_models.llama(tmp_path / "wider", hidden_size=32)
+    assert "give the model that it was trained on" in run("collapse", wider, case.adapter).err
+
+
+# --- adapters that do not start at zero ---------------------------------------------------------
+
+
+def moved(model: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="module", params=["pissa", "olora"])
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return made(
+        tmp_path_factory.mktemp("start"),
+        tiny_models.llama,
+        lora(init_lora_weights=request.param),
+        train=moved,
+    )
+
+
+def test_the_start_is_taken_off(started: Made) -> None:
+    options = geoscope.Options(ks=(2, 4), initial_adapter=str(started.start))
+    found = by_name(geoscope.compare(started.base, started.adapter, options=options))
+    expected = by_name(geoscope.compare(started.base, started.merged, options=OPTIONS))
+    for name, one in found.items():
+        for key in ("relative_update", "update.stable_rank", "nss", "energy_two_sided@2"):
+            assert one.values[key] == pytest.approx(expected[name].values[key], rel=1e-5), key
+
+
+def test_without_its_start_it_is_refused(started: Made) -> None:
+    done = run("collapse", started.base, started.adapter)
+    assert done.code == 2
+    assert "--initial-adapter" in done.err
+
+
+def test_a_start_that_nothing_tells_of_is_seen(started: Made, tmp_path: Path) -> None:
+    """The config says nothing, as after a conversion: the blind test of METHODS §4."""
+    folder = tmp_path / "silent"
+    folder.mkdir()
+    for one in started.adapter.iterdir():
+        (folder / one.name).write_bytes(one.read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": True}))
+    done = run("collapse", started.base, folder, "--k", "2,4")
+    assert done.code == 0
+    assert "INIT_MISMATCH" in done.out
+    assert "--initial-adapter" in done.err
+
+
+def test_an_ordinary_adapter_is_not_taken_for_one(tmp_path: Path) -> None:
+    """Negative control of the blind test."""
+    case = made(tmp_path, *CASES["lora"])
+    done = run("collapse", case.base, case.adapter, "--k", "2,4")
+    assert "INIT_MISMATCH" not in done.out
+
+
+# --- without the base ---------------------------------------------------------------------------
+
+
+def test_an_adapter_alone_has_the_spectrum_of_its_update(tmp_path: Path) -> None:
+    case = made(tmp_path, *CASES["rslora, patterns"])
+    whole = by_name(geoscope.compare(case.base, case.adapter, kind="anisotropy", options=OPTIONS))
+    done = run("anisotropy", case.adapter, "--no-base", "--k", "2,4", "--json", "--no-resume")
+    alone = {one["name"]: one for one in done.report["layers"]}
+    assert set(alone) == set(whole)
+    for name, one in whole.items():
+        for key in ("update.stable_rank", "update.effective_rank", "update.frobenius_norm"):
+            assert alone[name]["values"][key] == pytest.approx(one.values[key], rel=1e-12)
+        assert alone[name]["values"]["relative_update"] is None
+
+
+def test_what_needs_the_base_is_named(tmp_path: Path) -> None:
+    case = made(tmp_path, *CASES["ia3"])
+    done = run("anisotropy", case.adapter, "--no-base")
+    assert done.code == 1
+    mixed = made(tmp_path / "mixed", tiny_models.llama, lora(use_dora=True))
+    assert "needs the base" in run("capacity", mixed.adapter).err
