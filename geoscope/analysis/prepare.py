@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -103,9 +103,12 @@ def _matched(
 ) -> tuple[Checkpoint, Checkpoint, Pairing, tuple[str, ...]]:
     """Both sides in the parts that are compared, their correspondence, and remarks on it."""
     config = common_config(base, tuned)
-    base, tuned = split(base, config), split(tuned, config)
+    parts = [(one.notes, split(one, config)) for one in (base, tuned)]
+    # What both were taken apart into is said once, of the pair.
+    base, tuned = (replace(one, notes=whole) for whole, one in parts)
     names = NameMap(options.map_name)
-    notes = tuple(
+    notes = tuple(dict.fromkeys(note for whole, one in parts for note in one.notes[len(whole) :]))
+    notes += tuple(
         f"--map-name {rule}: changes no name of either model"
         for rule in names.unused([*base.tensors, *tuned.tensors])
     )
