@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -141,13 +142,16 @@ def _matched(
 ) -> tuple[Checkpoint, Checkpoint, Pairing, tuple[str, ...]]:
     """Both sides in the parts that are compared, their correspondence, and remarks on it."""
     config = common_config(base, tuned)
-    whole, base = base, in_parts(base, config)
+    # What both were taken apart into is said once, of the pair.
+    whole, base, told = base, *_apart(base, config)
     if isinstance(tuned, AdaptedCheckpoint) and tuned.base is whole:
         tuned = over(tuned, base)
     else:
-        tuned = in_parts(tuned, config)
+        tuned, more = _apart(tuned, config)
+        told += more
     names = NameMap(options.map_name)
-    notes = tuple(
+    notes = tuple(dict.fromkeys(told))
+    notes += tuple(
         f"--map-name {rule}: changes no name of either model"
         for rule in names.unused([*base.tensors, *tuned.tensors])
     )
@@ -164,6 +168,15 @@ def _matched(
         if one.name in pairing.missing and is_resized(one.name, one.base, one.tuned)
     )
     return base, tuned, pairing, notes
+
+
+def _apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint in parts, and the remarks on these."""
+    found = in_parts(checkpoint, config)
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return found, ()
+    own = len(checkpoint.notes)
+    return replace(found, notes=checkpoint.notes), found.notes[own:]
 
 
 def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint) -> Pairing:

@@ -200,6 +200,8 @@ def common_rows(
     """Both checkpoints with the rows of embeddings and output heads that both have; and remarks."""
     notes: list[str] = []
     for one, other in match(base.tensors, tuned.tensors, names).pairs:
+        if one.name in base.tied_to and other.name in tuned.tied_to:
+            continue  # counted under the other name
         rows, others = one.shape[:1], other.shape[:1]
         if rows != others and is_resized(one.name, one.shape, other.shape):
             common = min(*rows, *others)

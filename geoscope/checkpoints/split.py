@@ -15,7 +15,7 @@ from typing import Any
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.experts import expert_parts
-from geoscope.checkpoints.fused import FUSED, fused_parts, text_config
+from geoscope.checkpoints.fused import FUSED, fused_parts
 from geoscope.checkpoints.views import Blocks, View
 from geoscope.names import layer_index
 from geoscope.records import TensorInfo
@@ -57,7 +57,7 @@ def split(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> Ch
         views |= {one.info.name: one.view for one in parts}
         if leaf and len(info.shape) == 2:
             told[leaf, ", ".join(_leaf(one.info) for one in parts)] += 1
-    notes = _notes(told, text_config(config).get("model_type"))
+    notes = _notes(told, config.get("model_type"))
     return replace(
         checkpoint,
         tensors=dict(sorted(tensors.items())),

@@ -334,6 +334,22 @@ def test_the_rows_that_both_have_are_compared_on_request(
     assert done.layer(EMBED)["shape"] == [50, 24]
 
 
+def test_a_resized_tied_embedding_is_counted_once(tmp_path: Path) -> None:
+    """The head is stored on both sides, and is the embedding."""
+    sides = []
+    for side, rows in (("base", 50), ("tuned", 53)):
+        E = gaussian(53, 24, seed=97)[:rows]
+        E = (E if side == "base" else updated(E, gaussian(rows, 24, seed=5), 0.02)).float()
+        tensors = {**weights(), EMBED: E, "lm_head.weight": E.clone()}
+        config = {"model_type": "llama", "tie_word_embeddings": True}
+        sides.append(save_model(tmp_path / side, tensors, config=config))
+    done = run("anisotropy", *sides, "--include", "embed|lm_head", "--json", "--allow-vocab-resize")
+    assert [layer["name"] for layer in done.report["layers"]] == [EMBED]
+    reasons = {one["name"]: one["reason"] for one in done.report["coverage"]["skipped"]}
+    assert reasons["lm_head.weight"] == f"tied to {EMBED}: counted once"
+    assert done.report["coverage"]["status"] == "COMPLETE" and "lm_head" not in done.err
+
+
 def test_a_reshaped_matrix_is_no_resized_vocabulary(tmp_path: Path) -> None:
     def cut(tuned: Weights) -> None:
         tuned[Q0] = tuned[Q0][:20]
