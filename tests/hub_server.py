@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = 1000  # bytes from which on a file is stored elsewhere
@@ -43,6 +43,14 @@ def commit_of(files: Files) -> str:
     return oid(repr(sorted(files.items())).encode())
 
 
+class Sent(NamedTuple):
+    """A body that went out, and the range that was asked for."""
+
+    path: str
+    range: str
+    nbytes: int
+
+
 @dataclass
 class Failure(Exception):
     status: int
@@ -54,23 +62,28 @@ class HubServer:
 
     Large files lie in a store of their own, on another host and port.
 
-    log: (method, path, lower-case headers) of each request; sent: (path, bytes of its body that
-    went out). drop: files whose next whole body breaks off half way. cut: file → after how many
-    bytes each of its next ranges breaks off. fail: path → status, for every request of it; busy:
-    path → the statuses of the next ones, 0 for a true answer. ignore_range: answer with whole
-    files. told: headers that are told in place of the true ones.
+    log: (method, path, lower-case headers) of each request. sent: each body that went out.
+    drop: files whose next whole body breaks off half way.
+    cut: file → after how many bytes each of its next ranges breaks off.
+    fail: path → status, for every request of it.
+    busy: path → the statuses of the next ones, 0 for a true answer.
+    ignore_range: answer with whole files.
+    sha: the commit that is named, in place of the true one.
+    told: headers in place of the true ones. told_after: those from the next cut on.
     """
 
     def __init__(self, repos: Mapping[str, Repo]) -> None:
         self.repos = dict(repos)
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.drop: set[str] = set()
-        self.sent: list[tuple[str, int]] = []
+        self.sent: list[Sent] = []
         self.cut: dict[str, list[int]] = {}
         self.fail: dict[str, int] = {}
         self.busy: dict[str, list[int]] = {}
         self.told: dict[str, str] = {}
+        self.told_after: dict[str, str] = {}
         self.ignore_range = False
+        self.sha = ""
         self.blobs: dict[str, tuple[str, bytes]] = {}
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
@@ -80,7 +93,7 @@ class HubServer:
 
     def bodies(self, part: str) -> int:
         """Bytes of the bodies that went out for paths with `part` in them."""
-        return sum(count for path, count in self.sent if part in path)
+        return sum(one.nbytes for one in self.sent if part in one.path)
 
     def __enter__(self) -> HubServer:
         self._threads = [
@@ -151,7 +164,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _info(self, name: str, commit: str, files: Files) -> dict[str, Any]:
         siblings = [{"rfilename": path, "size": len(files[path])} for path in files]
-        return {"id": name, "sha": commit, "siblings": siblings, "gated": self._repo(name).gated}
+        sha = self.hub.sha or commit
+        return {"id": name, "sha": sha, "siblings": siblings, "gated": self._repo(name).gated}
 
     def _refs(self, repo: Repo) -> dict[str, Any]:
         branches = [
@@ -214,6 +228,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         if name is not None and status == 206 and self.hub.cut.get(name):
             body = body[: self.hub.cut[name].pop(0)]
+            self.hub.told |= self.hub.told_after
             self.close_connection = True
         self._send_body(body)
 
@@ -224,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
                 count += self.wfile.write(body[start : start + (1 << 16)])
         except ConnectionError:  # the client has what it wanted
             self.close_connection = True
-        self.hub.sent.append((self.path, count))
+        self.hub.sent.append(Sent(self.path, self.headers.get("Range", ""), count))
 
 
 def oid(content: bytes) -> str:

@@ -9,6 +9,7 @@ kinds with a verdict the numbers behind it.
 
 from __future__ import annotations
 
+from geoscope.analysis.alone import measure_adapter, prepare_alone
 from geoscope.analysis.compare import compare
 from geoscope.analysis.options import Interrupted, Options, Progress
 from geoscope.analysis.prepare import Prepared, prepare, survey
@@ -23,6 +24,8 @@ __all__ = [
     "Progress",
     "compare",
     "ids_of",
+    "measure_adapter",
     "prepare",
+    "prepare_alone",
     "survey",
 ]

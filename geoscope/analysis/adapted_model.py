@@ -91,7 +91,7 @@ def adapted(
     dtypes = Counter(one.dtype for one in adapter.tensors.values())
     stored = dtypes.most_common(1)[0][0]
     return AdaptedCheckpoint(
-        ref=ModelRef(adapter.given, str(adapter.path), None, f"{stored} adapter"),
+        ref=ModelRef(adapter.given, adapter.resolved, adapter.commit, f"{stored} adapter"),
         config=base.config,
         tensors=tensors,
         notes=(*notes, *(() if start is None else (f"the start {start.given} is taken off",))),

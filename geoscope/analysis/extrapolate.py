@@ -101,7 +101,8 @@ def extrapolate(
     method = _ALIASES.get(method, method.replace("-", "_"))
     if method not in methods():
         raise OptionError(f"--method {method!r} is not one of {', '.join(methods())}")
-    found = open_followed(references, options, in_parts=False)
+    progress = progress or Progress()
+    found = open_followed(references, options, progress, in_parts=False)
     if found.series.kind == "adapter":
         raise OptionError("a series of adapters cannot be extrapolated yet; merge them first")
     for point in found.series.points:
@@ -110,7 +111,7 @@ def extrapolate(
     last = found.steps[-1]
     if target <= last:
         raise OptionError(f"--to-step {target}: the series ends at step {last}; give a later step")
-    made = measure_series(found, options, progress or Progress())
+    made = measure_series(found, options, progress)
     forecast = None
     if (undamped(method) or method) == NEXT:
         forecast = next_forecast(

@@ -43,10 +43,11 @@ def follow(
     """
     options = options or FollowOptions()
     started = time.perf_counter()
-    found = open_followed(references, options)
+    progress = progress or Progress()
+    found = open_followed(references, options, progress)
     curve, notes = metric_curve(found.series, options)
     found = replace(found, notes=(*found.notes, *notes))
-    made = measure_series(found, options, progress or Progress())
+    made = measure_series(found, options, progress)
     if vectors is not None:
         write_vectors(vectors, made, found.steps)
     return trajectory_report(

@@ -15,17 +15,19 @@ class FollowOptions:
     """Every field is an option of `geoscope trajectory`.
 
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
-    initial_adapter: the adapter before training, where that does not start at zero. steps: such as
-    "10,20,50", one for each checkpoint given, in place of those in the names. directions: also the
-    leading pair of every update and of every step. scalar_r2: R² of every single entry on a line in
-    t, of "all" entries or by the "published" filter; None leaves it out. metrics: a file of metric
-    curves; default is trainer_state.json of the last checkpoint. metric: the curve in it; default
-    the only one. map_name: REGEX=REPL each, applied to all names before they are matched. jobs:
-    worker threads; default one a core.
+    initial_adapter: the adapter before training, where that does not start at zero. lora_alpha: in
+    place of the one in adapter_config.json. steps: such as "10,20,50", one for each checkpoint
+    given, in place of those in the names. directions: also the leading pair of every update and of
+    every step. scalar_r2: R² of every single entry on a line in t, of "all" entries or by the
+    "published" filter; None leaves it out. metrics: a file of metric curves; default is
+    trainer_state.json of the last checkpoint. metric: the curve in it; default the only one.
+    map_name: REGEX=REPL each, applied to all names before they are matched. jobs: worker threads;
+    default one a core.
     """
 
     base: str | None = None
     initial_adapter: str | None = None
+    lora_alpha: float | None = None
     steps: str | None = None
     directions: bool = True
     scalar_r2: str | None = None

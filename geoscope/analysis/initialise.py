@@ -34,6 +34,7 @@ from geoscope.analysis.adapter_output import (
 )
 from geoscope.analysis.adapter_report import adapter_report
 from geoscope.analysis.adapter_targets import Targets, choose_targets
+from geoscope.analysis.fetching import fetch
 from geoscope.analysis.init_options import InitOptions
 from geoscope.analysis.options import Progress
 from geoscope.checkpoints import Checkpoint, open_checkpoint
@@ -129,7 +130,7 @@ def initialise(
     if on_start is not None:
         on_start(len(targets.matrices))
     names = [*checkpoint.tensors] if files.model is not None else [*targets.matrices]
-    checkpoint.fetch(names)
+    fetch([(checkpoint, names)], progress)
     order = [
         name for name in (files.model.order if files.model else names) if name in targets.matrices
     ]

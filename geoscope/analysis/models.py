@@ -11,12 +11,14 @@ from geoscope.analysis.adapted_model import adapted, started_from
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.layout import file_names
 from geoscope.checkpoints.model_or_adapter import open_model_or_adapter
 from geoscope.checkpoints.reference import base_and_adapter
+from geoscope.checkpoints.shard_folder import holds_shards, open_shard_base
 from geoscope.checkpoints.split import split
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
 
-__all__ = ["in_parts", "open_model", "open_tuned", "over"]
+__all__ = ["OnProgress", "adapter_at", "in_parts", "open_model", "open_tuned", "over"]
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -35,7 +37,8 @@ def open_model(
     pair = base_and_adapter(reference)
     if pair is not None:
         base = open_model(pair[0], on_progress=on_progress)
-        return _over(base, _adapter(pair[1], alpha, on_progress), initial, given=reference)
+        adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
+        return _over(base, adapter, initial, given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
@@ -58,7 +61,7 @@ def open_tuned(
     if pair is not None:
         own = open_model(pair[0], on_progress=on_progress)
         same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
-        adapter = _adapter(pair[1], alpha, on_progress)
+        adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
         return _over(base if same else own, adapter, initial, given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     return found if isinstance(found, Checkpoint) else _over(base, found, initial)
@@ -84,17 +87,20 @@ def _over(
     return found if given is None else replace(found, ref=replace(found.ref, given=given))
 
 
-def _adapter(reference: str, alpha: float | None, on_progress: OnProgress | None) -> Adapter:
+def adapter_at(
+    reference: str, *, alpha: float | None = None, on_progress: OnProgress | None = None
+) -> Adapter:
+    """The adapter that a reference names. Raises OptionError for a model."""
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
-        raise OptionError(
-            f"{reference}: a model and no adapter; behind a + stands the folder of an adapter"
-        )
+        raise OptionError(f"{reference}: a model and no adapter; give the folder of an adapter")
     return found
 
 
 def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:
-    """The model that its config names."""
+    """The model that its config names; of an adapter out of shards the base in the same shards."""
+    if holds_shards(file_names(adapter.path)):
+        return open_shard_base(adapter.path, adapter.given)
     field = "base_model_name_or_path in adapter_config.json"
     if adapter.base is None:
         raise CheckpointError(f"{adapter.given}: no {field}; give base+adapter")

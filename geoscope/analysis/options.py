@@ -93,10 +93,12 @@ def _ignore(*_: Any) -> None:
 class Progress:
     """Who is told what happens; by default nobody.
 
+    on_fetch(bytes, free bytes of the disk), before downloads that no plan tells of;
     on_download(file, bytes done, bytes in all); on_plan(prepared); on_pair(done, total, name);
     on_recalled(count, total): so many results of a model came from the cache.
     """
 
+    on_fetch: Callable[[int, int], None] = _ignore
     on_download: Callable[[str, int, int], None] = _ignore
     on_plan: Callable[[Prepared], None] = _ignore
     on_pair: Callable[[int, int, str], None] = _ignore

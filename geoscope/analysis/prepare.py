@@ -32,7 +32,14 @@ from geoscope.names import NameMap
 from geoscope.records import Pairing, Skipped
 from geoscope.report.survey import Survey
 
-__all__ = ["Prepared", "batches_a_shape", "prepare", "survey"]
+__all__ = [
+    "Prepared",
+    "batches_a_shape",
+    "cores",
+    "planned_memory",
+    "prepare",
+    "survey",
+]
 
 
 # With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
@@ -86,9 +93,9 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     left = open_model(base, on_progress=progress.on_download)
     right = open_tuned(tuned, left, **given, on_progress=progress.on_download)
     left, right, pairing, notes = _matched(left, right, options)
-    memory = _memory(pairing, options, devices)
+    memory = planned_memory(pairing, options, devices)
     on_cpu = devices[0].type == "cpu"
-    workers = options.jobs or (_cores() if on_cpu else len(devices))
+    workers = options.jobs or (cores() if on_cpu else len(devices))
     rooms = [one.room(names) for one, names in _wanted(left, right, pairing)]
     return Prepared(
         base=left,
@@ -208,7 +215,7 @@ def batches_a_shape(devices: Sequence[torch.device]) -> int:
     return 2 * len(devices)
 
 
-def _memory(pairing: Pairing, options: Options, devices: Sequence[torch.device]) -> int:
+def planned_memory(pairing: Pairing, options: Options, devices: Sequence[torch.device]) -> int:
     """Bound on the process, or on each of the devices."""
     if options.max_memory is not None:
         return parse_memory(options.max_memory)
@@ -217,5 +224,6 @@ def _memory(pairing: Pairing, options: Options, devices: Sequence[torch.device])
     return default_memory(pairing.matrices)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

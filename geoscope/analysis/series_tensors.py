@@ -9,12 +9,15 @@ from operator import add
 from typing import Protocol
 
 from geoscope.adapters.peft_names import module_paths
+from geoscope.analysis.fetching import fetch
 from geoscope.analysis.follow_options import FollowOptions
-from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
+from geoscope.analysis.models import in_parts as parts_of
+from geoscope.analysis.models import open_model
+from geoscope.analysis.options import Progress
+from geoscope.checkpoints import Checkpoint, pair
 from geoscope.checkpoints.adapter import Adapter, open_adapter
-from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.checkpoints.series import Series, open_series
-from geoscope.checkpoints.split import common_config, split
+from geoscope.checkpoints.split import common_config
 from geoscope.checkpoints.steps import given_steps
 from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
 from geoscope.linalg import Operand, Product
@@ -72,20 +75,27 @@ class Followed:
 
 
 def open_followed(
-    references: Sequence[str], options: FollowOptions, *, in_parts: bool = True
+    references: Sequence[str],
+    options: FollowOptions,
+    progress: Progress | None = None,
+    *,
+    in_parts: bool = True,
 ) -> Followed:
-    """The series and its base, matched tensor by tensor, from headers alone.
+    """The series and its base, matched tensor by tensor; data of the Hub is fetched.
 
     in_parts: fused and stacked tensors of models in parts; without it as they are stored.
     Raises OptionError, CheckpointError, PairingError.
     """
+    progress = progress or Progress()
     steps = None if options.steps is None else given_steps(options.steps)
-    series = open_series(references, steps=steps)
+    series = open_series(
+        references, steps=steps, alpha=options.lora_alpha, on_progress=progress.on_download
+    )
     if series.kind == "adapter":
-        return _of_adapters(series, options)
+        return _of_adapters(series, options, progress)
     if options.initial_adapter is not None:
         raise OptionError("--initial-adapter is for series of adapters; these are whole models")
-    return _of_models(series, options, in_parts=in_parts)
+    return _of_models(series, options, progress, in_parts=in_parts)
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -152,12 +162,14 @@ class ModelTensor:
             yield Operand(other.read(later)[None], one.read(name)[None])
 
 
-def _of_models(series: Series, options: FollowOptions, *, in_parts: bool) -> Followed:
+def _of_models(
+    series: Series, options: FollowOptions, progress: Progress, *, in_parts: bool
+) -> Followed:
     models = [point.checkpoint for point in series.points]
     checkpoints = [one for one in models if one is not None]
     steps = list(series.steps)
     if options.base is not None:
-        base = open_checkpoint(options.base)
+        base = open_model(options.base, on_progress=progress.on_download)
         if steps[0] <= 0:
             raise OptionError(
                 f"{series.points[0].given}: step {steps[0]} stands beside --base, which is step 0; "
@@ -173,7 +185,7 @@ def _of_models(series: Series, options: FollowOptions, *, in_parts: bool) -> Fol
     notes: tuple[str, ...] = ()
     if in_parts:
         config = common_config(base, *checkpoints)
-        whole, (base, *checkpoints) = base, [split(one, config) for one in (base, *checkpoints)]
+        whole, (base, *checkpoints) = base, [parts_of(one, config) for one in (base, *checkpoints)]
         notes = base.notes[len(whole.notes) :]
     rules = NameMap(options.map_name)
     pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
@@ -198,10 +210,11 @@ def _of_models(series: Series, options: FollowOptions, *, in_parts: bool) -> Fol
             continue
         m, n = pairs[0].shape
         tensors[name] = ModelTensor(name, (m, n), places)
-    fetch_all(
+    wanted = (
         (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
         for one in (base, *checkpoints)
     )
+    fetch(wanted, progress)
     return Followed(
         steps=tuple(steps),
         tensors=tensors,
@@ -272,11 +285,11 @@ def _product(adapter: Adapter, module: str) -> Product:
     return Product.of(*adapter.factors(module), adapter.modules[module].scaling)
 
 
-def _of_adapters(series: Series, options: FollowOptions) -> Followed:
+def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> Followed:
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     initial = None
     if options.initial_adapter is not None:
-        initial = open_adapter(options.initial_adapter)
+        initial = open_adapter(options.initial_adapter, on_progress=progress.on_download)
     else:
         _refuse_unknown_start(adapters[0])
     if series.steps[0] <= 0:
@@ -307,8 +320,11 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
         raise PairingError(
             f"{adapters[0].given}: no module is in all {len(adapters)} adapters with one shape"
         )
-    base = None if options.base is None else open_checkpoint(options.base)
-    weights = {} if base is None else _weights_of(base, names)
+    base, weights = None, dict[str, tuple[Checkpoint, str]]()
+    if options.base is not None:
+        base = open_model(options.base, on_progress=progress.on_download)
+        weights = _weights_of(base, names)
+        fetch([(base, [name for _, name in weights.values()])], progress)
     tensors: dict[str, SeriesTensor] = {
         name: AdapterTensor(
             name, adapters[0].modules[name].shape, adapters, initial, weights.get(name)
@@ -328,7 +344,7 @@ def _of_adapters(series: Series, options: FollowOptions) -> Followed:
     return Followed(
         steps=(0, *series.steps),
         tensors=tensors,
-        refs=(first, ModelRef(last.given, str(last.path), None, stored)),
+        refs=(first, ModelRef(last.given, last.resolved, last.commit, stored)),
         points=tuple(point.given for point in series.points),
         skipped=tuple(skipped),
         missing=tuple(missing),

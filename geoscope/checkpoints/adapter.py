@@ -26,6 +26,7 @@ from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.conv1d import is_conv1d
 from geoscope.checkpoints.ia3_adapter import ia3_modules
 from geoscope.checkpoints.lora_adapter import LoraModule, lora_modules
+from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.refused import refuse_kohya
 from geoscope.checkpoints.vera_adapter import vera_modules
 from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
@@ -75,6 +76,13 @@ class Adapter:
     others: tuple[str, ...]
     initial: str | None
     container: Container = field(repr=False)
+    at: str | None = None
+    commit: str | None = None
+
+    @property
+    def resolved(self) -> str:
+        """The path, or org/name@commit."""
+        return self.at or str(self.path)
 
     @property
     def base(self) -> str | None:
@@ -160,16 +168,27 @@ class Adapter:
 
 
 def open_adapter(
-    path: str | Path, *, given: str | None = None, alpha: float | None = None
+    path: str | Path,
+    *,
+    given: str | None = None,
+    alpha: float | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Adapter:
-    """The adapter in a local folder, from its config and header; no tensor data is read.
+    """The adapter in a folder, from its config and header; no tensor data is read.
 
-    given: how messages name the folder, where that is not its path. alpha: in place of the config's
-    `lora_alpha`, which some tools write as 0; `alpha_pattern` stays.
+    path: a folder; a string may be a reference to the Hub, whose files are fetched (on_progress: as
+    of `open_checkpoint`). given: how messages name the folder, where that is not its path. alpha:
+    in place of the config's `lora_alpha`, which some tools write as 0; `alpha_pattern` stays.
     Raises CheckpointNotFound, UnsupportedFormat (a type or an extra that is not read),
     CheckpointError for a damaged or contradictory folder, OptionError for an alpha that is no
     positive number or that the type has no use for.
     """
+    reference = _on_the_hub(path)
+    if reference is not None:
+        from geoscope.checkpoints.hub_adapter import fetch_adapter, open_fetched
+
+        found = fetch_adapter(reference, on_progress)
+        return open_fetched(found, given or reference.given, alpha=alpha)
     folder, given = Path(path).expanduser(), str(path) if given is None else given
     if not folder.is_dir():
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
@@ -180,6 +199,13 @@ def open_adapter(
     found = adapter_of(given, folder.resolve(), config, container)
     recorded = _recorded_start(folder, config.get("base_model_name_or_path"))
     return replace(found, initial=found.initial or recorded)
+
+
+def _on_the_hub(path: str | Path) -> HubReference | None:
+    if isinstance(path, Path):
+        return None
+    parsed = parse_reference(path)
+    return parsed if isinstance(parsed, HubReference) else None
 
 
 def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Container) -> Adapter:

@@ -6,7 +6,8 @@ adapter_model-00001-of-00002.safetensors, …            with adapter_model.safe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +21,10 @@ from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedForm
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["open_adapter_file"]
+__all__ = ["adapter_files", "open_adapter_file"]
 
+_INDEX = ".index.json"
+_SHARD = re.compile(r"adapter_model-.*-of-")
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -42,13 +45,24 @@ class _Shards:
 def open_adapter_file(folder: Path, given: str) -> Container:
     """The tensors of the adapter, from their headers. Raises CheckpointNotFound or CheckpointError,
     for shards without an index UnsupportedFormat."""
+    first = adapter_files([one.name for one in folder.iterdir() if one.is_file()], given)[0]
+    if first.endswith(_INDEX):
+        return _open_shards(folder, first, given)
+    return open_container(folder / first, f"{given}/{first}")
+
+
+def adapter_files(names: Collection[str], given: str) -> tuple[str, ...]:
+    """Of the files of a folder those that hold the tensors: one, or an index and its shards.
+
+    Raises UnsupportedFormat for shards without an index, CheckpointNotFound.
+    """
+    shards = sorted(name for name in names if _SHARD.match(name))
     for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return open_container(folder / name, f"{given}/{name}")
-        index = f"{name}.index.json"
-        if (folder / index).is_file():
-            return _open_shards(folder, index, given)
-    shards = sorted(one.name for one in folder.glob("adapter_model-*-of-*"))
+        if name in names:
+            return (name,)
+        if f"{name}{_INDEX}" in names:
+            suffix = name.rpartition(".")[2]
+            return f"{name}{_INDEX}", *(one for one in shards if one.endswith(suffix))
     if shards:
         raise UnsupportedFormat(
             f"{given}: the factors are in {len(shards)} shards ({first_names(shards, 1)}) without "

@@ -19,8 +19,15 @@ from typing import Any
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
-from geoscope.checkpoints.disk import Room
-from geoscope.checkpoints.hub_cache import cache_of, cached_commit, download, in_cache, remember
+from geoscope.checkpoints.disk import Room, check_room
+from geoscope.checkpoints.hub_cache import (
+    cache_of,
+    cached_commit,
+    download,
+    in_cache,
+    is_commit,
+    remember,
+)
 from geoscope.checkpoints.hub_errors import hub_errors
 from geoscope.checkpoints.hub_progress import Report
 from geoscope.checkpoints.hub_ranges import RemoteFile
@@ -33,7 +40,7 @@ from geoscope.checkpoints.readers import SAFETENSORS, open_container
 from geoscope.checkpoints.reference import HubReference
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 
-__all__ = ["HubFolder", "hub_folder", "open_hub"]
+__all__ = ["HubFolder", "hub_folder", "open_hub", "open_hub_folder"]
 
 _TIMEOUT = 30.0
 _HEADER_REQUESTS = 8
@@ -41,8 +48,12 @@ _HEADER_REQUESTS = 8
 
 def open_hub(reference: HubReference, on_progress: Report | None) -> Checkpoint:
     """The checkpoint of a Hub model. Raises CheckpointError."""
-    folder, commit = hub_folder(reference, on_progress)
-    return open_folder(folder, Identity(reference.given, folder.label, commit))
+    return open_hub_folder(*hub_folder(reference, on_progress), given=reference.given)
+
+
+def open_hub_folder(folder: Folder, commit: str, *, given: str) -> Checkpoint:
+    """The checkpoint in a folder of `hub_folder`."""
+    return open_folder(folder, Identity(given, folder.label, commit))
 
 
 def hub_folder(reference: HubReference, on_progress: Report | None) -> tuple[Folder, str]:
@@ -62,7 +73,7 @@ def _resolve(reference: HubReference) -> tuple[str, dict[str, int]]:
     repo, revision = reference.repo, reference.revision
     with hub_errors(repo, revision or "main", branches=lambda: _branches(repo)):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    if info.sha is None:
+    if info.sha is None or not is_commit(info.sha):
         raise CheckpointError(f"{repo}: the Hub names no commit; set HF_ENDPOINT to a real one")
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     remember(repo, revision or "main", info.sha)
@@ -166,6 +177,20 @@ class HubFolder:
             container = self.open(file)
             if isinstance(container, HubShard):
                 container.fetch(names, self.on_progress)
+
+    def files(self, names: Sequence[str]) -> list[Path]:
+        """Whole files on this disk, fetched if there is room for all of them."""
+        paths = [self._path(name) for name in names]
+        missing = [one for one in paths if in_cache(self.repo, self.commit, one) is None]
+        check_room([{cache_of(self.repo): sum(self.sizes[one] for one in missing)}])
+        return [self._download(name) for name in names]
+
+    def folders_with(self, name: str) -> list[str]:
+        """References to the folders of the repository right below with a file of that name."""
+        prefix = f"{self.folder}/" if self.folder else ""
+        below = (path[len(prefix) :] for path in sorted(self.sizes) if path.startswith(prefix))
+        found = [one.removesuffix(f"/{name}") for one in below if one.endswith(f"/{name}")]
+        return [f"hf://{_label(self.repo, self.commit, prefix + one)}" for one in found]
 
     def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
         return {name: self._download(name) for name in sorted(self.names()) if travels(name)}, ()

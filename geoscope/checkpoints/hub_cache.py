@@ -9,7 +9,7 @@ from pathlib import Path
 from geoscope.checkpoints.hub_errors import hub_errors
 from geoscope.checkpoints.hub_progress import Report, quiet_download
 
-__all__ = ["cache_of", "cached_commit", "download", "in_cache", "remember"]
+__all__ = ["cache_of", "cached_commit", "download", "in_cache", "is_commit", "remember"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -27,7 +27,7 @@ def remember(repo: str, revision: str, commit: str) -> None:
 
     Our downloads name the commit, so nothing else would, and the model could not be found offline.
     """
-    if revision == commit:
+    if revision == commit or not _stays_inside(revision):
         return
     path = cache_of(repo) / "refs" / revision
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -41,13 +41,25 @@ def remember(repo: str, revision: str, commit: str) -> None:
 
 def cached_commit(repo: str, revision: str) -> str | None:
     """The commit that a revision had when it was last seen; None where it never was."""
-    if _COMMIT.fullmatch(revision):
+    if is_commit(revision):
         return revision
+    if not _stays_inside(revision):
+        return None
     try:
         commit = (cache_of(repo) / "refs" / revision).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return commit if _COMMIT.fullmatch(commit) else None
+    return commit if is_commit(commit) else None
+
+
+def is_commit(text: str) -> bool:
+    """Whether it is the full hash of a commit, and so a plain name of a folder too."""
+    return _COMMIT.fullmatch(text) is not None
+
+
+def _stays_inside(revision: str) -> bool:
+    """Names of branches come from a server, and become paths here."""
+    return all(part not in ("", ".", "..") for part in revision.split("/"))
 
 
 def in_cache(repo: str, commit: str, path: str) -> Path | None:

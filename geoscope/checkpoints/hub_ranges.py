@@ -23,7 +23,7 @@ from geoscope.errors import CheckpointError
 __all__ = ["RemoteFile"]
 
 _TIMEOUT = 30.0
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14  # what requests may lose of a broken connection
 _ATTEMPTS = 7  # in a row without a single byte
 _FIRST_WAIT = 0.25  # seconds, then twice as long each time
 _VALID = 600.0  # seconds that an address is used

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.layout import choose_layout
 from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.places import Kind, below, choose_below, find_places
-from geoscope.checkpoints.reference import LocalReference, parse_reference
+from geoscope.checkpoints.reference import HubReference, LocalReference, parse_reference
 from geoscope.checkpoints.shard_folder import open_shards_or_adapter
 
 __all__ = ["open_model_or_adapter"]
+
+OnProgress = Callable[[str, int, int], None]
 
 
 def open_model_or_adapter(
     reference: str,
     *,
     alpha: float | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Checkpoint | Adapter:
     """What `reference` names, from its headers.
 
@@ -28,7 +30,7 @@ def open_model_or_adapter(
     """
     parsed = parse_reference(reference)
     if not isinstance(parsed, LocalReference):
-        return open_checkpoint(reference, on_progress=on_progress)
+        return _on_the_hub(parsed, alpha, on_progress)
     path, given = parsed.path, parsed.given
     if not path.is_dir():
         return open_local(parsed)
@@ -41,3 +43,17 @@ def open_model_or_adapter(
         if isinstance(found, Adapter):
             return found
     return open_local(parsed)
+
+
+def _on_the_hub(
+    reference: HubReference, alpha: float | None, on_progress: OnProgress | None
+) -> Checkpoint | Adapter:
+    from geoscope.checkpoints.hub import hub_folder, open_hub_folder  # local paths need none of it
+
+    folder, commit = hub_folder(reference, on_progress)
+    names = folder.names()
+    if ADAPTER_CONFIG not in names or choose_layout(names, reference.given) is not None:
+        return open_hub_folder(folder, commit, given=reference.given)
+    from geoscope.checkpoints.hub_adapter import of_folder, open_fetched
+
+    return open_fetched(of_folder(folder, commit), reference.given, alpha=alpha)

@@ -31,7 +31,7 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _REPO = re.compile(rf"{_PART}/{_PART}")
 _SPECIAL_REVISION = re.compile(r"refs/(?:pr|convert)/[^/]+")
 # What git forbids in the name of a reference, and a path that would climb out of a folder.
-_NO_REVISION = re.compile(r"\.\.|[\s~^:?*\[\\\x00-\x1f]|^/|/$|//")
+_NO_REVISION = re.compile(r"\.\.|(?:^|/)\.|[\s~^:?*\[\\\x00-\x1f]|^/|/$|//")
 _OTHER_REPOS = ("datasets", "spaces", "kernels", "buckets")
 
 
@@ -84,14 +84,26 @@ def parse_reference(reference: str) -> LocalReference | HubReference:
     """What `reference` names. Raises OptionError (grammar) or CheckpointNotFound (no such path)."""
     if not reference.strip():
         raise OptionError(f"the reference to a model is empty; {GRAMMAR}")
-    if reference.startswith(_HUB):
-        return _hub_uri(reference)
-    path = Path(reference).expanduser()
-    if _exists(path):
+    on_the_hub = reference.startswith(_HUB)
+    path = _path(reference)
+    if not on_the_hub and _exists(path):
         return LocalReference(reference, path)
+    if not reference.isprintable():
+        raise CheckpointNotFound(
+            f"{reference!r}: no such file or folder, and no Hub id either: {GRAMMAR}"
+        )
+    if on_the_hub:
+        return _hub_uri(reference)
     if _looks_like_a_path(reference):
         raise CheckpointNotFound(f"{reference}: no such file or folder")
     return _hub_name(reference)
+
+
+def _path(reference: str) -> Path:
+    try:
+        return Path(reference).expanduser()
+    except (RuntimeError, ValueError):  # ~ and the name of no user; a NUL byte
+        return Path(reference)
 
 
 def _exists(path: Path) -> bool:

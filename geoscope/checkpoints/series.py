@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.places import find_places
@@ -30,7 +30,7 @@ from geoscope.checkpoints.run_folder import (
     run_folder,
     runs_below,
 )
-from geoscope.checkpoints.step_folder import Found, open_step_folder
+from geoscope.checkpoints.step_folder import Found, open_step_folder, refuse_zero_alpha
 from geoscope.checkpoints.steps import Step
 from geoscope.errors import CheckpointError, OptionError, first_names
 from geoscope.names import in_natural_order
@@ -63,7 +63,7 @@ class SeriesPoint:
         if self.checkpoint is not None:
             return self.checkpoint.ref.resolved
         assert self.adapter is not None  # one of the two
-        return str(self.adapter.path)
+        return self.adapter.resolved
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,14 @@ def open_series(
     references: Sequence[str],
     *,
     steps: Sequence[int] | None = None,
+    alpha: float | None = None,
     on_progress: _Progress | None = None,
 ) -> Series:
     """The series that the references name, sorted by step, whatever their order.
 
     references: see geoscope/checkpoints/run_folder.py. steps: one number for each reference, in
-    their order, in place of those in the names. on_progress: as of `open_checkpoint`.
+    their order, in place of those in the names. alpha: as of `open_adapter`. on_progress: as of
+    `open_checkpoint`.
     Raises OptionError for references that make no series, CheckpointError when nothing is left.
     """
     found = candidates(references)
@@ -110,7 +112,7 @@ def open_series(
     notes: list[str] = []
     lost: list[tuple[Candidate, Skipped]] = []
     for one in _in_order(found):
-        point = _open(one, on_progress)
+        point = _open(one, alpha, on_progress)
         if isinstance(point, Skipped):
             lost.append((one, point))
             continue
@@ -169,14 +171,16 @@ def _lost(one: Candidate, skipped: Skipped, read: Collection[int]) -> Skipped:
 # --- one candidate ------------------------------------------------------------------------------
 
 
-def _open(one: Candidate, on_progress: _Progress | None) -> SeriesPoint | Skipped:
+def _open(
+    one: Candidate, alpha: float | None, on_progress: _Progress | None
+) -> SeriesPoint | Skipped:
     """The point, or why there is none."""
     reason = _no_candidate(one)
     if reason is not None or one.step is None:
         return Skipped(one.given, reason or _NO_NUMBER)
     label = f"{one.step.unit} {one.step.number}"
     try:
-        found = _found(one, on_progress)
+        found = _found(one, alpha, on_progress)
     except CheckpointError as error:
         # A Hub that refuses or does not answer ends it, and its error is raised while that of
         # huggingface_hub is handled; a branch without weights is passed over like a folder.
@@ -206,19 +210,36 @@ def _no_candidate(one: Candidate) -> str | None:
     return "a folder without weights" + (f"; steps are in {first_names(runs)}" if runs else "")
 
 
-def _found(one: Candidate, on_progress: _Progress | None) -> Found:
+def _found(one: Candidate, alpha: float | None, on_progress: _Progress | None) -> Found:
     if isinstance(one.reference, HubReference):
-        from geoscope.checkpoints.hub import open_hub  # local paths need no huggingface_hub
-
-        checkpoint = open_hub(one.reference, on_progress)
-        return Found(f"{one.reference.folder or '.'}/: model folder on the Hub", checkpoint)
+        return _found_on_the_hub(one.reference, alpha, on_progress)
     path = one.reference.path
     if path.is_dir():
-        return open_step_folder(path, one.given)
+        return open_step_folder(path, one.given, alpha=alpha)
     if is_adapter_file(path.name):
-        folder = open_step_folder(path.parent, str(Path(one.given).parent))
+        folder = open_step_folder(path.parent, str(Path(one.given).parent), alpha=alpha)
         return replace(folder, place=f"{path.name}: adapter, named itself")
     return Found(f"{path.name}: file of weights, named itself", open_local(one.reference))
+
+
+def _found_on_the_hub(
+    reference: HubReference, alpha: float | None, on_progress: _Progress | None
+) -> Found:
+    """An adapter before a model, as in a folder."""
+    from geoscope.checkpoints.hub import hub_folder, open_hub_folder  # local paths need none of it
+
+    folder, commit = hub_folder(reference, on_progress)
+    place = f"{reference.folder or '.'}/"
+    if ADAPTER_CONFIG not in folder.names():
+        checkpoint = open_hub_folder(folder, commit, given=reference.given)
+        return Found(f"{place}: model folder on the Hub", checkpoint)
+    from geoscope.checkpoints.hub_adapter import of_folder, open_fetched
+
+    found = of_folder(folder, commit)
+    if alpha is None:
+        refuse_zero_alpha(found.path, reference.given)
+    adapter = open_fetched(found, reference.given, alpha=alpha)
+    return Found(f"{place}: adapter on the Hub", adapter=adapter)
 
 
 # --- the series as a whole ----------------------------------------------------------------------

@@ -31,7 +31,7 @@ from geoscope.checkpoints.shard_folder import open_shards_or_adapter
 from geoscope.checkpoints.steps import step_of_part
 from geoscope.errors import CheckpointError, first_names
 
-__all__ = ["Found", "open_step_folder"]
+__all__ = ["Found", "open_step_folder", "refuse_zero_alpha"]
 
 # Folders there are named after the step once more, and hold shards.
 _SHARDS_BELOW = ("", "policy/weights")
@@ -49,10 +49,11 @@ class Found:
     adapter: Adapter | None = None
 
 
-def open_step_folder(path: Path, given: str) -> Found:
+def open_step_folder(path: Path, given: str, *, alpha: float | None = None) -> Found:
     """The weights in the folder of a step, from their headers.
 
-    given: how messages name the folder. Raises CheckpointError, one line, when nothing can be read.
+    given: how messages name the folder. alpha: see `open_adapter`. Raises CheckpointError, one
+    line, when nothing can be read.
     """
     places = find_places(path)
     chosen = choose(places)
@@ -65,8 +66,9 @@ def open_step_folder(path: Path, given: str) -> Found:
         _check_shards(folder, label)
         return Found(place, open_model_folder(folder, label))
     if chosen.kind is Kind.ADAPTER:
-        _check_alpha(folder, label)
-        return Found(place, adapter=open_adapter(folder, given=label))
+        if alpha is None:
+            refuse_zero_alpha(folder, label)
+        return Found(place, adapter=open_adapter(folder, given=label, alpha=alpha))
     found = open_shards_or_adapter(folder, label)
     if isinstance(found, Adapter):
         return Found(f"{place}, read as an adapter", adapter=found)
@@ -91,7 +93,8 @@ def _check_shards(folder: Path, label: str) -> None:
         )
 
 
-def _check_alpha(folder: Path, label: str) -> None:
+def refuse_zero_alpha(folder: Path, label: str) -> None:
+    """Raises CheckpointError for an adapter of an old merger, which wrote no scaling."""
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -50,6 +50,7 @@ for _command in (
     pairs.anisotropy,
     pairs.alignment,
     pairs.compare,
+    pairs.capacity,
     series.trajectory,
     series.extrapolate,
     adapters.init_adapter,

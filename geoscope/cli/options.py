@@ -101,6 +101,15 @@ ADAPTER: dict[str, Spec] = {
     ),
 }
 
+NO_BASE: dict[str, Spec] = {
+    "no_base": Spec(
+        bool,
+        False,
+        ("--no-base",),
+        "One argument, an adapter: what its factors tell without the base.",
+    ),
+}
+
 DIMENSIONS: dict[str, Spec] = {
     "k": Spec(str, "8,64", ("--k",), "Subspace dimensions of the @k columns.", "K,K,…"),
 }

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -143,11 +143,6 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     bar = _bar()
     tasks: dict[str, Any] = {}
 
-    def download(file: str, done: int, total: int) -> None:
-        if file not in tasks:
-            tasks[file] = bar.add_task(f"fetching {file}", total=total)
-        bar.update(tasks[file], completed=done, total=total, visible=done < total)
-
     def planned(prepared: Prepared) -> None:
         bar.stop()
         plan(prepared)
@@ -159,16 +154,21 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
         bar.update(tasks["matrices"], completed=done)
 
     with bar:
-        yield Progress(on_download=download, on_plan=planned, on_pair=paired, on_recalled=recalled)
+        yield Progress(
+            on_download=_downloads(bar), on_plan=planned, on_pair=paired, on_recalled=recalled
+        )
 
 
 @contextmanager
 def matrices(*, quiet: bool) -> Iterator[Progress]:
-    """A progress bar over matrices, on a terminal only."""
+    """A progress bar over matrices, on a terminal only; elsewhere what is to be fetched."""
     from geoscope.analysis import Progress
 
+    def fetching(nbytes: int, free: int) -> None:
+        say(_fetching(nbytes, free), quiet=quiet)
+
     if quiet or not sys.stderr.isatty():
-        yield Progress()
+        yield Progress(on_fetch=fetching)
         return
     with _bar() as bar:
         task = bar.add_task("matrices", total=None)
@@ -176,7 +176,19 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
         def paired(done: int, total: int, _name: str) -> None:
             bar.update(task, completed=done, total=total)
 
-        yield Progress(on_pair=paired)
+        yield Progress(on_fetch=fetching, on_download=_downloads(bar), on_pair=paired)
+
+
+def _downloads(bar: Bar) -> Callable[[str, int, int], None]:
+    """A line in the bar for each file that is being fetched."""
+    tasks: dict[str, Any] = {}
+
+    def download(file: str, done: int, total: int) -> None:
+        if file not in tasks:
+            tasks[file] = bar.add_task(f"fetching {file}", total=total)
+        bar.update(tasks[file], completed=done, total=total, visible=done < total)
+
+    return download
 
 
 def _bar() -> Bar:
@@ -206,10 +218,10 @@ def _plan_line(prepared: Prepared) -> str:
     what = f"comparing {len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
     where = f"with {prepared.base.ref.given} on {prepared.device}"
     if prepared.bytes_to_fetch:
-        where += f", fetching {_megabytes(prepared.bytes_to_fetch)}"
-        where += f" ({(prepared.free_disk or 0) / 1e9:.0f} GB free)"
+        where += f", {_fetching(prepared.bytes_to_fetch, prepared.free_disk or 0)}"
     return f"{what} {where}"
 
 
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10**7 else f"{nbytes / 1e6:.2g} MB"
+def _fetching(nbytes: int, free: int) -> str:
+    amount = f"{nbytes / 1e6:.0f} MB" if nbytes >= 10**7 else f"{nbytes / 1e6:.2g} MB"
+    return f"fetching {amount} ({free / 1e9:.3g} GB free)"

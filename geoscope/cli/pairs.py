@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from geoscope.analysis import Options
     from geoscope.records import Report
 
-__all__ = ["alignment", "anisotropy", "collapse", "compare", "inspect"]
+__all__ = ["alignment", "anisotropy", "capacity", "collapse", "compare", "inspect"]
 
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Base model: folder, file or org/name[@revision].")
@@ -47,11 +47,53 @@ def collapse(base: Base, tuned: Tuned, **options: Any) -> None:
 
 
 @opt.with_options(
-    opt.OUTPUT, opt.SELECT, opt.ADAPTER, opt.PAIRING, opt.FAIL_ON, opt.QUICK, opt.COMPUTE
-)
-def anisotropy(base: Base, tuned: Tuned, **options: Any) -> None:
+    opt.OUTPUT, opt.SELECT, opt.ADAPTER, opt.NO_BASE, opt.PAIRING, opt.FAIL_ON, opt.QUICK,
+    opt.COMPUTE,
+)  # fmt: skip
+def anisotropy(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Base model; with --no-base the adapter.")
+    ],
+    tuned: Annotated[
+        str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")
+    ] = None,
+    **options: Any,
+) -> None:
     """Update anisotropy: how many directions it uses."""
+    if options.pop("no_base"):
+        if tuned is not None:
+            raise OptionError("--no-base takes an adapter alone: one argument")
+        _run("anisotropy", None, [base], options)
+        return
+    if tuned is None:
+        raise OptionError("two models are needed, BASE TUNED; or one adapter with --no-base")
     _run("anisotropy", base, [tuned], options)
+
+
+@opt.with_options(
+    opt.OUTPUT,
+    opt.SELECT,
+    opt.ADAPTER,
+    opt.PAIRING,
+    opt.FAIL_ON,
+    {name: opt.VERDICT[name] for name in ("explain", "limit")},
+    opt.COMPUTE,
+)
+def capacity(
+    base: Annotated[
+        str, typer.Argument(metavar="ADAPTER|BASE", help="An adapter, or the base of TUNED.")
+    ],
+    tuned: Annotated[
+        str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Rank used by an adapter; ranks that would hold an update."""
+    options |= {"quick": False}
+    if tuned is None:
+        _run("capacity", None, [base], options)
+    else:
+        _run("capacity", base, [tuned], options)
 
 
 @opt.with_options(
@@ -111,9 +153,9 @@ def inspect(
     _survey(model, tuned, chosen, options)
 
 
-def _run(kind: str, base: str, tuned: list[str], options: dict[str, Any]) -> None:
-    """One comparison: refuse early, compute, show, decide the exit code."""
-    from geoscope.analysis import Interrupted
+def _run(kind: str, base: str | None, tuned: list[str], options: dict[str, Any]) -> None:
+    """One comparison, or without a base one adapter: refuse early, compute, show, exit."""
+    from geoscope.analysis import Interrupted, measure_adapter
     from geoscope.analysis import compare as run
 
     chosen = _options(options)
@@ -126,14 +168,17 @@ def _run(kind: str, base: str, tuned: list[str], options: dict[str, Any]) -> Non
     profile = Profile()
     try:
         with profiling(profile), output.progress(quiet=options["quiet"]) as progress:
-            report = run(
-                base,
-                *tuned,
-                kind=kind,
-                options=chosen,
-                anchor=options.get("anchor"),
-                progress=progress,
-            )
+            if base is None:
+                report = measure_adapter(tuned[0], kind, options=chosen, progress=progress)
+            else:
+                report = run(
+                    base,
+                    *tuned,
+                    kind=kind,
+                    options=chosen,
+                    anchor=options.get("anchor"),
+                    progress=progress,
+                )
     except Interrupted as stop:
         if stop.report is not None:
             output.emit(stop.report, options)
@@ -172,19 +217,23 @@ def _exit_code(report: Report, conditions: tuple[Condition, ...], options: dict[
 
 def _conditions(kind: str, chosen: Options, text: str | None) -> tuple[Condition, ...]:
     from geoscope.analysis import VERDICT_KINDS, ids_of
-    from geoscope.metrics import CODES
+    from geoscope.metrics import CAPACITY_CODES, CODES
 
-    codes = CODES if kind in VERDICT_KINDS else ()
+    codes = () if kind not in VERDICT_KINDS else CAPACITY_CODES if kind == "capacity" else CODES
     return parse_fail_on(text, kind=kind, codes=codes, ids=ids_of(kind, chosen))
 
 
-def _survey(base: str, tuned: str | None, chosen: Options, options: dict[str, Any]) -> None:
+def _survey(base: str | None, tuned: str | None, chosen: Options, options: dict[str, Any]) -> None:
     """Headers, pairing and plan on standard output."""
-    from geoscope.analysis import prepare, survey
+    from geoscope.analysis import prepare, prepare_alone, survey
     from geoscope.report.survey import render_survey
 
-    prepared = prepare(base, base if tuned is None else tuned, chosen)
-    found = survey(prepared, paired=tuned is not None)
+    if base is None:
+        assert tuned is not None
+        prepared = prepare_alone(tuned, chosen)
+    else:
+        prepared = prepare(base, base if tuned is None else tuned, chosen)
+    found = survey(prepared, paired=base is not None and tuned is not None)
     if options["as_json"]:
         output.document(found.dumps())
     else:

@@ -33,7 +33,7 @@ def show(
     conditions = parse_fail_on(
         options["fail_on"],
         kind=found.kind,
-        codes=_codes() if found.summary.verdict and options["fail_on"] else (),
+        codes=_codes(found.kind) if found.summary.verdict and options["fail_on"] else (),
         ids=found.summary.model.keys(),
     )
     output.emit(found, options)
@@ -42,10 +42,10 @@ def show(
         raise typer.Exit(3)
 
 
-def _codes() -> tuple[str, ...]:
-    from geoscope.metrics import CODES
+def _codes(kind: str) -> tuple[str, ...]:
+    from geoscope.metrics import CAPACITY_CODES, CODES
 
-    return CODES
+    return CAPACITY_CODES if kind == "capacity" else CODES
 
 
 @opt.with_options({"as_json": opt.OUTPUT["as_json"]})

@@ -35,13 +35,7 @@ _SERIES: dict[str, opt.Spec] = {
         "starts at zero.",
         "MODEL",
     ),
-    "initial_adapter": opt.Spec(
-        str | None,
-        None,
-        ("--initial-adapter",),
-        "The adapter before training, where it did not start at zero (PiSSA, GeoRA, OLoRA …).",
-        "DIR",
-    ),
+    **opt.ADAPTER,
     "steps": opt.Spec(
         str | None,
         None,
@@ -132,6 +126,7 @@ def _options(options: dict[str, Any]) -> FollowOptions:
     return FollowOptions(
         base=options["base"],
         initial_adapter=options["initial_adapter"],
+        lora_alpha=options["lora_alpha"],
         steps=options["steps"],
         directions=options["directions"],
         scalar_r2=options.get("scalar_r2"),
@@ -189,7 +184,7 @@ def extrapolate(points: Points, **options: Any) -> None:
     from geoscope.analysis.extrapolate import extrapolate as run
     from geoscope.report.numbers import number
 
-    chosen = _options({**options, "initial_adapter": None, "directions": True})
+    chosen = _options({**options, "initial_adapter": None, "lora_alpha": None, "directions": True})
     with output.matrices(quiet=options["quiet"]) as progress:
         made = run(
             points,

@@ -99,9 +99,8 @@ def judge_capacity_model(
     code, share = max(shares.items(), key=lambda item: item[1])
     if share < 0.5:
         code, share = "MIXED", 0.0
-    flagged = flagged_names(
-        names, [row.weights.get("update", 0.0) for row in rows], judged, _FLAGGED
-    )
+    energy = [row.weights.get("update", 0.0) for row in rows]
+    flagged = flagged_names(names, energy, judged, _FLAGGED)
     counts = {one: sum(each.code == one for each in judged) for one in CAPACITY_CODES}
     return Verdict(
         code=code,

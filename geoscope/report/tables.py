@@ -53,6 +53,13 @@ _TABLE = (
     Quantity("relative_update", "ρ", "relative update ρ", "size of the update over the base's"),
     Quantity("precision_ratio", "ν", "rounding noise ν", "storage rounding over the update's size"),
     Quantity("update_sparsity", "unchanged", "unchanged entries", "share of entries equal in bf16"),
+    Quantity("nominal_rank", "r", "nominal rank r", "of the adapter's config"),
+    Quantity("effective_rank_share", "eff./r", "effective rank over r", "amplitudes; 1 is flat"),
+    Quantity("entropy_rank_share", "entropy/r", "entropy rank over r", "energies; 1 is flat"),
+    Quantity("k90_share", "k90/r", "k90 over r", "directions that hold 90 % of the energy"),
+    Quantity("k99_share", "k99/r", "k99 over r", "directions that hold 99 % of the energy"),
+    Quantity("tail_ratio", "σ_r/σ1", "σ_r over σ1", "what the last direction still does"),
+    Quantity("suggested_rank", "rank", "suggested rank", "for 90 % of the resolved energy"),
     Quantity("update.stable_rank", "stable rank", "stable rank", "energy over that of σ1"),
     Quantity(
         "update.participation_ratio",
@@ -401,6 +408,42 @@ KINDS["init-adapter"] = Kind(
     ),
     drops_empty=True,
     has_cautions=False,
+)
+
+
+KINDS["capacity"] = Kind(
+    title="Capacity",
+    model=(
+        _SIZE,
+        (
+            "rank",
+            (
+                "nominal_rank",
+                "effective_rank_share",
+                "entropy_rank_share",
+                "k90_share",
+                "k99_share",
+                "tail_ratio",
+                "suggested_rank",
+            ),
+        ),
+    ),
+    columns=(
+        "relative_update",
+        "nominal_rank",
+        "effective_rank_share",
+        "k90_share",
+        "k99_share",
+        "tail_ratio",
+        "suggested_rank",
+    ),
+    worst="suggested_rank",
+    sentence=(
+        "suggested_rank",
+        "A rank of {value} holds 90 % of the energy above the noise in every matrix.",
+    ),
+    panels=(("spectra_by_module",),),
+    null=("flat", "a flat spectrum of the adapter's rank"),
 )
 
 

@@ -27,10 +27,10 @@ def main(reference: str, wanted: str, how: str) -> dict[str, Any]:
     waits: list[float] = []
     if how == "full disk":
         usage = shutil.disk_usage("/")._replace(free=5)
-        vars(disk)["shutil"] = SimpleNamespace(disk_usage=lambda _: usage)
+        setattr(disk, "shutil", SimpleNamespace(disk_usage=lambda _: usage))  # noqa: B010
     elif how == "no waiting":
         clock = SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
-        vars(hub_ranges)["time"] = clock
+        setattr(hub_ranges, "time", clock)  # noqa: B010
     progress: list[tuple[str, int, int]] = []
     try:
         checkpoint = open_checkpoint(reference, on_progress=lambda *step: progress.append(step))

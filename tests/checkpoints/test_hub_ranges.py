@@ -166,7 +166,7 @@ def test_a_range_that_breaks_goes_on_where_it_broke(hub: HubServer, client: Clie
     assert found["bits"] == bits(chosen(layered()))
     begins = [begin for begin, _ in ranges(hub)]
     assert [begin - begins[0] for begin in begins] == [0, 30_000, 30_001, 80_001]
-    header = next(count for path, count in hub.sent if "/blobs/" in path)
+    header = next(one.nbytes for one in hub.sent if "/blobs/" in one.path)
     assert hub.bodies("/blobs/") - header == whole  # no byte twice
 
 
@@ -241,6 +241,14 @@ def test_an_answer_that_was_not_asked_for(
     assert found["error"].startswith("model.safetensors of org/single@")
     assert found["error"].endswith("; retry, or check HF_ENDPOINT and the proxy")
     assert not [path for path in client.home.rglob("*-*") if path.name[0].isdigit()]
+
+
+def test_a_file_that_changes_between_two_ranges(hub: HubServer, client: Client) -> None:
+    client("org/single")
+    hub.cut["model.safetensors"] = [30_000]
+    hub.told_after = {"X-Linked-ETag": '"other"'}
+    found = client("org/single", ONE)
+    assert "another ETag than before: the file was changed meanwhile" in found["error"]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +342,12 @@ def test_a_file_that_is_shorter_than_its_header_says(hub: HubServer, client: Cli
     whole = save(chosen(layered()))
     hub.repos["org/cut"] = Repo({**CONFIG_FILE, "model.safetensors": whole[:-2]})
     assert "the file is truncated" in client("org/cut")["error"]
+
+
+def test_a_commit_that_is_no_hash_is_no_folder(hub: HubServer, client: Client) -> None:
+    hub.sha = "../../../elsewhere"
+    assert "the Hub names no commit" in client("org/single")["error"]
+    assert not list(client.home.rglob("*elsewhere*"))
 
 
 def test_overlapping_tensors(hub: HubServer, client: Client) -> None:

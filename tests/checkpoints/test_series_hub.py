@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_server import HubServer, Repo, commit_of
 from safetensors.torch import save
 
@@ -42,6 +43,16 @@ def files(seed: int, folder: str = "") -> dict[str, bytes]:
     tensors = save(llama(seed), metadata={"format": "pt"})
     stored = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": tensors}
     return {f"{folder}{name}": content for name, content in stored.items()}
+
+
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+ADAPTER = {
+    "adapter_config.json": json.dumps(LORA).encode(),
+    "adapter_model.safetensors": save(
+        {f"base_model.model.layers.0.q_proj.lora_{one}.weight": torch.ones(shape)
+         for one, shape in (("A", (2, 6)), ("B", (5, 2)))}
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -114,11 +125,35 @@ def test_branches_named_one_by_one(client: Client) -> None:
     assert [(name, missing) for name, _, missing in found["passed"]] == [("org/run@draft", False)]
 
 
-def test_an_adapter_on_the_hub_is_passed_over_by_name(client: Client) -> None:
+def test_a_damaged_adapter_on_the_hub_is_passed_over_by_name(client: Client) -> None:
     found = client("org/run@step_50", "org/run@lora-step-9")
     ((name, reason, missing),) = found["passed"]
     assert (name, missing) == ("org/run@lora-step-9", True)
-    assert "weights are a PEFT adapter" in reason
+    assert reason.startswith("step 9: org/run@lora-step-9: peft_type is None; geoscope reads LORA")
+
+
+def test_adapters_and_models_of_the_hub_are_not_mixed(hub: HubServer, client: Client) -> None:
+    old = hub.repos["org/run"]
+    hub.repos["org/run"] = Repo(old.files, {**old.branches, "lora-step-9": ADAPTER})
+    found = client("org/run@step_50", "org/run@lora-step-9")
+    assert found["kind"] == "OptionError"
+    assert f"step 9 is an adapter (org/run@{commit_of(ADAPTER)})" in found["error"]
+
+
+def test_adapters_are_a_series_and_an_old_scaling_of_zero_is_told(
+    hub: HubServer, client: Client
+) -> None:
+    old = {**ADAPTER, "adapter_config.json": json.dumps({**LORA, "lora_alpha": 0}).encode()}
+    hub.repos["org/lora"] = Repo({}, {"step_2": ADAPTER, "step_7": ADAPTER, "step_8": old})
+    found = client("org/lora@step_*")
+    resolved = f"org/lora@{commit_of(ADAPTER)}"
+    assert found["points"] == [
+        [2, "org/lora@step_2", resolved, "./: adapter on the Hub", "adapter"],
+        [7, "org/lora@step_7", resolved, "./: adapter on the Hub", "adapter"],
+    ]
+    ((name, reason, _),) = found["passed"]
+    assert name == "org/lora@step_8" and "lora_alpha is 0: written by an old merger" in reason
+    assert client("org/lora@step_*", HF_HUB_OFFLINE="1") == found
 
 
 def test_branches_with_a_slash_and_a_folder(client: Client) -> None:

@@ -1,0 +1,150 @@
+"""An adapter without its base: what its factors tell by themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from geoscope.analysis.adapted_model import started_from
+from geoscope.analysis.assemble import assemble
+from geoscope.analysis.models import adapter_at
+from geoscope.analysis.options import Interrupted, Options, Progress
+from geoscope.analysis.prepare import Prepared, cores, planned_memory
+from geoscope.analysis.run import run_one
+from geoscope.checkpoints import Checkpoint, pair
+from geoscope.checkpoints.adapted import AdaptedCheckpoint, Change
+from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.adapter_folder import adapter_folder
+from geoscope.checkpoints.container import Container
+from geoscope.checkpoints.disk import Room
+from geoscope.engine import plan, resolve_devices, resolve_dtype
+from geoscope.errors import CheckpointError
+from geoscope.names import NameMap
+from geoscope.records import ModelRef, Report, Skipped, TensorInfo
+
+__all__ = ["measure_adapter", "prepare_alone"]
+
+_NO_BASE = "(base not read)"
+
+
+def measure_adapter(
+    reference: str,
+    kind: str,
+    *,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] = (),
+) -> Report:
+    """A report of kind `anisotropy` or `capacity` on an adapter alone.
+
+    What takes the base is not applicable. Raises GeoscopeError, Interrupted on Ctrl-C.
+    """
+    options, progress = options or Options(), progress or Progress()
+    started = time.perf_counter()
+    prepared = prepare_alone(reference, options, progress)
+    progress.on_plan(prepared)
+    run = run_one(prepared, kind, options, progress)
+    report = assemble([prepared], [run], kind, options, argv, time.perf_counter() - started)
+    if run.interrupted is not None:
+        raise Interrupted(report if report.layers else None, run.interrupted)
+    return report
+
+
+def prepare_alone(reference: str, options: Options, progress: Progress | None = None) -> Prepared:
+    """As `prepare`, of the adapter's modules that are products of two factors."""
+    progress = progress or Progress()
+    devices = resolve_devices(options.device)
+    resolve_dtype(options.dtype, devices[0])
+    adapter = adapter_at(reference, alpha=options.lora_alpha, on_progress=progress.on_download)
+    start = started_from(adapter, options.initial_adapter)
+    tuned, skipped = _alone(adapter, start)
+    pairing = pair(tuned.base, tuned, options.selection, NameMap(options.map_name))
+    pairing = replace(
+        pairing,
+        skipped=(*pairing.skipped, *skipped),
+        missing=(*pairing.missing, *(one.name for one in skipped if one.missing)),
+    )
+    memory = planned_memory(pairing, options, devices)
+    return Prepared(
+        base=tuned.base,
+        tuned=tuned,
+        pairing=pairing,
+        batches=plan(pairing.matrices, memory=memory, stack=False),
+        memory=memory,
+        workers=options.jobs or (cores() if devices[0].type == "cpu" else len(devices)),
+        devices=devices,
+        bytes_to_fetch=0,
+        free_disk=None,
+        has_base=False,
+    )
+
+
+def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, list[Skipped]]:
+    tensors: dict[str, TensorInfo] = {}
+    changes: dict[str, Change] = {}
+    skipped: list[Skipped] = []
+    for name, module in adapter.modules.items():
+        if module.kind != "factors":
+            reason = f"{module.called} changes a weight by no product: it needs the base"
+            skipped.append(Skipped(name, reason, missing=True))
+            continue
+        nbytes = sum(one.nbytes for one in module.stored) // module.experts
+        for expert, tensor in enumerate(_names(name, module.experts if module.is_stack else None)):
+            dtype = module.stored[0].dtype
+            tensors[tensor] = TensorInfo(tensor, module.shape, dtype, nbytes, "")
+            changes[tensor] = Change(name, module, expert=expert)
+    for name in (*adapter.replaced, *adapter.rows, *adapter.vectors):
+        skipped.append(Skipped(name, "replaced or changed whole: it needs the base"))
+    stored = next((one.dtype for one in adapter.tensors.values()), "float32")
+    base = Checkpoint(
+        ref=ModelRef(adapter.base or _NO_BASE, _NO_BASE, None, _NO_BASE),
+        config={},
+        tensors={name: replace(info, nbytes=0) for name, info in tensors.items()},
+        notes=(),
+        tied_to={},
+        source=_NoFiles(),
+    )
+    tuned = AdaptedCheckpoint(
+        ref=ModelRef(adapter.given, adapter.resolved, adapter.commit, f"{stored} adapter"),
+        config={},
+        tensors=tensors,
+        notes=() if start is None else (f"the start {start.given} is taken off",),
+        tied_to={},
+        source=base.source,
+        base=base,
+        whole=base,
+        adapter=adapter,
+        changes=changes,
+        start=start,
+        is_doubled=adapter_folder(adapter.path).layout == "mirror",
+    )
+    return tuned, skipped
+
+
+def _names(module: str, experts: int | None) -> Iterator[str]:
+    """Names of the weights of a module: of a stack one for each expert."""
+    if experts is None:
+        yield f"{module}.weight"
+        return
+    holder, _, leaf = module.rpartition(".")
+    for expert in range(experts):
+        yield f"{holder}.{expert}.{leaf}.weight"
+
+
+@dataclass(frozen=True)
+class _NoFiles:
+    """The source of a base that is not read."""
+
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        return {}
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
+        return None
+
+    def open(self, file: str) -> Container:
+        raise CheckpointError("the base is not read here; give it, too")
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        return {}, ()
