@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import geoscope.names
 from geoscope.errors import OptionError
 from geoscope.names import (
+    NameMap,
     Selection,
     canonical,
     in_natural_order,
@@ -192,6 +193,41 @@ def test_the_kind_of_a_real_name(case: Case) -> None:
 def test_embeddings_and_heads_are_known_and_told_apart(case: Case) -> None:
     assert is_embedding(case.name) == (case.role == EMBEDDING)
     assert is_output_head(case.name) == (case.role == HEAD)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("nothing", "write REGEX=REPL"),
+        ("=model.", "write REGEX=REPL"),
+        ("(=x", "cannot be used: "),
+        (r"a=\2", "cannot be used: invalid group reference"),
+        (r"a=\g<b>", "cannot be used: unknown group name"),
+        (r"a=\q", "cannot be used: bad escape"),
+    ],
+)
+def test_what_is_no_rule_is_refused_before_any_name(rule: str, said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        NameMap((rule,))
+    assert str(caught.value).startswith("--map-name ") and said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_last_equals_sign_divides_a_rule() -> None:
+    mapped = NameMap((r"(?=net)net\.(?<=\.)=model.",))
+    assert mapped.canonical("net.norm.weight")[0] == "norm.weight"
+
+
+def test_a_rule_that_leaves_nothing_of_a_name_is_refused() -> None:
+    with pytest.raises(OptionError, match="nothing is left of norm"):
+        NameMap((".*=",)).canonical("norm.weight")
+
+
+def test_rules_come_in_their_order_and_the_unused_are_told() -> None:
+    rules = NameMap(("^a=b", "^b=c", "^x=y"))
+    assert rules.canonical("a.weight") == ("c.weight", ("--map-name ^a=b", "--map-name ^b=c"))
+    assert rules.unused(["a.weight", "d.weight"]) == ("^x=y",)
+    assert NameMap().canonical("module.x.weight") == canonical("module.x.weight")
 
 
 # Kinds whose names differ between versions: on disk, and in the canonical name.

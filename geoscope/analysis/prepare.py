@@ -28,8 +28,9 @@ from geoscope.engine import (
     resolve_dtype,
 )
 from geoscope.errors import PairingError, first_names
+from geoscope.metrics import Rounding
 from geoscope.names import NameMap
-from geoscope.records import Pairing, Skipped
+from geoscope.records import Pairing, Skipped, WeightPair
 from geoscope.report.survey import Survey
 
 __all__ = [
@@ -77,6 +78,10 @@ class Prepared:
     def stacks(self) -> bool:
         """Whether several pairs are computed together."""
         return _stacks(self.devices, self.tuned)
+
+    def rounding(self, one: WeightPair) -> Rounding:
+        """What FP8 blocks rounded away on both sides of a pair."""
+        return self.base.rounding(one.base.name), self.tuned.rounding(one.tuned.name)
 
     @property
     def device(self) -> str:

@@ -20,7 +20,7 @@ from geoscope.engine import Outcome, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped
 from geoscope.linalg.changes import nonfinite_entries, side, unchanged
-from geoscope.metrics import Instance, Rounding, judge_capacity_model, judge_model
+from geoscope.metrics import Instance, judge_capacity_model, judge_model
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
 __all__ = ["TunedRun", "run_one"]
@@ -88,15 +88,12 @@ def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:
 
 
 def _headers(prepared: Prepared) -> Headers:
-    base, tuned = prepared.base, prepared.tuned
-
-    def rounding(one: WeightPair) -> Rounding:
-        return base.rounding(one.base.name), tuned.rounding(one.tuned.name)
+    tuned = prepared.tuned
 
     def nominal(one: WeightPair) -> int | None:
         return tuned.nominal_rank(one.tuned.name) if isinstance(tuned, AdaptedCheckpoint) else None
 
-    return Headers(rounding, nominal, prepared.has_base)
+    return Headers(prepared.rounding, nominal, prepared.has_base)
 
 
 def _with_note(outcome: Outcome[Matrix]) -> Matrix:

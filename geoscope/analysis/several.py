@@ -40,9 +40,13 @@ def overlaps_of(
         # Of one batch all are alike: stacks hold pairs of equal dtypes, of adapters one pair.
         count = stacks_of_update(first.base, first.tuned, batch.pairs[0].tuned.name)
         return [
-            _overlap([one[i : i + 1] for one in stacks], count, options)
-            for i in range(len(batch.pairs))
+            _overlap([one[i : i + 1] for one in stacks], count, options, in_blocks=in_blocks(pair))
+            for i, pair in enumerate(batch.pairs)
         ]
+
+    def in_blocks(one: WeightPair) -> bool:
+        third = second.tuned.rounding(other[one.base.name])
+        return any(lost is not None for lost in (*first.rounding(one), third))
 
     found = stream(
         plan(
@@ -65,7 +69,7 @@ def overlaps_of(
 
 
 def _overlap(
-    stacks: Sequence[Tensor], count: int, options: Options
+    stacks: Sequence[Tensor], count: int, options: Options, *, in_blocks: bool
 ) -> tuple[dict[str, float | int | None], dict[str, float]] | None:
     """One matrix; None where it holds NaN or Inf, or where no solver converges.
 
@@ -79,6 +83,6 @@ def _overlap(
         for part in (updates[:count], updates[count:])
     ]
     try:
-        return overlap(base, *sides, ks=options.ks, solver=options.solver)
+        return overlap(base, *sides, ks=options.ks, solver=options.solver, in_blocks=in_blocks)
     except NumericsError:
         return None

@@ -423,5 +423,6 @@ def _parameters(found: Followed, options: FollowOptions, traps: Sequence[str]) -
         "include": list(options.include),
         "exclude": list(options.exclude),
         "layers": None if options.layers is None else sorted(options.layers),
+        "map_name": list(options.map_name),
         "notes": [*found.notes, *traps],
     }

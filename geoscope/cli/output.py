@@ -173,10 +173,15 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
     with _bar() as bar:
         task = bar.add_task("matrices", total=None)
 
+        def between_bars(nbytes: int, free: int) -> None:
+            bar.stop()
+            fetching(nbytes, free)
+            bar.start()
+
         def paired(done: int, total: int, _name: str) -> None:
             bar.update(task, completed=done, total=total)
 
-        yield Progress(on_fetch=fetching, on_download=_downloads(bar), on_pair=paired)
+        yield Progress(on_fetch=between_bars, on_download=_downloads(bar), on_pair=paired)
 
 
 def _downloads(bar: Bar) -> Callable[[str, int, int], None]:

@@ -41,18 +41,16 @@ from geoscope.linalg import (
 from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.product import Product, factorise_product
-from geoscope.linalg.storage import FP8, FloatFormat
+from geoscope.linalg.storage import FP8
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.nulls import marchenko_pastur_median
+from geoscope.metrics.storage_notes import storage_notes
 
 __all__ = ["PairFactors", "Rounding", "Settings", "pair_factors", "update_factors"]
 
 # What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
 Rounding = tuple[float | None, float | None]
-_STARTED_FROM_FP8 = "larger than the update, which started from FP8; ν leaves it out"
-# ‖rounding error‖/‖W‖ of a Gaussian W with f fraction bits, times 2^f (METHODS §1).
-_RELATIVE_ROUNDING = 1.6617e-3 * 2**7
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def pair_factors(
             _masks(work, base, tuned, sides)
     notes = (
         tuple(
-            _notes(base.dtype, tuned.dtype, *pair, counted=bool(noise > pair[1].noise))
+            storage_notes(base.dtype, tuned.dtype, *pair, base_counts=noise > pair[1].noise)
             for pair, noise in zip(sides, work.values["update.noise"].tolist(), strict=True)
         )
         if isinstance(tuned, Tensor)
@@ -469,33 +467,3 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side,
             numbers = [getattr(one, attribute).get(key, float("nan")) for one in results]
             work.values[f"masks.{key}{name}"] = column(numbers)
     work.values["masks.changed"] = column([float(one.changed) for one in results])
-
-
-def _notes(
-    base: torch.dtype, tuned: torch.dtype, before: Side, after: Side, *, counted: bool
-) -> tuple[str, ...]:
-    """Remarks on the storage of one pair. counted: ν holds more than the rounding of tuned."""
-    notes = []
-    for role, dtype, one in (("base", base, before), ("tuned", tuned, after)):
-        stored = str(dtype).removeprefix("torch.")
-        if stored != one.fmt.name and one.fmt is not FP8:
-            notes.append(f"{role} is stored as {stored} and holds only {one.fmt.name} numbers")
-    for role, one in (("base", before), ("tuned", after)):
-        if one.fmt is FP8:
-            inside = role == "tuned" or counted
-            remark = f"{role} is block-scaled FP8: its quantisation error, {_error(FP8)} of the "
-            remark += "weights, is "
-            remark += "in the update; ν counts it" if inside else _STARTED_FROM_FP8
-            notes.append(remark)
-    if FP8 not in (before.fmt, after.fmt) and before.fmt != after.fmt:
-        remark = f"base holds {before.fmt.name}, tuned {after.fmt.name}: ν counts the rounding of "
-        remark += f"tuned, {_error(after.fmt)} of the weights"
-        if before.fmt.fraction_bits < after.fmt.fraction_bits:
-            remark += f"; a base rounded after training began adds {_error(before.fmt)}"
-        notes.append(remark)
-    return tuple(notes)
-
-
-def _error(fmt: FloatFormat) -> str:
-    """How much of a weight rounding takes away, as a share of its norm."""
-    return f"about {_RELATIVE_ROUNDING * 2.0**-fmt.fraction_bits:.2g}"

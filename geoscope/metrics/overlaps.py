@@ -39,10 +39,13 @@ def overlap(
     *,
     ks: Sequence[int],
     solver: str = "auto",
+    in_blocks: bool = False,
 ) -> tuple[Values, dict[str, float]]:
     """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes, or
     the update in its factors.
 
+    in_blocks: one of them was stored in FP8 blocks, whose rounding cells are not known; the Jaccard
+    index has no null then.
     A quantity that is undefined (an update is zero, k exceeds q or its rank; single entries of an
     update in its factors) is None.
     """
@@ -55,7 +58,7 @@ def overlap(
     values["update_cosine"] = update_cosine(first, second) if both else None
     nulls["update_cosine"] = 0.0
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        _masks(values, nulls, base[0], a[0], b[0])
+        _masks(values, nulls, base[0], a[0], b[0], in_blocks=in_blocks)
     else:
         values |= {"mask_jaccard": None, "sign_conflict": None}
     inside = [k for k in (*ks, *PHI_DIMENSIONS) if k <= q]
@@ -140,7 +143,15 @@ def subspace_capture(Q0: Tensor, Q1: Tensor) -> float:
     return float((Q0.mT @ Q1).square().sum()) / min(Q0.shape[1], Q1.shape[1])
 
 
-def _masks(values: Values, nulls: dict[str, float], base: Tensor, a: Tensor, b: Tensor) -> None:
+def _masks(
+    values: Values,
+    nulls: dict[str, float],
+    base: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    in_blocks: bool,
+) -> None:
     """Jaccard index of the changed masks, and opposite signs among jointly changed entries.
 
     Signs are taken of all entries that differ as stored: those of a wide file that cross the edge
@@ -149,7 +160,7 @@ def _masks(values: Values, nulls: dict[str, float], base: Tensor, a: Tensor, b: 
     first, second = changed_mask(base, a), changed_mask(base, b)
     union = int((first | second).sum())
     values["mask_jaccard"] = int((first & second).sum()) / union if union else None
-    if union and bool(base.any()):  # of a zero base, rounding favours no weight
+    if union and bool(base.any()) and not in_blocks:  # of a zero base, rounding favours no weight
         nulls["mask_jaccard"] = _jaccard_null(base, (a, first), (b, second))
     joint = torch.ne(a, base) & torch.ne(b, base)
     both = int(joint.sum())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -21,8 +22,8 @@ from geoscope.errors import GeoscopeError
 def main(reference: str, wanted: str, how: str) -> dict[str, Any]:
     """Open `reference`; fetch, or fetch and read, every tensor that `wanted` finds.
 
-    how: "fetch", "read", "read alone" (without fetching), "parts" (entries 7 … 98), "full disk",
-    "no waiting" (how long it would have waited, in place of that).
+    how: "fetch", "read", "read alone" (in a copy, without fetching), "parts" (entries 7 … 98),
+    "full disk", "no waiting" (how long it would have waited, in place of that).
     """
     waits: list[float] = []
     if how == "full disk":
@@ -40,7 +41,9 @@ def main(reference: str, wanted: str, how: str) -> dict[str, Any]:
             found["to_fetch"] = checkpoint.bytes_to_fetch(names)
             found["opening"] = list(progress)
             progress.clear()
-            if how != "read alone":
+            if how == "read alone":
+                checkpoint = pickle.loads(pickle.dumps(checkpoint))  # as workers get it
+            else:
                 checkpoint.fetch(names)
             found["left_to_fetch"] = checkpoint.bytes_to_fetch(names)
             if how.startswith("read"):

@@ -10,7 +10,7 @@ import torch
 from checkpoints.files import llama, model_of, write_model, zeros
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.errors import PairingError
-from geoscope.names import Selection
+from geoscope.names import NameMap, Selection
 from geoscope.records import Pairing, Rename, ShapeMismatch, Skipped
 
 ALL = Selection()
@@ -139,6 +139,55 @@ def test_nothing_is_paired_by_position(sides: Sides) -> None:
     assert all(".layers.1." in name for name in pairing.base_only)
     assert len(pairing.base_only) == 8
     assert len(pairing.missing) == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "old", "new"),
+    [
+        ((r"^policy\.=",), "model.", "policy.model."),
+        ((r"^net\.(\w+)s\.(\d+)\.=layers.\2.",), "model.layers.", "net.blocks."),
+        ((r"^a\.=b.", r"^b\.=model."), "model.", "a."),
+    ],
+)
+def test_a_rule_of_the_user_matches_names_and_is_listed(
+    sides: Sides, given: tuple[str, ...], old: str, new: str
+) -> None:
+    base, tuned = sides.open("base", llama()), sides.open("tuned", renamed(llama(), old, new))
+    without = pair(base, tuned, Selection(), NameMap(given))
+    assert (len(without.matrices), without.missing) == (14, ())
+    rename = next(one for one in without.renamed if one.base == UP)
+    assert rename.tuned == UP.replace(old, new)
+    for rule in given:
+        assert f"--map-name {rule}" in rename.rule
+    with pytest.raises(PairingError, match="nothing to compare"):
+        pair(base, tuned, ALL)
+
+
+def test_a_rule_that_makes_two_names_one_is_an_error_that_names_both(sides: Sides) -> None:
+    base = sides.open("base", llama())
+    with pytest.raises(PairingError) as caught:
+        pair(base, base, ALL, NameMap((r"\bk_proj=q_proj",)))
+    first, second = (f"model.layers.0.self_attn.{one}_proj.weight" for one in "kq")
+    assert f"{first} and {second} mean the same tensor" in str(caught.value)
+
+
+def test_per_expert_names_of_two_libraries_meet(sides: Sides) -> None:
+    base = zeros(
+        model__layers__0__block_sparse_moe__experts__3__w1__weight=(6, 4),
+        model__layers__0__block_sparse_moe__experts__3__w2__weight=(4, 6),
+        model__layers__0__block_sparse_moe__experts__3__w3__weight=(6, 4),
+        model__layers__0__block_sparse_moe__gate__weight=(8, 4),
+    )
+    tuned = zeros(
+        model__layers__0__mlp__experts__3__gate_proj__weight=(6, 4),
+        model__layers__0__mlp__experts__3__down_proj__weight=(4, 6),
+        model__layers__0__mlp__experts__3__up_proj__weight=(6, 4),
+        model__layers__0__mlp__gate__weight=(8, 4),
+    )
+    pairing = sides.pair(base, tuned)
+    met = {one.base.split(".")[-2]: one.tuned.split(".")[-2] for one in pairing.renamed}
+    assert met == {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "gate": "gate"}
+    assert {one.rule for one in pairing.renamed} == {"expert names"}
 
 
 # --- what is left over --------------------------------------------------------------------------

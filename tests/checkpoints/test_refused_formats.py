@@ -16,7 +16,7 @@ from checkpoints.files import llama, write_config, write_model
 from geoscope.checkpoints import open_checkpoint
 from geoscope.errors import UnsupportedFormat
 
-READS = "geoscope reads fp32, fp16 and bf16."
+READS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
 SOURCE = "Use the checkpoint it was quantised from."
 BITSANDBYTES = "Merge the adapter into the bf16 base; for QLoRA that is the unquantised base."
 BF16 = "Use a bf16 conversion."
@@ -56,7 +56,11 @@ def line(reference: Path) -> str:
             "Use the source checkpoint.",
         ),
         ({"quant_method": "mxfp4"}, "MXFP4", BF16),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8", BF16),
+        ({"quant_method": "mxfp8"}, "MXFP8", BF16),
+        ({"quant_method": "nvfp4"}, "NVFP4", BF16),
+        ({"quant_method": "fp8", "weight_block_size": None}, "FP8", BF16),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "FP8", BF16),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "FP8", BF16),
         ({"quant_method": "fbgemm_fp8"}, "FP8", BF16),
         *(
             ({"quant_method": name}, name, SOURCE)
@@ -141,10 +145,21 @@ F32 = torch.zeros(4, 4)
         (
             {".weight": F8, ".weight_scale_inv": F32},
             "FP8",
-            f"tensor {BLOCK}.weight_scale_inv",
+            f"tensor {BLOCK}.weight_scale_inv: float32, 4 × 4, is no scale by block",
             BF16,
         ),
-        ({".weight": F8}, "FP8", f"tensor {BLOCK}.weight is float8_e4m3fn", BF16),
+        (
+            {".weight": F8},
+            "FP8",
+            f"tensor {BLOCK}.weight is float8_e4m3fn without {BLOCK}.weight_scale_inv",
+            BF16,
+        ),
+        (
+            {".weight": F8.to(torch.float8_e5m2), ".weight_scale_inv": F32[:1, :1]},
+            "FP8",
+            f"tensor {BLOCK}.weight is float8_e5m2",
+            BF16,
+        ),
     ],
 )
 def test_the_tensors_are_evidence_when_the_config_is_silent(

@@ -113,6 +113,20 @@ def test_columns_of_one_expert_take_no_other_expert(tmp_path: Path, bytes_read: 
     assert sum(bytes_read) == 4 * 2 * INNER * H  # the rows of this expert, gate and up
 
 
+def test_long_runs_of_columns_are_read_alone(tmp_path: Path, bytes_read: list[int]) -> None:
+    """From 4 KiB on a read for each row is cheaper than what lies between."""
+    name, width = "h.0.attn.c_attn.weight", 1024
+    whole = torch.arange(8 * 3 * width, dtype=torch.float32).reshape(8, 3 * width)
+    save_file({name: whole}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(f'{{"model_type": "gpt2", "n_embd": {width}}}')
+    info = open_checkpoint(str(tmp_path)).tensors[name]
+    assert info.transposed
+    model = split(open_checkpoint(str(tmp_path)))
+    found = model.read(name.replace("c_attn", "k_proj"))
+    assert torch.equal(found, whole[:, width : 2 * width].T)
+    assert bytes_read == [4 * width] * 8
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_buffer_and_parts_give_what_reading_gives(tmp_path: Path, turned: bool) -> None:
     model = split(stacked_model(tmp_path, turned=turned, config="gpt_oss"))
