@@ -11,8 +11,11 @@ from geoscope.analysis.adapted_model import adapted, started_from
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.adapter import Adapter
+from geoscope.checkpoints.layout import file_names
 from geoscope.checkpoints.model_or_adapter import open_model_or_adapter
 from geoscope.checkpoints.reference import base_and_adapter
+from geoscope.checkpoints.refused import is_adapter_file
+from geoscope.checkpoints.shard_folder import holds_shards, open_shard_base
 from geoscope.checkpoints.split import split
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
 
@@ -96,7 +99,10 @@ def adapter_at(
 
 
 def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:
-    """The model that its config names."""
+    """The model that its config names; of an adapter out of shards the base in the same shards."""
+    names = file_names(adapter.path)
+    if holds_shards(names) and not any(is_adapter_file(name) for name in names):
+        return open_shard_base(adapter.path, adapter.given)
     field = "base_model_name_or_path in adapter_config.json"
     if adapter.base is None:
         raise CheckpointError(f"{adapter.given}: no {field}; give base+adapter")

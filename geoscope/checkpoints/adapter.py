@@ -193,10 +193,8 @@ def open_adapter(
     if not folder.is_dir():
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
     config = read_config(folder, given, _TYPES)
-    if alpha is not None:
-        config = _with_alpha(config, alpha, given)
     container = open_adapter_file(folder, given)
-    found = adapter_of(given, folder.resolve(), config, container)
+    found = adapter_of(given, folder.resolve(), config, container, alpha=alpha)
     recorded = _recorded_start(folder, config.get("base_model_name_or_path"))
     return replace(found, initial=found.initial or recorded)
 
@@ -208,12 +206,21 @@ def _on_the_hub(path: str | Path) -> HubReference | None:
     return parsed if isinstance(parsed, HubReference) else None
 
 
-def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Container) -> Adapter:
+def adapter_of(
+    given: str,
+    path: Path,
+    config: Mapping[str, Any],
+    container: Container,
+    *,
+    alpha: float | None = None,
+) -> Adapter:
     """The adapter of a config and the tensors in a container, wherever they lie.
 
-    Raises as `open_adapter` does.
+    alpha: see `open_adapter`. Raises as that does.
     """
     check_type(config, given, _TYPES)
+    if alpha is not None:
+        config = _with_alpha(config, alpha, given)
     tensors = dict(sorted(container.header.tensors.items()))
     refuse_kohya(tensors, given)
     found = _TYPES[config["peft_type"]](config, tensors, given)
@@ -237,7 +244,7 @@ def adapter_of(given: str, path: Path, config: Mapping[str, Any], container: Con
     )
 
 
-def _with_alpha(config: dict[str, Any], alpha: float, given: str) -> dict[str, Any]:
+def _with_alpha(config: Mapping[str, Any], alpha: float, given: str) -> dict[str, Any]:
     kind = config["peft_type"]
     if kind not in _WITH_ALPHA:
         raise OptionError(f"{given}: {kind} has no lora_alpha; leave the alpha out")

@@ -40,7 +40,7 @@ from geoscope.checkpoints.shard_folder import holds_shards, open_shards
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
-__all__ = ["LocalFolder", "open_local", "open_model_folder"]
+__all__ = ["LocalFolder", "as_chosen", "open_local", "open_model_folder"]
 
 _NO_CONFIG = (
     "one file, no config at hand: Conv1D layers and tied embeddings are told by names and shapes"
@@ -68,7 +68,13 @@ def _open_directory(path: Path, given: str) -> Checkpoint:
     if chosen.kind is Kind.ADAPTER:
         raise _adapter_first(folder, label, given, places)
     open_it = open_shards if chosen.kind is Kind.SHARDS else open_model_folder
-    checkpoint = open_it(folder, label)
+    return as_chosen(open_it(folder, label), given, chosen, places)
+
+
+def as_chosen(
+    checkpoint: Checkpoint, given: str, chosen: Place, places: Sequence[Place]
+) -> Checkpoint:
+    """The same, as the user named it, with a remark where the choice says something."""
     # Of an adapter in the same folder the layout has its own word.
     others = [
         one

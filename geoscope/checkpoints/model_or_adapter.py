@@ -7,7 +7,7 @@ from collections.abc import Callable
 from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.layout import choose_layout
-from geoscope.checkpoints.local import open_local
+from geoscope.checkpoints.local import as_chosen, open_local
 from geoscope.checkpoints.places import Kind, below, choose_below, find_places
 from geoscope.checkpoints.reference import HubReference, LocalReference, parse_reference
 from geoscope.checkpoints.shard_folder import open_shards_or_adapter
@@ -34,14 +34,15 @@ def open_model_or_adapter(
     path, given = parsed.path, parsed.given
     if not path.is_dir():
         return open_local(parsed)
-    chosen = choose_below(find_places(path.resolve()))
+    places = find_places(path.resolve())
+    chosen = choose_below(places)
     folder = path.resolve() / ("" if chosen is None else chosen.folder)
     if chosen is not None and chosen.kind is Kind.ADAPTER:
         return open_adapter(folder, given=below(given, chosen.folder), alpha=alpha)
     if chosen is not None and chosen.kind is Kind.SHARDS:
-        found = open_shards_or_adapter(folder, below(given, chosen.folder))
-        if isinstance(found, Adapter):
-            return found
+        found = open_shards_or_adapter(folder, below(given, chosen.folder), alpha=alpha)
+        is_adapter = isinstance(found, Adapter)
+        return found if is_adapter else as_chosen(found, given, chosen, places)
     return open_local(parsed)
 
 

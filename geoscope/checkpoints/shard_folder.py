@@ -5,7 +5,7 @@
 
 The tensors come whole, under the names of the model, in the dtype stored. A LoRA run has base and
 factors in the same shards: it is no whole model, and opened in two, `open_shard_base` and
-`open_shard_adapter`.
+`open_shard_adapter`, or as the adapter by who takes both, `open_shards_or_adapter`.
 """
 
 from __future__ import annotations
@@ -58,18 +58,23 @@ def open_shards(path: Path, given: str) -> Checkpoint:
     written = [one for one in _ADAPTER_FOLDERS if (path / one / ADAPTER_CONFIG).is_file()]
     place = f"{given.rstrip('/')}/{written[0]}" if written else "the lora_adapter/ of verl"
     raise UnsupportedFormat(
-        f"`{given}`: shards of a LoRA run, base and factors in the same files. geoscope compares "
-        f"whole weights. Merge {place} into the base and give the merged folder"
+        f"`{given}`: shards of a LoRA run, base and factors in the same files, where a whole model "
+        f"is needed. Merge {place} into the base and give the merged folder"
     )
 
 
-def open_shards_or_adapter(path: Path, given: str) -> Checkpoint | Adapter:
-    """The model in a folder of shards; of a LoRA run its adapter. Raises CheckpointError."""
+def open_shards_or_adapter(
+    path: Path, given: str, *, alpha: float | None = None
+) -> Checkpoint | Adapter:
+    """The model in a folder of shards; of a LoRA run its adapter. Raises CheckpointError.
+
+    alpha: see `open_shard_adapter`.
+    """
     shards = _shards(path, given)
     names = lora_names(shards.container.header.tensors)
     if names is None:
         return _checkpoint(shards, given, shards.container)
-    return _adapter(shards, names, given)
+    return _adapter(shards, names, given, alpha)
 
 
 def open_shard_base(path: Path, given: str) -> Checkpoint:
@@ -78,19 +83,19 @@ def open_shard_base(path: Path, given: str) -> Checkpoint:
     return _checkpoint(shards, given, renamed(shards.container, names.base))
 
 
-def open_shard_adapter(path: Path, given: str) -> Adapter:
+def open_shard_adapter(path: Path, given: str, *, alpha: float | None = None) -> Adapter:
     """The adapter of a LoRA run, from the factors in its shards.
 
     r and alpha come from adapter_config.json of `lora_adapter/`, else from lora_train_meta.json.
-    Raises CheckpointError.
+    alpha: in place of theirs. Raises CheckpointError.
     """
-    return _adapter(*_lora_run(path, given), given)
+    return _adapter(*_lora_run(path, given), given, alpha)
 
 
-def _adapter(shards: _Shards, names: LoraNames, given: str) -> Adapter:
+def _adapter(shards: _Shards, names: LoraNames, given: str, alpha: float | None) -> Adapter:
     container = renamed(shards.container, {name: name for name in names.adapter})
     config = _lora_config(shards.path, given)
-    return adapter_of(given, shards.path.resolve(), config, container)
+    return adapter_of(given, shards.path.resolve(), config, container, alpha=alpha)
 
 
 def _lora_run(path: Path, given: str) -> tuple[_Shards, LoraNames]:

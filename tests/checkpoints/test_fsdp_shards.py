@@ -390,8 +390,8 @@ def test_a_lora_run_is_no_whole_model(shards: Path, tmp_path: Path) -> None:
     folder = copy(shards / "lora", tmp_path)
     line = refusal(folder, UnsupportedFormat)
     assert line == (
-        f"`{folder}`: shards of a LoRA run, base and factors in the same files. geoscope compares "
-        "whole weights. Merge the lora_adapter/ of verl into the base and give the merged folder"
+        f"`{folder}`: shards of a LoRA run, base and factors in the same files, where a whole "
+        "model is needed. Merge the lora_adapter/ of verl into the base and give the merged folder"
     )
 
 

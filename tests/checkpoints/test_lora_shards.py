@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cli.running import run as run_command
 
 from checkpoints.files import assert_equal_bits
 from geoscope.checkpoints import open_checkpoint
@@ -49,3 +51,12 @@ def test_base_and_adapter_are_those_that_were_wrapped(tmp_path: Path) -> None:
             for factor, kept in zip(one.factors(name), saved.factors(name), strict=True):
                 assert_equal_bits(factor, kept)
                 assert factor.count_nonzero() > 0
+
+    # Alone, the run brings its own base: the same as the adapter over the model before it.
+    asked = ("--json", "--no-resume")
+    alone_out = run_command("collapse", run / "base", alone.parent, *asked).out
+    over_out = run_command("collapse", run / "base", actor / "lora_adapter", *asked).out
+    assert json.loads(alone_out)["layers"] == json.loads(over_out)["layers"]
+    listed = run_command("inspect", alone.parent)
+    assert listed.code == 0
+    assert "q_proj" in listed.out
