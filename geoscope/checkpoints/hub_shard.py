@@ -83,6 +83,8 @@ class HubShard:
             return
         with self.cache.lock():
             found = self._runs(names)  # another process may have brought them meanwhile
+            if not found:
+                return
             if not self._wants_whole(found) and self._fetch_runs(found, on_progress or ignore):
                 return
         if not self._wants_whole(found):

@@ -24,6 +24,7 @@ from types import TracebackType
 from urllib.parse import quote
 
 from geoscope.checkpoints.byte_ranges import Piece, Run, Span
+from geoscope.errors import CheckpointError
 from geoscope.folders import cache_folder
 
 __all__ = [
@@ -112,10 +113,17 @@ class RangeCache:
         return Piece(span, span.begin + (done if done < span.end - span.begin else 0))
 
     def lock(self) -> AbstractContextManager[object]:
-        """Held while the folder is written to."""
+        """Held while the folder is written to. Raises CheckpointError where that cannot be done."""
         from huggingface_hub.utils import WeakFileLock
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".lock").touch()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: cannot be written: {error.strerror or error}; set GEOSCOPE_CACHE "
+                "to a folder that can be"
+            ) from None
         return WeakFileLock(self.folder / ".lock")
 
     def sink(self, run: Run) -> Sink:

@@ -305,6 +305,15 @@ def test_a_full_disk_is_said_before_the_first_byte(hub: HubServer, client: Clien
     assert ranges(hub) == []
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(client: Client) -> None:
+    (client.home / "file").write_text("no folder")
+    found = client("org/sharded", ONE, GEOSCOPE_CACHE=str(client.home / "file" / "below"))
+    assert found["error"].startswith(str(client.home / "file" / "below" / "hub"))
+    assert found["error"].endswith(
+        "cannot be written: Not a directory; set GEOSCOPE_CACHE to a folder that can be"
+    )
+
+
 # --- headers that claim too much ----------------------------------------------------------------
 
 

@@ -39,7 +39,8 @@ def model(seed: int) -> Any:
         num_key_value_heads=2, vocab_size=256, max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(config).to(dtype=torch.bfloat16)
+    made: Any = transformers.LlamaForCausalLM(config)
+    return made.to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,7 @@ def test_one_layer_of_a_sharded_pair(hub: HubServer, shell: Shell, pair: dict[st
     assert asked == {"/api/models/org/base", "/api/models/org/tuned"}
 
 
+@pytest.mark.slow
 def test_what_is_to_be_fetched_is_said_with_the_room_for_it(shell: Shell) -> None:
     done = shell("collapse", "org/base", "org/tuned", "--layers", "1")
     assert done.returncode == 0, done.stderr
@@ -161,6 +163,7 @@ def test_what_is_to_be_fetched_is_said_with_the_room_for_it(shell: Shell) -> Non
     assert ", after fetching 591" in dry.stdout and " free)" in dry.stdout
 
 
+@pytest.mark.slow
 def test_a_connection_cut_in_a_range_goes_on(
     hub: HubServer, shell: Shell, pair: dict[str, Path]
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_connection_cut_in_a_range_goes_on(
     assert found["layers"] == local["layers"]
 
 
+@pytest.mark.slow
 def test_offline_what_was_read_is_read_again(hub: HubServer, shell: Shell) -> None:
     words = ("collapse", "org/base", "org/tuned", "--layers", "1", "--no-resume")
     online = shell.report(*words)
