@@ -20,7 +20,7 @@ from geoscope.checkpoints.adapter_folder import adapter_folder
 from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.disk import Room
 from geoscope.engine import plan, resolve_devices, resolve_dtype
-from geoscope.errors import CheckpointError
+from geoscope.errors import CheckpointError, PairingError
 from geoscope.names import NameMap
 from geoscope.records import ModelRef, Report, Skipped, TensorInfo
 
@@ -60,6 +60,8 @@ def prepare_alone(reference: str, options: Options, progress: Progress | None = 
     adapter = adapter_at(reference, alpha=options.lora_alpha, on_progress=progress.on_download)
     start = started_from(adapter, options.initial_adapter)
     tuned, skipped = _alone(adapter, start)
+    if not tuned.changes:
+        raise PairingError(f"{adapter.given}: {skipped[0].reason}; give it as BASE TUNED")
     pairing = pair(tuned.base, tuned, options.selection, NameMap(options.map_name))
     pairing = replace(
         pairing,

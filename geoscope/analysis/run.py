@@ -94,10 +94,9 @@ def _with_start(
     marked = tuple(replace(one, notes=(*one.notes, start.text)) for one in matrices)
     if kind not in ("collapse", "compare"):
         return marked
+    clause = f"as {start.method} begins"
     return tuple(
-        replace(
-            one, judged=Judged("INIT_MISMATCH", one.judged.k, f"as {start.method} begins", "", ())
-        )
+        replace(one, judged=Judged("INIT_MISMATCH", one.judged.k, clause, "", ()))
         if one.judged is not None and one.judged.code != "NO_UPDATE"
         else one
         for one in marked

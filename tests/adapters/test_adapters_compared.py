@@ -24,8 +24,10 @@ with warnings.catch_warnings():  # of packages that it imports
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 OPTIONS = geoscope.Options(ks=(2, 4))
-# What only stored entries tell, and what counts their rounding.
+# What only stored entries tell, what counts their rounding, and ranks: those of a merged update are
+# of its rounding, too.
 ENTRIES = ("update_sparsity", "update_sparsity_abs", "update_sparsity_exact", "precision_ratio")
+RANKS = ("numerical_rank", "signal_rank")
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,27 @@ def made(
     config: Any,
     *,
     train: Callable[[Any], None] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Made:
     """The adapter with random values, saved by PEFT, and what PEFT merges in fp64."""
     found = Made(root / "base", root / "adapter", root / "start", root / "merged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = tiny_models.live(family(found.base), torch.float64)
+        model = tiny_models.live(family(found.base), dtype)
         torch.manual_seed(0)
         adapted = peft.get_peft_model(model, config)
         adapted.save_pretrained(found.start)
         (train or randomise)(adapted)
         adapted.save_pretrained(found.adapter)
-        adapted.merge_and_unload().save_pretrained(found.merged)
+        adapted.double().merge_and_unload().save_pretrained(found.merged)
     return found
 
 
 def randomise(model: Any) -> None:
     generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        # AdaLoRA's ranknum is in no file
+        if parameter.requires_grad and "ranknum" not in name:
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(0.3 * drawn + (parameter.data if parameter.dim() == 1 else 0))
 
@@ -112,7 +116,7 @@ def by_name(report: Report) -> dict[str, LayerRecord]:
 def assert_same_numbers(found: LayerRecord, expected: LayerRecord) -> None:
     for key, value in expected.values.items():
         mine = found.values[key]
-        if key in ENTRIES or value is None or key.endswith("numerical_rank"):
+        if key in ENTRIES or value is None or key.endswith(RANKS):
             continue
         if mine is None:
             assert key.endswith("condition_number") or found.raw.get(key) is not None, key
@@ -204,6 +208,7 @@ def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         tiny_models.llama,
         lora(init_lora_weights=request.param),
         train=moved,
+        dtype=torch.float32,
     )
 
 
@@ -213,7 +218,7 @@ def test_the_start_is_taken_off(started: Made) -> None:
     expected = by_name(geoscope.compare(started.base, started.merged, options=OPTIONS))
     for name, one in found.items():
         for key in ("relative_update", "update.stable_rank", "nss", "energy_two_sided@2"):
-            assert one.values[key] == pytest.approx(expected[name].values[key], rel=1e-5), key
+            assert one.values[key] == pytest.approx(expected[name].values[key], rel=1e-4), key
 
 
 def test_without_its_start_it_is_refused(started: Made) -> None:
@@ -249,7 +254,7 @@ def test_an_ordinary_adapter_is_not_taken_for_one(tmp_path: Path) -> None:
 def test_an_adapter_alone_has_the_spectrum_of_its_update(tmp_path: Path) -> None:
     case = made(tmp_path, *CASES["rslora, patterns"])
     whole = by_name(geoscope.compare(case.base, case.adapter, kind="anisotropy", options=OPTIONS))
-    done = run("anisotropy", case.adapter, "--no-base", "--k", "2,4", "--json", "--no-resume")
+    done = run("anisotropy", case.adapter, "--no-base", "--json")
     alone = {one["name"]: one for one in done.report["layers"]}
     assert set(alone) == set(whole)
     for name, one in whole.items():
@@ -260,7 +265,7 @@ def test_an_adapter_alone_has_the_spectrum_of_its_update(tmp_path: Path) -> None
 
 def test_what_needs_the_base_is_named(tmp_path: Path) -> None:
     case = made(tmp_path, *CASES["ia3"])
-    done = run("anisotropy", case.adapter, "--no-base")
-    assert done.code == 1
-    mixed = made(tmp_path / "mixed", tiny_models.llama, lora(use_dora=True))
-    assert "needs the base" in run("capacity", mixed.adapter).err
+    for one in ("anisotropy", "--no-base"), ("capacity",):
+        done = run(one[0], case.adapter, *one[1:])
+        assert done.code == 1
+        assert "IA3 changes a weight by no product" in done.err
