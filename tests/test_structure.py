@@ -97,7 +97,7 @@ EXCEPTIONS = {
     ("cli", "geoscope.metrics"),
     # `geoscope cache` has nothing to compare
     ("cli", "geoscope.engine.cache"),
-    ("cli", "geoscope.checkpoints.range_cache"),
+    ("cli", "geoscope.checkpoints.hub.range_cache"),
 }
 WINGS = {wing(module_of(path)) for path in FILES} - {""}
 

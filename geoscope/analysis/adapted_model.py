@@ -12,11 +12,11 @@ from torch import Tensor
 
 from geoscope.adapters.peft_names import module_paths
 from geoscope.checkpoints import Checkpoint
-from geoscope.checkpoints.adapted import AdaptedCheckpoint, Change
-from geoscope.checkpoints.adapter import Adapter, open_adapter
-from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
-from geoscope.checkpoints.adapter_module import AdapterModule
-from geoscope.checkpoints.lora_adapter import expert_parts
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint, Change
+from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
+from geoscope.checkpoints.peft.lora import expert_parts
+from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.views import Blocks
 from geoscope.errors import OptionError, PairingError, first_names
 from geoscope.records import ModelRef, TensorInfo

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from geoscope.checkpoints import Checkpoint
-from geoscope.checkpoints.adapter import Adapter
-from geoscope.checkpoints.adapter_module import AdapterModule
-from geoscope.checkpoints.lora_adapter import expert_parts, is_targeted
+from geoscope.checkpoints.peft.adapter import Adapter
+from geoscope.checkpoints.peft.lora import expert_parts, is_targeted
+from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.names import in_natural_order
 
 __all__ = ["AdapterMatch", "Piece"]

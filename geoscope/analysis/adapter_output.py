@@ -31,9 +31,9 @@ from geoscope.analysis.adapter_targets import Targets
 from geoscope.analysis.convert_adapter import Conversion, ModuleEnergy, discarded_share
 from geoscope.analysis.init_options import InitOptions
 from geoscope.checkpoints import Checkpoint
-from geoscope.checkpoints.adapter_folder import CONVERTED, RECORD, RECORD_SCHEMA
 from geoscope.checkpoints.hashes import tensor_sha256
 from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.peft.folder import CONVERTED, RECORD, RECORD_SCHEMA
 from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
 from geoscope.checkpoints.writing import ModelPlan, plan_model
 from geoscope.report.card import ConversionCard, conversion_card

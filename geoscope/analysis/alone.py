@@ -14,11 +14,11 @@ from geoscope.analysis.options import Interrupted, Options, Progress
 from geoscope.analysis.prepare import Prepared, cores, planned_memory
 from geoscope.analysis.run import run_one
 from geoscope.checkpoints import Checkpoint, pair
-from geoscope.checkpoints.adapted import AdaptedCheckpoint, Change
-from geoscope.checkpoints.adapter import Adapter
-from geoscope.checkpoints.adapter_folder import adapter_folder
 from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.disk import Room
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint, Change
+from geoscope.checkpoints.peft.adapter import Adapter
+from geoscope.checkpoints.peft.folder import adapter_folder
 from geoscope.engine import plan, resolve_devices, resolve_dtype
 from geoscope.errors import CheckpointError, PairingError
 from geoscope.names import NameMap

@@ -18,15 +18,15 @@ from geoscope import __version__
 from geoscope.adapters.conversion import alpha_for, compressed, concatenated, fused_experts
 from geoscope.adapters.peft_config import adapter_config
 from geoscope.adapters.peft_names import lora_keys
-from geoscope.checkpoints.adapter import Adapter, open_adapter
-from geoscope.checkpoints.adapter_folder import (
+from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.folder import (
     CONVERTED,
     AdapterFolder,
     adapter_folder,
     record_beside,
 )
-from geoscope.checkpoints.adapter_module import AdapterModule
-from geoscope.checkpoints.lora_adapter import expert_parts, unstacked
+from geoscope.checkpoints.peft.lora import expert_parts, unstacked
+from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
 from geoscope.errors import CheckpointError, NumericsError, OptionError, PairingError, first_names

@@ -38,11 +38,11 @@ from geoscope.analysis.fetching import fetch
 from geoscope.analysis.init_options import InitOptions
 from geoscope.analysis.options import Progress
 from geoscope.checkpoints import Checkpoint, open_checkpoint
-from geoscope.checkpoints.adapter_folder import RECORD_SCHEMA, refuse_as_base
 from geoscope.checkpoints.container import files_of
 from geoscope.checkpoints.hashes import file_sha256
 from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.peft.folder import RECORD_SCHEMA, refuse_as_base
 from geoscope.checkpoints.refused import refuse_scaled
 from geoscope.checkpoints.writing import write_model
 from geoscope.engine import one_blas_thread, resolve_devices

@@ -9,13 +9,13 @@ from typing import Any
 
 from geoscope.analysis.adapted_model import adapted, started_from
 from geoscope.checkpoints import Checkpoint
-from geoscope.checkpoints.adapted import AdaptedCheckpoint
-from geoscope.checkpoints.adapter import Adapter
 from geoscope.checkpoints.layout import file_names
 from geoscope.checkpoints.model_or_adapter import open_model_or_adapter
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
+from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.reference import base_and_adapter
 from geoscope.checkpoints.refused import is_adapter_file
-from geoscope.checkpoints.shard_folder import holds_shards, open_shard_base
+from geoscope.checkpoints.shards.folder import holds_shards, open_shard_base
 from geoscope.checkpoints.split import split
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
 

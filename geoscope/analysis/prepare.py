@@ -13,9 +13,9 @@ import torch
 from geoscope.analysis.models import in_parts, open_model, open_tuned, over
 from geoscope.analysis.options import Options, Progress
 from geoscope.checkpoints import Checkpoint, pair
-from geoscope.checkpoints.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.disk import free_bytes
 from geoscope.checkpoints.pairing import common_rows, is_resized
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.split import common_config
 from geoscope.engine import (
     Batch,

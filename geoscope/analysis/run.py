@@ -16,8 +16,8 @@ from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
 from geoscope.analysis.selection import VERDICT_KINDS, all_selected
 from geoscope.analysis.start_check import LARGE, seen_start
-from geoscope.checkpoints.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.checkpoint import fetch_all
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.engine import Outcome, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped

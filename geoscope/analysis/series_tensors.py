@@ -15,7 +15,7 @@ from geoscope.analysis.models import in_parts as parts_of
 from geoscope.analysis.models import open_model
 from geoscope.analysis.options import Progress
 from geoscope.checkpoints import Checkpoint, pair
-from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
 from geoscope.checkpoints.series import Series, open_series
 from geoscope.checkpoints.split import common_config
 from geoscope.checkpoints.steps import given_steps

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from geoscope.adapters.blind_start import blind_start
 from geoscope.analysis.adapted_model import update_of
 from geoscope.analysis.prepare import Prepared
-from geoscope.checkpoints.adapted import AdaptedCheckpoint
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.errors import GeoscopeError
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.records import WeightPair

@@ -22,8 +22,10 @@ from geoscope.adapters.peft_names import module_paths
 from geoscope.analysis.adapter_match import AdapterMatch, Piece
 from geoscope.analysis.peft_logits import LogitDifferences, logit_differences
 from geoscope.checkpoints import Checkpoint, open_checkpoint
-from geoscope.checkpoints.adapter import Adapter, open_adapter
-from geoscope.checkpoints.adapter_folder import (
+from geoscope.checkpoints.container import files_of
+from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
+from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.folder import (
     CONVERTED,
     RECORD,
     AdapterFolder,
@@ -31,8 +33,6 @@ from geoscope.checkpoints.adapter_folder import (
     original_of,
     record_beside,
 )
-from geoscope.checkpoints.container import files_of
-from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
 from geoscope.errors import OptionError, first_names
 from geoscope.profile import stage
 

@@ -29,6 +29,6 @@ def open_checkpoint(
     parsed = parse_reference(reference)
     if isinstance(parsed, LocalReference):
         return open_local(parsed)
-    from geoscope.checkpoints.hub import open_hub  # local paths need no huggingface_hub
+    from geoscope.checkpoints.hub.repository import open_hub  # local paths need no huggingface_hub
 
     return open_hub(parsed, on_progress)

@@ -36,7 +36,7 @@ from geoscope.checkpoints.places import (
 from geoscope.checkpoints.readers import open_container
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
-from geoscope.checkpoints.shard_folder import holds_shards, open_shards
+from geoscope.checkpoints.shards.folder import holds_shards, open_shards
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.layout import choose_layout
 from geoscope.checkpoints.local import as_chosen, open_local
+from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.places import Kind, below, choose_below, find_places
 from geoscope.checkpoints.reference import HubReference, LocalReference, parse_reference
-from geoscope.checkpoints.shard_folder import open_shards_or_adapter
+from geoscope.checkpoints.shards.folder import open_shards_or_adapter
 
 __all__ = ["open_model_or_adapter"]
 
@@ -49,12 +49,15 @@ def open_model_or_adapter(
 def _on_the_hub(
     reference: HubReference, alpha: float | None, on_progress: OnProgress | None
 ) -> Checkpoint | Adapter:
-    from geoscope.checkpoints.hub import hub_folder, open_hub_folder  # local paths need none of it
+    from geoscope.checkpoints.hub.repository import (  # local paths need none of it
+        hub_folder,
+        open_hub_folder,
+    )
 
     folder, commit = hub_folder(reference, on_progress)
     names = folder.names()
     if ADAPTER_CONFIG not in names or choose_layout(names, reference.given) is not None:
         return open_hub_folder(folder, commit, given=reference.given)
-    from geoscope.checkpoints.hub_adapter import of_folder, open_fetched
+    from geoscope.checkpoints.hub.adapter import of_folder, open_fetched
 
     return open_fetched(of_folder(folder, commit), reference.given, alpha=alpha)

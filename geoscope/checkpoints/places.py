@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from geoscope.checkpoints.adapter import ADAPTER_CONFIG
 from geoscope.checkpoints.layout import WEIGHT_FOLDERS, choose_layout, file_names
 from geoscope.checkpoints.opening import CONFIG
+from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG
 from geoscope.checkpoints.refused import by_files, is_adapter_file
-from geoscope.checkpoints.shard_folder import holds_shards
+from geoscope.checkpoints.shards.folder import holds_shards
 from geoscope.errors import CheckpointError, first_names
 
 __all__ = [

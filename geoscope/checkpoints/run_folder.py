@@ -103,7 +103,7 @@ def _hub_step(reference: HubReference) -> Step | None:
 
 def _branches(reference: str) -> list[Candidate]:
     """Every branch of a Hub model whose name fits the pattern."""
-    from geoscope.checkpoints.hub_branches import branches  # local paths need no huggingface_hub
+    from geoscope.checkpoints.hub.branches import branches  # local paths need no huggingface_hub
 
     found = _HUB_PATTERN.fullmatch(reference)
     assert found is not None  # asked before

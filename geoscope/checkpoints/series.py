@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.local import open_local
+from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter
 from geoscope.checkpoints.places import find_places
 from geoscope.checkpoints.readers import is_readable
 from geoscope.checkpoints.reference import HubReference, LocalReference
@@ -226,14 +226,17 @@ def _found_on_the_hub(
     reference: HubReference, alpha: float | None, on_progress: _Progress | None
 ) -> Found:
     """An adapter before a model, as in a folder."""
-    from geoscope.checkpoints.hub import hub_folder, open_hub_folder  # local paths need none of it
+    from geoscope.checkpoints.hub.repository import (  # local paths need none of it
+        hub_folder,
+        open_hub_folder,
+    )
 
     folder, commit = hub_folder(reference, on_progress)
     place = f"{reference.folder or '.'}/"
     if ADAPTER_CONFIG not in folder.names():
         checkpoint = open_hub_folder(folder, commit, given=reference.given)
         return Found(f"{place}: model folder on the Hub", checkpoint)
-    from geoscope.checkpoints.hub_adapter import of_folder, open_fetched
+    from geoscope.checkpoints.hub.adapter import of_folder, open_fetched
 
     found = of_folder(folder, commit)
     if alpha is None:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.layout import SHARD_FOLDERS, choose_layout, file_names, weight_map
 from geoscope.checkpoints.local import open_local, open_model_folder
+from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.places import (
     Kind,
     Place,
@@ -27,7 +27,7 @@ from geoscope.checkpoints.places import (
 )
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import by_files, refusal
-from geoscope.checkpoints.shard_folder import open_shards_or_adapter
+from geoscope.checkpoints.shards.folder import open_shards_or_adapter
 from geoscope.checkpoints.steps import step_of_part
 from geoscope.errors import CheckpointError, first_names
 

@@ -26,7 +26,7 @@ def results_folder() -> Path:
 @app.command("list")
 def show() -> None:
     """Where results and tensors are kept, how many, and their size."""
-    from geoscope.checkpoints.range_cache import kept_tensors, tensors_folder
+    from geoscope.checkpoints.hub.range_cache import kept_tensors, tensors_folder
     from geoscope.engine.cache import ResultCache
 
     cache = ResultCache(results_folder())
@@ -41,7 +41,7 @@ def show() -> None:
 @app.command()
 def clear() -> None:
     """Remove every kept result and tensor."""
-    from geoscope.checkpoints.range_cache import clear_tensors, tensors_folder
+    from geoscope.checkpoints.hub.range_cache import clear_tensors, tensors_folder
     from geoscope.engine.cache import ResultCache
 
     cache = ResultCache(results_folder())

@@ -15,7 +15,8 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from geoscope.checkpoints import Checkpoint, disk, hub_ranges, open_checkpoint
+from geoscope.checkpoints import Checkpoint, disk, open_checkpoint
+from geoscope.checkpoints.hub import ranges
 from geoscope.errors import GeoscopeError
 
 
@@ -31,7 +32,7 @@ def main(reference: str, wanted: str, how: str) -> dict[str, Any]:
         setattr(disk, "shutil", SimpleNamespace(disk_usage=lambda _: usage))  # noqa: B010
     elif how == "no waiting":
         clock = SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
-        setattr(hub_ranges, "time", clock)  # noqa: B010
+        setattr(ranges, "time", clock)  # noqa: B010
     progress: list[tuple[str, int, int]] = []
     try:
         checkpoint = open_checkpoint(reference, on_progress=lambda *step: progress.append(step))

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from geoscope.checkpoints.adapter import open_adapter
-from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
-from geoscope.checkpoints.lora_adapter import is_targeted, stacked, unstacked
+from geoscope.checkpoints.peft.adapter import open_adapter
+from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
+from geoscope.checkpoints.peft.lora import is_targeted, stacked, unstacked
 from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints.peft_adapters import infos, merged, peft, quietly
-from geoscope.checkpoints.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
 from geoscope.checkpoints.step_folder import open_step_folder
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError, UnsupportedFormat
 

@@ -17,7 +17,7 @@ import torch
 from checkpoints.files import Exploit, assert_equal_bits, write_model
 from checkpoints.write_shards import CONFIG, SHAPES, Q, lora, stack, whole
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
-from geoscope.checkpoints.shard_folder import open_shard_adapter, open_shard_base
+from geoscope.checkpoints.shards.folder import open_shard_adapter, open_shard_base
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.names import Selection
 
@@ -159,20 +159,20 @@ def test_a_checkpoint_of_shards_travels_to_another_process(shards: Path) -> None
 def test_mappings_are_renewed_and_the_numbers_stay(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geoscope.checkpoints import fsdp_shards
+    from geoscope.checkpoints.shards import fsdp
 
     checkpoint = open_checkpoint(str(actor(shards)))
     loads: list[Path] = []
-    load = fsdp_shards._load
+    load = fsdp._load
 
     def counted(path: Path, label: str) -> Any:
         loads.append(path)
         return load(path, label)
 
-    monkeypatch.setattr(fsdp_shards, "_load", counted)
+    monkeypatch.setattr(fsdp, "_load", counted)
     assert_reads(checkpoint, whole())
     assert loads == []
-    monkeypatch.setattr(fsdp_shards, "mapped_limit", lambda files: 16 * files)
+    monkeypatch.setattr(fsdp, "mapped_limit", lambda files: 16 * files)
     assert_reads(checkpoint, whole())
     assert {path.name for path in loads} == {rank_file(rank) for rank in range(4)}
 

@@ -13,9 +13,9 @@ from cli.running import run as run_command
 
 from checkpoints.files import assert_equal_bits
 from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.adapter import open_adapter
+from geoscope.checkpoints.peft.adapter import open_adapter
 from geoscope.checkpoints.series import open_series
-from geoscope.checkpoints.shard_folder import open_shard_adapter, open_shard_base
+from geoscope.checkpoints.shards.folder import open_shard_adapter, open_shard_base
 
 WRITER = Path(__file__).with_name("write_lora_shards.py")
 

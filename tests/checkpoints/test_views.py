@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from geoscope.checkpoints import Checkpoint, open_checkpoint
-from geoscope.checkpoints.safetensors_file import SafetensorsFile
+from geoscope.checkpoints import Checkpoint, open_checkpoint, safetensors_file
 from geoscope.checkpoints.split import split
 from geoscope.checkpoints.views import Blocks, View, gather
 
@@ -84,13 +83,13 @@ def stacked_model(folder: Path, *, turned: bool = False, config: str | None = No
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The length of every read from a safetensors file."""
     found: list[int] = []
-    fill = SafetensorsFile._fill
+    fill = safetensors_file._fill
 
-    def counted(self: SafetensorsFile, target: memoryview, offset: int, name: str) -> None:
+    def counted(target: memoryview, place: tuple[Path, int], label: str) -> None:
         found.append(len(target))
-        fill(self, target, offset, name)
+        fill(target, place, label)
 
-    monkeypatch.setattr(SafetensorsFile, "_fill", counted)
+    monkeypatch.setattr(safetensors_file, "_fill", counted)
     return found
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from geoscope.checkpoints.adapter_extras import Vector
-from geoscope.checkpoints.adapter_keys import by_module, refuse_flat
-from geoscope.checkpoints.adapter_module import AdapterModule, Kind, Read
+from geoscope.checkpoints.peft.extras import Vector
+from geoscope.checkpoints.peft.keys import by_module, refuse_flat
+from geoscope.checkpoints.peft.module import AdapterModule, Kind, Read
 from geoscope.errors import CheckpointError
 from geoscope.records import TensorInfo
 

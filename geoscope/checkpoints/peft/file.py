@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geoscope.checkpoints.adapter_config import ADAPTER_CONFIG
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.layout import weight_map
+from geoscope.checkpoints.peft.config import ADAPTER_CONFIG
 from geoscope.checkpoints.readers import open_container
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoscope.checkpoints.adalora_adapter import adalora_modules
-from geoscope.checkpoints.adapter_config import ADAPTER_CONFIG, check_type, read_config, start_of
-from geoscope.checkpoints.adapter_extras import Rows, Vector, replacements, token_rows
-from geoscope.checkpoints.adapter_file import open_adapter_file
-from geoscope.checkpoints.adapter_folder import adapter_folder, record_beside
-from geoscope.checkpoints.adapter_keys import MERGE
-from geoscope.checkpoints.adapter_module import AdapterModule
 from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.conv1d import is_conv1d
-from geoscope.checkpoints.ia3_adapter import ia3_modules
-from geoscope.checkpoints.lora_adapter import LoraModule, lora_modules
+from geoscope.checkpoints.peft.adalora import adalora_modules
+from geoscope.checkpoints.peft.config import ADAPTER_CONFIG, check_type, read_config, start_of
+from geoscope.checkpoints.peft.extras import Rows, Vector, replacements, token_rows
+from geoscope.checkpoints.peft.file import open_adapter_file
+from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
+from geoscope.checkpoints.peft.ia3 import ia3_modules
+from geoscope.checkpoints.peft.keys import MERGE
+from geoscope.checkpoints.peft.lora import LoraModule, lora_modules
+from geoscope.checkpoints.peft.module import AdapterModule
+from geoscope.checkpoints.peft.vera import vera_modules
 from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.refused import refuse_kohya
-from geoscope.checkpoints.vera_adapter import vera_modules
 from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
 from geoscope.names import in_natural_order
 from geoscope.records import TensorInfo
@@ -185,7 +185,7 @@ def open_adapter(
     """
     reference = _on_the_hub(path)
     if reference is not None:
-        from geoscope.checkpoints.hub_adapter import fetch_adapter, open_fetched
+        from geoscope.checkpoints.hub.adapter import fetch_adapter, open_fetched
 
         found = fetch_adapter(reference, on_progress)
         return open_fetched(found, given or reference.given, alpha=alpha)

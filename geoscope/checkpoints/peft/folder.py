@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geoscope.checkpoints.adapter_config import ADAPTER_CONFIG
 from geoscope.checkpoints.layout import choose_layout, parse_object
 from geoscope.checkpoints.opening import CONFIG
+from geoscope.checkpoints.peft.config import ADAPTER_CONFIG
 from geoscope.errors import CheckpointError, CheckpointNotFound
 
 __all__ = [

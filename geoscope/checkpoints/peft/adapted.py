@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from geoscope.checkpoints.adapter import Adapter
-from geoscope.checkpoints.adapter_module import AdapterModule
 from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.peft.adapter import Adapter
+from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.views import Blocks
 from geoscope.errors import CheckpointError
 

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from geoscope.checkpoints.container import FileHeader
 from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.pickle_file import load_tensors, mapped_limit, shared_storage
-from geoscope.checkpoints.pieces import Fill, Piece, Pieced, read_part, read_whole
-from geoscope.checkpoints.rank_parts import joined
+from geoscope.checkpoints.shards.pieces import Fill, Piece, Pieced, read_part, read_whole
+from geoscope.checkpoints.shards.rank_parts import joined
 from geoscope.errors import CheckpointError, first_names
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
-from geoscope.checkpoints.byte_ranges import Piece, Run, Span
+from geoscope.checkpoints.hub.byte_ranges import Piece, Run, Span
 from geoscope.errors import CheckpointError
 from geoscope.folders import cache_folder
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from geoscope.checkpoints.links import is_plain_name
-from geoscope.checkpoints.pieces import Piece, Pieced, flaw
+from geoscope.checkpoints.shards.pieces import Piece, Pieced, flaw
 from geoscope.errors import CheckpointError, UnsupportedFormat
 
 __all__ = ["METADATA", "DcpTensor", "Region", "is_dcp_file", "read_metadata"]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from geoscope.checkpoints.config_rows import expected_rows
-from geoscope.checkpoints.pieces import Piece, Pieced, flaw
 from geoscope.checkpoints.refused import odd_shards, refusal
+from geoscope.checkpoints.shards.config_rows import expected_rows
+from geoscope.checkpoints.shards.pieces import Piece, Pieced, flaw
 from geoscope.errors import CheckpointError, first_names
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from geoscope.checkpoints.adapter_extras import Vector
-from geoscope.checkpoints.adapter_keys import MERGE, by_module, refuse_flat, refuse_partial
-from geoscope.checkpoints.adapter_module import AdapterModule, Kind, Read
+from geoscope.checkpoints.peft.extras import Vector
+from geoscope.checkpoints.peft.keys import MERGE, by_module, refuse_flat, refuse_partial
+from geoscope.checkpoints.peft.module import AdapterModule, Kind, Read
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.names import layer_index
 from geoscope.records import TensorInfo

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from geoscope.checkpoints.container import FileHeader
-from geoscope.checkpoints.dcp_metadata import DcpTensor, Region
 from geoscope.checkpoints.links import refuse_link_to_elsewhere
-from geoscope.checkpoints.pieces import Fill, Piece, Pieced, read_part, read_whole
+from geoscope.checkpoints.shards.dcp_metadata import DcpTensor, Region
+from geoscope.checkpoints.shards.pieces import Fill, Piece, Pieced, read_part, read_whole
 from geoscope.errors import CheckpointError, first_names
 
 if TYPE_CHECKING:

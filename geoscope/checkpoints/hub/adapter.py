@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, open_adapter
-from geoscope.checkpoints.adapter_file import adapter_files
-from geoscope.checkpoints.adapter_folder import RECORD
-from geoscope.checkpoints.hub import HubFolder, hub_folder
-from geoscope.checkpoints.hub_progress import Report
+from geoscope.checkpoints.hub.progress import Report
+from geoscope.checkpoints.hub.repository import HubFolder, hub_folder
 from geoscope.checkpoints.local import LocalFolder
 from geoscope.checkpoints.opening import Folder
+from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter, open_adapter
+from geoscope.checkpoints.peft.file import adapter_files
+from geoscope.checkpoints.peft.folder import RECORD
 from geoscope.checkpoints.reference import HubReference
 from geoscope.errors import CheckpointNotFound, first_names
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from geoscope.checkpoints.adapter_extras import Read, Vector
+from geoscope.checkpoints.peft.extras import Read, Vector
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.records import TensorInfo
 

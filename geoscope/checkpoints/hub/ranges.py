@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from geoscope.checkpoints.hub_errors import hub_errors, is_passing
+from geoscope.checkpoints.hub.errors import hub_errors, is_passing
 from geoscope.errors import CheckpointError
 
 __all__ = ["RemoteFile"]

@@ -2,7 +2,7 @@
 
 The revision is resolved to a commit once; every later call names that commit. One listing gives
 files and sizes, a range request per shard gives its header. Wanted tensors come as ranges of their
-own (hub_shard.py) or, where they are most of a shard, with the whole shard in huggingface_hub's own
+own (shard.py) or, where they are most of a shard, with the whole shard in huggingface_hub's own
 cache. Offline, the commit comes from the cached refs and everything else from what was kept.
 
 All of it goes through huggingface_hub, which is imported only in the hub_* files and only when
@@ -20,7 +20,7 @@ from typing import Any
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.disk import Room, check_room
-from geoscope.checkpoints.hub_cache import (
+from geoscope.checkpoints.hub.cache import (
     cache_of,
     cached_commit,
     download,
@@ -28,14 +28,14 @@ from geoscope.checkpoints.hub_cache import (
     is_commit,
     remember,
 )
-from geoscope.checkpoints.hub_errors import hub_errors
-from geoscope.checkpoints.hub_progress import Report
-from geoscope.checkpoints.hub_ranges import RemoteFile
-from geoscope.checkpoints.hub_shard import HubShard
+from geoscope.checkpoints.hub.errors import hub_errors
+from geoscope.checkpoints.hub.progress import Report
+from geoscope.checkpoints.hub.range_cache import cached_listing, keep_listing
+from geoscope.checkpoints.hub.ranges import RemoteFile
+from geoscope.checkpoints.hub.shard import HubShard
 from geoscope.checkpoints.local import LocalFolder
 from geoscope.checkpoints.opening import Folder, Identity, open_folder
 from geoscope.checkpoints.output_folder import travels
-from geoscope.checkpoints.range_cache import cached_listing, keep_listing
 from geoscope.checkpoints.readers import SAFETENSORS, open_container
 from geoscope.checkpoints.reference import HubReference
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from geoscope.checkpoints.adapter_keys import MERGE
 from geoscope.checkpoints.layout import parse_object
+from geoscope.checkpoints.peft.keys import MERGE
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
 
 __all__ = ["ADAPTER_CONFIG", "check_type", "read_config", "start_of"]

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geoscope.checkpoints.adapter import ADAPTER_CONFIG, Adapter, adapter_of
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container
-from geoscope.checkpoints.dcp_folder import DcpFolder
-from geoscope.checkpoints.dcp_metadata import METADATA, is_dcp_file, read_metadata
 from geoscope.checkpoints.disk import Room
-from geoscope.checkpoints.fsdp_shards import FsdpShards, is_rank_file, rank_files
 from geoscope.checkpoints.layout import file_names, parse_object
 from geoscope.checkpoints.opening import CONFIG, NO_CONFIG, Identity, assemble
 from geoscope.checkpoints.output_folder import travelling_files
+from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter, adapter_of
 from geoscope.checkpoints.refused import by_config, is_megatron, refusal
-from geoscope.checkpoints.shard_names import LoraNames, lora_names, model_tensors, renamed
+from geoscope.checkpoints.shards.dcp import DcpFolder
+from geoscope.checkpoints.shards.dcp_metadata import METADATA, is_dcp_file, read_metadata
+from geoscope.checkpoints.shards.fsdp import FsdpShards, is_rank_file, rank_files
+from geoscope.checkpoints.shards.names import LoraNames, lora_names, model_tensors, renamed
 from geoscope.errors import CheckpointError, UnsupportedFormat
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from geoscope.checkpoints.hub_errors import hub_errors
+from geoscope.checkpoints.hub.errors import hub_errors
 from geoscope.errors import CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 

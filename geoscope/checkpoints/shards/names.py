@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geoscope.checkpoints.container import Container, FileHeader, files_of
-from geoscope.checkpoints.dcp_metadata import DcpTensor
+from geoscope.checkpoints.shards.dcp_metadata import DcpTensor
 
 if TYPE_CHECKING:
     import torch

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geoscope.checkpoints.byte_ranges import WHOLE, Run, Span, runs
 from geoscope.checkpoints.container import FileHeader
 from geoscope.checkpoints.disk import Room, check_room
-from geoscope.checkpoints.hub_cache import cache_of, download, in_cache
-from geoscope.checkpoints.hub_progress import Report, ignore
-from geoscope.checkpoints.hub_ranges import RemoteFile
-from geoscope.checkpoints.range_cache import RangeCache
+from geoscope.checkpoints.hub.byte_ranges import WHOLE, Run, Span, runs
+from geoscope.checkpoints.hub.cache import cache_of, download, in_cache
+from geoscope.checkpoints.hub.progress import Report, ignore
+from geoscope.checkpoints.hub.range_cache import RangeCache
+from geoscope.checkpoints.hub.ranges import RemoteFile
 from geoscope.checkpoints.safetensors_file import (
     Header,
     file_header,

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from geoscope.checkpoints.hub_errors import hub_errors
-from geoscope.checkpoints.hub_progress import Report, quiet_download
+from geoscope.checkpoints.hub.errors import hub_errors
+from geoscope.checkpoints.hub.progress import Report, quiet_download
 
 __all__ = ["cache_of", "cached_commit", "download", "in_cache", "is_commit", "remember"]
 

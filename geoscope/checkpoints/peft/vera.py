@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from geoscope.checkpoints.adapter_keys import by_module, refuse_partial
-from geoscope.checkpoints.adapter_module import AdapterModule, Kind, Read
+from geoscope.checkpoints.peft.keys import by_module, refuse_partial
+from geoscope.checkpoints.peft.module import AdapterModule, Kind, Read
 from geoscope.errors import CheckpointError, UnsupportedFormat, first_names
 from geoscope.names import without_wrappers
 from geoscope.records import TensorInfo

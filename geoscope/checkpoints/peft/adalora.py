@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from geoscope.checkpoints.adapter_keys import by_module, refuse_flat, refuse_partial
-from geoscope.checkpoints.adapter_module import AdapterModule, Kind, Read
+from geoscope.checkpoints.peft.keys import by_module, refuse_flat, refuse_partial
+from geoscope.checkpoints.peft.module import AdapterModule, Kind, Read
 from geoscope.errors import CheckpointError
 from geoscope.names import without_wrappers
 from geoscope.records import TensorInfo

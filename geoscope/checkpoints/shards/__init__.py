@@ -1,0 +1,1 @@
+"""Shards of trainers: verl's FSDP and torch DCP."""
