@@ -154,7 +154,7 @@ def test_a_wrong_alpha_is_another_update(tmp_path: Path) -> None:
     refused = run("anisotropy", case.base, case.adapter)
     assert refused.code == 1 and "lora_alpha" in refused.err
     right, wrong = (
-        run("anisotropy", case.base, case.adapter, "--lora-alpha", alpha, "--json").report
+        run("anisotropy", case.base, case.adapter, "--lora-alpha", str(alpha), "--json").report
         for alpha in (5, 10)
     )
     one, two = (each["summary"]["model"]["relative_update"] for each in (right, wrong))
