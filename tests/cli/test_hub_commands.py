@@ -248,3 +248,28 @@ def test_branches_with_adapters_are_a_trajectory(
     assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
     offline = shell.report("trajectory", "org/lora@step_*", HF_HUB_OFFLINE="1")
     assert offline["layers"] == found["layers"]
+
+
+def test_an_adapter_on_the_hub_lies_over_its_base(
+    pair: dict[str, Path], hub: HubServer, shell: Shell, tmp_path: Path
+) -> None:
+    """Alone, as base+adapter, and without the base: what the folders give."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model(1), config)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.copy_(torch.randn(weight.shape, generator=generator))
+    folder = tmp_path / "lora"
+    adapted.save_pretrained(folder)
+    hub.repos["org/lora"] = Repo(files(folder))
+    expected = shell.report("collapse", pair["base"], folder)
+    for words in (("org/base", "org/lora"), ("org/base", "org/base+org/lora")):
+        found = shell.report("collapse", *words)
+        assert found["layers"] == expected["layers"]
+        assert found["provenance"]["refs"][1]["resolved"] == f"org/lora@{commit_of(files(folder))}"
+    whole = shell.report("collapse", pair["base"], pair["base"])
+    assert len(expected["layers"]) == LAYERS < len(whole["layers"])
+    alone, there = (shell.report("capacity", one) for one in ("org/lora", folder))
+    assert alone["layers"] == there["layers"]
+    assert alone["summary"]["model"]["nominal_rank"] == 2
