@@ -59,15 +59,16 @@ def base_and_adapter(reference: str) -> tuple[str, str] | None:
     An existing path wins over this reading, and each + that leaves two references is taken for the
     mark, the first of several. Raises OptionError where a + leaves none.
     """
-    if "+" not in reference or _exists(Path(reference).expanduser()):
+    if "+" not in reference or _exists(_path(reference)):
         return None
     marks = [place for place, letter in enumerate(reference) if letter == "+"]
     for place in marks:
         base, adapter = reference[:place], reference[place + 1 :]
         if _is_reference(base) and _is_reference(adapter):
             return base, adapter
+    shown = reference if reference.isprintable() else repr(reference)
     raise OptionError(
-        f"{reference}: neither a path nor base+adapter, for on one side of the + stands no folder, "
+        f"{shown}: neither a path nor base+adapter, for on one side of the + stands no folder, "
         f"file or Hub id; {GRAMMAR}"
     )
 

@@ -18,6 +18,7 @@ from geoscope.checkpoints.reference import (
     GRAMMAR,
     HubReference,
     LocalReference,
+    base_and_adapter,
     parse_reference,
 )
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
@@ -167,3 +168,64 @@ def test_an_existing_path_wins() -> None:
     finally:
         path.rmdir()
         path.parent.rmdir()
+
+
+# --- base+adapter -------------------------------------------------------------------------------
+
+REVISION = st.none() | BRANCH.filter(lambda one: "+" not in one)
+ORG = PART.filter(lambda one: one not in ("datasets", "spaces", "kernels", "buckets"))
+
+
+def named(org: str, name: str, revision: str | None) -> str:
+    return f"{org}/{name}" if revision is None else f"{org}/{name}@{revision}"
+
+
+def uri(org: str, name: str, revision: str | None) -> str:
+    return f"hf://{named(org, name, None if revision is None else quote(revision, safe=''))}"
+
+
+NAMED = st.builds(named, PART, PART, REVISION)
+URI = st.builds(uri, ORG, PART, REVISION)
+
+
+@quick
+@given(NAMED | URI, NAMED | URI)
+def test_base_and_adapter_are_the_two_sides_of_the_mark(base: str, adapter: str) -> None:
+    assert base_and_adapter(f"{base}+{adapter}") == (base, adapter)
+    assert base_and_adapter(base) is None
+
+
+@quick
+@given(TEXT)
+@example("+")
+@example("org/base+")
+@example("+org/adapter")
+@example("org/base++org/adapter")
+@example("org/base+no-such-folder")
+def test_what_has_the_mark_is_two_references_or_refused_in_one_line(text: str) -> None:
+    try:
+        found = base_and_adapter(text)
+    except GeoscopeError as error:
+        assert isinstance(error, OptionError)
+        assert len(str(error).splitlines()) == 1
+        assert "+" in text
+        return
+    if found is None:
+        return
+    assert "+".join(found) == text
+    for one in found:
+        parse_reference(one)
+
+
+def test_folders_on_both_sides_and_a_path_with_the_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "lora", "a+b"):
+        (tmp_path / name).mkdir()
+    assert base_and_adapter("base+lora") == ("base", "lora")
+    assert base_and_adapter(f"{tmp_path}/base+./lora") == (f"{tmp_path}/base", "./lora")
+    assert base_and_adapter("a+b") is None, "an existing path wins"
+    assert base_and_adapter("a+b+lora") == ("a+b", "lora")
+    with pytest.raises(OptionError, match="no folder, file or Hub id"):
+        base_and_adapter("base+other")
