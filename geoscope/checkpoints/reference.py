@@ -57,7 +57,7 @@ def base_and_adapter(reference: str) -> tuple[str, str] | None:
     """The two references of `base+adapter`; None for anything else.
 
     An existing path wins over this reading, and each + that leaves two references is taken for the
-    mark, the first of several. Raises OptionError where a + leaves none.
+    mark, the first of several; else it may stand in a revision. Raises OptionError for neither.
     """
     if "+" not in reference or _exists(_path(reference)):
         return None
@@ -66,6 +66,8 @@ def base_and_adapter(reference: str) -> tuple[str, str] | None:
         base, adapter = reference[:place], reference[place + 1 :]
         if _is_reference(base) and _is_reference(adapter):
             return base, adapter
+    if _is_reference(reference):
+        return None
     shown = reference if reference.isprintable() else repr(reference)
     raise OptionError(
         f"{shown}: neither a path nor base+adapter, for on one side of the + stands no folder, "
