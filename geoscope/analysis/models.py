@@ -56,6 +56,8 @@ def open_tuned(
 ) -> Checkpoint:
     """A tuned model of `base`; an adapter, alone or as base+adapter of the same base, lies over it.
 
+    Where `base` is a model with an adapter of the same base, the one takes the place of the other.
+
     Raises GeoscopeError.
     """
     pair = base_and_adapter(reference)
@@ -65,7 +67,32 @@ def open_tuned(
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
         return _over(base if same else own, adapter, initial, given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
-    return found if isinstance(found, Checkpoint) else _over(base, found, initial)
+    if isinstance(found, Checkpoint):
+        return found
+    if isinstance(base, AdaptedCheckpoint) and _are_siblings(base.adapter, found):
+        return _difference(base, found)
+    return _over(base, found, initial)
+
+
+def _are_siblings(one: Adapter, other: Adapter) -> bool:
+    """Whether both adapters are of the same base, so that neither lies over the other."""
+    return one.base is not None and (one.base, one.revision) == (other.base, other.revision)
+
+
+def _difference(base: AdaptedCheckpoint, adapter: Adapter) -> AdaptedCheckpoint:
+    """The adapter in place of the one that `base` has: the update is their difference.
+
+    Raises OptionError where they do not adapt the same matrices by products.
+    """
+    found = adapted(base, base, adapter, base.adapter)
+    plain = all(one.has_factors for one in (*found.changes.values(), *base.changes.values()))
+    if not plain or set(found.changes) != set(base.changes):
+        raise OptionError(
+            f"{adapter.given}: it and {base.adapter.given} are adapters of one base and do not "
+            "change the same matrices by products; merge them and compare the merged folders"
+        )
+    note = f"an adapter of the same base as {base.adapter.given}: the update is their difference"
+    return replace(found, notes=(note,))
 
 
 def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
@@ -78,7 +105,7 @@ def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
 def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:
     """The same adapter over the base in other parts."""
     found = adapted(base, checkpoint.whole, checkpoint.adapter, checkpoint.start)
-    return replace(found, ref=checkpoint.ref)
+    return replace(found, ref=checkpoint.ref, notes=checkpoint.notes)
 
 
 def _over(

@@ -296,7 +296,8 @@ def _sentence(
         sentence += f"; {words}" if words else ""
     intruders = sum(row.values.get("intruders") or 0 for row in rows)
     if intruders:
-        sentence += f"; {intruders} intruder dimensions (the count is not causal)"
+        dimensions = "dimension" if intruders == 1 else "dimensions"
+        sentence += f"; {intruders} intruder {dimensions} (the count is not causal)"
     return sentence
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapters import tiny_models
 from cli.running import run
+from safetensors.torch import load_file, save_file
 
 import geoscope
 from geoscope.records import LayerRecord, Report, Status
@@ -269,3 +270,24 @@ def test_what_needs_the_base_is_named(tmp_path: Path) -> None:
         done = run(one[0], case.adapter, *one[1:])
         assert done.code == 1
         assert "IA3 changes a weight by no product" in done.err
+
+
+def test_two_adapters_of_one_base_are_their_difference(tmp_path: Path) -> None:
+    """As BASE and TUNED: neither lies over the other."""
+    first = made(tmp_path / "one", *CASES["lora"])
+    second = tmp_path / "two"
+    second.mkdir()
+    tensors = load_file(first.adapter / "adapter_model.safetensors")
+    moved = {name: one * 1.5 if "lora_B" in name else one for name, one in tensors.items()}
+    save_file(moved, second / "adapter_model.safetensors", metadata={"format": "pt"})
+    (second / "adapter_config.json").write_bytes(
+        (first.adapter / "adapter_config.json").read_bytes()
+    )
+    before, after = f"{first.base}+{first.adapter}", second
+    found = by_name(geoscope.compare(before, after, kind="anisotropy", options=OPTIONS))
+    whole = by_name(geoscope.compare(first.base, first.adapter, kind="anisotropy", options=OPTIONS))
+    for name, one in found.items():
+        size = one.values["update.frobenius_norm"]
+        assert size == pytest.approx(0.5 * (whole[name].values["update.frobenius_norm"] or 0))
+    same = geoscope.compare(before, str(first.adapter), kind="anisotropy", options=OPTIONS)
+    assert {one.status["update.stable_rank"] for one in same.layers} == {Status.ZERO_UPDATE}
