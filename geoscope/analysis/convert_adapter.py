@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoscope import __version__
-from geoscope.adapters.conversion import alpha_for, compressed, concatenated, fused_experts
-from geoscope.adapters.peft_config import adapter_config
+from geoscope.adapters.conversion import compressed, concatenated, fused_experts
 from geoscope.adapters.peft_names import lora_keys
+from geoscope.analysis.plain_lora import carried, plain_config, plain_plan, scaling_of_all
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
 from geoscope.checkpoints.peft.folder import (
     CONVERTED,
@@ -28,23 +27,14 @@ from geoscope.checkpoints.peft.folder import (
 from geoscope.checkpoints.peft.lora import expert_parts, unstacked
 from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.reference import HubReference, parse_reference
-from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
-from geoscope.errors import CheckpointError, NumericsError, OptionError, PairingError, first_names
+from geoscope.checkpoints.safetensors_writer import FilePlan
+from geoscope.errors import NumericsError, OptionError, PairingError, first_names
 from geoscope.linalg import Product
 
 __all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
 
 # Methods whose adapters stand on the original base as they are.
 _PLAIN = {"lora": "method lora", CONVERTED: "converted adapter"}
-# What a converted config keeps of the trained one where it is set, beside ranks and targets. The
-# rest of a config says how training began or ran.
-_KEPT = (
-    "auto_mapping",
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-)
 
 
 @dataclass(frozen=True)
@@ -121,7 +111,7 @@ class Conversion:
             update = Product.of(B, A, module.scaling)
             if start is not None:
                 update = update - Product.of(*start, module.scaling)
-            made = compressed(update, self.compress_to, _scaling(self.trained))
+            made = compressed(update, self.compress_to, scaling_of_all(self.trained))
         except NumericsError as error:
             raise NumericsError(f"{module.name}: {error}") from error
         energy = ModuleEnergy(module.name, made.energy, made.discarded)
@@ -170,11 +160,11 @@ def convert_adapter(
     _refuse_rank(rank, end, starts_at_zero, origin)
     _refuse_original_as_base(origin, end)
     reference, revision = _original(origin, start, end, starts_at_zero, base)
-    config = _config(end, rank, reference, revision)
-    others = _carried(end)
+    config = plain_config(end, rank, reference, revision)
+    others = carried(end)
     return Conversion(
         config=config,
-        plan=_plan(end, rank, others),
+        plan=plain_plan(end, rank, others),
         notes=_notes(start, end, others, parts),
         origin=_told(origin, last, reference, revision),
         trained=end,
@@ -349,74 +339,3 @@ def _decomposes_at_load(adapter: Adapter) -> bool:
 
 
 # --- what is written ----------------------------------------------------------------------------
-
-
-def _scaling(adapter: Adapter) -> float:
-    """The global one, which the modules share after a compression."""
-    return next(iter(adapter.modules.values())).scaling
-
-
-def _config(end: Adapter, rank: int | None, reference: str, revision: str | None) -> dict[str, Any]:
-    """adapter_config.json: the keys of a plain LoRA, sorted, none of our own."""
-    was = end.config
-    use_rslora = bool(was.get("use_rslora"))
-    growth = 2**0.5 if use_rslora else 2  # of alpha where the rank doubles
-    patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
-    if rank is None:
-        r, alpha = 2 * int(was["r"]), growth * was["lora_alpha"]
-        for key, value in (was.get("rank_pattern") or {}).items():
-            patterns["rank_pattern"][key] = 2 * value
-        for key, value in (was.get("alpha_pattern") or {}).items():
-            patterns["alpha_pattern"][key] = _number(growth * value)
-    else:
-        r, alpha = rank, alpha_for(_scaling(end), rank, use_rslora=use_rslora)
-    targets = was.get("target_modules") or ()
-    config = adapter_config(
-        base=reference,
-        rank=r,
-        alpha=_number(alpha),
-        targets=() if isinstance(targets, str) else targets,
-        revision=revision,
-        fan_in_fan_out=bool(was.get("fan_in_fan_out")),
-        parameters=was.get("target_parameters") or (),
-    )
-    kept = {key: was[key] for key in _KEPT if was.get(key)}
-    expression = {"target_modules": targets} if isinstance(targets, str) else {}
-    changed = {"task_type": was.get("task_type"), "use_rslora": use_rslora, **patterns}
-    return dict(sorted({**config, **kept, **expression, **changed}.items()))
-
-
-def _number(value: float) -> int | float:
-    """As an integer where it is one, which older readers of lora_alpha expect."""
-    near = round(value)
-    return near if abs(value - near) <= 1e-12 * abs(value) else float(value)
-
-
-def _carried(end: Adapter) -> tuple[str, ...]:
-    """Tensors beside the factors that mean the same on the original base: modules_to_save."""
-    saved = end.config.get("modules_to_save") or ()
-    strange = [
-        name
-        for name in end.others
-        if ".base_layer." in name
-        or ".original_module." in name
-        or not any(f".{one}." in f".{name}" for one in saved)
-    ]
-    if strange:
-        raise CheckpointError(
-            f"{end.given}: {len(strange)} tensors are neither factors nor of modules_to_save: "
-            f"{first_names(strange)}; save the adapter again with PeftModel.save_pretrained"
-        )
-    return end.others
-
-
-def _plan(end: Adapter, rank: int | None, others: tuple[str, ...]) -> FilePlan:
-    tensors: dict[str, TensorPlan] = {}
-    for one in end.modules.values():
-        r = (2 * one.rank if rank is None else rank) * one.experts
-        key_A, key_B = lora_keys(one.path)
-        tensors[key_A] = TensorPlan("float32", (r, one.shape[1]))
-        tensors[key_B] = TensorPlan("float32", (one.shape[0], r))
-    for name in others:
-        tensors[name] = TensorPlan(end.tensors[name].dtype, end.tensors[name].shape)
-    return FilePlan(tensors, {"geoscope_version": __version__})

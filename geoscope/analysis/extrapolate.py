@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from geoscope import __version__
+from geoscope.analysis.extrapolate_adapter import combination, write_adapter
 from geoscope.analysis.follow import measure_series
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.next_series import NEXT, NextForecast, next_forecast
@@ -25,6 +26,7 @@ from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.refused import refuse_scaled
 from geoscope.checkpoints.writing import plan_model, write_model
 from geoscope.errors import OptionError, first_names
+from geoscope.linalg import Product
 from geoscope.trajectory.backtest import Backtest
 from geoscope.trajectory.extrapolators import undamped, weights_of
 from geoscope.trajectory.horizon import credible_horizon
@@ -43,8 +45,9 @@ _BLOCK = 1 << 22
 @dataclass(frozen=True)
 class Extrapolation:
     """What was written. chosen: tensor → method. skill: pooled held-out skill of what was asked
-    for. folders: one model in each. horizon: credible distance in steps; ahead: the distance that
-    was asked for.
+    for. folders: one model in each. rank, discarded: of a predicted adapter, and the part of the
+    predicted update's energy that this rank leaves out. horizon: credible distance in steps; ahead:
+    the distance that was asked for.
     """
 
     out: Path
@@ -56,6 +59,8 @@ class Extrapolation:
     horizon: float
     notes: tuple[str, ...]
     folders: tuple[Path, ...]
+    rank: int | None = None
+    discarded: float | None = None
 
     @property
     def ahead(self) -> int:
@@ -82,15 +87,17 @@ def extrapolate(
     extend: Sequence[float] = (),
     training: int = 1000,
     device: str = "cpu",
+    rank: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Extrapolation:
-    """Writes the predicted model of step `target` into the folder `out`.
+    """Writes the predicted model of step `target`, or of adapters an adapter, into `out`.
 
     method: one of `methods`; `auto` takes for each tensor the one with the best held-out skill and
     holds where none has any; it leaves out `next`, whose networks take minutes. extend: of `next`,
     the published family W_T + c·Ẑ, a model in `out`/c… for each c. training: steps of its networks,
-    1000 as published. device: where they train. force: beyond the credible horizon, too, and over
+    1000 as published. device: where they train. rank: of a predicted adapter; default twice that
+    of the series. force: beyond the credible horizon, too, and over
     an earlier output. Tensors that are not followed are copied from the last checkpoint.
     Raises GeoscopeError.
     """
@@ -103,8 +110,15 @@ def extrapolate(
         raise OptionError(f"--method {method!r} is not one of {', '.join(methods())}")
     progress = progress or Progress()
     found = open_followed(references, options, progress, in_parts=False)
-    if found.series.kind == "adapter":
-        raise OptionError("a series of adapters cannot be extrapolated yet; merge them first")
+    of_adapters = found.series.kind == "adapter"
+    if of_adapters and (undamped(method) or method) == NEXT:
+        raise OptionError("--method next reads whole models; of adapters take another")
+    if of_adapters and options.initial_adapter is not None and options.base is None:
+        raise OptionError(
+            "--initial-adapter: the prediction lies on the original model; give it as --base"
+        )
+    if rank is not None and not of_adapters:
+        raise OptionError("--rank is of a predicted adapter; these are whole models")
     for point in found.series.points:
         if point.checkpoint is not None:
             refuse_scaled(point.checkpoint, "extrapolate")
@@ -129,6 +143,8 @@ def extrapolate(
     notes = (*found.notes, *traps, *_not_followed(found, made))
     folders = tuple(out / f"c{factor:g}" for factor in extend) or (out,)
     result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes, folders)
+    if of_adapters:
+        return _write_adapter(found, made, test, result, options, rank=rank, force=force)
     if forecast is None or not extend:
         _write(found, made, test, result, forecast, force=force)
         return result
@@ -188,6 +204,47 @@ def _write(
             folder.copy(name, path)
         scale = None if forecast is None else forecast.scale
         folder.write(_RECORD, _record(found, test, result, scale))
+
+
+def _write_adapter(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    result: Extrapolation,
+    options: FollowOptions,
+    *,
+    rank: int | None,
+    force: bool,
+) -> Extrapolation:
+    def predict(name: str, updates: list[Product]) -> Product:
+        method, inc = result.chosen.get(name, "hold"), made.increments.get(name)
+        if method == "hold" or inc is None:
+            return updates[-1]
+        inner = undamped(method) or method
+        if inner not in SPATIAL:
+            weights = weights_of(method, inc, result.target, factors=test.factors)
+            return combination(updates, weights.tolist())
+        factor = 1.0 if inner == method else test.factors[inner]
+        path = made.paths[name]
+        last = updates[-1]
+        moved = (
+            alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
+        ).product()
+        if inner == "spatial_rank1_pinned":
+            moved = last + moved - Pair(float(path.sigma[-1]), path.u[-1], path.v[-1]).product()
+        return last + combination([moved, last], [factor, -factor])
+
+    record = json.loads(_record(found, test, result, None))
+    chosen, discarded = write_adapter(
+        found,
+        predict,
+        result.out,
+        record,
+        base=options.base,
+        rank=rank,
+        force=force,
+    )
+    return replace(result, rank=chosen, discarded=discarded)
 
 
 def _models(found: Followed) -> tuple[tuple[Checkpoint, str], ...]:

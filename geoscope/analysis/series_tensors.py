@@ -248,7 +248,7 @@ class AdapterTensor:
 
     def increments(self, steps: Sequence[float]) -> Increments:
         return increments_of_products(
-            steps, self._updates(), rounding=[0.0] * len(steps), base_energy=self.base_energy()
+            steps, self.updates(), rounding=[0.0] * len(steps), base_energy=self.base_energy()
         )
 
     def base_energy(self) -> float:
@@ -265,11 +265,12 @@ class AdapterTensor:
 
     def changes(self) -> Iterator[tuple[Change, Change]]:
         before: Product | None = None
-        for update in self._updates():
+        for update in self.updates():
             yield update, update if before is None else update - before
             before = update
 
-    def _updates(self) -> list[Product]:
+    def updates(self) -> list[Product]:
+        """Δ_1 … Δ_T, each a stack of one."""
         start = None if self.initial is None else _product(self.initial, self.name)
         found = [_product(one, self.name) for one in self.adapters]
         return found if start is None else [one - start for one in found]

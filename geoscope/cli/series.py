@@ -167,14 +167,22 @@ def _options(options: dict[str, Any]) -> FollowOptions:
         "device": opt.Spec(
             str, "cpu", ("--device",), "Where --method next trains: cpu, cuda or cuda:N.", "NAME"
         ),
+        "rank": opt.Spec(
+            int | None,
+            None,
+            ("--rank",),
+            "Of a series of adapters: rank of the predicted one; default twice theirs.",
+            "R",
+        ),
         "out_folder": opt.Spec(
-            Path, ..., ("--out", "-o"), "Folder to write the predicted model to.", "OUT"
+            Path, ..., ("--out", "-o"), "Folder to write the predicted model or adapter to.", "OUT"
         ),
         "force": opt.Spec(
             bool, False, ("--force",), "Beyond the credible horizon, and over an earlier output."
         ),
     },
-    {name: _SERIES[name] for name in ("base", "steps", "jobs", "seed")},
+    {name: _SERIES[name] for name in ("base", "initial_adapter", "lora_alpha", "steps")},
+    {name: _SERIES[name] for name in ("jobs", "seed")},
     {name: opt.OUTPUT[name] for name in ("as_json", "quiet", "debug")},
     opt.SELECT,
     opt.MAP_NAME,
@@ -184,7 +192,7 @@ def extrapolate(points: Points, **options: Any) -> None:
     from geoscope.analysis.extrapolate import extrapolate as run
     from geoscope.report.numbers import number
 
-    chosen = _options({**options, "initial_adapter": None, "lora_alpha": None, "directions": True})
+    chosen = _options({**options, "directions": True})
     with output.matrices(quiet=options["quiet"]) as progress:
         made = run(
             points,
@@ -195,6 +203,7 @@ def extrapolate(points: Points, **options: Any) -> None:
             extend=_factors(options["predict_extend"]),
             training=options["train_steps"],
             device=options["device"],
+            rank=options["rank"],
             force=options["force"],
             progress=progress,
         )
@@ -203,12 +212,18 @@ def extrapolate(points: Points, **options: Any) -> None:
         told |= {"to_step": made.target, "last_step": made.last}
         told |= {"method": made.method, "skill": made.skill, "horizon": made.horizon}
         told |= {"tensors": dict(made.chosen), "notes": list(made.notes)}
+        told |= {"rank": made.rank, "discarded": made.discarded}
         output.document(json.dumps(told, indent=2, sort_keys=True))
         return
     folders = ", ".join(map(str, made.folders))
+    adapter = ""
+    if made.rank is not None:
+        left_out = number(made.discarded)
+        adapter = f"adapter of rank {made.rank}, which leaves out {left_out} of the energy\n"
     counts = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     output.data(
         f"{folders}: step {made.target} from checkpoints up to step {made.last}\n"
+        f"{adapter}"
         f"matrices by method: {counts}\n"
         f"held-out skill of {made.method}: {number(made.skill)} over holding the last checkpoint; "
         f"credible up to {number(made.horizon)} steps ahead, asked for {made.ahead}\n"

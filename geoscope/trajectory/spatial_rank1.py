@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError, OptionError
+from geoscope.linalg.product import Product
 from geoscope.profile import stage
 from geoscope.trajectory.backtest import Moves, pairs_of
 from geoscope.trajectory.increments import Increments
@@ -49,6 +50,10 @@ class Pair:
     def dense(self) -> Tensor:
         """(m, n)."""
         return self.sigma * torch.outer(self.u, self.v)
+
+    def product(self) -> Product:
+        """The same as a product of rank 1, a stack of one."""
+        return Product.of(self.u[:, None], self.v[None], self.sigma)
 
 
 @stage("pair products")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from analysis_series.runs import GPT2, LLAMA, Run, lora_run, stored
+from analysis_series.runs import GPT2, LLAMA, Run, stored
 from safetensors.torch import load_file, save_file
 
 from geoscope.analysis.extrapolate import Extrapolation, extrapolate, methods
@@ -281,12 +281,9 @@ def test_the_past_is_not_predicted(tmp_path: Path, target: int) -> None:
         predicted(run, tmp_path / "out", "hold", to=target)
 
 
-def test_unknown_methods_and_adapters_are_refused(tmp_path: Path) -> None:
+def test_unknown_methods_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="'next_year' is not one of auto, hold"):
         extrapolate(["x"], tmp_path / "out", 10, method="next-year")
-    _, folder, _ = lora_run(tmp_path, (0, 10, 20), from_zero=True)
-    with pytest.raises(OptionError, match="adapters"):
-        extrapolate([str(folder)], tmp_path / "out", 30)
 
 
 def test_no_input_is_written_on(tmp_path: Path) -> None:

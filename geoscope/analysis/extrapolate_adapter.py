@@ -1,0 +1,156 @@
+"""A predicted adapter: the combination of a series of updates as one LoRA, never made dense.
+
+Σ_i w_i·Δ_i of T adapters of rank r is a product of rank T·r at most; what is written is its best
+approximation of a smaller rank [Eckart & Young 1936], on the base that the updates are of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from geoscope.adapters.conversion import compressed
+from geoscope.adapters.peft_config import config_bytes
+from geoscope.adapters.peft_names import lora_keys
+from geoscope.analysis.plain_lora import carried, plain_config, plain_plan, scaling_of_all
+from geoscope.analysis.series_tensors import AdapterTensor, Followed
+from geoscope.checkpoints.hashes import tensor_sha256
+from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.peft.adapter import Adapter
+from geoscope.checkpoints.peft.config import ADAPTER_CONFIG
+from geoscope.checkpoints.peft.folder import RECORD, RECORD_SCHEMA
+from geoscope.checkpoints.peft.lora import unstacked
+from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.linalg import Product
+
+__all__ = ["Prediction", "combination", "write_adapter"]
+
+_WEIGHTS = "adapter_model.safetensors"
+_SMALL, _PER_MODULE = 1 << 16, 2048
+
+# The update of a module at the target step, from those of all steps.
+Prediction = Callable[[str, list[Product]], Product]
+
+
+@dataclass(frozen=True)
+class _Written:
+    energy: float
+    discarded: float
+
+
+def write_adapter(
+    found: Followed,
+    predict: Prediction,
+    out: Path,
+    record: Mapping[str, Any],
+    *,
+    base: str | None,
+    rank: int | None,
+    force: bool,
+) -> tuple[int, float]:
+    """Writes a PEFT adapter into `out`; its rank, and the part of the energy that it leaves out.
+
+    base: of the adapter; default what the last one names. rank: default twice that of the last
+    adapter. record: goes into geoscope.json. Raises OptionError, CheckpointError, PairingError.
+    """
+    last = found.series.points[-1].adapter
+    assert last is not None
+    last.refuse_more_than_plain("extrapolate")
+    reference = base or _named_base(last)
+    if reference is None:
+        raise OptionError(f"{last.given}: names no base; give it as --base")
+    if unfollowed := [name for name in last.modules if name not in found.tensors]:
+        raise PairingError(
+            f"{last.given}: {len(unfollowed)} modules are not followed "
+            f"({first_names(unfollowed)}), so no whole adapter can be written; leave --include, "
+            "--exclude and --layers out"
+        )
+    chosen = 2 * int(last.config["r"]) if rank is None else rank
+    _check_rank(chosen, last)
+    others = carried(last)
+    plan = plain_plan(last, chosen, others)
+    revision = last.revision if base is None else None
+    config = config_bytes(plain_config(last, chosen, reference, revision))
+    sizes = {
+        _WEIGHTS: plan.nbytes,
+        ADAPTER_CONFIG: len(config),
+        RECORD: _SMALL + _PER_MODULE * len(last.modules),
+    }
+    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
+    inputs = [path for path in given if path.exists()]
+    scaling = scaling_of_all(last)
+    written: list[_Written] = []
+    hashes: dict[str, str] = {}
+    with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
+        with folder.tensors(_WEIGHTS, plan) as writer:
+
+            def put(name: str, tensor: Tensor) -> None:
+                hashes[name] = tensor_sha256(tensor)
+                writer.write(name, tensor)
+
+            keys = {lora_keys(one.path)[0]: one for one in last.modules.values()}
+            waiting: dict[str, Tensor] = {}
+            for name in plan.order:
+                if name in keys:
+                    module = keys[name]
+                    tensor = found.tensors[module.name]
+                    assert isinstance(tensor, AdapterTensor)
+                    made = compressed(predict(module.name, tensor.updates()), chosen, scaling)
+                    written.append(_Written(made.energy, made.discarded))
+                    waiting[lora_keys(module.path)[1]], A = unstacked(made.B, made.A)
+                    put(name, A)
+                else:
+                    put(name, waiting.pop(name) if name in waiting else last.read(name))
+        energy = math.fsum(one.energy for one in written)
+        discarded = math.fsum(one.discarded for one in written) / energy if energy > 0 else 0.0
+        whole = {
+            **record,
+            "schema": RECORD_SCHEMA,
+            "method": "extrapolated",
+            "extrapolator": record["method"],
+            "layout": None,
+            "rank": chosen,
+            "discarded": discarded,
+            "sha256": hashes,
+        }
+        text = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        folder.write(RECORD, (text + "\n").encode())
+        folder.write(ADAPTER_CONFIG, config)
+    return chosen, discarded
+
+
+def _named_base(last: Adapter) -> str | None:
+    """What its config names; a path that is told from its own folder in full."""
+    name = last.base
+    if name is None or Path(name).exists() or not (last.path / name).is_dir():
+        return name
+    return str((last.path / name).resolve())
+
+
+def _check_rank(rank: int, last: Adapter) -> None:
+    least = min(min(one.shape) for one in last.modules.values())
+    if not 1 <= rank <= least:
+        raise OptionError(
+            f"--rank {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "
+            f"give a rank from 1 to {least}"
+        )
+
+
+def combination(updates: list[Product], weights: list[float]) -> Product:
+    """Σ_i w_i·Δ_i; of weights that are all zero the zero product."""
+    parts = [
+        Product(one.B, one.scale * weight, one.A)
+        for one, weight in zip(updates, weights, strict=True)
+        if weight
+    ]
+    return (
+        reduce(add, parts) if parts else Product(updates[0].B, updates[0].scale * 0, updates[0].A)
+    )
