@@ -181,6 +181,19 @@ def test_overlaps_of_adapters_and_of_a_model(tmp_path: Path) -> None:
         assert one.values["phi_left@1,1"] == pytest.approx(1, abs=1e-9)
 
 
+def test_two_adapters_of_one_model(tmp_path: Path) -> None:
+    """The tuned one lies over the base as given, adapter included; said, with the way around."""
+    case = made(tmp_path, *CASES["lora"])
+    said = "give MODEL+ADAPTER twice"
+    done = run("anisotropy", case.adapter, case.adapter, "--json")
+    assert said in done.err
+    assert done.report["summary"]["model"]["update.frobenius_norm"] > 0
+    one = f"{case.base}+{case.adapter}"
+    done = run("anisotropy", one, one, "--json")
+    assert said not in done.err
+    assert done.report["summary"]["model"]["update.frobenius_norm"] == 0
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     case = made(tmp_path, *CASES["lora"])
     other = tiny_models.llama(tmp_path / "other", num_hidden_layers=1)
