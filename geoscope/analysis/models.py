@@ -91,7 +91,11 @@ def _over(
 def adapter_at(
     reference: str, *, alpha: float | None = None, on_progress: OnProgress | None = None
 ) -> Adapter:
-    """The adapter that a reference names. Raises OptionError for a model."""
+    """The adapter that a reference names. Raises OptionError for a model, alone or below it."""
+    if (pair := base_and_adapter(reference)) is not None:
+        raise OptionError(
+            f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"
+        )
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         raise OptionError(f"{reference}: a model and no adapter; give the folder of an adapter")

@@ -282,3 +282,14 @@ def test_what_needs_the_base_is_named(tmp_path: Path) -> None:
         done = run(one[0], case.adapter, *one[1:])
         assert done.code == 1
         assert "IA3 changes a weight by no product" in done.err
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    case = made(tmp_path, *CASES["lora"])
+    for reference in (case.base, f"{case.base}+{case.adapter}"):
+        done = run("capacity", reference)
+        assert done.code == 2
+        assert "give" in done.err and "adapter" in done.err and "Hub" not in done.err
+    done = run("capacity", case.adapter, "--dry-run", "--json")
+    (model,) = done.report["models"]
+    assert model["given"] == str(case.adapter)
