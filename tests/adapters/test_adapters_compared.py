@@ -155,7 +155,7 @@ def test_a_wrong_alpha_is_another_update(tmp_path: Path) -> None:
     assert refused.code == 1 and "lora_alpha" in refused.err
     right, wrong = (
         run("anisotropy", case.base, case.adapter, "--lora-alpha", alpha, "--json").report
-        for alpha in (5, 10)
+        for alpha in ("5", "10")
     )
     one, two = (each["summary"]["model"]["relative_update"] for each in (right, wrong))
     assert two == pytest.approx(2 * one, rel=1e-9)
@@ -238,6 +238,19 @@ def test_without_its_start_it_is_refused(started: Made) -> None:
     done = run("collapse", started.base, started.adapter)
     assert done.code == 2
     assert "--initial-adapter" in done.err
+
+
+def test_a_rewritten_base_with_its_adapter_is_the_original_model(tmp_path: Path) -> None:
+    base, out = tiny_models.llama(tmp_path / "base"), tmp_path / "out"
+    assert run("init-adapter", base, "--rank", "3", "-o", out).code == 0
+    for tuned in (f"{out / 'residual'}+{out / 'adapter'}", str(out / "residual")):
+        report = geoscope.compare(base, tuned, kind="anisotropy", options=OPTIONS)
+        rho = report.summary.model["relative_update"]
+        assert isinstance(rho, float)
+        assert (rho < 1e-6) == ("+" in tuned), "the residual alone is another model"
+    report = geoscope.compare(str(out / "adapter"), base, kind="anisotropy", options=OPTIONS)
+    rho = report.summary.model["relative_update"]
+    assert isinstance(rho, float) and rho < 1e-6
 
 
 def test_a_start_that_nothing_tells_of_is_seen(started: Made, tmp_path: Path) -> None:
