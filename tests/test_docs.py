@@ -27,7 +27,7 @@ import geoscope
 from geoscope.__main__ import main
 from geoscope.cli import app
 from geoscope.demo import unpack
-from geoscope.metrics import CODES, METRICS, THRESHOLDS
+from geoscope.metrics import CAPACITY_CODES, CODES, METRICS, THRESHOLDS
 from geoscope.metrics.describe import reference_page
 from geoscope.metrics.precision import FLOORS
 from geoscope.records import Status
@@ -153,7 +153,11 @@ def test_the_page_of_the_verdict_holds_codes_and_thresholds_in_force() -> None:
     text = text_of(DOCS / "verdict.md")
     for code in CODES:
         assert f"`{code}`" in text
-    shown = dict(re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \| ([^|]*\|[^|]*) \|$", text, re.MULTILINE))
+    for code in CAPACITY_CODES:
+        assert f"`{code}`" in text_of(DOCS / "commands" / "capacity.md")
+    shown = dict(
+        re.findall(r"^\| `([a-z_]+\.[a-z0-9_]+)` \| ([^|]*\|[^|]*) \|$", text, re.MULTILINE)
+    )
     assert shown == {name: f"{one.value:.4g} | {one.standing}" for name, one in THRESHOLDS.items()}
 
 

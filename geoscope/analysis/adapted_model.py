@@ -94,7 +94,7 @@ def adapted(
         ref=ModelRef(adapter.given, adapter.resolved, adapter.commit, f"{stored} adapter"),
         config=base.config,
         tensors=tensors,
-        notes=(*notes, *(() if start is None else (f"the start {start.given} is taken off",))),
+        notes=(*notes, *_notes_of(base, start)),
         tied_to=base.tied_to,
         source=base.source,
         views=base.views,
@@ -106,6 +106,17 @@ def adapted(
         start=start,
         is_doubled=adapter_folder(adapter.path).layout == "mirror",
     )
+
+
+def _notes_of(base: Checkpoint, start: Adapter | None) -> tuple[str, ...]:
+    """What is taken off the adapter, and what it lies over, where that is not obvious."""
+    notes = () if start is None else (f"the start {start.given} is taken off",)
+    if isinstance(base, AdaptedCheckpoint):
+        notes += (
+            f"lies over {base.ref.given}, the adapter of which stays in; to compare two adapters "
+            "of one model give MODEL+ADAPTER twice",
+        )
+    return notes
 
 
 def _changes(

@@ -61,7 +61,7 @@ def prepare_alone(reference: str, options: Options, progress: Progress | None = 
     start = started_from(adapter, options.initial_adapter)
     tuned, skipped = _alone(adapter, start)
     if not tuned.changes:
-        raise PairingError(f"{adapter.given}: {skipped[0].reason}; give it as BASE TUNED")
+        raise PairingError(f"{adapter.given}: {skipped[0].reason}; give BASE {adapter.given}")
     pairing = pair(tuned.base, tuned, options.selection, NameMap(options.map_name))
     pairing = replace(
         pairing,
@@ -89,7 +89,7 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
     skipped: list[Skipped] = []
     for name, module in adapter.modules.items():
         if module.kind != "factors":
-            reason = f"{module.called} changes a weight by no product: it needs the base"
+            reason = f"the update of {module.called} is not told without the base"
             skipped.append(Skipped(name, reason, missing=True))
             continue
         nbytes = sum(one.nbytes for one in module.stored) // module.experts

@@ -13,6 +13,7 @@ from geoscope.checkpoints.layout import file_names
 from geoscope.checkpoints.model_or_adapter import open_model_or_adapter
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.peft.adapter import Adapter
+from geoscope.checkpoints.peft.folder import record_beside
 from geoscope.checkpoints.reference import base_and_adapter
 from geoscope.checkpoints.refused import is_adapter_file
 from geoscope.checkpoints.shards.folder import holds_shards, open_shard_base
@@ -39,11 +40,11 @@ def open_model(
     if pair is not None:
         base = open_model(pair[0], on_progress=on_progress)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
-        return _over(base, adapter, initial, given=reference)
+        return _on_its_own(base, adapter, initial, given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
-    return _over(_base_of(found, on_progress), found, initial)
+    return _on_its_own(_base_of(found, on_progress), found, initial)
 
 
 def open_tuned(
@@ -65,7 +66,7 @@ def open_tuned(
         own = open_model(pair[0], on_progress=on_progress)
         same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
-        return _over(base if same else own, adapter, initial, given=reference)
+        return _on_its_own(base if same else own, adapter, initial, given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
@@ -108,17 +109,28 @@ def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:
     return replace(found, ref=checkpoint.ref, notes=checkpoint.notes)
 
 
-def _over(
+def _over(base: Checkpoint, adapter: Adapter, initial: str | None) -> AdaptedCheckpoint:
+    return adapted(base, base, adapter, started_from(adapter, initial))
+
+
+def _on_its_own(
     base: Checkpoint, adapter: Adapter, initial: str | None, *, given: str | None = None
 ) -> AdaptedCheckpoint:
-    found = adapted(base, base, adapter, started_from(adapter, initial))
+    """The model of both: a base that `init-adapter` relieved of the start gets it back."""
+    is_relieved = record_beside(base.ref.resolved).get("layout") == "residual"
+    start = None if is_relieved else started_from(adapter, initial)
+    found = adapted(base, base, adapter, start)
     return found if given is None else replace(found, ref=replace(found.ref, given=given))
 
 
 def adapter_at(
     reference: str, *, alpha: float | None = None, on_progress: OnProgress | None = None
 ) -> Adapter:
-    """The adapter that a reference names. Raises OptionError for a model."""
+    """The adapter that a reference names. Raises OptionError for a model, alone or below it."""
+    if (pair := base_and_adapter(reference)) is not None:
+        raise OptionError(
+            f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"
+        )
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         raise OptionError(f"{reference}: a model and no adapter; give the folder of an adapter")

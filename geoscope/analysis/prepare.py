@@ -203,7 +203,8 @@ def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint) -> Pairing:
 
 def survey(prepared: Prepared, *, paired: bool) -> Survey:
     """What `inspect` shows: the models, their pairing, and what the work would take."""
-    sides = (prepared.base, prepared.tuned) if paired else (prepared.base,)
+    alone = prepared.base if prepared.has_base else prepared.tuned
+    sides = (prepared.base, prepared.tuned) if paired else (alone,)
     return Survey(
         models=tuple(
             {

@@ -415,6 +415,7 @@ def _parameters(found: Followed, options: FollowOptions, traps: Sequence[str]) -
     return {
         "base": options.base,
         "initial_adapter": options.initial_adapter,
+        "lora_alpha": options.lora_alpha,
         "points": list(found.points),
         "places": [point.place for point in found.series.points],
         "unit": found.series.unit,

@@ -227,7 +227,10 @@ def _note_lines(prepared: Prepared) -> list[str]:
 
 def _plan_line(prepared: Prepared) -> str:
     pairing = prepared.pairing
-    what = f"comparing {len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
+    what = f"{len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
+    if not prepared.has_base:
+        return f"measuring {what} on {prepared.device}"
+    what = f"comparing {what}"
     where = f"with {prepared.base.ref.given} on {prepared.device}"
     if prepared.bytes_to_fetch:
         where += f", {_fetching(prepared.bytes_to_fetch, prepared.free_disk or 0)}"

@@ -24,6 +24,7 @@ _FAMILY_WORDS = {
     "base_alignment": "Alignment of base and tuned: did the leading subspaces turn?",
     "collapse": "Collapse: did the singular values change, or only the frames?",
     "masks": "Masks: which weights visibly moved?",
+    "capacity": "Capacity: how much of its rank does an adapter use, and what rank is needed?",
 }
 _FLOOR_WORDS = {
     "angle": "below what rounding alone turns: BELOW_RESOLUTION",

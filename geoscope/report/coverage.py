@@ -19,6 +19,13 @@ _REASONS = 3
 _IDS = 4
 # What is known without a whole spectrum, of the ids without a dimension.
 _OF_LEADING = ("frobenius_norm", "spectral_norm", "stable_rank", "stable_rank_ratio")
+# Shares of the rank of an adapter.
+_OF_RANK = (
+    *("nominal_rank", "effective_rank_share", "entropy_rank_share", "k90_share", "k99_share"),
+    "tail_ratio",
+)
+_NO_BASE = "The base is zero, or it was not read."
+_NO_ENTRIES = "The update is known by its factors and not entry by entry."
 # How the reasons of a fallback begin, and what is said of them here.
 _FALLBACKS = {
     "tail": "a long tail of small singular values",
@@ -130,19 +137,25 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool) -> str:
     if k > min(m, n):
         return "k exceeds the shorter side."
     if layer.status_of("relative_update") is Status.NOT_APPLICABLE:
-        return "The size of the base is not known." if layer.gram else "The base is zero."
+        return "The size of the base is not known." if layer.gram else _NO_BASE
     if name.startswith("angle_") and k == (m if "left" in name else n):
         return "The basis is complete: k is the whole side."
+    if name.startswith("update_sparsity"):
+        return _NO_ENTRIES
     if name == "outside_span" and m == n:
         return "Nothing lies outside the span of a square base."
     if name.startswith("mask_") and any("FP8" in note for note in layer.notes):
         return "Which weights FP8 blocks round away is not known from the blocks."
+    if name.startswith("mask_") and layer.status_of("update_sparsity") is Status.NOT_APPLICABLE:
+        return _NO_ENTRIES
     if name.startswith("mask_"):
         return "The shorter side is below the rank of the mask."
     if quick and not k and name not in _OF_LEADING:
         return "--quick leaves out what needs a whole spectrum."
     if name in ("numerical_rank", "condition_number"):
         return "Singular values are below what the storage format resolves at this size."
+    if name in _OF_RANK:
+        return "A full update has no rank that was asked for."
     return ""
 
 

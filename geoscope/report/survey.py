@@ -157,8 +157,8 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _work(survey: Survey) -> list[str]:
-    read = sum(one.base.nbytes + one.tuned.nbytes for one in survey.pairing.matrices)
-    read = read if survey.paired else read // 2
+    matrices = survey.pairing.matrices  # of one model with itself, or of an adapter over nothing
+    read = sum(one.tuned.nbytes + survey.paired * one.base.nbytes for one in matrices)
     lines = [f"would read {_bytes(read)}"]
     if survey.bytes_to_fetch:
         lines[0] += f", after fetching {_bytes(survey.bytes_to_fetch)}"

@@ -8,6 +8,7 @@ is left out from the right. A new kind is one entry in `KINDS`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from geoscope.errors import ReportError
 
@@ -35,7 +36,7 @@ class Kind:
     there is no verdict. panels: rows of panels of the figure (geoscope.report.panels). null:
     what the nulls of this kind are, as the head of their column and in the legend. drops_empty:
     rows and columns in which no matrix has a number are left out. has_cautions: whether rounding
-    may mark a number.
+    may mark a number. weight: what the shares of a verdict are of.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Kind:
     null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
     drops_empty: bool = False
     has_cautions: bool = True
+    weight: Literal["energy", "matrices"] = "energy"
 
 
 _TABLE = (
@@ -444,6 +446,7 @@ KINDS["capacity"] = Kind(
     ),
     panels=(("spectra_by_module",),),
     null=("flat", "a flat spectrum of the adapter's rank"),
+    weight="matrices",
 )
 
 

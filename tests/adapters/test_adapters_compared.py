@@ -182,6 +182,19 @@ def test_overlaps_of_adapters_and_of_a_model(tmp_path: Path) -> None:
         assert one.values["phi_left@1,1"] == pytest.approx(1, abs=1e-9)
 
 
+def test_two_adapters_of_one_model(tmp_path: Path) -> None:
+    """The tuned one lies over the base as given, adapter included; said, with the way around."""
+    case = made(tmp_path, *CASES["lora"])
+    said = "give MODEL+ADAPTER twice"
+    done = run("anisotropy", case.adapter, case.adapter, "--json")
+    assert said in done.err
+    assert done.report["summary"]["model"]["update.frobenius_norm"] > 0
+    one = f"{case.base}+{case.adapter}"
+    done = run("anisotropy", one, one, "--json")
+    assert said not in done.err
+    assert done.report["summary"]["model"]["update.frobenius_norm"] == 0
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     case = made(tmp_path, *CASES["lora"])
     other = tiny_models.llama(tmp_path / "other", num_hidden_layers=1)
@@ -228,6 +241,19 @@ def test_without_its_start_it_is_refused(started: Made) -> None:
     assert "--initial-adapter" in done.err
 
 
+def test_a_rewritten_base_with_its_adapter_is_the_original_model(tmp_path: Path) -> None:
+    base, out = tiny_models.llama(tmp_path / "base"), tmp_path / "out"
+    assert run("init-adapter", base, "--rank", "3", "-o", out).code == 0
+    for tuned in (f"{out / 'residual'}+{out / 'adapter'}", str(out / "residual")):
+        report = geoscope.compare(base, tuned, kind="anisotropy", options=OPTIONS)
+        rho = report.summary.model["relative_update"]
+        assert isinstance(rho, float)
+        assert (rho < 1e-6) == ("+" in tuned), "the residual alone is another model"
+    report = geoscope.compare(str(out / "adapter"), base, kind="anisotropy", options=OPTIONS)
+    rho = report.summary.model["relative_update"]
+    assert isinstance(rho, float) and rho < 1e-6
+
+
 def test_a_start_that_nothing_tells_of_is_seen(started: Made, tmp_path: Path) -> None:
     """The config says nothing, as after a conversion: the blind test of METHODS §4."""
     folder = tmp_path / "silent"
@@ -269,7 +295,18 @@ def test_what_needs_the_base_is_named(tmp_path: Path) -> None:
     for one in ("anisotropy", "--no-base"), ("capacity",):
         done = run(one[0], case.adapter, *one[1:])
         assert done.code == 1
-        assert "IA3 changes a weight by no product" in done.err
+        assert "the update of IA3 is not told without the base; give BASE" in done.err
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    case = made(tmp_path, *CASES["lora"])
+    for reference in (case.base, f"{case.base}+{case.adapter}"):
+        done = run("capacity", reference)
+        assert done.code == 2
+        assert "give" in done.err and "adapter" in done.err and "Hub" not in done.err
+    done = run("capacity", case.adapter, "--dry-run", "--json")
+    (model,) = done.report["models"]
+    assert model["given"] == str(case.adapter)
 
 
 def test_two_adapters_of_one_base_are_their_difference(tmp_path: Path) -> None:
