@@ -1,4 +1,4 @@
-"""Shared by all tests: one BLAS thread, no colour, a cache of their own."""
+"""Shared by all tests: one thread for BLAS and torch, no colour, a cache of their own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-# Before numpy is imported: the oracle's dense SVDs beside a busy process are ten times slower with
-# two threads, which spin while they wait.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before numpy and torch are imported: two threads spin while they wait for each other, and on tiny
+# matrices they do little else: a third of all CPU seconds on a quiet machine, ten times the time
+# beside a busy process. Tests of workers ask for as many as they need.
+for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
 @pytest.fixture(autouse=True)
