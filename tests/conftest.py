@@ -1,19 +1,31 @@
-"""Shared by all tests: one BLAS thread, no colour, a cache of their own."""
+"""Shared by all tests: one thread for BLAS and torch, no colour, a cache of their own."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-# Before numpy is imported: the oracle's dense SVDs beside a busy process are ten times slower with
-# two threads, which spin while they wait.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before numpy and torch are imported: two threads spin while they wait for each other, and on tiny
+# matrices they do little else: a third of all CPU seconds on a quiet machine, ten times the time
+# beside a busy process. Tests of workers ask for as many as they need.
+for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("GEOSCOPE_CACHE", str(tmp_path / "geoscope-cache"))
+def _own_environment(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The cache lies in the test's own folder, or in none that exists until it is written to."""
+    if "tmp_path" in request.fixturenames:
+        folder: Path = request.getfixturevalue("tmp_path")
+    else:
+        folder = tmp_path_factory.getbasetemp() / f"own-{uuid4().hex}"
+    monkeypatch.setenv("GEOSCOPE_CACHE", str(folder / "geoscope-cache"))
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("FORCE_COLOR", raising=False)

@@ -32,24 +32,18 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def module_of(path: Path) -> str:
     """`geoscope/linalg/svd.py` → `geoscope.linalg.svd`."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, *, at_run_time: bool = False) -> set[str]:
-    """Names of the imported modules; `from a import b` gives `a.b` too.
-
-    at_run_time: without those that only type checkers see.
-    """
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Names of the imported modules; `from a import b` gives `a.b` too."""
     found: set[str] = set()
-    skipped: set[ast.AST] = set()
     for node in ast.walk(tree(path)):
-        if at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            skipped.update(inner for part in node.body for inner in ast.walk(part))
-        if node in skipped:
-            continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,7 +51,7 @@ def imports(path: Path, *, at_run_time: bool = False) -> set[str]:
             assert node.module is not None
             found.add(node.module)
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return found
+    return frozenset(found)
 
 
 def wing(module: str) -> str:
@@ -99,7 +93,8 @@ EXCEPTIONS = {
     ("cli", "geoscope.engine.cache"),
     ("cli", "geoscope.checkpoints.hub.range_cache"),
 }
-WINGS = {wing(module_of(path)) for path in FILES} - {""}
+MODULES = {module_of(path) for path in FILES}
+WINGS = {wing(module) for module in MODULES} - {""}
 
 
 def crossings(path: Path) -> Iterator[str]:
@@ -314,8 +309,7 @@ def test_what_others_import_is_listed(path: Path) -> None:
     """Complete: a name that another file takes stands in __all__ (submodules need not)."""
     module = module_of(path)
     names = set(listed(path) or ())
-    modules = {module_of(one) for one in FILES}
-    taken = {name for where, name in uses() if where == module and f"{where}.{name}" not in modules}
+    taken = {name for where, name in uses() if where == module and f"{where}.{name}" not in MODULES}
     assert taken - {"__version__"} <= names
 
 

@@ -30,14 +30,6 @@ def run_of(root: Path, steps: tuple[int, ...]) -> list[str]:
     return [str(root / f"checkpoint-{step}") for step in steps]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # many tiny products: threads only get in each other's way
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_step_is_rank_one_and_scales_with_the_family(tmp_path: Path) -> None:
     points = run_of(tmp_path, (10, 20, 30, 40, 50))
     options = FollowOptions(base=str(tmp_path / "base"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -29,15 +28,6 @@ from geoscope.trajectory.spatial_rank1 import outer_moves, pair_products
 T, H = 7, 2
 STEPS = tuple(10.0 * i for i in range(T + 1))
 QUICK = NextOptions(horizon=H, steps=20, width=8, rate=1e-3, last_rate=1e-4)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products of this size only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def path_of(updates: torch.Tensor) -> Rank1Path:
