@@ -203,10 +203,11 @@ def update_factors(
 
 
 def _of_update(work: _Work, update: FactorUpdate) -> None:
-    """Rounding noise and ranks; what the base rounded is in no product."""
+    """Rounding noise, spacing and ranks; what the base rounded is in no product."""
     product = update.product
-    work.values["update.noise"] = work.values["tuned.noise"] = update.noise
     ones = torch.ones_like(update.noise)
+    work.values["update.noise"] = work.values["tuned.noise"] = update.noise
+    work.values["tuned.eps"] = update.fmt.eps * ones
     work.values["rank.nominal"] = update.nominal * ones
     work.values["rank.max"] = product.rank * ones
 
@@ -280,7 +281,6 @@ def _from_factors(
     work.values["base.noise"] = column([one.noise for one in sides])
     work.values["base.eps"] = column([one.fmt.eps for one in sides])
     work.values["tuned.norm"] = update.tuned_norm(base)
-    work.values["tuned.eps"] = column([update.fmt.eps] * len(base))
 
 
 def _side(weight: Tensor, noise: float | None) -> Side:

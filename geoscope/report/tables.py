@@ -33,7 +33,8 @@ class Kind:
     model: groups of ids of the model block. columns: ids of the tables. worst: the id that orders
     the matrices where no verdict flags any. sentence: the id and the words of the headline where
     there is no verdict. panels: rows of panels of the figure (geoscope.report.panels). null:
-    what the nulls of this kind are, as the head of their column and in the legend. drops_empty:
+    what the nulls of this kind are, as the head of their column and in the legend. share: what a
+    verdict's shares are of, in the headline and beside the counts of matrices. drops_empty:
     rows and columns in which no matrix has a number are left out. has_cautions: whether rounding
     may mark a number.
     """
@@ -45,6 +46,7 @@ class Kind:
     sentence: tuple[str, str]
     panels: tuple[tuple[str, ...], ...]
     null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
+    share: tuple[str, str] = ("of the update's energy", "matrices (share of energy)")
     drops_empty: bool = False
     has_cautions: bool = True
 
@@ -444,6 +446,8 @@ KINDS["capacity"] = Kind(
     ),
     panels=(("spectra_by_module",),),
     null=("flat", "a flat spectrum of the adapter's rank"),
+    share=("of the matrices", "matrices"),
+    drops_empty=True,
 )
 
 
