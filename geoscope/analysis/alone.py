@@ -26,6 +26,7 @@ from geoscope.records import NOT_READ, ModelRef, Report, Skipped, TensorInfo
 
 __all__ = ["measure_adapter", "prepare_alone"]
 
+
 def measure_adapter(
     reference: str,
     kind: str,

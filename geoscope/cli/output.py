@@ -227,8 +227,12 @@ def _note_lines(prepared: Prepared) -> list[str]:
 
 def _plan_line(prepared: Prepared) -> str:
     pairing = prepared.pairing
-    what = f"comparing {len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
-    where = f"with {prepared.base.ref.given} on {prepared.device}"
+    what = f"{len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
+    if prepared.has_base:
+        what, where = f"comparing {what}", f"with {prepared.base.ref.given}"
+    else:
+        what, where = f"measuring {what}", "without its base"
+    where += f" on {prepared.device}"
     if prepared.bytes_to_fetch:
         where += f", {_fetching(prepared.bytes_to_fetch, prepared.free_disk or 0)}"
     return f"{what} {where}"

@@ -16,7 +16,8 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
     intruders.left, intruders.right         (b, ≤10)   max_i |⟨u_j(W1), u_i(W0)⟩|
     masks.low|principal|control             (b,)       overlaps; .density and .matched behind
     rank.nominal, rank.max                  (b,)       of an update in factors: r, and its limit
-    bulk_median                             ()         median of the Marchenko-Pastur law
+    {base,tuned,update}.bulk_median         ()         median of the Marchenko-Pastur law; inf
+                                                       for an update in factors
 
 Nothing is held in fp64 as a whole on the CPU: products are taken block by block from the stored
 entries (`Operand`).
@@ -44,6 +45,7 @@ from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import FP8
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
+from geoscope.metrics.metric import ROLES
 from geoscope.metrics.nulls import marchenko_pastur_median
 from geoscope.metrics.storage_notes import storage_notes
 
@@ -214,9 +216,10 @@ def _of_update(work: _Work, update: FactorUpdate) -> None:
 
 def _found(work: _Work, shape: tuple[int, int], notes: tuple[tuple[str, ...], ...]) -> PairFactors:
     values = work.values
-    values["bulk_median"] = values["update.norm"].new_tensor(
-        marchenko_pastur_median(min(shape) / max(shape))
-    )
+    median = values["update.norm"].new_tensor(marchenko_pastur_median(min(shape) / max(shape)))
+    values |= {f"{role}.bulk_median": median for role in ROLES}
+    if "rank.max" in values:  # no singular value of a product is noise but by its factors' rounding
+        values["update.bulk_median"] = median.new_tensor(float("inf"))
     return PairFactors(
         shape=shape,
         values=values,

@@ -295,7 +295,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "signal_rank",
         spectrum.signal_rank,
-        ("role.S", "role.noise", "bulk_median"),
+        ("role.S", "role.noise", "role.bulk_median"),
         "spectrum",
         formula="#{σ > s(√m+√n)}, s = max(√(Σulp²/12/mn), median(σ)/√(Mμ))",
         range="0…q",
@@ -774,7 +774,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "suggested_rank",
         capacity.suggested_rank,
-        ("update.S", "update.noise", "bulk_median"),
+        ("update.S", "update.noise", "update.bulk_median"),
         "capacity",
         formula="least k with 90 % of the energy of the directions above the noise edge",
         range="1…q",

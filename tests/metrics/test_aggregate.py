@@ -28,7 +28,7 @@ NULLS = (0.2, 0.4, 0.5)
 
 # METHODS §2: what is not named there is an unweighted mean.
 SUMMED = {"intruders", "intruders_right"}
-LARGEST = {f"angle_{side}_max@{k}" for side in ("left", "right") for k in KS}
+LARGEST = {f"angle_{side}_max@{k}" for side in ("left", "right") for k in KS} | {"suggested_rank"}
 ROOT_SUM_SQUARE = {f"{role}.frobenius_norm" for role in ("base", "tuned", "update")}
 BY_PARAMETERS = {"update_sparsity", "update_sparsity_abs", "update_sparsity_exact"}
 BY_CHANGED = {f"mask_overlap_{mask}" for mask in ("low", "principal", "control")}
@@ -125,7 +125,7 @@ def test_norms_combine_as_the_norm_of_the_whole(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", sorted(LARGEST))
-def test_of_the_largest_angles_the_largest(key: str) -> None:
+def test_of_the_largest_angles_and_needs_the_largest(key: str) -> None:
     assert combined(key, three(key)) == 0.8
 
 
