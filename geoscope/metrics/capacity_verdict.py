@@ -1,7 +1,8 @@
 """One word for how an adapter uses its rank (METHODS §7, ours); the first rule that holds decides.
 
-The model takes the code of at least half of its matrices. Whether a rank was good for the task is
-not in the weights: a rank that holds 90 % of the energy need not hold 90 % of the behaviour.
+The model takes the code of at least half of its matrices that changed. Whether a rank was good for
+the task is not in the weights: a rank that holds 90 % of the energy need not hold 90 % of the
+behaviour.
 """
 
 from __future__ import annotations
@@ -103,11 +104,13 @@ def judge_capacity_model(
 ) -> Verdict:
     """The verdict on a model: the code of at least half of the matrices, else MIXED.
 
-    One list entry a matrix; without any the code is UNDETERMINED. share, shares: of the matrices.
+    One list entry a matrix; without any the code is UNDETERMINED. share, shares: of the matrices
+    that changed.
     """
     limits = limits_in_force(limits)
-    shares = shares_of([1.0] * len(judged), judged, CAPACITY_CODES)
-    code, share = _model_code(shares)
+    changed = [one for one in judged if one.code != "NO_UPDATE"]
+    shares = shares_of([1.0] * len(changed), changed, CAPACITY_CODES)
+    code, share = _model_code(shares, is_zero=len(changed) < len(judged))
     energy = [row.weights.get("update", 0.0) for row in rows]
     flagged = flagged_names(names, energy, judged, _FLAGGED)
     counts = {one: sum(each.code == one for each in judged) for one in CAPACITY_CODES}
@@ -123,9 +126,10 @@ def judge_capacity_model(
     )
 
 
-def _model_code(shares: Mapping[str, float]) -> tuple[str, float | None]:
+def _model_code(shares: Mapping[str, float], *, is_zero: bool) -> tuple[str, float | None]:
+    """is_zero: whether matrices were seen that did not change."""
     if not shares:
-        return "UNDETERMINED", None
+        return ("NO_UPDATE" if is_zero else "UNDETERMINED"), None
     code, share = max(shares.items(), key=lambda item: item[1])
     return (code, share) if share >= 0.5 else ("MIXED", None)
 

@@ -446,7 +446,7 @@ KINDS["capacity"] = Kind(
     ),
     panels=(("spectra_by_module",),),
     null=("flat", "a flat spectrum of the adapter's rank"),
-    share=("of the matrices", "matrices"),
+    share=("of the changed matrices", "matrices"),
     drops_empty=True,
 )
 

@@ -1,4 +1,4 @@
-"""Which products are taken for the start of a method that takes it out of the base, and which not?"""
+"""Which products are taken for the start of a method that takes it out of the base?"""
 
 from __future__ import annotations
 

@@ -96,10 +96,8 @@ def test_the_noise_is_that_of_rounding_the_factors(dtype: torch.dtype, sizes: st
 def test_the_noise_of_plain_factors_is_what_methods_says() -> None:
     """≈ 2.35e-3·‖sBA‖_F in bf16, whatever the size of the update."""
     for size in (1.0, 1e-4):
-        B, A, s = factors(dtype=torch.float64)
-        wide = [stack(200, 8, seed=1), stack(8, 150, seed=9), s]
-        given = [(size * wide[0]).bfloat16(), wide[1].bfloat16(), s]
-        update = FactorUpdate.of(given)
+        B, A = size * stack(200, 8, seed=1), stack(8, 150, seed=9)
+        update = FactorUpdate.of([B.bfloat16(), A.bfloat16(), factors()[2]])
         for ratio in (update.noise / update.product.norm()).tolist():
             assert ratio == pytest.approx(2.35e-3, rel=0.05)
 
