@@ -8,7 +8,6 @@ is left out from the right. A new kind is one entry in `KINDS`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from geoscope.errors import ReportError
 
@@ -34,9 +33,10 @@ class Kind:
     model: groups of ids of the model block. columns: ids of the tables. worst: the id that orders
     the matrices where no verdict flags any. sentence: the id and the words of the headline where
     there is no verdict. panels: rows of panels of the figure (geoscope.report.panels). null:
-    what the nulls of this kind are, as the head of their column and in the legend. drops_empty:
+    what the nulls of this kind are, as the head of their column and in the legend. share: what a
+    verdict's shares are of, in the headline and beside the counts of matrices. drops_empty:
     rows and columns in which no matrix has a number are left out. has_cautions: whether rounding
-    may mark a number. weight: what the shares of a verdict are of.
+    may mark a number.
     """
 
     title: str
@@ -46,9 +46,9 @@ class Kind:
     sentence: tuple[str, str]
     panels: tuple[tuple[str, ...], ...]
     null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
+    share: tuple[str, str] = ("of the update's energy", "matrices (share of energy)")
     drops_empty: bool = False
     has_cautions: bool = True
-    weight: Literal["energy", "matrices"] = "energy"
 
 
 _TABLE = (
@@ -446,7 +446,8 @@ KINDS["capacity"] = Kind(
     ),
     panels=(("spectra_by_module",),),
     null=("flat", "a flat spectrum of the adapter's rank"),
-    weight="matrices",
+    share=("of the changed matrices", "matrices"),
+    drops_empty=True,
 )
 
 
