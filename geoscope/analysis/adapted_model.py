@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,24 +18,27 @@ from geoscope.checkpoints.peft.lora import expert_parts
 from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.views import Blocks
 from geoscope.errors import OptionError, PairingError, first_names
-from geoscope.records import ModelRef, TensorInfo
+from geoscope.records import ModelRef, Skipped, TensorInfo
 
 __all__ = ["adapted", "stacks_of_update", "started_from", "update_of"]
 
 
-def started_from(adapter: Adapter, given: str | None) -> Adapter | None:
+def started_from(
+    adapter: Adapter, given: str | None, *, alpha: float | None = None
+) -> Adapter | None:
     """The adapter before training, where the product was not zero then.
 
     given: `--initial-adapter`. Without it, that of a base which `init-adapter` rewrote is found
-    beside this base. Raises OptionError where the update cannot be told without it.
+    beside this base. alpha: `--lora-alpha`. Raises OptionError where the update cannot be told
+    without it.
     """
     if given is not None:
-        return open_adapter(given)
+        return open_adapter(given, alpha=alpha)
     if adapter.initial is None:
         return None
-    base = adapter.base
-    if base is not None and record_beside(base).get("layout") == "residual":
-        beside = Path(base).parent / "adapter"
+    base = adapter.base_folder
+    if base is not None and record_beside(str(base)).get("layout") == "residual":
+        beside = base.parent / "adapter"
         if beside.is_dir() and adapter_folder(beside).layout == "residual":
             return open_adapter(beside)
     raise OptionError(
@@ -76,7 +78,9 @@ def adapted(
     live = module_paths(list(whole.tensors), whole.config).paths
     infos = {path: whole.tensors[name] for name, path in live.items()}
     adapter = adapter.with_base(infos)
-    changes, notes = _changes(adapter, infos)
+    changes, uncompared = _changes(adapter, infos, whole.tied_to)
+    if start is not None:
+        _check_start(adapter, start)
     parts: dict[str, Change] = {}
     tensors = dict(base.tensors)
     for name, info in base.tensors.items():
@@ -94,8 +98,9 @@ def adapted(
         ref=ModelRef(adapter.given, adapter.resolved, adapter.commit, f"{stored} adapter"),
         config=base.config,
         tensors=tensors,
-        notes=(*notes, *_notes_of(base, start)),
-        tied_to=base.tied_to,
+        notes=_notes_of(base, start),
+        # what is changed is no copy any more
+        tied_to={name: kept for name, kept in base.tied_to.items() if name not in parts},
         source=base.source,
         views=base.views,
         scales=base.scales,
@@ -105,7 +110,24 @@ def adapted(
         changes=parts,
         start=start,
         is_doubled=adapter_folder(adapter.path).layout == "mirror",
+        uncompared=uncompared,
     )
+
+
+def _check_start(adapter: Adapter, start: Adapter) -> None:
+    """Raises OptionError for a start that cannot be taken off this adapter."""
+    for name, module in adapter.modules.items():
+        if module.kind == "base":
+            raise OptionError(
+                f"{adapter.given}: {module.called} with a start that is not zero is not read; "
+                "merge it into its base (PeftModel.merge_and_unload) and give the merged folder"
+            )
+        other = start.modules.get(name)
+        if other is None or other.shape != module.shape or other.experts != module.experts:
+            raise OptionError(
+                f"{start.given}: {name} is not adapted there, or in another shape; give the "
+                f"adapter that {adapter.given} began as"
+            )
 
 
 def _notes_of(base: Checkpoint, start: Adapter | None) -> tuple[str, ...]:
@@ -120,30 +142,41 @@ def _notes_of(base: Checkpoint, start: Adapter | None) -> tuple[str, ...]:
 
 
 def _changes(
-    adapter: Adapter, infos: Mapping[str, TensorInfo]
-) -> tuple[dict[str, Change], tuple[str, ...]]:
-    """Stored name of the base → how it is changed, and remarks. infos: live path → base tensor."""
+    adapter: Adapter, infos: Mapping[str, TensorInfo], tied: Mapping[str, str]
+) -> tuple[dict[str, Change], tuple[Skipped, ...]]:
+    """Stored name of the base → how it is changed; and what the base has no counterpart of.
+
+    infos: live path → base tensor. tied: name → the tensor that it repeats.
+    """
     changes: dict[str, Change] = {}
     lacking: list[str] = []
+    uncompared: list[Skipped] = []
     for name, module in adapter.modules.items():
         found = _of_module(name, module, adapter, infos)
-        if found is None:
-            lacking.append(name)
-        else:
+        if found is not None:
             changes |= found
+        elif (kept := tied.get(f"{name}.weight")) is not None:
+            reason = f"adapted, and the base stores it as {kept} alone"
+            uncompared.append(Skipped(f"{name}.weight", reason, missing=True))
+        else:
+            lacking.append(name)
     if lacking:
         raise PairingError(
             f"{adapter.given}: the base lacks {len(lacking)} of {len(adapter.modules)} adapted "
             f"modules: {first_names(lacking)}; give the model that it was trained on"
         )
-    notes: list[str] = []
     for key in (*adapter.replaced, *adapter.rows, *adapter.vectors):
         info = infos.get(key.removesuffix(".weight"))
         if info is None:
-            notes.append(f"{key} of the adapter has no counterpart in the base")
+            if key in adapter.vectors and adapter.vectors[key].multiplies:
+                continue  # IA3 scales a bias where there is one
+            stored = adapter.replaced.get(key)
+            is_vector = stored is None or len(adapter.tensors[stored].shape) < 2
+            reason = "replaced by the adapter, without a counterpart in the base"
+            uncompared.append(Skipped(key, reason, missing=not is_vector))
         elif info.name not in changes:
             changes[info.name] = Change(key, replaced=adapter.replaced.get(key))
-    return changes, tuple(notes)
+    return changes, tuple(uncompared)
 
 
 def _of_module(
@@ -153,7 +186,9 @@ def _of_module(
     info = infos.get(name)
     if info is not None:
         replaced = adapter.replaced.get(f"{name}.weight")
-        if replaced is None and not module.fits(info.shape):
+        turned = (*info.shape[:-2], *info.shape[:-3:-1])
+        fits = module.fits(info.shape) or (module.is_stack and module.fits(turned))
+        if replaced is None and not fits:
             raise PairingError(
                 f"{adapter.given}: {name} is adapted as {module.shape}, and {info.shape} in the "
                 "base; give the model that it was trained on"
@@ -173,6 +208,8 @@ def _changed_info(info: TensorInfo, change: Change, adapter: Adapter) -> TensorI
     """The header of the tuned tensor: the dtype of what changes it, and its rows."""
     if change.replaced is not None:
         header = adapter.tensors[change.replaced]
+        if change.rows is not None:  # a part of it
+            return replace(info, dtype=header.dtype)
         turned = info.transposed and len(header.shape) == 2
         return replace(
             info, shape=header.shape[::-1] if turned else header.shape, dtype=header.dtype

@@ -11,10 +11,11 @@ from itertools import combinations
 
 from geoscope.analysis.assemble import anchored, assemble
 from geoscope.analysis.options import Interrupted, Options, Progress
-from geoscope.analysis.prepare import prepare
+from geoscope.analysis.prepare import Prepared, prepare
 from geoscope.analysis.run import TunedRun, run_one
 from geoscope.analysis.selection import KINDS, OVERLAP_KINDS
 from geoscope.analysis.several import overlaps_of
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.errors import OptionError, Stopped
 from geoscope.records import Report
 
@@ -48,7 +49,11 @@ def compare(
         raise OptionError("one tuned model is needed beside the base")
     started = time.perf_counter()
     prepared = [prepare(os.fspath(base), os.fspath(one), options, progress) for one in tuned]
-    beside = prepare(os.fspath(base), os.fspath(anchor), options, progress) if anchor else None
+    _check_initial(prepared, options)
+    beside = None
+    if anchor:
+        alone = replace(options, initial_adapter=None)  # which is of the tuned model
+        beside = prepare(os.fspath(base), os.fspath(anchor), alone, progress)
     runs: list[TunedRun] = []
     for one in prepared:
         progress.on_plan(one)
@@ -74,3 +79,15 @@ def compare(
         if run is not None and run.interrupted is not None:
             raise Interrupted(report if report.layers else None, run.interrupted)
     return report
+
+
+def _check_initial(prepared: Sequence[Prepared], options: Options) -> None:
+    """Raises OptionError where `--initial-adapter` is of no tuned model, or of several."""
+    if options.initial_adapter is None:
+        return
+    adapters = [one for one in prepared if isinstance(one.tuned, AdaptedCheckpoint)]
+    if len(adapters) != 1:
+        found = f"{len(adapters)} of the tuned models are adapters" if adapters else "none is one"
+        raise OptionError(
+            f"--initial-adapter is of one adapter, and {found}; compare them one by one"
+        )

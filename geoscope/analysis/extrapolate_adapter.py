@@ -130,9 +130,9 @@ def write_adapter(
 def _named_base(last: Adapter) -> str | None:
     """What its config names; a path that is told from its own folder in full."""
     name = last.base
-    if name is None or Path(name).exists() or not (last.path / name).is_dir():
+    if name is None or Path(name).exists() or last.base_folder is None:
         return name
-    return str((last.path / name).resolve())
+    return str(last.base_folder)
 
 
 def _check_rank(rank: int, last: Adapter) -> None:

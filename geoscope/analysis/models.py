@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from geoscope.analysis.adapted_model import adapted, started_from
@@ -38,13 +37,14 @@ def open_model(
     """
     pair = base_and_adapter(reference)
     if pair is not None:
-        base = open_model(pair[0], on_progress=on_progress)
+        base = open_model(pair[0], alpha=alpha, on_progress=on_progress)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
-        return _on_its_own(base, adapter, initial, given=reference)
+        return _as_model(_over(base, adapter, initial, alpha), given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
-    return _on_its_own(_base_of(found, on_progress), found, initial)
+    whole = _over(_base_of(found, on_progress), found, initial, alpha)
+    return _as_model(whole, given=found.given)
 
 
 def open_tuned(
@@ -63,21 +63,27 @@ def open_tuned(
     """
     pair = base_and_adapter(reference)
     if pair is not None:
-        own = open_model(pair[0], on_progress=on_progress)
+        own = open_model(pair[0], alpha=alpha, on_progress=on_progress)
         same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
-        return _on_its_own(base if same else own, adapter, initial, given=reference)
+        over_base = _over(base if same else own, adapter, initial, alpha)
+        return _as_model(over_base, given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
     if isinstance(base, AdaptedCheckpoint) and _are_siblings(base.adapter, found):
         return _difference(base, found)
-    return _over(base, found, initial)
+    return _over(base, found, initial, alpha)
 
 
 def _are_siblings(one: Adapter, other: Adapter) -> bool:
     """Whether both adapters are of the same base, so that neither lies over the other."""
-    return one.base is not None and (one.base, one.revision) == (other.base, other.revision)
+    if one.base is None or other.base is None:
+        return False
+    folders = one.base_folder, other.base_folder
+    if folders[0] is not None or folders[1] is not None:
+        return folders[0] == folders[1]
+    return (one.base, one.revision) == (other.base, other.revision)
 
 
 def _difference(base: AdaptedCheckpoint, adapter: Adapter) -> AdaptedCheckpoint:
@@ -109,18 +115,19 @@ def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:
     return replace(found, ref=checkpoint.ref, notes=checkpoint.notes)
 
 
-def _over(base: Checkpoint, adapter: Adapter, initial: str | None) -> AdaptedCheckpoint:
-    return adapted(base, base, adapter, started_from(adapter, initial))
-
-
-def _on_its_own(
-    base: Checkpoint, adapter: Adapter, initial: str | None, *, given: str | None = None
+def _over(
+    base: Checkpoint, adapter: Adapter, initial: str | None, alpha: float | None
 ) -> AdaptedCheckpoint:
-    """The model of both: a base that `init-adapter` relieved of the start gets it back."""
+    """Of a base that `init-adapter` relieved of the start nothing more is taken off."""
     is_relieved = record_beside(base.ref.resolved).get("layout") == "residual"
-    start = None if is_relieved else started_from(adapter, initial)
-    found = adapted(base, base, adapter, start)
-    return found if given is None else replace(found, ref=replace(found.ref, given=given))
+    start = None if is_relieved else started_from(adapter, initial, alpha=alpha)
+    return adapted(base, base, adapter, start)
+
+
+def _as_model(found: AdaptedCheckpoint, *, given: str) -> AdaptedCheckpoint:
+    """Known as base and adapter together, as two of one adapter over different bases differ."""
+    resolved = f"{found.whole.ref.resolved}+{found.ref.resolved}"
+    return replace(found, ref=replace(found.ref, given=given, resolved=resolved))
 
 
 def adapter_at(
@@ -146,9 +153,8 @@ def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:
     if adapter.base is None:
         raise CheckpointError(f"{adapter.given}: no {field}; give base+adapter")
     name = adapter.base if adapter.revision is None else f"{adapter.base}@{adapter.revision}"
-    beside = adapter.path / adapter.base
-    if not Path(adapter.base).exists() and beside.is_dir():  # told from the adapter's own folder
-        name = str(beside.resolve())
+    if adapter.base_folder is not None:
+        name = str(adapter.base_folder)
     try:
         return open_model(name, on_progress=on_progress)
     except GeoscopeError as error:

@@ -96,7 +96,7 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     devices = resolve_devices(options.device)
     resolve_dtype(options.dtype, devices[0])
     given = {"initial": options.initial_adapter, "alpha": options.lora_alpha}
-    left = open_model(base, on_progress=progress.on_download)
+    left = open_model(base, alpha=options.lora_alpha, on_progress=progress.on_download)
     right = open_tuned(tuned, left, **given, on_progress=progress.on_download)
     left, right, pairing, notes = _matched(left, right, options)
     memory = planned_memory(pairing, options, devices)
@@ -158,14 +158,19 @@ def _matched(
     if options.allow_vocab_resize and not isinstance(tuned, AdaptedCheckpoint):
         base, tuned, resized = common_rows(base, tuned, names)
         notes += resized
-    pairing = pair(base, tuned, options.selection, names)
     if isinstance(tuned, AdaptedCheckpoint) and tuned.base is base:
-        pairing = _adapted_only(pairing, tuned)
+        # what the adapter changes is compared, though the base has it as a copy
+        pairing = pair(replace(base, tied_to=tuned.tied_to), tuned, options.selection, names)
+        pairing = _adapted_only(pairing, tuned, options)
+    else:
+        pairing = pair(base, tuned, options.selection, names)
     notes += tuple(
         f"{one.name}: {one.base[0]} rows in base, {one.tuned[0]} in tuned; --allow-vocab-resize "
         "compares the rows that both have"
         for one in pairing.shape_mismatch
-        if one.name in pairing.missing and is_resized(one.name, one.base, one.tuned)
+        if one.name in pairing.missing
+        and is_resized(one.name, one.base, one.tuned)
+        and not isinstance(tuned, AdaptedCheckpoint)
     )
     return base, tuned, pairing, notes
 
@@ -179,7 +184,7 @@ def _apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoin
     return replace(found, notes=checkpoint.notes), found.notes[own:]
 
 
-def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint) -> Pairing:
+def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint, options: Options) -> Pairing:
     """Without what the adapter leaves as it is. Raises PairingError where nothing is left."""
     left_out = [
         Skipped(one.name, "the adapter leaves it as it is")
@@ -188,7 +193,8 @@ def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint) -> Pairing:
     ]
     names = {one.name for one in left_out}
     matrices = tuple(one for one in pairing.matrices if one.name not in names)
-    if not matrices:
+    vectors = tuple(one for one in pairing.vectors if one.name not in names)
+    if not matrices and not (options.include and vectors):
         found = first_names([*tuned.changes]) or "none"
         raise PairingError(
             f"{tuned.ref.given}: changes no matrix in scope; it changes {found}; see --include"
@@ -196,8 +202,9 @@ def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint) -> Pairing:
     return replace(
         pairing,
         matrices=matrices,
-        vectors=tuple(one for one in pairing.vectors if one.name not in names),
-        skipped=(*pairing.skipped, *left_out),
+        vectors=vectors,
+        skipped=(*pairing.skipped, *left_out, *tuned.uncompared),
+        missing=(*pairing.missing, *(one.name for one in tuned.uncompared if one.missing)),
     )
 
 

@@ -92,11 +92,12 @@ def _with_start(
         return matrices
     progress.on_note(f"{prepared.tuned.ref.given}: {start.text}")
     marked = tuple(replace(one, notes=(*one.notes, start.text)) for one in matrices)
-    if kind not in ("collapse", "compare"):
+    if kind not in VERDICT_KINDS:
         return marked
+    code = "UNDETERMINED" if kind == "capacity" else "INIT_MISMATCH"
     clause = f"as {start.method} begins"
     return tuple(
-        replace(one, judged=Judged("INIT_MISMATCH", one.judged.k, clause, "", ()))
+        replace(one, judged=Judged(code, one.judged.k, clause, "", ()))
         if one.judged is not None and one.judged.code != "NO_UPDATE"
         else one
         for one in marked

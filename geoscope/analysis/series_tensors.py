@@ -290,7 +290,9 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     initial = None
     if options.initial_adapter is not None:
-        initial = open_adapter(options.initial_adapter, on_progress=progress.on_download)
+        initial = open_adapter(
+            options.initial_adapter, alpha=options.lora_alpha, on_progress=progress.on_download
+        )
     else:
         _refuse_unknown_start(adapters[0])
     if series.steps[0] <= 0:

@@ -36,6 +36,8 @@ class FactorUpdate:
         not zero before training, the three of its start, which is taken off. nominal: default the
         rank of the first product."""
         parts = [factors[i : i + 3] for i in range(0, len(factors), 3)]
+        if len(parts) == 2 and not bool(parts[1][0].any() and parts[1][1].any()):
+            del parts[1]  # a start of zero, which would only double the rank
         products = [Product.of(B, A, scaling) for B, A, scaling in parts]
         squares = torch.stack([_squared_noise(*part) for part in parts]).sum(0)
         whole = products[0] if len(products) == 1 else products[0] - products[1]

@@ -155,7 +155,7 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
     if name.startswith("mask_") and any("FP8" in note for note in layer.notes):
         return "Which weights FP8 blocks round away is not known from the blocks."
     if name.startswith("mask_") and layer.status_of("update_sparsity") is Status.NOT_APPLICABLE:
-        return _NO_ENTRIES
+        return "An update in its factors has no stored entries."
     if name.startswith("mask_"):
         return "The shorter side is below the rank of the mask."
     if quick and not k and name not in _OF_LEADING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,17 +183,31 @@ def test_overlaps_of_adapters_and_of_a_model(tmp_path: Path) -> None:
         assert one.values["phi_left@1,1"] == pytest.approx(1, abs=1e-9)
 
 
-def test_two_adapters_of_one_model(tmp_path: Path) -> None:
-    """The tuned one lies over the base as given, adapter included; said, with the way around."""
+def test_an_adapter_beside_itself_has_not_moved(tmp_path: Path) -> None:
     case = made(tmp_path, *CASES["lora"])
-    said = "give MODEL+ADAPTER twice"
+    config = json.loads((case.adapter / "adapter_config.json").read_text())
+    named = json.dumps({**config, "base_model_name_or_path": str(case.base)})
+    (case.adapter / "adapter_config.json").write_text(named)
     done = run("anisotropy", case.adapter, case.adapter, "--json")
-    assert said in done.err
-    assert done.report["summary"]["model"]["update.frobenius_norm"] > 0
+    assert "their difference" in done.err
+    assert done.report["summary"]["model"]["update.frobenius_norm"] == 0
     one = f"{case.base}+{case.adapter}"
     done = run("anisotropy", one, one, "--json")
-    assert said not in done.err
     assert done.report["summary"]["model"]["update.frobenius_norm"] == 0
+
+
+def test_over_another_adapter_it_is_said(tmp_path: Path) -> None:
+    """An adapter of another base than that of the BASE's own lies over both."""
+    case = made(tmp_path, *CASES["lora"])
+    other = tmp_path / "other"
+    shutil.copytree(case.adapter, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "org/merged"})
+    )
+    done = run("anisotropy", f"{case.base}+{case.adapter}", other, "--json")
+    assert "give MODEL+ADAPTER twice" in done.err
+    assert done.report["summary"]["model"]["update.frobenius_norm"] > 0
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

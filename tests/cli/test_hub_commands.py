@@ -267,7 +267,8 @@ def test_an_adapter_on_the_hub_lies_over_its_base(
     for words in (("org/base", "org/lora"), ("org/base", "org/base+org/lora")):
         found = shell.report("collapse", *words)
         assert found["layers"] == expected["layers"]
-        assert found["provenance"]["refs"][1]["resolved"] == f"org/lora@{commit_of(files(folder))}"
+        resolved = found["provenance"]["refs"][1]["resolved"]
+        assert resolved.endswith(f"org/lora@{commit_of(files(folder))}")
     whole = shell.report("collapse", pair["base"], pair["base"])
     assert len(expected["layers"]) == LAYERS < len(whole["layers"])
     alone, there = (shell.report("capacity", one) for one in ("org/lora", folder))

@@ -48,6 +48,10 @@ def of_folder(folder: Folder, commit: str) -> FetchedAdapter:
     wanted = (ADAPTER_CONFIG, *adapter_files(names, folder.label), RECORD)
     if isinstance(folder, HubFolder):
         path = folder.files([name for name in wanted if name in names])[0].parent
+        # What init-adapter says of OUT/adapter stands beside it.
+        above = replace(folder, folder=folder.folder.rpartition("/")[0])
+        if folder.folder and RECORD in above.names():
+            above.files([RECORD])
     else:
         assert isinstance(folder, LocalFolder)  # offline, of another program
         path = folder.path

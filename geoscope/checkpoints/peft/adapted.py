@@ -15,6 +15,7 @@ from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.views import Blocks
 from geoscope.errors import CheckpointError
+from geoscope.records import Skipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,8 @@ class AdaptedCheckpoint(Checkpoint):
 
     base: in the same parts as this one. whole: the base as it is stored. changes: name here → how.
     start: the adapter before training, where its product was not zero; it is taken off again.
-    is_doubled: whether the layout has twice the rank that was asked for.
+    is_doubled: whether the layout has twice the rank that was asked for. uncompared: what the
+    adapter changes and the base has no tensor of.
     """
 
     base: Checkpoint
@@ -60,6 +62,7 @@ class AdaptedCheckpoint(Checkpoint):
     changes: Mapping[str, Change]
     start: Adapter | None = None
     is_doubled: bool = False
+    uncompared: tuple[Skipped, ...] = ()
 
     def nominal_rank(self, name: str) -> int | None:
         """The rank that was asked for; None for a change that has no factors."""
@@ -83,8 +86,13 @@ class AdaptedCheckpoint(Checkpoint):
         if change is None:
             return self.base.read(name, buffer=buffer)
         if not change.has_factors:
-            stored = self.base.views[name].stored if name in self.base.views else name
-            return _taken(self.adapter.updated(change.key, self.whole.read(stored)), change.rows)
+            view = self.base.views.get(name)
+            stored = name if view is None else view.stored
+            tuned = self.adapter.updated(change.key, self.whole.read(stored))
+            if view is not None and tuned.dim() == 3:  # one expert of a stack, as it is stored
+                part = _taken(tuned[view.matrix], view.blocks, view.axis)
+                return part.T if self.tensors[name].transposed else part
+            return _taken(tuned, change.rows)
         tuned = self.base.read(name).double()
         for sign, (B, A, scaling) in zip((1, -1), self.factors(name), strict=False):
             tuned = tuned.addmm(B.double(), A.double(), alpha=sign * scaling)
@@ -113,10 +121,11 @@ def _factors(adapter: Adapter, change: Change) -> Factors:
     return _taken(B[change.expert], change.rows), A[change.expert], module.scaling
 
 
-def _taken(matrix: Tensor, rows: Blocks | None) -> Tensor:
+def _taken(matrix: Tensor, rows: Blocks | None, axis: int = 0) -> Tensor:
+    """Some rows, or of axis 1 columns."""
     if rows is None:
         return matrix
     import torch
 
     starts = rows.start + rows.stride * torch.arange(rows.repeats)
-    return matrix.index_select(0, (starts[:, None] + torch.arange(rows.count)).reshape(-1))
+    return matrix.index_select(axis, (starts[:, None] + torch.arange(rows.count)).reshape(-1))

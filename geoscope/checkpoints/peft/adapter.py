@@ -10,7 +10,7 @@ are refused by name. Headers are read here; data on demand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,11 @@ class Adapter:
     def base(self) -> str | None:
         """`base_model_name_or_path`, None where it says nothing."""
         return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The folder that `base` names, from here or from the adapter's own; None for none."""
+        return base_folder(self.path, self.base)
 
     @property
     def revision(self) -> str | None:
@@ -225,6 +230,7 @@ def adapter_of(
     refuse_kohya(tensors, given)
     found = _TYPES[config["peft_type"]](config, tensors, given)
     modules = {name: found[name] for name in in_natural_order(found)}
+    _refuse_dtypes([info for one in modules.values() for info in one.stored], given)
     used = {info.name for one in modules.values() for info in one.stored}
     vectors = {name: one for module in modules.values() for name, one in module.vectors.items()}
     used |= {one.stored for one in vectors.values()}
@@ -244,6 +250,15 @@ def adapter_of(
     )
 
 
+def _refuse_dtypes(factors: Iterable[TensorInfo], given: str) -> None:
+    for one in factors:
+        if one.dtype not in ("float64", "float32", "float16", "bfloat16"):
+            raise UnsupportedFormat(
+                f"{given}: {one.name} is {one.dtype}; geoscope reads factors in fp64, fp32, fp16 "
+                "and bf16: save the adapter in one of these"
+            )
+
+
 def _with_alpha(config: Mapping[str, Any], alpha: float, given: str) -> dict[str, Any]:
     kind = config["peft_type"]
     if kind not in _WITH_ALPHA:
@@ -253,11 +268,23 @@ def _with_alpha(config: Mapping[str, Any], alpha: float, given: str) -> dict[str
     return {**config, "lora_alpha": alpha}
 
 
+def base_folder(adapter: Path, base: Any) -> Path | None:
+    """The folder that `base_model_name_or_path` names; a relative path is told from here, or from
+    the folder of the adapter."""
+    if not isinstance(base, str) or not base:
+        return None
+    for path in (Path(base).expanduser(), adapter / base):
+        if path.is_dir():
+            return path.resolve()
+    return None
+
+
 def _recorded_start(folder: Path, base: Any) -> str | None:
     """Why the product is not zero before training, by what our commands wrote; None where it is."""
     layout = adapter_folder(folder).layout
     if layout in ("residual", "anchor"):
         return f"its layout is {layout}"
-    if isinstance(base, str) and record_beside(base).get("layout") == "residual":
+    named = base_folder(folder, base)
+    if named is not None and record_beside(str(named)).get("layout") == "residual":
         return f"its base {base} is a rewritten one"
     return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.layout import weight_map
+from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.peft.config import ADAPTER_CONFIG
 from geoscope.checkpoints.readers import open_container
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
@@ -48,6 +49,7 @@ def open_adapter_file(folder: Path, given: str) -> Container:
     first = adapter_files([one.name for one in folder.iterdir() if one.is_file()], given)[0]
     if first.endswith(_INDEX):
         return _open_shards(folder, first, given)
+    refuse_link_to_elsewhere(folder / first, given)
     return open_container(folder / first, f"{given}/{first}")
 
 

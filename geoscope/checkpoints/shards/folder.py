@@ -26,7 +26,13 @@ from geoscope.checkpoints.refused import by_config, is_megatron, refusal
 from geoscope.checkpoints.shards.dcp import DcpFolder
 from geoscope.checkpoints.shards.dcp_metadata import METADATA, is_dcp_file, read_metadata
 from geoscope.checkpoints.shards.fsdp import FsdpShards, is_rank_file, rank_files
-from geoscope.checkpoints.shards.names import LoraNames, lora_names, model_tensors, renamed
+from geoscope.checkpoints.shards.names import (
+    LoraNames,
+    lora_names,
+    model_tensors,
+    renamed,
+    trained_biases,
+)
 from geoscope.errors import CheckpointError, UnsupportedFormat
 
 __all__ = [
@@ -93,8 +99,9 @@ def open_shard_adapter(path: Path, given: str, *, alpha: float | None = None) ->
 
 
 def _adapter(shards: _Shards, names: LoraNames, given: str, alpha: float | None) -> Adapter:
-    container = renamed(shards.container, {name: name for name in names.adapter})
     config = _lora_config(shards.path, given)
+    own = [*names.adapter, *trained_biases(names, config.get("bias", "none"))]
+    container = renamed(shards.container, {name: name for name in own})
     return adapter_of(given, shards.path.resolve(), config, container, alpha=alpha)
 
 

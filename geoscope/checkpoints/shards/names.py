@@ -22,14 +22,16 @@ from geoscope.checkpoints.shards.dcp_metadata import DcpTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoraNames", "lora_names", "model_tensors", "renamed"]
+__all__ = ["LoraNames", "lora_names", "model_tensors", "renamed", "trained_biases"]
 
 # Keys under which trainers nest the state dict of the model, outermost first.
 _MODELS = (("app", "model"), ("model",), ("state_dict",), ("policy",))
 _OTHERS = re.compile(r"(?:app\.)?(?:optim|optimizer|lr_scheduler|scheduler|rng|extra_state)", re.I)
 
 _PEFT = "base_model.model."
-_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)")
+_FACTOR = re.compile(
+    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)|\.token_adapter\."
+)
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 _ORIGINAL = ".original_module."
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.)")
@@ -74,6 +76,20 @@ def lora_names(names: Iterable[str]) -> LoraNames | None:
     adapter = tuple(name for name in names if _FACTOR.search(name) or _SAVED.search(name))
     base = {_base_name(name): name for name in names if name not in set(adapter)}
     return LoraNames(base, adapter)
+
+
+def trained_biases(names: LoraNames, bias: str) -> tuple[str, ...]:
+    """Stored names of the biases that a LoRA run with `bias` of its config ("none", "all",
+    "lora_only") trains; in the shards they have no mark."""
+    if bias not in ("all", "lora_only"):
+        return ()
+    adapted = {_FACTOR.split(name)[0] for name in names.adapter}
+    return tuple(
+        stored
+        for stored in names.base.values()
+        if stored.endswith(".bias")
+        and (bias == "all" or _BASE_LAYER.sub("", stored).removesuffix(".bias") in adapted)
+    )
 
 
 def _base_name(name: str) -> str:
