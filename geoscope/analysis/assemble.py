@@ -74,7 +74,7 @@ def assemble(
             device=prepared[0].device,
             compute_dtype=options.dtype,
             seed=options.seed,
-            parameters=_parameters(options),
+            parameters={**_parameters(options), "notes": _notes(prepared, runs)},
             seconds=seconds,
         ),
         coverage=_coverage(runs),
@@ -82,6 +82,12 @@ def assemble(
         summary=_summary(runs, several=several),
         vectors=tuple(vectors),
     )
+
+
+def _notes(prepared: Sequence[Prepared], runs: Sequence[TunedRun]) -> list[str]:
+    """Remarks on the models, on their pairing and on what came out, each once."""
+    found = [note for one in prepared for note in (*one.base.notes, *one.tuned.notes, *one.notes)]
+    return list(dict.fromkeys([*found, *(note for run in runs for note in run.notes)]))
 
 
 def _parameters(options: Options) -> dict[str, Any]:

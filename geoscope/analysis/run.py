@@ -38,6 +38,7 @@ class TunedRun:
     selected: tuple[Instance, ...]
     verdict: Verdict | None
     interrupted: int | None  # the signal, when one stopped it
+    notes: tuple[str, ...] = ()  # what came out on the way
 
 
 def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
@@ -65,8 +66,11 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     if recalled := sum(one.recalled for one in found.values()):
         progress.on_recalled(recalled, len(pairing.matrices))
     matrices = tuple(found[one.name] for one in pairing.matrices if one.name in found)
+    notes: tuple[str, ...] = ()
     if interrupted is None:
-        matrices = _with_start(prepared, kind, matrices, progress)
+        matrices, notes = _with_start(prepared, kind, matrices)
+    for note in notes:
+        progress.on_note(note)
     return TunedRun(
         prepared=prepared,
         matrices=matrices,
@@ -74,34 +78,37 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
         verdict=_verdict(kind, matrices, options) if kind in VERDICT_KINDS and matrices else None,
         interrupted=interrupted,
+        notes=notes,
     )
 
 
 def _with_start(
-    prepared: Prepared, kind: str, matrices: tuple[Matrix, ...], progress: Progress
-) -> tuple[Matrix, ...]:
-    """With what is to be said of an adapter whose start is not known."""
-    start = seen_start(prepared)
+    prepared: Prepared, kind: str, matrices: tuple[Matrix, ...]
+) -> tuple[tuple[Matrix, ...], tuple[str, ...]]:
+    """The matrices, and what is to be said of an adapter whose start is not known."""
+    start, given = seen_start(prepared), prepared.tuned.ref.given
     if start is None:
         unknown = isinstance(prepared.tuned, AdaptedCheckpoint) and prepared.tuned.start is None
-        if unknown and prepared.has_base and _ratio(matrices) > LARGE:
-            progress.on_note(
-                f"{prepared.tuned.ref.given}: ρ is {_ratio(matrices):.2g}, much for an adapter; if "
-                "its product was not zero before training, give that adapter as --initial-adapter"
-            )
-        return matrices
-    progress.on_note(f"{prepared.tuned.ref.given}: {start.text}")
-    marked = tuple(replace(one, notes=(*one.notes, start.text)) for one in matrices)
+        ratio = _ratio(matrices)
+        if not unknown or not prepared.has_base or ratio <= LARGE:
+            return matrices, ()
+        note = (
+            f"{given}: ρ is {ratio:.2g}, much for an adapter; if its product was not zero before "
+            "training, give that adapter as --initial-adapter"
+        )
+        return matrices, (note,)
+    notes = (f"{given}: {start.text}",)
     if kind not in VERDICT_KINDS:
-        return marked
+        return matrices, notes
     code = "UNDETERMINED" if kind == "capacity" else "INIT_MISMATCH"
     clause = f"as {start.method} begins"
-    return tuple(
+    judged = tuple(
         replace(one, judged=Judged(code, one.judged.k, clause, "", ()))
         if one.judged is not None and one.judged.code != "NO_UPDATE"
         else one
-        for one in marked
+        for one in matrices
     )
+    return judged, notes
 
 
 def _ratio(matrices: Sequence[Matrix]) -> float:

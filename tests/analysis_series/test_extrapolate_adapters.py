@@ -147,9 +147,12 @@ def test_what_cannot_be_written_is_refused(
     models, series, initial = case
     start = None if initial is None else str(initial)
     options = FollowOptions(base=str(models.base), initial_adapter=start)
-    for words in ({"method": "next"}, {"rank": 65}, {"rank": 0}):
+    for method, rank in (("next", None), ("linear", 65), ("linear", 0)):
         with pytest.raises(OptionError, match=r"--method next|--rank"):
-            extrapolate([str(series)], tmp_path / "out", 100, force=True, options=options, **words)
+            extrapolate(
+                [str(series)], tmp_path / "out", 100, method=method, rank=rank, force=True,
+                options=options,
+            )  # fmt: skip
     with pytest.raises(OptionError, match="whole models"):
         extrapolate(
             [str(models.folder)], tmp_path / "out", 100, rank=4, force=True,
