@@ -16,6 +16,7 @@ from typing import Any, cast
 from geoscope.errors import ReportError
 
 __all__ = [
+    "NOT_READ",
     "SCHEMA",
     "Coverage",
     "Curve",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 SCHEMA = "geoscope.report/1"
+# In place of the storage dtype of a model that is named and not looked at.
+NOT_READ = "(base not read)"
 
 Json = dict[str, Any]
 
@@ -162,12 +165,20 @@ class Pairing:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as it was given and as it was resolved."""
+    """A model as it was given and as it was resolved.
+
+    storage_dtype: of most weights; NOT_READ for a base that is not looked at.
+    """
 
     given: str
     resolved: str
     commit: str | None
     storage_dtype: str
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its weights were looked at; the base of an adapter alone is only named."""
+        return self.storage_dtype != NOT_READ
 
     def to_json(self) -> Json:
         return {

@@ -22,11 +22,9 @@ from geoscope.checkpoints.peft.folder import adapter_folder
 from geoscope.engine import plan, resolve_devices, resolve_dtype
 from geoscope.errors import CheckpointError, PairingError
 from geoscope.names import NameMap
-from geoscope.records import ModelRef, Report, Skipped, TensorInfo
+from geoscope.records import NOT_READ, ModelRef, Report, Skipped, TensorInfo
 
 __all__ = ["measure_adapter", "prepare_alone"]
-
-_NO_BASE = "(base not read)"
 
 
 def measure_adapter(
@@ -101,7 +99,7 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         skipped.append(Skipped(name, "replaced or changed whole: it needs the base"))
     stored = next((one.dtype for one in adapter.tensors.values()), "float32")
     base = Checkpoint(
-        ref=ModelRef(adapter.base or _NO_BASE, _NO_BASE, None, _NO_BASE),
+        ref=ModelRef(adapter.base or NOT_READ, NOT_READ, None, NOT_READ),
         config={},
         tensors={name: replace(info, nbytes=0) for name, info in tensors.items()},
         notes=(),

@@ -228,10 +228,11 @@ def _note_lines(prepared: Prepared) -> list[str]:
 def _plan_line(prepared: Prepared) -> str:
     pairing = prepared.pairing
     what = f"{len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
-    if not prepared.has_base:
-        return f"measuring {what} on {prepared.device}"
-    what = f"comparing {what}"
-    where = f"with {prepared.base.ref.given} on {prepared.device}"
+    if prepared.has_base:
+        what, where = f"comparing {what}", f"with {prepared.base.ref.given}"
+    else:
+        what, where = f"measuring {what}", "without its base"
+    where += f" on {prepared.device}"
     if prepared.bytes_to_fetch:
         where += f", {_fetching(prepared.bytes_to_fetch, prepared.free_disk or 0)}"
     return f"{what} {where}"

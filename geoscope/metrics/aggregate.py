@@ -43,8 +43,8 @@ def _combine(instance: Instance, terms: Terms) -> float | int | None:
     value = _RULES[instance.metric.aggregate](instance, terms)
     if not math.isfinite(value):
         return None
-    summed = instance.metric.integer and instance.metric.aggregate == "sum"
-    return round(value) if summed else value
+    stays_whole = instance.metric.aggregate in ("sum", "max") or len({one for one, _ in terms}) == 1
+    return round(value) if instance.metric.integer and stays_whole else value
 
 
 def _combine_nulls(instance: Instance, terms: Terms) -> float | None:

@@ -1,7 +1,8 @@
 """One word for how an adapter uses its rank (METHODS §7, ours); the first rule that holds decides.
 
-The model takes the code of at least half of its matrices. Whether a rank was good for the task is
-not in the weights: a rank that holds 90 % of the energy need not hold 90 % of the behaviour.
+The model takes the code of at least half of its matrices that changed. Whether a rank was good for
+the task is not in the weights: a rank that holds 90 % of the energy need not hold 90 % of the
+behaviour.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _COLLAPSE_FROM = 16
 
 _SENTENCES = {
     "NO_UPDATE": "no weight in scope changed",
-    "UNDETERMINED": "no rank could be told",
+    "UNDETERMINED": "the rank that is used cannot be told: numbers are missing or below what "
+    "storage resolves",
     "SATURATED": "the update fills its rank with a flat spectrum: a larger rank may have been used",
     "RANK_COLLAPSE": "a few directions hold the update, far fewer than the rank",
     "CONCENTRATED": "a few directions hold the update, fewer than the rank",
@@ -49,13 +51,13 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
     """How one matrix uses its rank; `limits` override THRESHOLDS by name."""
     values = row.values
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
-        return Judged("NO_UPDATE", 0, "", "", ())
+        return Judged("NO_UPDATE", None, "", "", ())
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
         if status in row.status.values():
-            return Judged("UNDETERMINED", 0, status.value, "", ())
+            return Judged("UNDETERMINED", None, status.value, "", ())
     rank = values.get("nominal_rank")
     if rank is None:
-        return Judged("FULL_UPDATE", 0, "", "", ())
+        return Judged("FULL_UPDATE", None, "", "", ())
     limit = limits_in_force(limits)
 
     def check(code: str, name: str, value: float | None, sign: str, key: str) -> Check:
@@ -71,19 +73,27 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
         (
             "SATURATED",
             [
-                check("SATURATED", "k90/r", k90, "≥", "capacity.saturated_k90"),
+                check("SATURATED", "k90/r_max", k90, "≥", "capacity.saturated_k90"),
                 check("SATURATED", "σ_r/σ1", tail, "≥", "capacity.saturated_tail"),
             ],
         ),
-        (few, [check(few, "effective rank/r", effective, "<", "capacity.concentrated")]),
+        (few, [check(few, "effective rank/r_max", effective, "<", "capacity.concentrated")]),
         ("IDLE", [check("IDLE", "k99/r", of_nominal, "≤", "capacity.idle_k99")]),
     )
     seen: list[Check] = []
     for code, checks in rules:
         seen += checks
         if all(one.holds for one in checks):
-            return Judged(code, 0, clause(checks), "", tuple(seen))
-    return Judged("USED", 0, "no rule of misuse matched", "", tuple(seen))
+            return Judged(code, None, clause(checks), "", tuple(seen))
+    if open_ := [code for code, checks in rules if not _is_refuted(checks)]:
+        reason = f"no number to rule out {' or '.join(open_)}"
+        return Judged("UNDETERMINED", None, reason, "", tuple(seen))
+    return Judged("USED", None, "no rule of misuse matched", "", tuple(seen))
+
+
+def _is_refuted(checks: Sequence[Check]) -> bool:
+    """Whether a number says that a rule does not hold; one that is missing says nothing."""
+    return any(one.value is not None and not one.holds for one in checks)
 
 
 def judge_capacity_model(
@@ -92,13 +102,15 @@ def judge_capacity_model(
     judged: Sequence[Judged],
     limits: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """The verdict on a model: the code of at least half of the matrices, else MIXED."""
+    """The verdict on a model: the code of at least half of the matrices, else MIXED.
+
+    One list entry a matrix; without any the code is UNDETERMINED. share, shares: of the matrices
+    that changed.
+    """
     limits = limits_in_force(limits)
-    equal = [1.0] * len(judged)
-    shares = shares_of(equal, judged, CAPACITY_CODES)
-    code, share = max(shares.items(), key=lambda item: item[1])
-    if share < 0.5:
-        code, share = "MIXED", 0.0
+    changed = [one for one in judged if one.code != "NO_UPDATE"]
+    shares = shares_of([1.0] * len(changed), changed, CAPACITY_CODES)
+    code, share = _model_code(shares, is_zero=len(changed) < len(judged))
     energy = [row.weights.get("update", 0.0) for row in rows]
     flagged = flagged_names(names, energy, judged, _FLAGGED)
     counts = {one: sum(each.code == one for each in judged) for one in CAPACITY_CODES}
@@ -108,28 +120,36 @@ def judge_capacity_model(
         shares=shares,
         flagged=flagged,
         counts={one: number for one, number in counts.items() if number},
-        text=f"{_SENTENCES[code]}. {_advice(rows)}",
+        text=f"{_SENTENCES[code]}.{_advice(rows)}",
         thresholds={key: value for key, value in limits.items() if key.startswith("capacity.")},
         explain=explained(judged),
     )
 
 
+def _model_code(shares: Mapping[str, float], *, is_zero: bool) -> tuple[str, float | None]:
+    """is_zero: whether matrices were seen that did not change."""
+    if not shares:
+        return ("NO_UPDATE" if is_zero else "UNDETERMINED"), None
+    code, share = max(shares.items(), key=lambda item: item[1])
+    return (code, share) if share >= 0.5 else ("MIXED", None)
+
+
 def _advice(rows: Sequence[Measured]) -> str:
     """Ranks that would have held the update: of most matrices, and of all."""
-    found = sorted(
-        float(one) for row in rows if (one := row.values.get("suggested_rank")) is not None
-    )
-    resolved = [one for one in found if one > 0]
-    if not resolved:
-        return "No direction of the update is above its noise, so no rank can be suggested."
-    most = resolved[math.ceil(0.9 * len(resolved)) - 1]
-    words = [f"{most:.0f} holds 90 % of the energy above the noise in 9 of 10 matrices"]
+    found = sorted(one for row in rows if (one := row.values.get("suggested_rank")) is not None)
+    below = sum(row.status.get("suggested_rank") is Status.BELOW_RESOLUTION for row in rows)
+    if not found:
+        none = " No direction of the update is above its noise, so no rank can be suggested."
+        return none if below else ""
+    most = found[math.ceil(0.9 * len(found)) - 1]
+    where = "9 of 10 matrices" if found[-1] > most else "every matrix"
+    words = [f"{most:.0f} holds 90 % of the energy above the noise in {where}"]
     served = servable(most)
     if served is not None and served != most:
         words.append(f"{served} is the next rank that vLLM serves")
-    if resolved[-1] > most:
-        words.append(f"the largest need is {resolved[-1]:.0f}")
-    below = len(found) - len(resolved)
+    if found[-1] > most:
+        words.append(f"the largest need is {found[-1]:.0f}")
     if below:
-        words.append(f"{below} matrices are below the noise")
-    return f"Rank: {'; '.join(words)}. That is about energy and not about behaviour."
+        words.append("1 matrix is" if below == 1 else f"{below} matrices are")
+        words[-1] += " below the noise"
+    return f" Rank: {'; '.join(words)}. That is about energy and not about behaviour."

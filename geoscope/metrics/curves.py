@@ -70,7 +70,9 @@ def _spectrum(
     S = values["update.S"][i]
     null = iid_spectra(*shape, seed).square().mean(0).sqrt()
     null = null * (values["update.norm"][i] / null.square().sum().sqrt())
-    edge = float(noise_edge(S, values["update.noise"][i], values["bulk_median"], shape=shape))
+    edge = float(
+        noise_edge(S, values["update.noise"][i], values["update.bulk_median"], shape=shape)
+    )
     return {
         "update.S": _sample(S),
         "update.S_null": _sample(null),

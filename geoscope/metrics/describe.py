@@ -24,16 +24,18 @@ _FAMILY_WORDS = {
     "base_alignment": "Alignment of base and tuned: did the leading subspaces turn?",
     "collapse": "Collapse: did the singular values change, or only the frames?",
     "masks": "Masks: which weights visibly moved?",
-    "capacity": "Capacity: how much of its rank does an adapter use, and what rank is needed?",
+    "capacity": "Capacity: how much of its rank does an update use, and which would hold it?",
 }
 _FLOOR_WORDS = {
     "angle": "below what rounding alone turns: BELOW_RESOLUTION",
+    "edge": "nothing above the noise: BELOW_RESOLUTION",
     **{
         name: f"{name}-weighted: OK to ν = {fine:g}, CAUTION to {usable:g}, then BELOW_RESOLUTION"
         for name, (fine, usable) in FLOORS.items()
     },
 }
 _FLOOR_WORDS["amplitude"] = _FLOOR_WORDS["amplitude"].replace("ν", "ν·√(q/PR)")
+_FLOOR_WORDS["amplitude"] += "; q of a product: its rank"
 _RULE_WORDS = {
     "mean": "unweighted mean",
     "sum": "sum",

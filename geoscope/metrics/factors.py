@@ -16,7 +16,8 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
     intruders.left, intruders.right         (b, ≤10)   max_i |⟨u_j(W1), u_i(W0)⟩|
     masks.low|principal|control             (b,)       overlaps; .density and .matched behind
     rank.nominal, rank.max                  (b,)       of an update in factors: r, and its limit
-    bulk_median                             ()         median of the Marchenko-Pastur law
+    {base,tuned,update}.bulk_median         ()         median of the Marchenko-Pastur law; inf
+                                                       for an update in factors
 
 Nothing is held in fp64 as a whole on the CPU: products are taken block by block from the stored
 entries (`Operand`).
@@ -44,6 +45,7 @@ from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import FP8
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
+from geoscope.metrics.metric import ROLES
 from geoscope.metrics.nulls import marchenko_pastur_median
 from geoscope.metrics.storage_notes import storage_notes
 
@@ -203,19 +205,21 @@ def update_factors(
 
 
 def _of_update(work: _Work, update: FactorUpdate) -> None:
-    """Rounding noise and ranks; what the base rounded is in no product."""
+    """Rounding noise, spacing and ranks; what the base rounded is in no product."""
     product = update.product
-    work.values["update.noise"] = work.values["tuned.noise"] = update.noise
     ones = torch.ones_like(update.noise)
+    work.values["update.noise"] = work.values["tuned.noise"] = update.noise
+    work.values["tuned.eps"] = update.fmt.eps * ones
     work.values["rank.nominal"] = update.nominal * ones
     work.values["rank.max"] = product.rank * ones
 
 
 def _found(work: _Work, shape: tuple[int, int], notes: tuple[tuple[str, ...], ...]) -> PairFactors:
     values = work.values
-    values["bulk_median"] = values["update.norm"].new_tensor(
-        marchenko_pastur_median(min(shape) / max(shape))
-    )
+    median = values["update.norm"].new_tensor(marchenko_pastur_median(min(shape) / max(shape)))
+    values |= {f"{role}.bulk_median": median for role in ROLES}
+    if "rank.max" in values:  # no singular value of a product is noise but by its factors' rounding
+        values["update.bulk_median"] = median.new_tensor(float("inf"))
     return PairFactors(
         shape=shape,
         values=values,
@@ -280,7 +284,6 @@ def _from_factors(
     work.values["base.noise"] = column([one.noise for one in sides])
     work.values["base.eps"] = column([one.fmt.eps for one in sides])
     work.values["tuned.norm"] = update.tuned_norm(base)
-    work.values["tuned.eps"] = column([update.fmt.eps] * len(base))
 
 
 def _side(weight: Tensor, noise: float | None) -> Side:

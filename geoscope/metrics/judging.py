@@ -12,16 +12,21 @@ __all__ = ["Check", "Judged", "clause", "explained", "flagged_names", "shares_of
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict on one matrix; `checks` holds every condition that was looked at."""
+    """The verdict on one matrix; `checks` holds every condition that was looked at.
+
+    k: the subspace dimension of the rules, None where they have none.
+    """
 
     code: str
-    k: int
+    k: int | None
     clause: str
     words: str
     checks: tuple[Check, ...]
 
     def to_json(self) -> dict[str, Any]:
-        entry: dict[str, Any] = {"code": self.code, "k": self.k}
+        entry: dict[str, Any] = {"code": self.code}
+        if self.k is not None:
+            entry["k"] = self.k
         if self.clause:
             entry["clause"] = self.clause
         if self.words:

@@ -112,16 +112,23 @@ class _Floors:
     def zero(self) -> list[bool]:
         return (self.values["update.norm"] == 0).tolist()
 
-    def of(self, instance: Instance, i: int) -> Status:
+    def of(self, instance: Instance, i: int, value: float) -> Status:
         """The precision status of one number of the update."""
         if instance.floor is None:
             return Status.OK
+        if instance.floor == "edge":
+            return Status.OK if value > 0 else Status.BELOW_RESOLUTION
         norm = float(self.values["update.norm"][i])
         noise_ratio = float(self.values["update.noise"][i]) / norm if norm > 0 else math.nan
         spread = math.nan
         if instance.floor == "amplitude":
             spread = float(participation_ratio(self.values["update.S"][i]))
-        return floor_status(instance.floor, noise_ratio, spread, min(self.shape))
+        return floor_status(instance.floor, noise_ratio, spread, self._directions(i))
+
+    def _directions(self, i: int) -> int:
+        """Those that rounding fills: q, of a product no more than its rank."""
+        rank = float(self.values["rank.max"][i]) if "rank.max" in self.values else math.inf
+        return int(min(*self.shape, rank))
 
     def angle(self, instance: Instance, i: int) -> float | None:
         """What rounding alone turns the subspace by, where less than that was measured."""
@@ -166,7 +173,7 @@ def _add_value(row: Measured, instance: Instance, value: float, floors: _Floors,
         if floor is not None:
             row.floors[instance.id] = floor
     else:
-        status = floors.of(instance, i)
+        status = floors.of(instance, i, value)
     number = round(value) if instance.metric.integer else value
     if status.is_null:
         _mark(row, instance.id, status)

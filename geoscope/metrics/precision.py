@@ -24,6 +24,8 @@ FLOORS = {
 def floor_status(floor: str, noise_ratio: float, participation: float, q: int) -> Status:
     """OK, CAUTION or BELOW_RESOLUTION of a quantity of this class at rounding-noise ratio ν.
 
+    q: how many directions rounding fills; of a product of stored factors its rank, for the product
+    of rounded factors has no higher one.
     A ν that is undefined (zero update) gives OK: such a value needs another status anyway.
     """
     if not math.isfinite(noise_ratio):

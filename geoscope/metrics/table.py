@@ -295,7 +295,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "signal_rank",
         spectrum.signal_rank,
-        ("role.S", "role.noise", "bulk_median"),
+        ("role.S", "role.noise", "role.bulk_median"),
         "spectrum",
         formula="#{σ > s(√m+√n)}, s = max(√(Σulp²/12/mn), median(σ)/√(Mμ))",
         range="0…q",
@@ -752,10 +752,10 @@ METRICS: tuple[Metric, ...] = (
             source="METHODS §7",
             null=Null(_FLAT, capacity.flat_energy_share, ("rank.max",), params={"level": level}),
             params={"level": level},
-            floor="energy",
+            floor=floor,
             of_update=True,
         )
-        for level in (0.9, 0.99)
+        for level, floor in ((0.9, "energy"), (0.99, "amplitude"))
     ),
     Metric(
         "tail_ratio",
@@ -774,14 +774,15 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "suggested_rank",
         capacity.suggested_rank,
-        ("update.S", "update.noise", "bulk_median"),
+        ("update.S", "update.noise", "update.bulk_median"),
         "capacity",
         formula="least k with 90 % of the energy of the directions above the noise edge",
-        range="0…q",
-        reading="a rank that would have held this update; 0: nothing is above the noise",
+        range="1…q",
+        reading="a rank that would have held this update",
         caution="the best rank for a new run: energy is not behaviour",
         source="METHODS §7",
         wants=("shape",),
+        floor="edge",
         aggregate="max",
         of_update=True,
         integer=True,

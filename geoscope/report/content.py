@@ -75,8 +75,7 @@ def headline(kind: Kind, section: Section) -> tuple[str, str]:
     verdict = section.verdict
     if verdict is None:
         return "", _sentence(kind, section.whole)
-    whole = "the update's energy" if kind.weight == "energy" else "the matrices"
-    share = f" · {percent(verdict.share)} of {whole}" if verdict.share else ""
+    share = "" if verdict.share is None else f" · {percent(verdict.share)} {kind.share[0]}"
     return f"{verdict.code}{share}", verdict.text
 
 
@@ -93,7 +92,7 @@ def _section_blocks(kind: Kind, section: Section, *, verbose: bool, is_only: boo
     code, sentence = headline(kind, section)
     verdict = section.verdict
     name = "" if is_only else f"{section.tuned} {section.label}"
-    lines = tuple(filter(None, (sentence, _tally(verdict, kind.weight) if verdict else "")))
+    lines = tuple(filter(None, (sentence, _tally(kind, verdict) if verdict else "")))
     blocks = [
         Block(": ".join(filter(None, (name, code))), lines, code=verdict.code if verdict else ""),
         _model_block(kind, section, verbose=verbose),
@@ -124,8 +123,8 @@ def _listed(ks: Sequence[int]) -> str:
     return ", ".join(map(str, ks)) if len(ks) <= 4 else f"{ks[0]} … {ks[-1]}"
 
 
-def _tally(verdict: Verdict, weight: str) -> str:
-    """Matrices of each code, with their share of the whole."""
+def _tally(kind: Kind, verdict: Verdict) -> str:
+    """Matrices of each code, with their share."""
     counts = sorted(verdict.counts.items(), key=lambda item: (-item[1], item[0]))
     parts = [
         f"{code} {count} ({percent(verdict.shares[code])})"
@@ -134,8 +133,7 @@ def _tally(verdict: Verdict, weight: str) -> str:
         for code, count in counts
         if count
     ]
-    of = "energy" if weight == "energy" else "all"
-    return f"matrices (share of {of}): {', '.join(parts)}" if parts else ""
+    return f"{kind.share[1]}: {', '.join(parts)}" if parts else ""
 
 
 def _runs_block(kind: Kind, parts: Sequence[Section]) -> Block:

@@ -19,13 +19,11 @@ _REASONS = 3
 _IDS = 4
 # What is known without a whole spectrum, of the ids without a dimension.
 _OF_LEADING = ("frobenius_norm", "spectral_norm", "stable_rank", "stable_rank_ratio")
-# Shares of the rank of an adapter.
+# What takes the rank of an update in its factors.
 _OF_RANK = (
-    *("nominal_rank", "effective_rank_share", "entropy_rank_share", "k90_share", "k99_share"),
-    "tail_ratio",
+    *("nominal_rank", "effective_rank_share", "entropy_rank_share"),
+    *("k90_share", "k99_share", "tail_ratio"),
 )
-_NO_BASE = "The base is zero, or it was not read."
-_NO_ENTRIES = "The update is known by its factors and not entry by entry."
 # How the reasons of a fallback begin, and what is said of them here.
 _FALLBACKS = {
     "tail": "a long tail of small singular values",
@@ -113,11 +111,12 @@ def _short(reason: str) -> str:
 def status_block(report: Report) -> Block:
     """Each status that occurs, with its sentence and the ids (for all k) it stands on."""
     found: dict[tuple[Status, str], list[tuple[LayerRecord, str]]] = {}
-    quick = bool(report.provenance.parameters.get("quick"))
+    made = report.provenance
+    quick, has_base = bool(made.parameters.get("quick")), all(ref.is_read for ref in made.refs[:1])
     for layer in report.layers:
         for key, status in layer.status.items():
             applies = status is not Status.NOT_APPLICABLE
-            cause = "" if applies else _cause(layer, key, quick=quick)
+            cause = "" if applies else _cause(layer, key, quick=quick, has_base=has_base)
             found.setdefault((status, cause or status.sentence), []).append((layer, key))
     order = list(Status)
     lines = [
@@ -128,34 +127,39 @@ def status_block(report: Report) -> Block:
     return Block("statuses", tuple(lines))
 
 
-def _cause(layer: LayerRecord, key: str, *, quick: bool) -> str:
+def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
     """Why an id does not apply to a matrix, as far as the report tells; else nothing."""
+
+    def applies(other: str) -> bool:
+        return layer.status_of(other) is not Status.NOT_APPLICABLE
+
     m, n = layer.shape
     stem, _, dimension = key.rpartition("@")
     k = int(dimension) if stem and dimension.isdigit() else 0
     name = (stem or key).rpartition(".")[2]
     if k > min(m, n):
         return "k exceeds the shorter side."
-    if layer.status_of("relative_update") is Status.NOT_APPLICABLE:
-        return "The size of the base is not known." if layer.gram else _NO_BASE
+    # Of stored weights the sparsity is always known.
+    if name.startswith(("update_sparsity", "mask_")) and not applies("update_sparsity"):
+        return "An update in its factors has no stored entries."
+    if name in _OF_RANK and not applies("nominal_rank"):
+        return "An update that is not in factors has no rank to take a share of."
+    if not has_base and not key.startswith("update."):
+        return "The base was not read."
+    if has_base and not applies("relative_update"):
+        return "The size of the base is not known." if layer.gram else "The base is zero."
     if name.startswith("angle_") and k == (m if "left" in name else n):
         return "The basis is complete: k is the whole side."
-    if name.startswith("update_sparsity"):
-        return _NO_ENTRIES
     if name == "outside_span" and m == n:
         return "Nothing lies outside the span of a square base."
     if name.startswith("mask_") and any("FP8" in note for note in layer.notes):
         return "Which weights FP8 blocks round away is not known from the blocks."
-    if name.startswith("mask_") and layer.status_of("update_sparsity") is Status.NOT_APPLICABLE:
-        return _NO_ENTRIES
     if name.startswith("mask_"):
         return "The shorter side is below the rank of the mask."
     if quick and not k and name not in _OF_LEADING:
         return "--quick leaves out what needs a whole spectrum."
     if name in ("numerical_rank", "condition_number"):
         return "Singular values are below what the storage format resolves at this size."
-    if name in _OF_RANK:
-        return "A full update has no rank that was asked for."
     return ""
 
 

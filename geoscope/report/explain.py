@@ -64,18 +64,20 @@ def _limit(name: str, value: float | None) -> str:
 
 
 def _clauses(section: Section) -> Grid:
+    """Of each matrix code and clause, and the k of the rules where they have one."""
+    judged = [(layer.name, layer.verdict) for layer in section.layers if layer.verdict]
+    has_k = any(verdict.get("k") is not None for _, verdict in judged)
     rows = [
         (
-            Cell(layer.name),
-            code_cell(layer.verdict),
-            Cell(number(layer.verdict.get("k"))),
-            Cell(_in_degrees(str(layer.verdict.get("clause") or ""))),
+            Cell(name),
+            code_cell(verdict),
+            *([Cell(number(verdict.get("k")))] if has_k else []),
+            Cell(_in_degrees(str(verdict.get("clause") or ""))),
         )
-        for layer in section.layers
-        if layer.verdict
+        for name, verdict in judged
     ]
     clause = Head("clause", is_words=True, is_long=True)
-    return Grid((MATRIX, VERDICT, Head("k"), clause), tuple(rows))
+    return Grid((MATRIX, VERDICT, *([Head("k")] if has_k else []), clause), tuple(rows))
 
 
 def _in_degrees(clause: str) -> str:

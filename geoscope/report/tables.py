@@ -8,7 +8,6 @@ is left out from the right. A new kind is one entry in `KINDS`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from geoscope.errors import ReportError
 
@@ -34,9 +33,10 @@ class Kind:
     model: groups of ids of the model block. columns: ids of the tables. worst: the id that orders
     the matrices where no verdict flags any. sentence: the id and the words of the headline where
     there is no verdict. panels: rows of panels of the figure (geoscope.report.panels). null:
-    what the nulls of this kind are, as the head of their column and in the legend. drops_empty:
+    what the nulls of this kind are, as the head of their column and in the legend. share: what a
+    verdict's shares are of, in the headline and beside the counts of matrices. drops_empty:
     rows and columns in which no matrix has a number are left out. has_cautions: whether rounding
-    may mark a number. weight: what the shares of a verdict are of.
+    may mark a number.
     """
 
     title: str
@@ -46,9 +46,9 @@ class Kind:
     sentence: tuple[str, str]
     panels: tuple[tuple[str, ...], ...]
     null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
+    share: tuple[str, str] = ("of the update's energy", "matrices (share of energy)")
     drops_empty: bool = False
     has_cautions: bool = True
-    weight: Literal["energy", "matrices"] = "energy"
 
 
 _TABLE = (
@@ -56,10 +56,10 @@ _TABLE = (
     Quantity("precision_ratio", "ν", "rounding noise ν", "storage rounding over the update's size"),
     Quantity("update_sparsity", "unchanged", "unchanged entries", "share of entries equal in bf16"),
     Quantity("nominal_rank", "r", "nominal rank r", "of the adapter's config"),
-    Quantity("effective_rank_share", "eff./r", "effective rank over r", "amplitudes; 1 is flat"),
-    Quantity("entropy_rank_share", "entropy/r", "entropy rank over r", "energies; 1 is flat"),
-    Quantity("k90_share", "k90/r", "k90 over r", "directions that hold 90 % of the energy"),
-    Quantity("k99_share", "k99/r", "k99 over r", "directions that hold 99 % of the energy"),
+    Quantity("effective_rank_share", "eff./r_max", "effective rank/r_max", "amplitudes; 1: flat"),
+    Quantity("entropy_rank_share", "entropy/r_max", "entropy rank/r_max", "energies; 1: flat"),
+    Quantity("k90_share", "k90/r_max", "k90/r_max", "directions with 90 % of the energy"),
+    Quantity("k99_share", "k99/r_max", "k99/r_max", "directions with 99 % of the energy"),
     Quantity("tail_ratio", "σ_r/σ1", "σ_r over σ1", "what the last direction still does"),
     Quantity("suggested_rank", "rank", "suggested rank", "for 90 % of the resolved energy"),
     Quantity("update.stable_rank", "stable rank", "stable rank", "energy over that of σ1"),
@@ -445,8 +445,9 @@ KINDS["capacity"] = Kind(
         "A rank of {value} holds 90 % of the energy above the noise in every matrix.",
     ),
     panels=(("spectra_by_module",),),
-    null=("flat", "a flat spectrum of the adapter's rank"),
-    weight="matrices",
+    null=("flat", "a flat spectrum of rank r_max: r, or 2r where the start is part of the update"),
+    share=("of the changed matrices", "matrices"),
+    drops_empty=True,
 )
 
 

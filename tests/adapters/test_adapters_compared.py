@@ -182,17 +182,19 @@ def test_overlaps_of_adapters_and_of_a_model(tmp_path: Path) -> None:
         assert one.values["phi_left@1,1"] == pytest.approx(1, abs=1e-9)
 
 
-def test_two_adapters_of_one_model(tmp_path: Path) -> None:
-    """The tuned one lies over the base as given, adapter included; said, with the way around."""
+def test_an_adapter_over_another_one_is_told(tmp_path: Path) -> None:
+    """Where nothing says that they are of one base, the tuned one lies on top."""
     case = made(tmp_path, *CASES["lora"])
-    said = "give MODEL+ADAPTER twice"
-    done = run("anisotropy", case.adapter, case.adapter, "--json")
-    assert said in done.err
-    assert done.report["summary"]["model"]["update.frobenius_norm"] > 0
+    config = json.loads((case.adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": None}
+    (case.adapter / "adapter_config.json").write_text(json.dumps(config))
     one = f"{case.base}+{case.adapter}"
-    done = run("anisotropy", one, one, "--json")
-    assert said not in done.err
-    assert done.report["summary"]["model"]["update.frobenius_norm"] == 0
+    said = "give MODEL+ADAPTER twice"
+    for tuned, is_on_top in ((case.adapter, True), (one, False)):
+        done = run("anisotropy", one, tuned, "--json")
+        assert (said in done.err) == is_on_top
+        norm = done.report["summary"]["model"]["update.frobenius_norm"]
+        assert (norm > 0) == is_on_top
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ numbers from the sorted list of all that there are.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from checkpoints.files import assert_equal_bits, write_config, write_model, write_sharded
 from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.checkpoints.block_fp8 import spacings
+from geoscope.checkpoints.disk import Room
 from geoscope.checkpoints.split import split
 from geoscope.errors import UnsupportedFormat
 from geoscope.linalg.storage import FP8
@@ -131,14 +132,17 @@ def test_the_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
     write_config(tmp_path, config_of((4, 5)))
     checkpoint = open_checkpoint(str(tmp_path))
     assert_equal_bits(checkpoint.read(UP), multiplied(q, s, (4, 5)))
-    asked: list[Collection[str]] = []
+    asked: list[dict[str, list[str]]] = []
 
     class Recorded:
-        def fetch(self, files: Collection[str]) -> None:
-            asked.append(files)
+        def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+            return {}
+
+        def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
+            asked.append({file: sorted(names) for file, names in wanted.items()})
 
     replace(checkpoint, source=Recorded()).fetch([UP])  # type: ignore[arg-type]
-    assert asked == [sorted(placed.values())]
+    assert asked == [{file: [name] for name, file in placed.items()}]
 
 
 def spacing(number: float, every: Tensor) -> float:

@@ -26,8 +26,8 @@ from checkpoints.files import (
     zeros,
 )
 from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.reference import HubReference, parse_reference
-from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError, UnsupportedFormat
+from geoscope.checkpoints.reference import HubReference, base_and_adapter, parse_reference
+from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -403,7 +403,7 @@ def test_hub_references(reference: str, expected: tuple[str, str | None, str]) -
      "hf://org/name/../x", "https://huggingface.co/org/name", "or g/name"],
 )  # fmt: skip
 def test_a_reference_outside_of_the_grammar_is_a_usage_error(reference: str) -> None:
-    with pytest.raises(OptionError, match=r"write PATH, org/name\[@revision\] or hf://"):
+    with pytest.raises(OptionError, match=r"write PATH, org/name\[@revision\], hf://"):
         parse_reference(reference)
 
 
@@ -415,9 +415,34 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(reference: str) -
         parse_reference(reference)
 
 
-def test_base_plus_adapter_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedFormat, match="merge_and_unload"):
-        parse_reference("org/base+org/adapter@v1")
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("org/base+org/adapter@v1", ("org/base", "org/adapter@v1")),
+        ("org/base@main+hf://org/adapter/sub", ("org/base@main", "hf://org/adapter/sub")),
+        ("org/base", None),
+    ],
+)
+def test_base_and_adapter_are_two_references(
+    reference: str, expected: tuple[str, str] | None
+) -> None:
+    assert base_and_adapter(reference) == expected
+
+
+@pytest.mark.parametrize("reference", ["org/base+adapter", "+org/adapter", "org/base+"])
+def test_a_mark_with_no_reference_on_one_side_is_a_usage_error(reference: str) -> None:
+    with pytest.raises(OptionError, match="neither a path nor base"):
+        base_and_adapter(reference)
+
+
+def test_a_plus_in_the_name_of_a_folder_is_no_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a+b", "c+d"):
+        (tmp_path / name).mkdir()
+    assert base_and_adapter("./a+b") is None
+    assert base_and_adapter("./a+b+./c+d") == ("./a+b", "./c+d")
 
 
 def test_an_existing_path_wins_over_a_hub_id(

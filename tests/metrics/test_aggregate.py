@@ -28,7 +28,7 @@ NULLS = (0.2, 0.4, 0.5)
 
 # METHODS §2: what is not named there is an unweighted mean.
 SUMMED = {"intruders", "intruders_right"}
-LARGEST = {f"angle_{side}_max@{k}" for side in ("left", "right") for k in KS}
+LARGEST = {f"angle_{side}_max@{k}" for side in ("left", "right") for k in KS} | {"suggested_rank"}
 ROOT_SUM_SQUARE = {f"{role}.frobenius_norm" for role in ("base", "tuned", "update")}
 BY_PARAMETERS = {"update_sparsity", "update_sparsity_abs", "update_sparsity_exact"}
 BY_CHANGED = {f"mask_overlap_{mask}" for mask in ("low", "principal", "control")}
@@ -125,8 +125,9 @@ def test_norms_combine_as_the_norm_of_the_whole(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", sorted(LARGEST))
-def test_of_the_largest_angles_the_largest(key: str) -> None:
-    assert combined(key, three(key)) == 0.8
+def test_of_the_largest_angles_and_needs_the_largest(key: str) -> None:
+    numbers = (1, 9, 8) if INSTANCES[key].metric.integer else NUMBERS
+    assert combined(key, three(key, numbers)) == max(numbers)
 
 
 @pytest.mark.parametrize("key", sorted(SUMMED))
@@ -333,3 +334,19 @@ def test_sums_are_exact_whatever_the_sizes() -> None:
     key = "nss"
     found = [matrix(key, 0, x) for x in (1e16, 1.0, -1e16)]
     assert combined(key, found) == pytest.approx(1 / 3)
+
+
+def test_counts_stay_whole_where_they_are_added_chosen_or_all_the_same() -> None:
+    """A rank of 16 on every matrix is 16 of the model; a mean of unlike ones is none of them."""
+    for key, numbers, whole in (
+        ("intruders", (1, 2, 4), 7),
+        ("suggested_rank", (3, 9, 4), 9),
+        ("nominal_rank", (16, 16, 16), 16),
+        ("update.k90", (5, 5, 5), 5),
+    ):
+        found = combined(key, three(key, numbers))
+        assert (found, type(found)) == (whole, int), key
+    unlike = combined("nominal_rank", three("nominal_rank", (8, 16, 16)))
+    assert (unlike, type(unlike)) == (pytest.approx(40 / 3), float)
+    same = combined("nss", three("nss", (0.5, 0.5, 0.5)))
+    assert (same, type(same)) == (0.5, float)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matrices import DTYPES, gaussian, orthonormal, updated, with_spectrum
 from oracle import ids as oracle_ids
+from oracle_capacity import CAPACITY
 from torch import Tensor
 
 from geoscope.metrics import FAMILIES, METRICS, Measured, Metric, instances, measure_nothing
@@ -303,6 +304,8 @@ def test_a_zero_update_is_zero_update_and_never_a_made_up_number(
         value, status = found.values[one.id], found.status.get(one.id, Status.OK)
         if one.id in OF_IDENTICAL:
             assert (value, status) == (OF_IDENTICAL[one.id], Status.OK), one.id
+        elif metric.id == "nominal_rank":  # of the config, which a full update has not
+            assert (value, status) == (None, Status.NOT_APPLICABLE)
         elif metric.family == "base_alignment":
             assert status is (Status.NOT_APPLICABLE if one.k == 80 else Status.OK), one.id
             if "angle" in one.id:
@@ -324,7 +327,7 @@ def test_a_zero_base_leaves_nothing_to_compare_with(metric: Metric) -> None:
     for one in instances(metric, KS):
         value, status = found.values[one.id], found.status.get(one.id, Status.OK)
         on_entries = metric.family == "size" and metric.id != "relative_update"
-        if on_entries or one.role in ("tuned", "update"):
+        if on_entries or metric.id == "suggested_rank" or one.role in ("tuned", "update"):
             assert value is not None, one.id
         elif one.id in ("base.frobenius_norm", "base.spectral_norm"):
             assert value == 0.0, one.id
@@ -519,7 +522,7 @@ def test_every_metric_is_described(metric: Metric) -> None:
         assert words == words.strip()
     assert metric.family in FAMILIES
     assert metric.aggregate in _RULES
-    assert metric.floor in (None, "angle", *FLOORS)
+    assert metric.floor in (None, "angle", "edge", *FLOORS)
     assert metric.null is None or metric.null.text.strip()
 
 
@@ -531,18 +534,20 @@ def test_ids_are_unique_and_every_family_has_some() -> None:
 
 @every_metric
 def test_every_metric_has_an_independent_definition(metric: Metric) -> None:
-    """The oracle knows it (test_agreement compares the numbers), or it is a mask (test_nulls)."""
+    """The oracle knows it (test_agreement, test_capacity), or it is a mask (test_nulls)."""
     if metric.family != "masks":
-        assert set(ids_of(metric, (8,))) <= set(oracle_ids((8,), curves=True))
+        assert set(ids_of(metric, (8,))) <= {*oracle_ids((8,), curves=True), *CAPACITY}
 
 
 def test_the_oracle_knows_nothing_that_is_not_reported() -> None:
-    assert set(oracle_ids((8,), curves=True)) <= {one.id for one in all_instances((8,))}
+    known = {*oracle_ids((8,), curves=True), *CAPACITY}
+    assert known <= {one.id for one in all_instances((8,))}
 
 
 @every_metric
 def test_nulls_stand_beside_every_id_that_has_one(metric: Metric) -> None:
     found = stacked((96, 66))[0]
     for one in instances(metric, KS):
-        has = metric.null is not None and (one.k or 0) <= 66
+        of_rank = metric.null is not None and metric.null.takes == ("rank.max",)
+        has = metric.null is not None and (one.k or 0) <= 66 and not of_rank
         assert (one.id in found.nulls) == has, one.id

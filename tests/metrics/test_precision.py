@@ -81,13 +81,16 @@ TOP = {
     "nss", "spectral_share", "spectral_lift", "intruders", "intruder_energy", "intruders_right",
     "intruder_energy_right",
 }  # fmt: skip
-ENERGY = {"entropy_rank", "participation_ratio", "k90", "k95"}
-AMPLITUDE = {"effective_rank", "nuclear_ratio", "k99", "numerical_rank", "condition_number"}
+ENERGY = {"entropy_rank", "participation_ratio", "k90", "k95", "entropy_rank_share", "k90_share"}
+AMPLITUDE = {
+    "effective_rank", "nuclear_ratio", "k99", "numerical_rank", "condition_number",
+    "effective_rank_share", "k99_share", "tail_ratio",
+}  # fmt: skip
 ANGLES = {f"angle_{side}_{kind}@k" for side in ("left", "right") for kind in ("mean", "max")}
 NONE = {
     "relative_update", "precision_ratio", "update_sparsity", "update_sparsity_abs",
     "update_sparsity_exact", "frobenius_norm", "signal_rank", "gap@k", "rank_ratio",
-    "stable_rank_ratio",
+    "stable_rank_ratio", "nominal_rank",
     *(f"mask_{kind}_{mask}" for kind in ("overlap", "lift") for mask in
       ("low", "principal", "control")),
 }  # fmt: skip
@@ -102,6 +105,7 @@ def test_every_metric_is_in_the_class_of_methods() -> None:
         "energy": ENERGY,
         "amplitude": AMPLITUDE,
         "angle": ANGLES,
+        "edge": {"suggested_rank"},
         None: NONE,
     }
 

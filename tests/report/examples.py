@@ -39,6 +39,10 @@ _DRIFT = (
     *("drift_fraction", "drift_fraction_corrected", "drift_p", "increment_cosine"),
     *("increment_cosine_corrected", "straightness", "curvature"),
 )
+_CAPACITY = (
+    *("nominal_rank", "effective_rank_share", "entropy_rank_share", "k90_share", "k99_share"),
+    *("tail_ratio", "suggested_rank"),
+)
 _METHODS = ("two_point", "linear", "damped(linear)", "relex", "relex_pinned", "auto")
 _TRAJECTORY_NULLS = {
     "relative_update": 0.009,
@@ -56,6 +60,7 @@ _TRAJECTORY_NULLS = {
     "rank1_share_last": 0.02,
     "norm_fraction": 0.14,
 }
+_FLAGGED = ("ON_PRINCIPAL", "SATURATED", "IDLE")
 _THRESHOLDS = {
     "distorted.nss": 0.05,
     "distorted.angle": 0.1745329,
@@ -145,7 +150,7 @@ def _matrix(
     wanted = [key for key in values if _belongs(key, kind)]
     status, raw = _statuses(values, wanted, m, n, sorted({*ks, k_v}))
     parent = "self_attn" if module in _ATTENTION else "mlp"
-    has_verdict = kind in ("collapse", "compare")
+    judge = {"collapse": _matrix_verdict, "compare": _matrix_verdict, "capacity": _rank_verdict}
     return LayerRecord(
         name=f"model.layers.{layer}.{parent}.{module}.weight",
         layer=layer,
@@ -155,7 +160,7 @@ def _matrix(
         nulls={key: nulls[key] for key in wanted if key in nulls},
         status=status,
         raw=raw,
-        verdict=_matrix_verdict(values, k_v) if has_verdict else None,
+        verdict=judge[kind](values, k_v) if kind in judge else None,
         method=_method(fell_back=layer == 1),
         curves=_curves(generator, m, n, values, ks),
         notes=("stored as float32, holds only bfloat16 numbers",) if module == "o_proj" else (),
@@ -249,6 +254,8 @@ def _belongs(key: str, kind: str) -> bool:
     size = key in ("relative_update", "precision_ratio", "update_sparsity")
     if key in _ADAPTER or kind == "init-adapter":
         return key in _ADAPTER and kind == "init-adapter"
+    if key in _CAPACITY or kind == "capacity":
+        return kind == "capacity" and (size or key in _CAPACITY)
     shown = {
         "collapse": key != "gap@8" and (not spectrum or key == "update.stable_rank"),
         "anisotropy": size or spectrum,
@@ -282,7 +289,11 @@ def _numbers(
         "intruders": int(generator.random() < 0.25),
     }
     values |= {key: 0.02 * place for place, key in enumerate(_ADAPTER, start=1)}
+    used = min(1.0, stable / 4)
+    values |= {key: used / place for place, key in enumerate(_CAPACITY[1:-1], start=1)}
+    values |= {"nominal_rank": 16, "suggested_rank": round(14 * used)}
     nulls = {
+        **dict.fromkeys(_CAPACITY[1:-1], 1.0),
         **dict.fromkeys(("captured_energy", "head_energy", "density_intersection"), 0.04),
         "update_sparsity": min(0.99, 1.6e-3 / size),
         "update.stable_rank": isotropic,
@@ -334,7 +345,7 @@ def _statuses(
     for keys, caution, below in (
         (top, 0.2, 0.6),
         (("update.entropy_rank",), 0.1, 0.2),
-        (("update.effective_rank",), 0.02, 0.08),
+        (("update.effective_rank", "effective_rank_share", "tail_ratio"), 0.02, 0.08),
     ):
         level = Status.BELOW_RESOLUTION if noise > below else Status.CAUTION
         status |= dict.fromkeys(keys, level) if noise > caution else {}
@@ -357,6 +368,15 @@ def _matrix_verdict(values: dict[str, float | int], k: int) -> dict[str, object]
         return {"code": "MIXED", "k": k, "clause": "no rule matched"}
     clause = f"C_LR({k}) {captured:.3g} ≤ 0.05 and mean angle 0.0277 ≤ 0.0318"
     return {"code": "OFF_PRINCIPAL", "k": k, "clause": clause}
+
+
+def _rank_verdict(values: dict[str, float | int], k: int) -> dict[str, object]:
+    used = values["effective_rank_share"]
+    if used >= 1:
+        return {"code": "SATURATED", "clause": "k90/r_max 1 ≥ 0.75 and σ_r/σ1 0.2 ≥ 0.1"}
+    if used < 0.6:
+        return {"code": "IDLE", "clause": "k99/r 0.5 ≤ 0.5"}
+    return {"code": "USED", "clause": "no rule of misuse matched"}
 
 
 def _curves(
@@ -509,17 +529,19 @@ def _mean(records: Sequence[LayerRecord]) -> tuple[dict[str, float | None], dict
 
 
 def _total(key: str, found: Sequence[float]) -> float:
+    if key == "suggested_rank":
+        return max(found)
     return sum(found) if key == "intruders" else sum(found) / len(found)
 
 
 def _verdict(kind: str, records: Sequence[LayerRecord]) -> Verdict | None:
-    if kind not in ("collapse", "compare"):
+    if kind not in ("collapse", "compare", "capacity"):
         return None
     codes = [record.verdict["code"] for record in records if record.verdict]
     counts = {code: codes.count(code) for code in sorted(set(codes))}
     shares = {code: count / len(codes) for code, count in counts.items()}
     code = max(shares, key=lambda code: shares[code], default="UNDETERMINED")
-    flagged = [r.name for r in records if r.verdict and r.verdict["code"] == "ON_PRINCIPAL"]
+    flagged = [r.name for r in records if r.verdict and r.verdict["code"] in _FLAGGED]
     return Verdict(
         code=code,
         share=shares.get(code),
