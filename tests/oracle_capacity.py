@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from oracle import FLOORS, least_k, participation_ratio, perplexity, signal_edge, ulp
 
-CAPACITY = (
+CAPACITY: tuple[str, ...] = (
     "nominal_rank",
     "effective_rank_share",
     "entropy_rank_share",
@@ -76,7 +76,7 @@ def _row(update: np.ndarray, noise: float, rank: int | None, nominal: int | None
     values: dict[str, float | None] = dict.fromkeys(CAPACITY)
     raw: dict[str, float] = {}
     nulls: dict[str, float] = {}
-    status = dict.fromkeys(CAPACITY, "NOT_APPLICABLE")
+    status: dict[str, str] = dict.fromkeys(CAPACITY, "NOT_APPLICABLE")
     if nominal is not None:
         values["nominal_rank"] = nominal
         del status["nominal_rank"]
@@ -98,10 +98,9 @@ def _row(update: np.ndarray, noise: float, rank: int | None, nominal: int | None
             "tail_ratio": S[rank - 1] / S[0],
         }
     nu = noise / np.sqrt(np.sum(S**2))
+    spread = 0.0 if rank is None else np.sqrt(rank / participation_ratio(S))
     for key, number in numbers.items():
-        measure = nu
-        if _CLASS[key] == "amplitude":
-            measure = nu * np.sqrt(rank / participation_ratio(S))
+        measure = nu * spread if _CLASS[key] == "amplitude" else nu
         ok, caution = FLOORS[_CLASS[key]]
         found = "OK" if measure <= ok else "CAUTION" if measure <= caution else "BELOW_RESOLUTION"
         _put(values, raw, status, key, float(number), found)

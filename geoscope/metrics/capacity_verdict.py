@@ -73,11 +73,11 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
         (
             "SATURATED",
             [
-                check("SATURATED", "k90/r", k90, "≥", "capacity.saturated_k90"),
+                check("SATURATED", "k90/r_max", k90, "≥", "capacity.saturated_k90"),
                 check("SATURATED", "σ_r/σ1", tail, "≥", "capacity.saturated_tail"),
             ],
         ),
-        (few, [check(few, "effective rank/r", effective, "<", "capacity.concentrated")]),
+        (few, [check(few, "effective rank/r_max", effective, "<", "capacity.concentrated")]),
         ("IDLE", [check("IDLE", "k99/r", of_nominal, "≤", "capacity.idle_k99")]),
     )
     seen: list[Check] = []

@@ -154,16 +154,12 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
         return "Nothing lies outside the span of a square base."
     if name.startswith("mask_") and any("FP8" in note for note in layer.notes):
         return "Which weights FP8 blocks round away is not known from the blocks."
-    if name.startswith("mask_") and layer.status_of("update_sparsity") is Status.NOT_APPLICABLE:
-        return "An update in its factors has no stored entries."
     if name.startswith("mask_"):
         return "The shorter side is below the rank of the mask."
     if quick and not k and name not in _OF_LEADING:
         return "--quick leaves out what needs a whole spectrum."
     if name in ("numerical_rank", "condition_number"):
         return "Singular values are below what the storage format resolves at this size."
-    if name in _OF_RANK:
-        return "A full update has no rank that was asked for."
     return ""
 
 

@@ -126,7 +126,7 @@ def test_a_merged_model_is_a_full_update_with_a_suggested_rank(made: Adapters) -
     assert model["suggested_rank"] == 1
     assert model["nominal_rank"] is None
     text = run("capacity", made.base, made.merged).out
-    assert "nominal rank" not in text and "k90 over r" not in text
+    assert "nominal rank" not in text and "k90/r_max" not in text
     assert "suggested rank" in text
 
 

@@ -160,8 +160,10 @@ def test_a_missing_number_meets_no_rule_and_rules_none_out() -> None:
 
 
 def test_the_clause_that_fired_is_named_with_its_numbers() -> None:
-    assert judge_capacity(row_with(**SATURATED)).clause == "k90/r 0.9 ≥ 0.75 and σ_r/σ1 0.5 ≥ 0.1"
-    assert judge_capacity(row_with(**COLLAPSED)).clause == "effective rank/r 0.05 < 0.1"
+    assert (
+        judge_capacity(row_with(**SATURATED)).clause == "k90/r_max 0.9 ≥ 0.75 and σ_r/σ1 0.5 ≥ 0.1"
+    )
+    assert judge_capacity(row_with(**COLLAPSED)).clause == "effective rank/r_max 0.05 < 0.1"
     assert judge_capacity(row_with(**IDLE)).clause == "k99/r 0.4 ≤ 0.5"
     assert judge_capacity(row_with()).clause == "no rule of misuse matched"
 
@@ -310,14 +312,15 @@ def test_matrices_below_their_noise_are_counted_and_none_is_suggested() -> None:
 def test_explain_names_each_condition_once_with_what_it_met() -> None:
     entries = model(row_with(), row_with(**IDLE), row_with(**SATURATED)).explain
     assert [(one["code"], one["condition"]) for one in entries] == [
-        ("SATURATED", "k90/r ≥"),
+        ("SATURATED", "k90/r_max ≥"),
         ("SATURATED", "σ_r/σ1 ≥"),
-        ("CONCENTRATED", "effective rank/r <"),
+        ("CONCENTRATED", "effective rank/r_max <"),
         ("IDLE", "k99/r ≤"),
     ]
     held = {one["condition"]: (one["holds"], one["of"]) for one in entries}
     assert held == {
-        "k90/r ≥": (1, 3), "σ_r/σ1 ≥": (1, 3), "effective rank/r <": (0, 2), "k99/r ≤": (1, 2),
+        "k90/r_max ≥": (1, 3), "σ_r/σ1 ≥": (1, 3),
+        "effective rank/r_max <": (0, 2), "k99/r ≤": (1, 2),
     }  # fmt: skip
     assert (entries[0]["least"], entries[0]["largest"]) == (0.6, 0.9)
 

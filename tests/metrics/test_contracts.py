@@ -327,7 +327,9 @@ def test_a_zero_base_leaves_nothing_to_compare_with(metric: Metric) -> None:
     for one in instances(metric, KS):
         value, status = found.values[one.id], found.status.get(one.id, Status.OK)
         on_entries = metric.family == "size" and metric.id != "relative_update"
-        if on_entries or metric.id == "suggested_rank" or one.role in ("tuned", "update"):
+        if metric.id == "suggested_rank":  # here an isotropic update, which is noise
+            assert (value, status) == (None, Status.BELOW_RESOLUTION)
+        elif on_entries or one.role in ("tuned", "update"):
             assert value is not None, one.id
         elif one.id in ("base.frobenius_norm", "base.spectral_norm"):
             assert value == 0.0, one.id

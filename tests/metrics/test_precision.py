@@ -377,11 +377,8 @@ def test_each_role_has_the_spacing_of_its_own_file() -> None:
 # --- below resolution ---------------------------------------------------------------------------
 
 # Those that look at the spacing of the format itself are other numbers in a wider file.
-COMPARED = [
-    one
-    for one in all_instances()
-    if one.metric.id not in ("numerical_rank", "condition_number", "precision_ratio")
-]
+OF_SPACING = ("numerical_rank", "condition_number", "precision_ratio", "suggested_rank")
+COMPARED = [one for one in all_instances() if one.metric.id not in OF_SPACING]
 
 
 @cache
@@ -400,7 +397,7 @@ def test_the_number_behind_below_resolution_is_the_one_without_a_floor(rho: floa
             assert found.raw[key] == pytest.approx(without.values[key], rel=1e-9), key
         else:
             assert key not in found.raw
-    assert not any(status is BELOW for status in without.status.values())
+    assert not any(without.status.get(one.id) is BELOW for one in COMPARED)
 
 
 @pytest.mark.parametrize("rho", [1e-1, 1e-2, 5e-3, 1e-3, 3e-4])
@@ -412,6 +409,17 @@ def test_every_status_follows_from_the_noise_ratio_and_the_class(rho: float) -> 
             continue
         expected = OK if one.floor is None else floor_status(one.floor, nu, spread, 80)
         assert found.status.get(one.id, OK) is expected, one.id
+
+
+def test_a_suggested_rank_is_resolved_where_something_is_above_the_rounding() -> None:
+    """The rank of the stored update: 4 in a wide file, and less the more bf16 rounds away."""
+    low = gaussian(96, 4, seed=1) @ gaussian(4, 80, seed=2)
+    base = gaussian(96, 80, seed=3)
+    found = [row(base.bfloat16(), updated(base.bfloat16().double(), low, rho).bfloat16())
+             for rho in (3e-2, 1e-4)]  # fmt: skip
+    assert found[0].values["suggested_rank"] in (3, 4)
+    assert (found[1].values["suggested_rank"], found[1].raw["suggested_rank"]) == (None, 0)
+    assert found[1].status["suggested_rank"] is BELOW
 
 
 def test_below_resolution_stays_out_of_summary_and_verdict(tmp_path: Path) -> None:

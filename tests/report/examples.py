@@ -373,7 +373,7 @@ def _matrix_verdict(values: dict[str, float | int], k: int) -> dict[str, object]
 def _rank_verdict(values: dict[str, float | int], k: int) -> dict[str, object]:
     used = values["effective_rank_share"]
     if used >= 1:
-        return {"code": "SATURATED", "clause": "k90/r 1 ≥ 0.75 and σ_r/σ1 0.2 ≥ 0.1"}
+        return {"code": "SATURATED", "clause": "k90/r_max 1 ≥ 0.75 and σ_r/σ1 0.2 ≥ 0.1"}
     if used < 0.6:
         return {"code": "IDLE", "clause": "k99/r 0.5 ≤ 0.5"}
     return {"code": "USED", "clause": "no rule of misuse matched"}

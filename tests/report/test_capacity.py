@@ -88,7 +88,7 @@ def test_rows_and_columns_without_any_number_are_left_out() -> None:
     report = lacking(example("capacity"), *OF_RANK)
     text = text_of(report, verbose=True)
     tables = text.partition("statuses")[0]
-    for words in ("nominal rank", "k90 over r", "k90/r", "eff./r", "σ_r/σ1"):
+    for words in ("nominal rank", "k90/r_max", "eff./r_max", "σ_r/σ1"):
         assert words not in tables
         assert words in text_of(example("capacity"), verbose=True)
     assert "suggested rank" in tables
