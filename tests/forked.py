@@ -39,7 +39,10 @@ def child(asked):
         sys.argv = asked["argv"]
         exec(compile(asked["program"], "<program>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
