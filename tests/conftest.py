@@ -8,9 +8,9 @@ from uuid import uuid4
 
 import pytest
 
-# Before numpy and torch are imported: two threads spin while they wait for each other, and on tiny
-# matrices they do little else: a third of all CPU seconds on a quiet machine, ten times the time
-# beside a busy process. Tests of workers ask for as many as they need.
+# Before numpy and torch are imported: threads spin while they wait for each other. Beside a busy
+# process two of them make the oracle's dense SVDs ten times slower, and to train tiny models they
+# take three times the CPU seconds of one. Tests of workers ask for as many as they need.
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 

@@ -40,7 +40,7 @@ class Repo:
 
 def commit_of(files: Files) -> str:
     """The commit: a hash of all names and contents."""
-    return oid(repr(sorted(files.items())).encode())
+    return oid(repr(sorted((name, oid(content)) for name, content in files.items())).encode())
 
 
 class Sent(NamedTuple):

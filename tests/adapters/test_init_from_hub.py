@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import tiny_models
+from forked import GEOSCOPE, run_forked
 from hub_server import HubServer, Repo, commit_of
 
 
@@ -26,11 +26,8 @@ def test_a_model_on_the_hub_becomes_a_residual_and_an_adapter(tmp_path: Path) ->
             "HF_HUB_DISABLE_XET": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        words = ["init-adapter", "org/tiny@main", "--rank", "4", "--layers", "0", "-q"]
-        done = subprocess.run(
-            [sys.executable, "-m", "geoscope", *words],
-            capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path,
-        )  # fmt: skip
+        words = ["geoscope", "init-adapter", "org/tiny@main", "--rank", "4", "--layers", "0", "-q"]
+        done = run_forked(GEOSCOPE, words, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "tiny-geora-r4"
     for name in ("config.json", "generation_config.json", "tokenizer.model"):
@@ -39,8 +36,6 @@ def test_a_model_on_the_hub_becomes_a_residual_and_an_adapter(tmp_path: Path) ->
     assert record["base"]["reference"] == "org/tiny"
     assert record["base"]["commit"] == commit_of(files)
     assert len(record["matrices"]) == 7
-    found = subprocess.run(
-        [sys.executable, "-m", "geoscope", "verify-adapter", str(out), "--base", str(source)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    words = ["geoscope", "verify-adapter", str(out), "--base", str(source)]
+    found = run_forked(GEOSCOPE, words, env=os.environ, cwd=tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import run_forked
 from hub_server import HubServer
 from safetensors.torch import save
 
@@ -83,8 +84,12 @@ class Client:
             "HF_HUB_DISABLE_XET": "1",
             **settings,
         }
+        argv = [hub_client.__file__, reference, wanted, how]
+        if how.startswith(("read", "parts")):  # which import torch
+            program = Path(hub_client.__file__).read_text(encoding="utf-8")
+            return run_forked(program, argv, env=environment, cwd=self.cwd)
         return subprocess.run(
-            [sys.executable, hub_client.__file__, reference, wanted, how],
+            [sys.executable, *argv],
             capture_output=True, text=True, timeout=60, env=environment, cwd=self.cwd,
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from hub_server import HubServer, Repo, commit_of
 from safetensors.torch import save
 
@@ -73,10 +73,7 @@ class Client:
             "HF_HUB_DISABLE_XET": "1",
             **settings,
         }
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, reference],
-            capture_output=True, text=True, timeout=60, env=environment, cwd=self.home,
-        )  # fmt: skip
+        done = run_forked(SCRIPT, ["-c", reference], env=environment, cwd=self.home)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

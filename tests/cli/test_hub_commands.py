@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import GEOSCOPE, run_forked
 from hub_server import HubServer, Repo, commit_of
 from safetensors import safe_open
 
@@ -89,10 +90,8 @@ class Shell:
             "OPENBLAS_NUM_THREADS": "1",
             **settings,
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "geoscope", *map(str, words)],
-            capture_output=True, text=True, timeout=120, env=environment, cwd=self.home,
-        )  # fmt: skip
+        argv = ["geoscope", *map(str, words)]
+        done = run_forked(GEOSCOPE, argv, env=environment, cwd=self.home)
         assert SECRET not in done.stdout + done.stderr
         return done
 

@@ -1,0 +1,83 @@
+"""Programs that need torch and an environment of their own, without the seconds that imports take.
+
+huggingface_hub reads its environment when it is imported, so a test of the Hub needs a process.
+One that has imported torch and what else is slow, but neither huggingface_hub nor geoscope, forks
+for each of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+__all__ = ["GEOSCOPE", "run_forked"]
+
+GEOSCOPE = "from geoscope.__main__ import main; main()"
+SECONDS = 120  # then a program is killed
+
+SERVER = """
+import json, os, signal, sys, traceback
+import rich.table, scipy.linalg, scipy.special, torch, typer
+assert not {"huggingface_hub", "geoscope"} & set(sys.modules)
+
+def child(asked):
+    signal.alarm(asked["seconds"])
+    code = 0
+    for number, path in ((1, asked["out"]), (2, asked["err"])):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    try:
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        os.chdir(asked["cwd"])
+        sys.argv = asked["argv"]
+        exec(compile(asked["program"], "<program>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+for line in iter(sys.stdin.readline, ""):
+    pid = os.fork()
+    if pid == 0:
+        child(json.loads(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    atexit.register(server.communicate)  # closes its input, which ends it
+    return server
+
+
+def run_forked(
+    program: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path
+) -> subprocess.CompletedProcess[str]:
+    """The program, as a text, with this `sys.argv` and this environment alone."""
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        asked = {"program": program, "argv": list(argv), "env": dict(env), "cwd": str(cwd),
+                 "out": out.name, "err": err.name, "seconds": SECONDS}  # fmt: skip
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(list(argv), code, out.read(), err.read())
