@@ -589,7 +589,7 @@ def test_anchor_gives_ratios(models: Models, command: str) -> None:
     assert {**done.report["summary"], "anchor": 0} == {**alone, "anchor": 0}
     text = run(command, models["base"], models["small"], "--anchor", models["tuned"]).out
     block = text.partition("against the anchor")[2].partition("\n\n")[0]
-    assert len(block.splitlines()) < 14
+    assert len(block.splitlines()) < 16  # a long path takes lines of its own
     assert "The update is spectrum-preserving beside the anchor" in block
     (row,) = (line for line in block.splitlines() if line.startswith("relative update"))
     assert row.endswith(" .20×")
