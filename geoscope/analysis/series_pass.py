@@ -55,7 +55,7 @@ def _through_grams(
     H = grams.H
     if H is None:
         return None
-    increments = Increments(tuple(map(float, steps)), H, (0.0,) * len(steps), tensor.base_energy())
+    increments = Increments(tuple(map(float, steps)), H, tensor.rounding(), tensor.base_energy())
     if not options.directions:
         return Kept(increments)
     found = grams.paths()

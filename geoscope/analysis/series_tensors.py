@@ -8,6 +8,8 @@ from functools import reduce
 from operator import add
 from typing import Protocol
 
+import torch
+
 from geoscope.adapters.peft_names import module_paths
 from geoscope.analysis.fetching import fetch
 from geoscope.analysis.follow_options import FollowOptions
@@ -21,6 +23,7 @@ from geoscope.checkpoints.split import common_config
 from geoscope.checkpoints.steps import given_steps
 from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
 from geoscope.linalg import Operand, Product
+from geoscope.linalg.factor_update import squared_noise
 from geoscope.names import NameMap, in_natural_order
 from geoscope.records import ModelRef, Skipped
 from geoscope.trajectory.factor_series import Factor, FactorSeries
@@ -248,8 +251,13 @@ class AdapterTensor:
 
     def increments(self, steps: Sequence[float]) -> Increments:
         return increments_of_products(
-            steps, self.updates(), rounding=[0.0] * len(steps), base_energy=self.base_energy()
+            steps, self.updates(), rounding=self.rounding(), base_energy=self.base_energy()
         )
+
+    def rounding(self) -> tuple[float, ...]:
+        """N_0 … N_T: what storing the factors rounded away of each product, 0 of no start."""
+        every = [self.initial, *self.adapters]
+        return tuple(0.0 if one is None else _rounding(one, self.name) for one in every)
 
     def base_energy(self) -> float:
         """‖W_0‖², 0 where the base is not known."""
@@ -280,6 +288,11 @@ def _factor(adapter: Adapter, module: str) -> Factor:
     """The module's factors as matrices; stacks are not followed."""
     B, A = adapter.factors(module)
     return B[0], A[0], adapter.modules[module].scaling
+
+
+def _rounding(adapter: Adapter, module: str) -> float:
+    scaling = torch.tensor([[adapter.modules[module].scaling]], dtype=torch.float64)
+    return float(squared_noise(*adapter.factors(module), scaling))
 
 
 def _product(adapter: Adapter, module: str) -> Product:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.product import Product
-from geoscope.linalg.storage import FloatFormat, effective_format, squared_spacing
+from geoscope.linalg.storage import FloatFormat, effective_format, rounding_energy
 from geoscope.profile import stage
 
-__all__ = ["FactorUpdate"]
+__all__ = ["FactorUpdate", "squared_noise"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FactorUpdate:
         if len(parts) == 2 and not bool(parts[1][0].any() and parts[1][1].any()):
             del parts[1]  # a start of zero, which would only double the rank
         products = [Product.of(B, A, scaling) for B, A, scaling in parts]
-        squares = torch.stack([_squared_noise(*part) for part in parts]).sum(0)
+        squares = torch.stack([squared_noise(*part) for part in parts]).sum(0)
         whole = products[0] if len(products) == 1 else products[0] - products[1]
         rank = factors[0].shape[-1] if nominal is None else nominal
         return cls(whole, squares.sqrt(), effective_format(factors[0]), rank)
@@ -60,8 +60,8 @@ class FactorUpdate:
         return (W0.norm().square() + 2 * inner + product.norm().square()).clamp_min(0).sqrt()
 
 
-def _squared_noise(B: Tensor, A: Tensor, scaling: Tensor) -> Tensor:
-    """(b,)."""
+def squared_noise(B: Tensor, A: Tensor, scaling: Tensor) -> Tensor:
+    """E‖error‖² of scaling·B·A from the rounding of B (b, m, r) and A (b, r, n), (b,)."""
     (energy, rounding), (energy2, rounding2) = (_energies(one) for one in (B.mT, A))
     both = (rounding * energy2 + energy * rounding2).sum(-1)
     return scaling.to(torch.float64).reshape(len(B), -1)[:, 0].square() * both
@@ -70,5 +70,5 @@ def _squared_noise(B: Tensor, A: Tensor, scaling: Tensor) -> Tensor:
 def _energies(rows: Tensor) -> tuple[Tensor, Tensor]:
     """‖row‖² and Σulp²/12 of each row, (b, r)."""
     fmt = effective_format(rows)
-    wide = rows.to(torch.float64)
-    return wide.square().sum(-1), squared_spacing(wide, fmt).sum(-1) / 12
+    wide = rows.to(torch.float64, copy=True).contiguous()
+    return wide.square().sum(-1), rounding_energy(wide, fmt)

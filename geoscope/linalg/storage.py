@@ -22,6 +22,7 @@ __all__ = [
     "normal_cdf",
     "round_to",
     "rounding_cell",
+    "rounding_energy",
     "squared_spacing",
 ]
 
@@ -80,6 +81,20 @@ def squared_spacing(weight: Tensor, fmt: FloatFormat) -> Tensor:
     exponent = torch.where(weight == 0, fmt.min_exponent, exponent - 1)
     exponent = exponent.clamp_min(fmt.min_exponent) - fmt.fraction_bits
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), 2 * exponent)
+
+
+# The exponent of an fp64 number.
+_EXPONENT = 0x7FF0_0000_0000_0000
+
+
+def rounding_energy(values: Tensor, fmt: FloatFormat) -> Tensor:
+    """Σulp²/12 along the last side of contiguous fp64 values (…, n), which are lost.
+
+    Without its fraction a number is 2^⌊log2|w|⌋, and ulp is 2^-f of that, or of the least normal.
+    """
+    powers = values.view(torch.int64).bitwise_and_(_EXPONENT).view(torch.float64)
+    powers.clamp_min_(2.0**fmt.min_exponent)
+    return powers.square_().sum(-1) * (4.0**-fmt.fraction_bits / 12)
 
 
 def rounding_cell(weight: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:

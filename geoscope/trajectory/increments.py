@@ -17,15 +17,13 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.product import Product
-from geoscope.linalg.storage import FloatFormat, effective_format
+from geoscope.linalg.storage import effective_format, rounding_energy
 from geoscope.profile import stage
 
 __all__ = ["Increments", "increment_gram", "increments_of_products", "increments_of_weights"]
 
 # Entries of a block of all checkpoints: 8 MB in fp64, which a cache holds.
 _BLOCK = 1 << 20
-# The exponent of an fp64 number.
-_EXPONENT = 0x7FF0_0000_0000_0000
 
 
 @dataclass(frozen=True)
@@ -137,21 +135,11 @@ def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> 
         H += (taken @ taken.T).cpu()
         base_energy += float(block[0].dot(block[0]))
         for i, (row, fmt) in enumerate(zip(block, formats, strict=True)):
-            rounding[i] += _rounding_energy(row, fmt)
+            rounding[i] += float(rounding_energy(row, fmt))
     if not (bool(torch.isfinite(H).all()) and math.isfinite(base_energy)):
         broken = _first_broken(H, base_energy)
         raise NumericsError(f"step {steps[broken]:g} holds NaN or infinity, or overflows fp64")
     return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy)
-
-
-def _rounding_energy(values: Tensor, fmt: FloatFormat) -> float:
-    """Σulp²/12 of fp64 values (n,), which are lost: their exponents are all that it takes.
-
-    Without its fraction a number is 2^⌊log2|w|⌋, and ulp is 2^-f of that, or of the least normal.
-    """
-    powers = values.view(torch.int64).bitwise_and_(_EXPONENT).view(torch.float64)
-    powers.clamp_min_(2.0**fmt.min_exponent)
-    return float(powers.dot(powers)) * 4.0**-fmt.fraction_bits / 12
 
 
 def _first_broken(H: Tensor, base_energy: float) -> int:
