@@ -35,9 +35,9 @@ from geoscope.analysis.options import Progress
 from geoscope.analysis.series_tensors import Followed, open_followed
 from geoscope.analysis.trajectory_report import Trajectory
 
-# Matrices of one layer that are followed, by family, and drift of size RHO·‖W_0‖ a step. Two of each
-# shape, so that two workers are busy, as they are on a whole model. Full SVDs of the MLP of an 8B
-# model would take an hour.
+# Matrices of one layer that are followed, by family, and drift of size RHO·‖W_0‖ a step. Two of
+# each shape, so that two workers are busy, as they are on a whole model. Full SVDs of the MLP of an
+# 8B model would take an hour.
 LEAVES = {
     "qwen2.5-1.5b": ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"),
     "llama-3-8b": ("self_attn.q_proj", "self_attn.o_proj"),
