@@ -25,7 +25,7 @@ try:
     print(json.dumps({
         "given": found.given, "resolved": found.resolved, "commit": found.commit,
         "base": found.base, "modules": list(found.modules), "A": A.tolist(), "B": B.tolist(),
-        "scaling": next(iter(found.modules.values())).scaling,
+        "scaling": next(iter(found.modules.values())).scaling, "initial": found.initial,
     }))
 except GeoscopeError as error:
     print(json.dumps({"error": str(error), "kind": type(error).__name__}))
@@ -87,7 +87,7 @@ def test_its_two_files_are_fetched_and_nothing_else(hub: HubServer, client: Clie
     commit = commit_of(hub.repos["org/lora"].files)
     assert client("org/lora") == {
         "given": "org/lora", "resolved": f"org/lora@{commit}", "commit": commit,
-        "base": "org/base", "modules": ["layers.0.q_proj"], "scaling": 4.0,
+        "base": "org/base", "modules": ["layers.0.q_proj"], "scaling": 4.0, "initial": None,
         "A": [A.tolist()], "B": [B.tolist()],
     }  # fmt: skip
     fetched = {path.name for path in client.home.rglob("snapshots/*/*")}
@@ -148,3 +148,11 @@ def test_a_folder_of_that_name_needs_no_network(hub: HubServer, client: Client) 
         (folder / name).write_bytes(content)
     assert client("org/lora")["resolved"] == str(folder.resolve())
     assert hub.log == []
+
+
+def test_what_init_adapter_recorded_above_it_is_read_too(hub: HubServer, client: Client) -> None:
+    """OUT/geoscope.json stands beside OUT/adapter: without it the start would be counted twice."""
+    record = json.dumps({"schema": "geoscope.adapter/1", "layout": "residual"}).encode()
+    inside = {f"adapter/{name}": content for name, content in FILES.items()}
+    hub.repos["org/ia"] = Repo({"geoscope.json": record, **inside})
+    assert client("hf://org/ia/adapter")["initial"] == "its layout is residual"

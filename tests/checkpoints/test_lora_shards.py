@@ -16,6 +16,7 @@ from geoscope.checkpoints import open_checkpoint
 from geoscope.checkpoints.peft.adapter import open_adapter
 from geoscope.checkpoints.series import open_series
 from geoscope.checkpoints.shards.folder import open_shard_adapter, open_shard_base
+from geoscope.checkpoints.shards.names import lora_names, trained_biases
 
 WRITER = Path(__file__).with_name("write_lora_shards.py")
 
@@ -60,3 +61,25 @@ def test_base_and_adapter_are_those_that_were_wrapped(tmp_path: Path) -> None:
     listed = run_command("inspect", alone.parent)
     assert listed.code == 0
     assert "q_proj" in listed.out
+
+
+@pytest.mark.parametrize(
+    ("bias", "found"),
+    [
+        ("none", ()),
+        ("all", ("l.0.mlp.up.bias", "l.0.q.base_layer.bias")),
+        ("lora_only", ("l.0.q.base_layer.bias",)),
+    ],
+)
+def test_biases_that_the_run_trained_are_of_the_adapter(bias: str, found: tuple[str, ...]) -> None:
+    prefix = "base_model.model."
+    stored = [
+        f"{prefix}{one}"
+        for one in (
+            "l.0.q.base_layer.weight", "l.0.q.base_layer.bias", "l.0.q.lora_A.default.weight",
+            "l.0.q.lora_B.default.weight", "l.0.mlp.up.weight", "l.0.mlp.up.bias",
+        )
+    ]  # fmt: skip
+    names = lora_names(stored)
+    assert names is not None
+    assert trained_biases(names, bias) == tuple(f"{prefix}{one}" for one in found)
