@@ -74,7 +74,11 @@ def assemble(
             device=prepared[0].device,
             compute_dtype=options.dtype,
             seed=options.seed,
-            parameters={**_parameters(options), "notes": _notes(prepared, runs)},
+            parameters={
+                **_parameters(options),
+                "notes": _notes(prepared, runs),
+                "budget": runs[0].budget,
+            },
             seconds=seconds,
         ),
         coverage=_coverage(runs),

@@ -34,6 +34,7 @@ from geoscope.metrics import (
     update_factors,
 )
 from geoscope.metrics.curves import curves
+from geoscope.metrics.spectrum import noise_edge
 from geoscope.records import Curve, Status, WeightPair
 
 __all__ = ["Headers", "Matrix", "two_sides", "worker"]
@@ -43,7 +44,8 @@ __all__ = ["Headers", "Matrix", "two_sides", "worker"]
 class Matrix:
     """Everything about one matrix, before it becomes a record.
 
-    failure: why it has no numbers. recalled: they come from the cache.
+    failure: why it has no numbers. recalled: they come from the cache. spectrum: with a budget the
+    singular values of the update above its noise edge.
     """
 
     pair: WeightPair
@@ -54,6 +56,7 @@ class Matrix:
     notes: tuple[str, ...] = ()
     failure: str | None = None
     recalled: bool = False
+    spectrum: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,9 +219,16 @@ def _measured(
             method=factors.methods[i],
             curves=curves(kind, values, shape, i, seed=options.seed),
             notes=factors.notes[i],
+            spectrum=() if options.budget is None else _above_noise(values, shape, i),
         )
         for i, (one, row) in enumerate(zip(pairs, rows, strict=True))
     ]
+
+
+def _above_noise(values: Mapping[str, Tensor], shape: tuple[int, int], i: int) -> tuple[float, ...]:
+    S, noise = values["update.S"][i], values["update.noise"][i]
+    edge = noise_edge(S, noise, values["update.bulk_median"], shape=shape)
+    return tuple(S[edge < S].tolist())
 
 
 def _judged(row: Measured, shape: tuple[int, int], kind: str, options: Options) -> Judged | None:

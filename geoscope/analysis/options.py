@@ -26,7 +26,8 @@ class Options:
     map_name: REGEX=REPL each, applied to the names of both sides before they are matched.
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     initial_adapter: the adapter before training, where that does not start at zero. lora_alpha: in
-    place of the one in adapter_config.json.
+    place of the one in adapter_config.json. budget: parameters of an adapter, for which `capacity`
+    looks for ranks; nothing is recalled from the cache then.
     ks: subspace dimensions of the @k columns. quick: leading triplets only; what needs a whole
     spectrum is then not applicable. solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
     max_memory: such as `8GB`; default 4 × the largest pair in fp32 + 500 MB. jobs: worker threads
@@ -41,6 +42,7 @@ class Options:
     allow_vocab_resize: bool = False
     initial_adapter: str | None = None
     lora_alpha: float | None = None
+    budget: int | None = None
     ks: tuple[int, ...] = (8, 64)
     device: str = "auto"
     dtype: str = "float64"
@@ -65,6 +67,8 @@ class Options:
             raise OptionError(
                 "--quick takes leading directions only; --curves needs the whole basis"
             )
+        if self.budget is not None and self.budget < 1:
+            raise OptionError(f"--budget {self.budget}: at least one parameter is needed")
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from geoscope.engine.cache import ResultCache
 from geoscope.errors import Stopped
 from geoscope.linalg.changes import nonfinite_entries, side, unchanged
 from geoscope.metrics import Instance, Judged, judge_capacity_model, judge_model
+from geoscope.metrics.budget import ranks_within
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
 __all__ = ["TunedRun", "run_one"]
@@ -39,6 +41,7 @@ class TunedRun:
     verdict: Verdict | None
     interrupted: int | None  # the signal, when one stopped it
     notes: tuple[str, ...] = ()  # what came out on the way
+    budget: Mapping[str, Any] | None = None  # ranks within a budget, as reports hold them
 
 
 def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
@@ -69,6 +72,10 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     notes: tuple[str, ...] = ()
     if interrupted is None:
         matrices, notes = _with_start(prepared, kind, matrices)
+    budget = None
+    if options.budget is not None and matrices:
+        budget, note = _within(options.budget, matrices)
+        notes += (note,)
     for note in notes:
         progress.on_note(note)
     return TunedRun(
@@ -79,6 +86,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         verdict=_verdict(kind, matrices, options) if kind in VERDICT_KINDS and matrices else None,
         interrupted=interrupted,
         notes=notes,
+        budget=budget,
     )
 
 
@@ -111,6 +119,21 @@ def _with_start(
     return judged, notes
 
 
+def _within(budget: int, matrices: Sequence[Matrix]) -> tuple[dict[str, Any], str]:
+    """Ranks within a budget, and what they hold in words."""
+    shapes = [two_sides(one.pair.shape) for one in matrices]
+    found = ranks_within(budget, [one.spectrum for one in matrices], shapes)
+    names = [one.pair.name.removesuffix(".weight") for one in matrices]
+    told = {**asdict(found), "given": budget, "ranks": dict(zip(names, found.ranks, strict=True))}
+    same, own = (f"{100 * one:.0f} %" for one in (found.uniform_energy, found.energy))
+    words = (
+        f"within {budget} parameters rank {found.uniform} in every matrix holds {same} of the "
+        f"energy above the noise; ranks from {min(found.ranks)} to {max(found.ranks)} by matrix "
+        f"hold {own} (in the JSON, for rank_pattern, which servers mostly ignore)"
+    )
+    return told, words
+
+
 def _ratio(matrices: Sequence[Matrix]) -> float:
     """ρ of all together; 0 without numbers."""
     update, base = (
@@ -120,7 +143,9 @@ def _ratio(matrices: Sequence[Matrix]) -> float:
 
 
 def _cache(options: Options) -> ResultCache | None:
-    return None if options.cache is None else ResultCache(options.cache)
+    # what a budget takes is not kept
+    kept = options.budget is None
+    return ResultCache(options.cache) if kept and options.cache is not None else None
 
 
 def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:

@@ -101,6 +101,17 @@ ADAPTER: dict[str, Spec] = {
     ),
 }
 
+BUDGET: dict[str, Spec] = {
+    "budget": Spec(
+        str | None,
+        None,
+        ("--budget",),
+        "Also the ranks that hold most of the update within so many parameters of an adapter, "
+        "such as 20M.",
+        "N",
+    ),
+}
+
 NO_BASE: dict[str, Spec] = {
     "no_base": Spec(
         bool,

@@ -77,6 +77,7 @@ def anisotropy(
     opt.PAIRING,
     opt.FAIL_ON,
     {name: opt.VERDICT[name] for name in ("explain", "limit")},
+    opt.BUDGET,
     opt.COMPUTE,
 )
 def capacity(
@@ -265,9 +266,24 @@ def _options(options: dict[str, Any]) -> Options:
         curves=options.get("curves", False),
         quick=options["quick"],
         masks=options.get("masks", False),
+        budget=_count(options.get("budget")),
         limits=parse_limits(options.get("limit") or ()),
         cache=results_folder() if options["resume"] else None,
     )
+
+
+def _count(text: str | None) -> int | None:
+    """A number of parameters: 20M, 1.5B, 300000."""
+    if text is None:
+        return None
+    units = {"K": 10**3, "M": 10**6, "B": 10**9}
+    digits, unit = text.strip().upper(), 1
+    if digits[-1:] in units:
+        digits, unit = digits[:-1], units[digits[-1]]
+    try:
+        return int(float(digits) * unit)
+    except (ValueError, OverflowError):
+        raise OptionError(f"--budget {text!r}: write a number such as 300000 or 20M") from None
 
 
 def _dimensions(text: str) -> tuple[int, ...]:
