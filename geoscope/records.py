@@ -593,8 +593,11 @@ class Report:
             ) from None
 
     def dumps(self) -> str:
-        """Strict JSON: keys sorted, floats in full precision, no NaN."""
-        return json.dumps(self.to_json(), sort_keys=True, allow_nan=False, ensure_ascii=False)
+        """Strict JSON: keys sorted, floats in full precision. Raises ReportError for a NaN."""
+        try:
+            return json.dumps(self.to_json(), sort_keys=True, allow_nan=False, ensure_ascii=False)
+        except ValueError as error:
+            raise ReportError(f"the report is no strict JSON: {error}") from None
 
     @classmethod
     def loads(cls, text: str) -> Report:

@@ -23,6 +23,7 @@ from geoscope.analysis.series_tensors import Followed, ModelTensor, open_followe
 from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.output_folder import OutputFolder
+from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
 from geoscope.checkpoints.refused import refuse_scaled
 from geoscope.checkpoints.writing import plan_model, write_model
 from geoscope.errors import OptionError, first_names
@@ -34,8 +35,6 @@ from geoscope.trajectory.spatial_rank1 import SPATIAL, Pair, alpha_rank1, spatia
 
 __all__ = ["Extrapolation", "extrapolate", "methods"]
 
-_RECORD = "geoscope.json"
-_RECORD_SCHEMA = "geoscope.extrapolation/1"
 _SMALL, _PER_TENSOR = 1 << 16, 2048
 _ALIASES = {"damped": "damped(linear)"}
 # Entries of a block of all checkpoints.
@@ -187,12 +186,12 @@ def _write(
     sizes = {
         **plan.sizes,
         **{name: path.stat().st_size for name, path in travelling.items()},
-        _RECORD: _SMALL + _PER_TENSOR * len(stored),
+        RECORD: _SMALL + _PER_TENSOR * len(stored),
     }
     given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
-    with OutputFolder(
-        result.out, sizes, force=force, inputs=[path for path in given if path.exists()]
-    ) as folder:
+    # the folder of a run is no place for a model either
+    inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
+    with OutputFolder(result.out, sizes, force=force, inputs=inputs) as folder:
 
         def replacement(place: str) -> Tensor | None:
             if place not in replaced:
@@ -203,7 +202,7 @@ def _write(
         for name, path in travelling.items():
             folder.copy(name, path)
         scale = None if forecast is None else forecast.scale
-        folder.write(_RECORD, _record(found, test, result, scale))
+        folder.write(RECORD, _record(found, test, result, scale))
 
 
 def _write_adapter(
@@ -339,7 +338,7 @@ def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
 
 def _record(found: Followed, test: Backtest, result: Extrapolation, scale: float | None) -> bytes:
     record: dict[str, Any] = {
-        "schema": _RECORD_SCHEMA,
+        "schema": EXTRAPOLATION,
         "geoscope_version": __version__,
         "method": result.method,
         "to_step": result.target,

@@ -73,8 +73,9 @@ def write_adapter(
             f"({first_names(unfollowed)}), so no whole adapter can be written; leave --include, "
             "--exclude and --layers out"
         )
-    chosen = 2 * int(last.config["r"]) if rank is None else rank
-    _check_rank(chosen, last)
+    least = min(min(one.shape) for one in last.modules.values())
+    chosen = min(2 * int(last.config["r"]), least) if rank is None else rank
+    _check_rank(chosen, least, last)
     others = carried(last)
     plan = plain_plan(last, chosen, others)
     revision = last.revision if base is None else None
@@ -85,7 +86,7 @@ def write_adapter(
         RECORD: _SMALL + _PER_MODULE * len(last.modules),
     }
     given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
-    inputs = [path for path in given if path.exists()]
+    inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
     scaling = scaling_of_all(last)
     written: list[_Written] = []
     hashes: dict[str, str] = {}
@@ -114,6 +115,7 @@ def write_adapter(
         whole = {
             **record,
             "schema": RECORD_SCHEMA,
+            "base": {"reference": reference, "commit": revision},
             "method": "extrapolated",
             "extrapolator": record["method"],
             "layout": None,
@@ -135,8 +137,7 @@ def _named_base(last: Adapter) -> str | None:
     return str(last.base_folder)
 
 
-def _check_rank(rank: int, last: Adapter) -> None:
-    least = min(min(one.shape) for one in last.modules.values())
+def _check_rank(rank: int, least: int, last: Adapter) -> None:
     if not 1 <= rank <= least:
         raise OptionError(
             f"--rank {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "

@@ -17,7 +17,9 @@ from geoscope.analysis.models import in_parts as parts_of
 from geoscope.analysis.models import open_model
 from geoscope.analysis.options import Progress
 from geoscope.checkpoints import Checkpoint, pair
+from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.series import Series, open_series
 from geoscope.checkpoints.split import common_config
 from geoscope.checkpoints.steps import given_steps
@@ -98,6 +100,8 @@ def open_followed(
         return _of_adapters(series, options, progress)
     if options.initial_adapter is not None:
         raise OptionError("--initial-adapter is for series of adapters; these are whole models")
+    if options.lora_alpha is not None:
+        raise OptionError("--lora-alpha is for series of adapters; these are whole models")
     return _of_models(series, options, progress, in_parts=in_parts)
 
 
@@ -224,11 +228,16 @@ def _of_models(
         refs=(base.ref, checkpoints[-1].ref),
         points=tuple(point.given for point in series.points),
         skipped=(*series.passed_over, *pairings[0].skipped),
-        missing=tuple(in_natural_order(absent)),
+        missing=(*in_natural_order(absent), *_lost_steps(series)),
         notes=(*series.notes, *notes),
         series=series,
         base=base,
     )
+
+
+def _lost_steps(series: Series) -> tuple[str, ...]:
+    """Checkpoints that could not be read, and whose step no other has."""
+    return tuple(one.name for one in series.passed_over if one.missing)
 
 
 def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
@@ -301,6 +310,10 @@ def _product(adapter: Adapter, module: str) -> Product:
 
 def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> Followed:
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
+    if options.scalar_r2 is not None:
+        raise OptionError(
+            "--scalar-r2 is of the entries of whole models; an adapter's update is never made dense"
+        )
     initial = None
     if options.initial_adapter is not None:
         initial = open_adapter(
@@ -339,7 +352,12 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
     base, weights = None, dict[str, tuple[Checkpoint, str]]()
     if options.base is not None:
         base = open_model(options.base, on_progress=progress.on_download)
-        weights = _weights_of(base, names)
+        if isinstance(base, AdaptedCheckpoint):
+            raise OptionError(
+                f"{options.base}: a model with an adapter over it; adapters are followed from the "
+                "model itself: give that as --base"
+            )
+        weights = _weights_of(base, {name: adapters[0].modules[name] for name in names})
         fetch([(base, [name for _, name in weights.values()])], progress)
     tensors: dict[str, SeriesTensor] = {
         name: AdapterTensor(
@@ -363,7 +381,7 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
         refs=(first, ModelRef(last.given, last.resolved, last.commit, stored)),
         points=tuple(point.given for point in series.points),
         skipped=tuple(skipped),
-        missing=tuple(missing),
+        missing=(*missing, *_lost_steps(series)),
         notes=tuple(notes),
         series=series,
         base=base,
@@ -389,13 +407,23 @@ def _refuse_unknown_start(adapter: Adapter) -> None:
         )
 
 
-def _weights_of(base: Checkpoint, names: Sequence[str]) -> dict[str, tuple[Checkpoint, str]]:
-    """Module → its weight in the base. Raises PairingError for one that the base lacks."""
+def _weights_of(
+    base: Checkpoint, modules: Mapping[str, AdapterModule]
+) -> dict[str, tuple[Checkpoint, str]]:
+    """Module → its weight in the base. Raises PairingError for one that the base lacks, or has in
+    another shape."""
     live = module_paths(list(base.tensors), base.config).paths
     by_path = {path: name for name, path in live.items()}
-    if lacking := [name for name in names if name not in by_path]:
+    for name, module in modules.items():
+        info = base.tensors.get(by_path.get(name, ""))
+        if info is not None and not module.fits(info.shape):
+            raise PairingError(
+                f"{base.ref.given}: {name} is {info.shape}, and adapted as {module.shape}; give "
+                "the model that the adapters were trained on"
+            )
+    if lacking := [name for name in modules if name not in by_path]:
         raise PairingError(
             f"{base.ref.given}: lacks {len(lacking)} modules of the adapters: "
             f"{first_names(lacking)}; give the model that they were trained on"
         )
-    return {name: (base, by_path[name]) for name in names}
+    return {name: (base, by_path[name]) for name in modules}

@@ -46,7 +46,8 @@ _BITSANDBYTES = "Merge the adapter into the bf16 base; for QLoRA that is the unq
 _COMPRESSED = "Use the source checkpoint."
 _BF16 = "Use a bf16 conversion."
 _CONVERT = "Convert it to safetensors."
-_MERGE = "Merge it into its base (PeftModel.merge_and_unload) and give the merged folder."
+_BESIDE = "geoscope reads adapters by their folder."
+_ADAPTER = "Give the folder that holds adapter_config.json; where a model is wanted, base+adapter."
 _MERGE_LORA = "Merge it into its base and give the merged weights."
 _MERGER = (
     "Run `python -m verl.model_merger merge --backend fsdp --local_dir {ref} --target_dir OUT` "
@@ -252,7 +253,7 @@ def _adapter(tensors: Mapping[str, TensorInfo]) -> Refused | None:
         return kohya
     factor = _first(tensors, lambda name: _ADAPTER_TENSOR.search(name) is not None)
     if factor is not None:
-        return Refused("a PEFT adapter", f"tensor {factor}", _MERGE, _WHOLE)
+        return Refused("a PEFT adapter", f"tensor {factor}", _ADAPTER, _BESIDE)
     return None
 
 
@@ -315,7 +316,7 @@ def by_files(names: Collection[str]) -> Refused | None:
     adapter = [name for name in ordered if is_adapter_file(name)]
     if adapter or "adapter_config.json" in names:
         evidence = [name for name in ordered if name == "adapter_config.json"] + adapter
-        return Refused("a PEFT adapter", ", ".join(evidence[:2]), _MERGE, _WHOLE)
+        return Refused("a PEFT adapter", ", ".join(evidence[:2]), _ADAPTER, _BESIDE)
     for pattern, called, hint, needs in _FRAMEWORKS:
         found = [name for name in ordered if pattern.match(name)]
         if found:

@@ -10,6 +10,7 @@ read here; data on demand, by the checkpoint or adapter of each point.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,6 +20,7 @@ from typing import Literal
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter
+from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
 from geoscope.checkpoints.places import find_places
 from geoscope.checkpoints.readers import is_readable
 from geoscope.checkpoints.reference import HubReference, LocalReference
@@ -126,6 +128,7 @@ def open_series(
     points = tuple(sorted((point for _, point in opened), key=lambda point: point.step))
     _check_steps(points)
     _check_kinds(points)
+    notes += [f"{one.name}: {one.reason}; the step is lost" for one in skipped if one.missing]
     if unit == "epoch":
         notes.append("the numbers of this series are epochs, not steps")
     return Series(points, skipped, tuple(notes), unit)
@@ -163,7 +166,7 @@ def _sorted(skipped: Sequence[Skipped]) -> tuple[Skipped, ...]:
 
 def _lost(one: Candidate, skipped: Skipped, read: Collection[int]) -> Skipped:
     """Marked as missing where no other folder has its step."""
-    if one.step is None or skipped.reason == _NO_WEIGHTS:
+    if one.step is None or skipped.reason == _NO_WEIGHTS or _is_predicted(one):
         return skipped
     return replace(skipped, missing=one.step.number not in read)
 
@@ -179,6 +182,8 @@ def _open(
     if reason is not None or one.step is None:
         return Skipped(one.given, reason or _NO_NUMBER)
     label = f"{one.step.unit} {one.step.number}"
+    if _is_predicted(one):
+        return Skipped(one.given, f"{label}: predicted by extrapolate, and not trained")
     try:
         found = _found(one, alpha, on_progress)
     except CheckpointError as error:
@@ -191,6 +196,19 @@ def _open(
     return SeriesPoint(
         one.step.number, one.given, found.place, kind, found.checkpoint, found.adapter
     )
+
+
+def _is_predicted(one: Candidate) -> bool:
+    """Whether `extrapolate` wrote it."""
+    if not isinstance(one.reference, LocalReference):
+        return False
+    try:
+        record = json.loads((one.reference.path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict):
+        return False
+    return record.get("schema") == EXTRAPOLATION or record.get("method") == "extrapolated"
 
 
 def _no_candidate(one: Candidate) -> str | None:

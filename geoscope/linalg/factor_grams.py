@@ -37,16 +37,21 @@ class GramPair:
 @stage("leading pair")
 def gram_pairs(left: Tensor, right: Tensor) -> GramPair:
     """left: BᵀB, right: A·Aᵀ, (b, r, r) each, finite, fp64."""
+    # Columns of unit length: eigenvectors of a graded matrix lose its small columns.
+    size = torch.diagonal(left, dim1=1, dim2=2).clamp_min(0).sqrt()
+    size = size.where(size > 0, torch.ones_like(size))
+    both = size[:, :, None] * size[:, None, :]
+    left, right = left / both, right * both
     values, vectors = torch.linalg.eigh(left)
     root = vectors * values.clamp_min(0).sqrt()[:, None, :]
     squares, turned = torch.linalg.eigh(root.mT @ right @ root)
     squares = squares.flip(-1).clamp_min(0)
     lengths = torch.diagonal(left, dim1=1, dim2=2) * torch.diagonal(right, dim1=1, dim2=2)
-    size = lengths.clamp_min(0).sqrt().sum(-1).square()
+    terms = lengths.clamp_min(0).sqrt().sum(-1).square()
     largest = squares[:, 0]
     unit = largest.sqrt().where(largest > 0, torch.ones_like(largest))[:, None]
     inside = (root @ turned[:, :, -1:])[..., 0] / unit
     outside = (right @ inside[..., None])[..., 0] / unit
     second = squares[:, 1] if squares.shape[1] > 1 else torch.zeros_like(largest)
-    error = torch.where(size > 0, GRAM_ERROR * size / largest, torch.zeros_like(size))
-    return GramPair(torch.stack([largest, second], -1), error, outside, inside)
+    error = torch.where(terms > 0, GRAM_ERROR * terms / largest, torch.zeros_like(terms))
+    return GramPair(torch.stack([largest, second], -1), error, outside / size, inside * size)

@@ -146,8 +146,10 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
         return "An update that is not in factors has no rank to take a share of."
     if not has_base and not key.startswith("update."):
         return "The base was not read."
+    if layer.gram:
+        return "The size of the base is not known." if name == "relative_update" else ""
     if has_base and not applies("relative_update"):
-        return "The size of the base is not known." if layer.gram else "The base is zero."
+        return "The base is zero."
     if name.startswith("angle_") and k == (m if "left" in name else n):
         return "The basis is complete: k is the whole side."
     if name == "outside_span" and m == n:

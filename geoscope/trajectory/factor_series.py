@@ -64,12 +64,8 @@ class FactorSeries:
     def H(self) -> Tensor | None:
         """⟨δ_i, δ_j⟩, (T, T); None where terms cancel too far, or are not finite."""
         left, right = self._steps(self.gram_left, 0), self._steps(self.gram_right, 1)
-        T, p = left.shape[:2]
         H = self.scale**2 * (left * right).sum(dim=(1, 3))
-        lengths = (
-            torch.diagonal(left.reshape(T * p, -1)) * torch.diagonal(right.reshape(T * p, -1))
-        ).reshape(T, p)
-        terms = self.scale**2 * lengths.clamp_min(0).sqrt().sum(-1).square()
+        terms = self.scale**2 * (self._lengths(0) * self._lengths(1)).sum(-1).square()
         energy = H.diagonal()
         certain = bool(torch.isfinite(H).all()) and bool(
             (GRAM_ERROR * terms <= _TRUSTED * energy).all()
@@ -111,6 +107,14 @@ class FactorSeries:
         left, right = self.left.cumsum(0), self.right.cumsum(0)
         return [(self.left[1:], right[1:]), (left[:-1], self.right[1:])]
 
+    def _lengths(self, side: int) -> Tensor:
+        """What the columns of each δ_i's factors are made of, (T, 2r): Σ_k‖dB_k‖ for B_i, which
+        bounds the rounding of its Gram matrix even where the terms cancel."""
+        blocks = (self.left, self.right)[side].square().sum(-1).sqrt()
+        sums = blocks.cumsum(0)
+        pair = (blocks[1:], sums[:-1]) if side == 0 else (sums[1:], blocks[1:])
+        return torch.cat(pair, 1)
+
     def _steps(self, gram: Tensor, side: int) -> Tensor:
         """Gram matrix of all factors of one side of all δ_i, (T, 2r, T, 2r)."""
         one = gram.cumsum(2)
@@ -125,29 +129,12 @@ class FactorSeries:
         lower = torch.cat([mixed.permute(2, 3, 0, 1), second], 3)
         return torch.cat([upper, lower], 1)
 
-    def _updates(self, gram: Tensor, side: int) -> Tensor:
-        """Gram matrix of the factors of each Δ_i, (T, p, p)."""
-        moved = _own(gram[1:, :, 1:].cumsum(2).cumsum(0))
-        if not self.has_start:
-            return moved
-        start = gram[0, :, 0].expand_as(moved)
-        across = gram[1:, :, 0].cumsum(0)  # (B_i − B_0)ᵀ·B_0
-        if side == 0:
-            return _two(moved, across, start)
-        return _two(moved + across + across.mT + start, moved + across.mT, moved)
-
     # --- leading pairs ------------------------------------------------------------------------
 
     def _path(self, which: str) -> tuple[Rank1Path, dict[str, Any]] | None:
-        if which == "updates":
-            left, right = self._updates(self.gram_left, 0), self._updates(self.gram_right, 1)
-            factors = self._update_factors()
-        else:
-            left, right = (
-                _own(self._steps(self.gram_left, 0)),
-                _own(self._steps(self.gram_right, 1)),
-            )
-            factors = self._step_factors()
+        factors = self._update_factors() if which == "updates" else self._step_factors()
+        # From the sums themselves: a sum of Gram matrices keeps the rounding of terms that cancel.
+        left, right = (_own([pair[side] for pair in factors]) for side in (0, 1))
         if not (bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())):
             return None
         pairs = gram_pairs(left, right)
@@ -184,15 +171,10 @@ def _gram(blocks: Tensor) -> Tensor:
     return (flat @ flat.T).reshape(count, rank, count, rank)
 
 
-def _own(gram: Tensor) -> Tensor:
-    """The diagonal blocks, (T, p, p)."""
-    return torch.diagonal(gram, dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-
-
-def _two(first: Tensor, mixed: Tensor, second: Tensor) -> Tensor:
-    """[[first, mixed], [mixedᵀ, second]] of each."""
-    upper = torch.cat([first, mixed], -1)
-    return torch.cat([upper, torch.cat([mixed.mT, second], -1)], -2)
+def _own(parts: Sequence[Tensor]) -> Tensor:
+    """Gram matrices of the factors of each step, (T, p, p). parts: (T, r, length) each."""
+    rows = torch.cat(list(parts), 1)
+    return rows @ rows.mT
 
 
 def _combined(factors: Sequence[tuple[Tensor, Tensor]], coordinates: Tensor, side: int) -> Tensor:

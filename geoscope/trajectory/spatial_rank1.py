@@ -216,7 +216,7 @@ def _tensor_moves(
             for rows in found.values():
                 rows.append((nothing, nothing))
             continue
-        size = G[here, here]
+        size = G[here, here].clamp_min(0)
         toward = G[here, o:] - size  # ⟨Δ_o, Δ_τ − Δ_o⟩
         guess = _predict(path.sigma[:o], by_left[:o, :o], by_right[:o, :o], t[:o], t[o:])
         weighted = guess.sigma[:, None] * guess.left

@@ -11,7 +11,7 @@ import torch
 from adapters import tiny_models
 from analysis_series.runs import LLAMA, Run, adapter, lora_run
 from cli.running import run as command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geoscope.analysis.extrapolate import extrapolate
@@ -139,6 +139,8 @@ def test_peft_loads_it(tmp_path: Path) -> None:
     tiny_models.assert_same_logits(tiny_models.logits(found), tiny_models.logits(expected))
     again = command("capacity", tmp_path / "out")
     assert again.code == 0, again.err
+    checked = command("verify-adapter", tmp_path / "out")
+    assert checked.code == 0, checked.err
 
 
 def test_what_cannot_be_written_is_refused(
@@ -168,3 +170,36 @@ def test_what_cannot_be_written_is_refused(
     with pytest.raises(PairingError, match="not followed"):
         extrapolate([str(series)], tmp_path / "out", 100, method="hold", force=True, options=some)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_predicted_is_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+    _, series, _ = lora_run(tmp_path, STEPS, from_zero=True)
+    out = series / "checkpoint-100"
+    extrapolate([str(series)], out, 100, method="hold", force=True, options=with_base(tmp_path))
+    found = command("trajectory", series, "--json", "--no-directions").report
+    assert found["summary"]["steps"][-1] == 80
+    assert any("predicted by extrapolate" in one["reason"] for one in found["coverage"]["skipped"])
+    assert not found["coverage"]["missing"]
+    done = command("extrapolate", series, "--to-step", "120", "--method", "hold", "--force",
+                   "--base", tmp_path / "merged/base", "--out", series)  # fmt: skip
+    assert done.code == 1 and "never written to" in done.err
+
+
+def with_base(root: Path) -> FollowOptions:
+    return FollowOptions(base=str(next(root.glob("merged/*base*"))))
+
+
+def test_bases_that_are_none_of_the_run(tmp_path: Path) -> None:
+    models, series, _ = lora_run(tmp_path, STEPS, from_zero=True)
+    step = next(series.iterdir())
+    done = command("trajectory", series, "--base", f"{models.base}+{step}")
+    assert done.code == 2 and "give that as --base" in done.err
+    other = Run.write(tmp_path / "other", (0, 10, 20))
+    tensors = load_file(next(other.base.glob("*.safetensors")))
+    assert tensors
+    for path in other.base.glob("*.safetensors"):
+        save_file({k: v[:8].contiguous() for k, v in load_file(path).items()}, path)
+    done = command("trajectory", series, "--base", other.base)
+    assert done.code == 1 and "give the model that the adapters were trained on" in done.err
+    for words in (("--scalar-r2", "all"),):
+        assert command("trajectory", series, *words).code == 2

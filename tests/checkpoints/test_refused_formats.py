@@ -25,7 +25,11 @@ TOGETHER = (
     "geoscope reads them together, from their folder. Give the folder that holds them all, on this "
     "disk."
 )
-MERGE = "Merge it into its base (PeftModel.merge_and_unload) and give the merged folder."
+BESIDE = (
+    "geoscope reads adapters by their folder. Give the folder that holds adapter_config.json; "
+    "where a model is wanted, base+adapter."
+)
+MERGE = "Merge it into its base and give the merged weights."
 BLOCK = "model.layers.0.mlp.up_proj"
 
 
@@ -252,25 +256,27 @@ def test_an_adapter_folder_is_refused_with_the_way_to_merge_it(tmp_path: Path, s
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / f"adapter_model.{suffix}").touch()
     evidence = f"adapter_config.json, adapter_model.{suffix}"
-    assert line(tmp_path) == (
-        f"`{tmp_path}`: weights are a PEFT adapter ({evidence}). {WHOLE} {MERGE}"
-    )
+    assert line(tmp_path) == (f"`{tmp_path}`: weights are a PEFT adapter ({evidence}). {BESIDE}")
     path = tmp_path / f"adapter_model.{suffix}"
     assert line(path) == (
-        f"`{path}`: weights are a PEFT adapter (adapter_model.{suffix}). {WHOLE} {MERGE}"
+        f"`{path}`: weights are a PEFT adapter (adapter_model.{suffix}). {BESIDE}"
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "called"),
+    ("name", "called", "rest"),
     [
-        ("base_model.model.model.layers.0.q_proj.lora_A.weight", "a PEFT adapter"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "a PEFT adapter"),
-        ("lora_unet_down_blocks_0.lora_down.weight", "a kohya or diffusers LoRA"),
+        ("base_model.model.model.layers.0.q_proj.lora_A.weight", "a PEFT adapter", BESIDE),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "a PEFT adapter", BESIDE),
+        (
+            "lora_unet_down_blocks_0.lora_down.weight",
+            "a kohya or diffusers LoRA",
+            f"{WHOLE} {MERGE}",
+        ),
     ],
 )
 def test_factors_under_another_file_name_are_known_by_their_tensors(
-    tmp_path: Path, name: str, called: str
+    tmp_path: Path, name: str, called: str, rest: str
 ) -> None:
     save_file({name: F32}, tmp_path / "renamed.safetensors")
-    assert f"weights are {called} (tensor {name}). {WHOLE} Merge it into its base" in line(tmp_path)
+    assert f"weights are {called} (tensor {name}). {rest}" in line(tmp_path)

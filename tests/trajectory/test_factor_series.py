@@ -100,3 +100,44 @@ def test_other_ranks_or_scalings_have_no_common_blocks() -> None:
     B, A, scale = rows[2]
     assert FactorSeries.of([rows[1], (B, A, 2 * scale)], None) is None
     assert FactorSeries.of([rows[1], (B[:, :2], A[:2], scale)], None) is None
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_pairs_of_small_moves_are_exact_to_their_bound(size: float) -> None:
+    """Small differences beside large factors: a graded Gram matrix must not lose them."""
+    rows = _factors(zero_start=False, size=size)
+    series = FactorSeries.of(rows[1:], rows[0])
+    assert series is not None
+    paths = series.paths()
+    assert paths is not None
+    B0, A0, _ = rows[0]
+    before = (B0, A0)
+    for i, (B, A, _) in enumerate(rows[1:]):
+        moved = [(B - B0) @ A + B0 @ (A - A0), (B - before[0]) @ A + before[0] @ (A - before[1])]
+        before = (B, A)
+        for path, kind, delta in zip(paths[:2], ("updates", "steps"), moved, strict=True):
+            sigma = float(torch.linalg.svdvals(SCALE * delta)[0])
+            error = abs(float(path.sigma[i]) - sigma) / sigma
+            assert error <= max(paths[2][kind]["bound"], 1e-13)
+
+
+def test_an_update_that_returns_to_zero_is_zero() -> None:
+    rows = _factors(zero_start=True)
+    rows[3] = (torch.zeros_like(rows[3][0]), rows[3][1], SCALE)
+    series = FactorSeries.of(rows[1:], None)
+    assert series is not None and series.H is not None
+    paths = series.paths()
+    assert paths is not None
+    assert float(paths[0].sigma[2]) == 0
+    assert float(paths[0].sigma[1]) > 0 < float(paths[0].sigma[3])
+
+
+def test_a_step_far_smaller_than_its_neighbours_is_refused_or_right() -> None:
+    rows = _factors(zero_start=True, size=1.0)
+    B, A, _ = rows[3]
+    rows[4] = (B + 1e-9, A, SCALE)
+    found = FactorSeries.of(rows[1:], None)
+    assert found is not None
+    H = found.H
+    true = float((SCALE * (rows[4][0] - B) @ A).square().sum())
+    assert H is None or float(H[3, 3]) == pytest.approx(true, rel=1e-9)

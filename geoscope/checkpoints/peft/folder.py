@@ -23,6 +23,7 @@ from geoscope.errors import CheckpointError, CheckpointNotFound
 
 __all__ = [
     "CONVERTED",
+    "EXTRAPOLATION",
     "RECORD",
     "RECORD_SCHEMA",
     "AdapterFolder",
@@ -34,6 +35,8 @@ __all__ = [
 
 RECORD = "geoscope.json"
 RECORD_SCHEMA = "geoscope.adapter/1"
+# The schema of the geoscope.json beside a model that `extrapolate` wrote.
+EXTRAPOLATION = "geoscope.extrapolation/1"
 # The method that geoscope.json names for a plain LoRA that convert-adapter wrote.
 CONVERTED = "converted"
 # A Hub model at the head of a reference: a commit goes right behind it.
