@@ -131,10 +131,11 @@ class NameMap:
         found, built_in = canonical(mapped)
         return found, (*rules, *built_in)
 
-    def unused(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Rules that change none of these names."""
+    def notes(self, names: Iterable[str]) -> tuple[str, ...]:
+        """A line for each rule that changes none of these names."""
         used = {rule for name in names for rule in self.canonical(name)[1]}
-        return tuple(text for text in self.given if f"--map-name {text}" not in used)
+        rules = (f"--map-name {text}" for text in self.given)
+        return tuple(f"{rule}: changes no name" for rule in rules if rule not in used)
 
 
 def without_wrappers(name: str) -> str:

@@ -226,7 +226,7 @@ def test_a_rule_that_leaves_nothing_of_a_name_is_refused() -> None:
 def test_rules_come_in_their_order_and_the_unused_are_told() -> None:
     rules = NameMap(("^a=b", "^b=c", "^x=y"))
     assert rules.canonical("a.weight") == ("c.weight", ("--map-name ^a=b", "--map-name ^b=c"))
-    assert rules.unused(["a.weight", "d.weight"]) == ("^x=y",)
+    assert rules.notes(["a.weight", "d.weight"]) == ("--map-name ^x=y: changes no name",)
     assert NameMap().canonical("module.x.weight") == canonical("module.x.weight")
 
 

@@ -151,10 +151,7 @@ def _matched(
         told += more
     names = NameMap(options.map_name)
     notes = tuple(dict.fromkeys(told))
-    notes += tuple(
-        f"--map-name {rule}: changes no name of either model"
-        for rule in names.unused([*base.tensors, *tuned.tensors])
-    )
+    notes += names.notes([*base.tensors, *tuned.tensors])
     if options.allow_vocab_resize and not isinstance(tuned, AdaptedCheckpoint):
         base, tuned, resized = common_rows(base, tuned, names)
         notes += resized

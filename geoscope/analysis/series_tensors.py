@@ -195,6 +195,7 @@ def _of_models(
         whole, (base, *checkpoints) = base, [parts_of(one, config) for one in (base, *checkpoints)]
         notes = base.notes[len(whole.notes) :]
     rules = NameMap(options.map_name)
+    notes += rules.notes(name for one in (base, *checkpoints) for name in one.tensors)
     pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
     names = [{one.name: one for one in found.matrices} for found in pairings]
     common = [name for name in names[0] if all(name in found for found in names)]

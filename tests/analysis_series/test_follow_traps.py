@@ -42,6 +42,16 @@ def test_a_sound_run_has_no_remark(tmp_path: Path, drift: float) -> None:
     assert notes(run.folder, base=str(run.base)) == []
 
 
+def test_a_name_rule_without_effect_is_said(tmp_path: Path) -> None:
+    run = Run.write(tmp_path, STEPS)
+    rules = FollowOptions(jobs=1, base=str(run.base), map_name=("^nowhere=else", "^model=model"))
+    told = follow([str(run.folder)], options=rules).provenance.parameters["notes"]
+    assert [line for line in told if "map-name" in line] == [
+        "--map-name ^nowhere=else: changes no name",
+        "--map-name ^model=model: changes no name",
+    ]
+
+
 def test_merged_directories_that_equal_the_base_are_said(tmp_path: Path) -> None:
     run = Run.write(tmp_path, STEPS)
     for place in run.points:

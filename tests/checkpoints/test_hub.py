@@ -286,7 +286,10 @@ def test_a_login_that_is_not_accepted_says_to_log_in_again(hub: HubServer, clien
 
 def test_a_hub_that_does_not_answer_says_what_to_set(client: Client) -> None:
     found = client("org/single", HF_ENDPOINT="http://127.0.0.1:9")
-    assert found["error"].startswith("org/single@main: the connection to the Hub failed (Connect")
+    local = "no local path of that name, and "
+    assert found["error"].startswith(
+        f"org/single@main: {local}the connection to the Hub failed (Connect"
+    )
     assert found["error"].endswith(
         "retry, or set HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what is cached"
     )
@@ -351,7 +354,7 @@ def test_a_snapshot_of_another_program_is_read_offline(hub: HubServer, client: C
 def test_a_model_never_seen_is_not_cached(client: Client, reference: str) -> None:
     revision = reference.partition("@")[2] or "main"
     assert client(reference, HF_HUB_OFFLINE="1")["error"] == (
-        f"offline, and org/single@{revision} is not cached."
+        f"offline, and org/single@{revision} is not cached. No local path of that name either."
     )
 
 

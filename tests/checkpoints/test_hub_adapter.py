@@ -111,7 +111,7 @@ def test_offline_it_is_found_again(hub: HubServer, client: Client) -> None:
     assert client("org/lora", HF_HUB_OFFLINE="1") == online
     assert hub.log == []
     assert client("org/lora@v2", HF_HUB_OFFLINE="1")["error"] == (
-        "offline, and org/lora@v2 is not cached."
+        "offline, and org/lora@v2 is not cached. No local path of that name either."
     )
 
 

@@ -281,7 +281,7 @@ def test_a_rule_for_names_brings_two_spellings_together(models: Models, tmp_path
 def test_a_rule_that_changes_nothing_is_told(models: Models) -> None:
     done = run("compare", models["base"], models["tuned"], "--map-name", "^nowhere=else")
     assert done.code == 0
-    assert "note: --map-name ^nowhere=else: changes no name of either model" in done.err
+    assert "note: --map-name ^nowhere=else: changes no name\n" in done.err
 
 
 @pytest.mark.parametrize("command", ["compare", "inspect", "trajectory"])

@@ -15,7 +15,7 @@ from typing import cast
 from geoscope.checkpoints.reference import GRAMMAR
 from geoscope.errors import CheckpointError, CheckpointNotFound, GeoscopeError, OptionError
 
-__all__ = ["hub_errors", "is_passing"]
+__all__ = ["hub_errors", "is_passing", "not_cached"]
 
 _BUSY = (408, 429, 500, 502, 503, 504)
 
@@ -54,15 +54,15 @@ def hub_errors(
             f"no revision {at} in {repo}" + (f"; branches: {listed}" if listed else "")
         ) from None
     except errors.OfflineModeIsEnabled:
-        raise CheckpointNotFound(f"offline, and {what} is not cached.") from None
+        raise not_cached(what, file) from None
     except errors.LocalEntryNotFoundError as error:
-        raise _not_here(error, what) from None
+        raise _not_here(error, what, file) from None
     except errors.EntryNotFoundError:
         raise CheckpointNotFound(f"{what} is not on the Hub") from None
     except errors.HFValidationError:
         raise OptionError(f"{repo!r} is no org/name; {GRAMMAR}") from None
     except network as error:
-        raise _transport(error, what) from None
+        raise _transport(error, what, file) from None
 
 
 def is_passing(error: Exception) -> bool:
@@ -80,17 +80,23 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, of_carriers[-1])
 
 
-def _not_here(error: Exception, what: str) -> CheckpointError:
+def _not_here(error: Exception, what: str, file: str) -> CheckpointError:
     """huggingface_hub says "not cached" for a Hub that did not answer, too: look at the cause."""
     from huggingface_hub import errors
 
     cause = error.__cause__
     if isinstance(cause, Exception) and not isinstance(cause, errors.OfflineModeIsEnabled):
-        return _transport(cause, what)
-    return CheckpointNotFound(f"offline, and {what} is not cached.")
+        return _transport(cause, what, file)
+    return not_cached(what, file)
 
 
-def _transport(error: Exception, what: str) -> CheckpointError:
+def not_cached(what: str, file: str = "") -> CheckpointNotFound:
+    """`what` is a file of a repository, or the repository, whose name may be a mistyped path."""
+    local = "" if file else " No local path of that name either."
+    return CheckpointNotFound(f"offline, and {what} is not cached.{local}")
+
+
+def _transport(error: Exception, what: str, file: str) -> CheckpointError:
     """Status and URL of an answer that was an error, or the failure to get any answer."""
     from huggingface_hub import errors
 
@@ -108,9 +114,10 @@ def _transport(error: Exception, what: str) -> CheckpointError:
         return CheckpointError(f"{what}: {error.strerror}; make room or fix the access, and retry")
     first = (str(error).splitlines() or [""])[0].split("?")[0]
     detail = shorten(f"{type(error).__name__}: {first}", 120, placeholder="…").rstrip(": ")
+    local = "" if file else "no local path of that name, and "
     return CheckpointError(
-        f"{what}: the connection to the Hub failed ({detail}); retry, or set HF_ENDPOINT, or set "
-        "HF_HUB_OFFLINE=1 to use what is cached"
+        f"{what}: {local}the connection to the Hub failed ({detail}); retry, or set HF_ENDPOINT, "
+        "or set HF_HUB_OFFLINE=1 to use what is cached"
     )
 
 

@@ -28,7 +28,7 @@ from geoscope.checkpoints.hub.cache import (
     is_commit,
     remember,
 )
-from geoscope.checkpoints.hub.errors import hub_errors
+from geoscope.checkpoints.hub.errors import hub_errors, not_cached
 from geoscope.checkpoints.hub.progress import Report
 from geoscope.checkpoints.hub.range_cache import cached_listing, keep_listing
 from geoscope.checkpoints.hub.ranges import RemoteFile
@@ -38,7 +38,7 @@ from geoscope.checkpoints.opening import Folder, Identity, open_folder
 from geoscope.checkpoints.output_folder import travels
 from geoscope.checkpoints.readers import SAFETENSORS, open_container
 from geoscope.checkpoints.reference import HubReference
-from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
+from geoscope.errors import CheckpointError, first_names
 
 __all__ = ["HubFolder", "hub_folder", "open_hub", "open_hub_folder"]
 
@@ -98,11 +98,11 @@ def _cached_folder(reference: HubReference) -> tuple[Folder, str]:
     if commit is not None and sizes is not None:
         return HubFolder(repo, commit, reference.folder, sizes), commit
     if commit is None or not (cache_of(repo) / "snapshots" / commit).is_dir():
-        raise CheckpointNotFound(f"offline, and {repo}@{revision} is not cached.")
+        raise not_cached(f"{repo}@{revision}")
     label = _label(repo, commit, reference.folder)
     path = cache_of(repo) / "snapshots" / commit / reference.folder
     if not path.is_dir():
-        raise CheckpointNotFound(f"offline, and {label} is not cached.")
+        raise not_cached(label, reference.folder)
     return LocalFolder(path, reference.given, label), commit
 
 
