@@ -175,6 +175,11 @@ class ModelRef:
     commit: str | None
     storage_dtype: str
 
+    @classmethod
+    def not_read(cls, name: str | None) -> ModelRef:
+        """A base that an adapter names, if it does, and that is not looked at."""
+        return cls(name or NOT_READ, NOT_READ, None, NOT_READ)
+
     @property
     def is_read(self) -> bool:
         """Whether its weights were looked at; the base of an adapter alone is only named."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from geoscope.checkpoints.peft.lora import expert_parts
 from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.views import Blocks
 from geoscope.errors import OptionError, PairingError, first_names
-from geoscope.records import ModelRef, Skipped, TensorInfo
+from geoscope.records import Skipped, TensorInfo
 
 __all__ = ["adapted", "stacks_of_update", "started_from", "update_of"]
 
@@ -92,10 +91,8 @@ def adapted(
             change = replace(change, rows=view.blocks, expert=max(view.matrix, change.expert))
         parts[name] = change
         tensors[name] = _changed_info(info, change, adapter)
-    dtypes = Counter(one.dtype for one in adapter.tensors.values())
-    stored = dtypes.most_common(1)[0][0]
     return AdaptedCheckpoint(
-        ref=ModelRef(adapter.given, adapter.resolved, adapter.commit, f"{stored} adapter"),
+        ref=adapter.ref,
         config=base.config,
         tensors=tensors,
         notes=_notes_of(base, start),

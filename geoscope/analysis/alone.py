@@ -22,7 +22,7 @@ from geoscope.checkpoints.peft.folder import adapter_folder
 from geoscope.engine import plan, resolve_devices, resolve_dtype
 from geoscope.errors import CheckpointError, PairingError
 from geoscope.names import NameMap
-from geoscope.records import NOT_READ, ModelRef, Report, Skipped, TensorInfo
+from geoscope.records import ModelRef, Report, Skipped, TensorInfo
 
 __all__ = ["measure_adapter", "prepare_alone"]
 
@@ -97,9 +97,8 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
             changes[tensor] = Change(name, module, expert=expert)
     for name in (*adapter.replaced, *adapter.rows, *adapter.vectors):
         skipped.append(Skipped(name, "replaced or changed whole: it needs the base"))
-    stored = next((one.dtype for one in adapter.tensors.values()), "float32")
     base = Checkpoint(
-        ref=ModelRef(adapter.base or NOT_READ, NOT_READ, None, NOT_READ),
+        ref=ModelRef.not_read(adapter.base),
         config={},
         tensors={name: replace(info, nbytes=0) for name, info in tensors.items()},
         notes=(),
@@ -107,7 +106,7 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         source=_NoFiles(),
     )
     tuned = AdaptedCheckpoint(
-        ref=ModelRef(adapter.given, adapter.resolved, adapter.commit, f"{stored} adapter"),
+        ref=adapter.ref,
         config={},
         tensors=tensors,
         notes=() if start is None else (f"the start {start.given} is taken off",),

@@ -367,19 +367,14 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
         for name in in_natural_order(names)
     }
     last = adapters[-1]
-    stored = last.modules[names[0]].stored[0].dtype
-    first = (
-        ModelRef(last.base or "base", last.base or "base", None, stored)
-        if base is None
-        else base.ref
-    )
+    first = ModelRef.not_read(last.base) if base is None else base.ref
     notes = list(series.notes)
     if base is None:
         notes.append("without --base the size of the base is not known: no relative update")
     return Followed(
         steps=(0, *series.steps),
         tensors=tensors,
-        refs=(first, ModelRef(last.given, last.resolved, last.commit, stored)),
+        refs=(first, last.ref),
         points=tuple(point.given for point in series.points),
         skipped=tuple(skipped),
         missing=(*missing, *_lost_steps(series)),

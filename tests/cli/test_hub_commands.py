@@ -241,7 +241,7 @@ def test_branches_with_adapters_are_a_trajectory(
     commit = commit_of(branches["step_30"])
     assert found["provenance"]["refs"][-1] == {
         "given": "org/lora@step_30", "resolved": f"org/lora@{commit}", "commit": commit,
-        "storage_dtype": "float32",
+        "storage_dtype": "adapter, float32",
     }  # fmt: skip
     fetched = {path.name for path in shell.home.rglob("snapshots/*/*")}
     assert fetched == {"adapter_config.json", "adapter_model.safetensors"}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.conv1d import is_conv1d
+from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.peft.adalora import adalora_modules
 from geoscope.checkpoints.peft.config import ADAPTER_CONFIG, check_type, read_config, start_of
 from geoscope.checkpoints.peft.extras import Rows, Vector, replacements, token_rows
@@ -31,7 +32,7 @@ from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.refused import refuse_kohya
 from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
 from geoscope.names import in_natural_order
-from geoscope.records import TensorInfo
+from geoscope.records import ModelRef, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,12 @@ class Adapter:
     def resolved(self) -> str:
         """The path, or org/name@commit."""
         return self.at or str(self.path)
+
+    @property
+    def ref(self) -> ModelRef:
+        """The adapter as a model of a report."""
+        stored = f"adapter, {storage_dtype(self.tensors.values())}"
+        return ModelRef(self.given, self.resolved, self.commit, stored)
 
     @property
     def base(self) -> str | None:
