@@ -28,6 +28,15 @@ FAMILIES: dict[str, dict[str, tuple[int, int]]] = {
         "mlp.up_proj": (8960, 1536),
         "mlp.down_proj": (1536, 8960),
     },
+    "smollm2-135m": {
+        "self_attn.q_proj": (576, 576),
+        "self_attn.k_proj": (192, 576),
+        "self_attn.v_proj": (192, 576),
+        "self_attn.o_proj": (576, 576),
+        "mlp.gate_proj": (1536, 576),
+        "mlp.up_proj": (1536, 576),
+        "mlp.down_proj": (576, 1536),
+    },
     "small": {
         "self_attn.q_proj": (320, 320),
         "self_attn.k_proj": (80, 320),

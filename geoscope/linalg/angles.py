@@ -13,6 +13,9 @@ from geoscope.profile import stage
 
 __all__ = ["principal_angles"]
 
+# Up to this many columns the host is faster (docs/benchmarks.md; 64 were measured).
+_HOST_SIDE = 256
+
 
 @stage("angles")
 def principal_angles(Q0: Tensor, Q1: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ def principal_angles(Q0: Tensor, Q1: Tensor) -> Tensor:
     """
     # 1. cosines, descending, so that the angles ascend
     overlap = Q0.mT @ Q1
-    cosines = torch.linalg.svdvals(overlap).clamp_max(1.0)
+    cosines = _values(overlap).clamp_max(1.0)
     # 2. sines of the same angles: the part of Q1 outside span(Q0); its values ascend with θ
     outside = Q1 - Q0 @ overlap
     sines = _small_side_values(outside).flip(-1).clamp_max(1.0)
@@ -39,5 +42,12 @@ def principal_angles(Q0: Tensor, Q1: Tensor) -> Tensor:
 def _small_side_values(A: Tensor) -> Tensor:
     """Singular values of a tall (..., d, k) matrix through its triangular factor."""
     if A.shape[-2] <= 2 * A.shape[-1]:
-        return torch.linalg.svdvals(A)
-    return torch.linalg.svdvals(torch.linalg.qr(A, mode="r").R)
+        return _values(A)
+    return _values(torch.linalg.qr(A, mode="r").R)
+
+
+def _values(A: Tensor) -> Tensor:
+    """Singular values of small matrices. CUDA's driver loops over them: 7 times the host's time."""
+    if A.is_cuda and A.shape[-1] <= _HOST_SIDE:
+        return torch.linalg.svdvals(A.cpu()).to(A.device)
+    return torch.linalg.svdvals(A)
