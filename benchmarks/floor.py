@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from machine import cores
 from safetensors import safe_open
+from threadpoolctl import threadpool_limits
 
 from geoscope.linalg import blas
 
@@ -43,7 +44,7 @@ def peaks() -> dict[str, dict[str, float]]:
     A, B = (torch.randn(SIDE, SIDE, dtype=torch.float64, generator=generator) for _ in range(2))
     out = torch.empty_like(A)
     found = {"openblas": {"all": peak(lambda: blas.gemm(A, B, out))}}
-    with blas.one_thread():
+    with threadpool_limits(1, user_api="blas"):
         found["openblas"]["one"] = peak(lambda: blas.gemm(A, B, out))
     found["torch"] = {"all": peak(lambda: torch.mm(A, B, out=out))}
     torch.set_num_threads(1)

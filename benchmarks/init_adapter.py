@@ -23,10 +23,10 @@ import torch
 from machine import set_aside_variables
 from peft import LoraConfig, get_peft_model
 from synthetic import FAMILIES, weight
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from geoscope.adapters import geora
-from geoscope.linalg import blas
 from geoscope.linalg.head import head_triplets
 from geoscope.linalg.iid import iid_top_share
 from geoscope.linalg.masked import keep_small
@@ -99,7 +99,7 @@ def main() -> None:
     print(f"rank {given.rank}, {given.rounds} rounds, torch {torch.__version__}, one thread\n")
     print("| matrix | geora, s | two fp32 SVDs, s | ratio | PEFT pissa, s | ratio | sine | fp32 |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    with blas.one_thread():
+    with threadpool_limits(1, user_api="blas"):
         for name, (m, n) in FAMILIES[given.family].items():
             W = weight(m, n, generator).bfloat16()
             nulls += timed(lambda m=m, n=n: iid_top_share(m, n, given.rank, 0))

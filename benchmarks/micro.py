@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from synthetic import update, weight
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from geoscope.linalg import Operand, blas, factorise
@@ -175,7 +176,7 @@ def measure(m: int, n: int, rounds: int) -> dict[str, Any]:
     """Seconds of each method in each round, median, and errors."""
     one = pair(m, n)
     torch.set_num_threads(1)
-    with blas.one_thread():
+    with threadpool_limits(1, user_api="blas"):
         chosen = methods(one)
         results: dict[str, Any] = {}
         seconds: dict[str, list[float]] = {name: [] for name in chosen}

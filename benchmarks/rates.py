@@ -16,6 +16,7 @@ from datetime import date
 
 import torch
 from machine import facts
+from threadpoolctl import threadpool_limits
 
 from geoscope.linalg import Operand, blas
 from geoscope.linalg.choice import RATES_FILE, Rates, expected_dimension
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {RATES_FILE.name}")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with blas.one_thread():
+    with threadpool_limits(1, user_api="blas"):
         found = measured()
     table = {
         "what": "one core, 1e9 operations a second; step in seconds; see choice.py",

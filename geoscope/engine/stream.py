@@ -17,11 +17,11 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from geoscope.engine.plan import Batch, room_for_batches
 from geoscope.engine.upload import Read, Sender, Sent, current, load
-from geoscope.linalg.blas import one_thread
 from geoscope.profile import stage
 from geoscope.records import WeightPair
 
@@ -73,7 +73,7 @@ def one_blas_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with one_thread():
+        with threadpool_limits(1, user_api="blas"):
             yield
     finally:
         torch.set_num_threads(before)

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-import scipy
 import torch
 from scipy.linalg import cython_blas, cython_lapack  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
@@ -27,7 +25,6 @@ __all__ = [
     "eigenvalues",
     "eigenvectors",
     "gemm",
-    "one_thread",
     "reflect",
     "solve_tridiagonal",
     "symmetric_times",
@@ -251,34 +248,3 @@ def symmetric_times(G: Tensor, X: Tensor) -> Tensor:
 def _check(name: str, info: ctypes.c_int) -> None:
     if info.value != 0:
         raise NumericsError(f"LAPACK's {name} failed with code {info.value}")
-
-
-@lru_cache(maxsize=1)
-def _thread_setters() -> tuple[Callable[[int], None], Callable[[], int]] | None:
-    """OpenBLAS's own switch for its threads; None where SciPy came with another BLAS."""
-    package = Path(scipy.__file__).parent
-    for folder in (package.parent / "scipy.libs", package / ".dylibs"):
-        for library in sorted(folder.glob("*openblas*")) if folder.is_dir() else ():
-            loaded = ctypes.CDLL(str(library))
-            for prefix in ("scipy_", ""):
-                name = f"{prefix}openblas_set_num_threads"
-                if hasattr(loaded, name):
-                    getter = getattr(loaded, name.replace("set", "get"))
-                    getter.restype = ctypes.c_int
-                    return getattr(loaded, name), getter
-    return None
-
-
-class one_thread:
-    """Keeps SciPy's BLAS to one thread a caller, then as before."""
-
-    def __enter__(self) -> None:
-        setters = _thread_setters()
-        self._before = setters[1]() if setters else None
-        if setters:
-            setters[0](1)
-
-    def __exit__(self, *_: object) -> None:
-        setters = _thread_setters()
-        if setters and self._before is not None:
-            setters[0](self._before)

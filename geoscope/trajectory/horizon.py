@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,11 +130,9 @@ def _skills(error: Tensor, held: Tensor) -> Tensor:
 
 def _median(values: Tensor) -> Tensor:
     """Over the last dimension; the mean of the middle two where their number is even."""
-    ordered = values.sort(-1).values
-    count = ordered.shape[-1]
-    if count == 0:
-        return ordered.new_zeros(ordered.shape[:-1])
-    return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
+    if values.shape[-1] == 0:
+        return values.new_zeros(values.shape[:-1])
+    return torch.from_numpy(np.asarray(np.median(values.numpy(), axis=-1)))
 
 
 def _resampled(error: Tensor, held: Tensor, seed: int, draws: int) -> tuple[Tensor, Tensor]:

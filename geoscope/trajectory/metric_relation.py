@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from geoscope.errors import NumericsError
@@ -151,9 +152,7 @@ def _centred(Y: Tensor) -> Tensor:
 
 def _ranks(Y: Tensor) -> Tensor:
     """Of each row (P, T), from 1; equal values share the mean of their ranks."""
-    below = (Y[:, None, :] < Y[:, :, None]).sum(2)
-    equal = (Y[:, None, :] == Y[:, :, None]).sum(2)
-    return below + (equal + 1) / 2
+    return torch.from_numpy(rankdata(Y.numpy(), axis=1))
 
 
 def _put(

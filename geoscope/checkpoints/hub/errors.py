@@ -32,8 +32,7 @@ def hub_errors(
     from huggingface_hub import errors
 
     what = f"{file} of {repo}@{at}" if file else f"{repo}@{at}"
-    # Failures to connect have no base of huggingface_hub's own, but they share that of its errors:
-    # httpx.HTTPError in version 1 and later, requests.HTTPError (an OSError) before.
+    # Failures to connect have no base of huggingface_hub's own, but share httpx's with its errors.
     network = cast("tuple[type[Exception], ...]", (*errors.HfHubHTTPError.__bases__, OSError))
     try:
         yield
@@ -72,8 +71,8 @@ def is_passing(error: Exception) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in _BUSY
-    # The last base that a library of connections gives: httpx.HTTPError, requests' RequestException
-    carriers = ("httpx", "httpx2", "requests")
+    # The last base that the library of connections gives, httpx.HTTPError.
+    carriers = ("httpx", "httpx2")
     of_carriers = [
         one for one in errors.HfHubHTTPError.__mro__ if one.__module__.split(".")[0] in carriers
     ]

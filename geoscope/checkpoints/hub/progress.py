@@ -1,13 +1,11 @@
 """How is a download watched without a progress bar of huggingface_hub on the user's terminal?
 
 Its downloads draw through a class that mimics tqdm and may be given: ours draws nothing and calls
-back. Versions before 1.0 take no such class; there the bars are switched off and the callback hears
-of the end of each file only.
+back.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,34 +24,14 @@ def quiet_download(
 
     report = on_progress if on_progress is not None else ignore
     report(path, 0, size)
-    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
-        bar: Any = _bar(path, size, report)
-        local = hf_hub_download(repo, path, revision=commit, tqdm_class=bar)
-    else:
-        local = _download_without_bars(repo, path, commit)
+    bar: Any = _bar(path, size, report)
+    local = hf_hub_download(repo, path, revision=commit, tqdm_class=bar)
     report(path, size, size)
     return Path(local)
 
 
 def ignore(file: str, done: int, total: int) -> None:
     """Tells nobody."""
-
-
-def _download_without_bars(repo: str, path: str, commit: str) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        return hf_hub_download(repo, path, revision=commit)
-    disable_progress_bars()
-    try:
-        return hf_hub_download(repo, path, revision=commit)
-    finally:
-        enable_progress_bars()
 
 
 def _bar(file: str, size: int, report: Report) -> type[Any]:

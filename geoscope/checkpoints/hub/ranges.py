@@ -23,7 +23,6 @@ from geoscope.errors import CheckpointError
 __all__ = ["RemoteFile"]
 
 _TIMEOUT = 30.0
-_CHUNK = 1 << 14  # what requests may lose of a broken connection
 _ATTEMPTS = 7  # in a row without a single byte
 _FIRST_WAIT = 0.25  # seconds, then twice as long each time
 _VALID = 600.0  # seconds that an address is used
@@ -147,25 +146,13 @@ def _between(chunks: Iterator[bytes], passed: int, wanted: int) -> Iterator[byte
 def _get(
     url: str, headers: Mapping[str, str]
 ) -> Iterator[tuple[int, Mapping[str, str], Iterator[bytes]]]:
-    """Status, headers in lower case and body of an answer that is no error.
-
-    huggingface_hub's session is one of httpx from its version 1.0 on, and of requests before.
-    """
+    """Status, headers in lower case and body of an answer that is not an error."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     session: Any = get_session()
-    if callable(getattr(session, "stream", None)):
-        with session.stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
-            if response.status_code >= 400:
-                response.read()  # the words of the error are taken from it
-            hf_raise_for_status(response)
-            yield response.status_code, _lower(response.headers), response.iter_raw()
-        return
-    with session.get(url, headers=headers, timeout=_TIMEOUT, stream=True) as response:
+    with session.stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
+        if response.status_code >= 400:
+            response.read()  # the words of the error are taken from it
         hf_raise_for_status(response)
-        chunks = response.iter_content(_CHUNK)
-        yield response.status_code, _lower(response.headers), chunks
-
-
-def _lower(headers: Any) -> dict[str, str]:
-    return {str(key).lower(): str(value) for key, value in headers.items()}
+        told = {str(key).lower(): str(value) for key, value in response.headers.items()}
+        yield response.status_code, told, response.iter_raw()
