@@ -11,7 +11,7 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +22,14 @@ from geoscope import errors
 
 PACKAGE = Path(geoscope.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-every_file = pytest.mark.parametrize(
-    "path", FILES, ids=[path.relative_to(PACKAGE).as_posix() for path in FILES]
-)
+
+
+def offenders(
+    check: Callable[[Path], Iterable[str]], paths: Sequence[Path] = FILES
+) -> dict[str, list[str]]:
+    """What `check` says against each file; all of it, so that one run shows what to mend."""
+    said = {path.relative_to(PACKAGE).as_posix(): sorted(check(path)) for path in paths}
+    return {where: words for where, words in said.items() if words}
 
 
 @cache
@@ -111,17 +116,17 @@ def is_excepted(own: str, name: str) -> bool:
     )
 
 
-@every_file
-def test_arrows_point_down_only(path: Path) -> None:
+def arrows_up(path: Path) -> Iterator[str]:
     own = wing(module_of(path))
     if own == "":
         return  # the front door names them all, and loads none: see below
-    wrong = [
-        name
-        for name in crossings(path)
-        if wing(name) not in ALLOWED[own] and not is_excepted(own, name)
-    ]
-    assert wrong == []
+    for name in crossings(path):
+        if wing(name) not in ALLOWED[own] and not is_excepted(own, name):
+            yield name
+
+
+def test_arrows_point_down_only() -> None:
+    assert offenders(arrows_up) == {}
 
 
 def test_the_drawing_is_free_of_cycles_and_names_every_wing() -> None:
@@ -164,11 +169,13 @@ def test_checkpoints_metrics_and_report_do_not_know_one_another(name: str) -> No
 WITHOUT_TORCH = [path for path in FILES if wing(module_of(path)) in {*FLOOR, "report", "cli", ""}]
 
 
-@pytest.mark.parametrize(
-    "path", WITHOUT_TORCH, ids=[path.relative_to(PACKAGE).as_posix() for path in WITHOUT_TORCH]
-)
-def test_nouns_reports_and_commands_know_no_torch(path: Path) -> None:
-    assert not [name for name in imports(path) if name.split(".")[0] == "torch"]
+def of_torch(path: Path) -> list[str]:
+    return [name for name in imports(path) if name.split(".")[0] == "torch"]
+
+
+def test_nouns_reports_and_commands_know_no_torch() -> None:
+    assert WITHOUT_TORCH
+    assert offenders(of_torch, WITHOUT_TORCH) == {}
 
 
 @pytest.mark.parametrize("module", ["errors", "records", "names", "report", "cli", "__main__"])
@@ -186,56 +193,56 @@ FACTORISATIONS = {
 }
 
 
-def factorisations(path: Path) -> set[tuple[str, str]]:
+def factorisations(path: Path) -> set[str]:
     """Calls of torch.linalg, numpy.linalg, scipy.linalg and torch that factorise."""
-    where = path.relative_to(PACKAGE).as_posix()
-    found = set()
-    for node in ast.walk(tree(path)):
-        if not isinstance(node, ast.Call):
-            continue
-        if isinstance(node.func, ast.Attribute) and node.func.attr in FACTORISATIONS:
-            found.add((where, node.func.attr))
-        if isinstance(node.func, ast.Name) and node.func.id in FACTORISATIONS:
-            found.add((where, node.func.id))
-    return found
+    calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    names = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+    names |= {call.id for call in calls if isinstance(call, ast.Name)}
+    return names & FACTORISATIONS
 
 
-@every_file
-def test_only_linalg_factorises(path: Path) -> None:
-    if wing(module_of(path)) != "linalg":
-        assert not factorisations(path)
+def test_only_linalg_factorises() -> None:
+    outside = [path for path in FILES if wing(module_of(path)) != "linalg"]
+    assert offenders(factorisations, outside) == {}
 
 
 def test_the_probe_sees_factorisations() -> None:
-    seen = {name for path in FILES for _, name in factorisations(path)}
-    assert {"svd", "svdvals", "qr"} <= seen
+    assert {"svd", "svdvals", "qr"} <= set().union(*map(factorisations, FILES))
 
 
-@every_file
-def test_nothing_is_printed(path: Path) -> None:
-    """Words leave through cli/output.py and the error boundary alone."""
-    where = path.relative_to(PACKAGE).as_posix()
+def words_outside(path: Path) -> Iterator[str]:
+    """Uses of print, stdout and stderr, which belong to cli/output.py and the error boundary."""
+    allowed = path.relative_to(PACKAGE).as_posix() in ("cli/output.py", "__main__.py")
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
-            raise AssertionError(f"{where}:{node.lineno} prints")
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
-            assert where in ("cli/output.py", "__main__.py"), f"{where}:{node.lineno}"
+            yield f"line {node.lineno}: print"
+        stream = isinstance(node, ast.Attribute) and ast.unparse(node)
+        if stream in ("sys.stdout", "sys.stderr") and not allowed:
+            yield f"line {node.lineno}: {stream}"
 
 
-@every_file
-def test_no_switch_is_thrown_at_import(path: Path) -> None:
-    """No logging set-up, global seed, TF32 switch or environment write; a backend is not chosen."""
+def test_nothing_is_printed() -> None:
+    assert offenders(words_outside) == {}
+
+
+SWITCHES = (
+    *("basicConfig", "torch.manual_seed(", "random.seed(", "allow_tf32", "matplotlib.pyplot"),
+    *("matplotlib.use(", "os.environ[", "os.putenv", "import click"),
+)
+
+
+def switches(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
-    for forbidden in (
-        "basicConfig", "torch.manual_seed(", "random.seed(", "allow_tf32", "matplotlib.pyplot",
-        "matplotlib.use(", "os.environ[", "os.putenv", "import click",
-    ):  # fmt: skip
-        assert forbidden not in text, forbidden
+    return [word for word in SWITCHES if word in text]
 
 
-@every_file
-def test_every_file_says_what_it_is_for(path: Path) -> None:
-    assert ast.get_docstring(tree(path))
+def test_no_switch_is_thrown_at_import() -> None:
+    """No logging set-up, global seed, TF32 switch or environment write; a backend is not chosen."""
+    assert offenders(switches) == {}
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    assert offenders(lambda path: [] if ast.get_docstring(tree(path)) else ["no docstring"]) == {}
 
 
 # --- names that may be used ---------------------------------------------------------------------
@@ -279,18 +286,23 @@ def in_order(names: list[str]) -> list[str]:
     return sorted(names, key=rank)
 
 
-@every_file
-def test_every_list_of_public_names_is_sorted_and_exists(path: Path) -> None:
+def faults_of_list(path: Path) -> Iterator[str]:
     names = listed(path)
-    if names is None:
-        made, _ = defined(path)
-        assert not made, f"{path} makes public names and has no __all__"
-        return
     made, taken = defined(path)
-    assert names == in_order(names)
-    assert len(names) == len(set(names))
+    if names is None:
+        if made:
+            yield f"no __all__ for {sorted(made)}"
+        return
+    if names != in_order(names):
+        yield f"__all__ is not in the order {in_order(names)}"
+    if len(names) != len(set(names)):
+        yield "__all__ names something twice"
     if module_of(path) != "geoscope":
-        assert set(names) <= made | taken
+        yield from (f"__all__ names {name}" for name in set(names) - made - taken)
+
+
+def test_every_list_of_public_names_is_sorted_and_exists() -> None:
+    assert offenders(faults_of_list) == {}
 
 
 @cache
@@ -304,13 +316,15 @@ def uses() -> set[tuple[str, str]]:
     return found
 
 
-@every_file
-def test_what_others_import_is_listed(path: Path) -> None:
-    """Complete: a name that another file takes stands in __all__ (submodules need not)."""
+def taken_unlisted(path: Path) -> set[str]:
     module = module_of(path)
-    names = set(listed(path) or ())
     taken = {name for where, name in uses() if where == module and f"{where}.{name}" not in MODULES}
-    assert taken - {"__version__"} <= names
+    return taken - {"__version__"} - set(listed(path) or ())
+
+
+def test_what_others_import_is_listed() -> None:
+    """Complete: a name that another file takes stands in __all__ (submodules need not)."""
+    assert offenders(taken_unlisted) == {}
 
 
 PUBLIC = {
@@ -401,14 +415,19 @@ def test_every_error_of_the_package_is_a_geoscope_error() -> None:
         assert issubclass(one, errors.GeoscopeError) != (name == "Stopped"), name
 
 
-@every_file
-def test_no_exception_is_swallowed_without_a_reason(path: Path) -> None:
+def swallowed(path: Path) -> Iterator[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     for node in ast.walk(tree(path)):
         if not isinstance(node, ast.ExceptHandler):
             continue
-        assert node.type is not None, f"{path}:{node.lineno}: a bare except"
-        if ast.unparse(node.type) in ("Exception", "BaseException"):
+        if node.type is None:
+            yield f"line {node.lineno}: a bare except"
+        elif ast.unparse(node.type) in ("Exception", "BaseException"):
             text = "".join(ast.unparse(part) for part in node.body)
             passed_on = "raise" in text or "done.put" in text
-            assert passed_on or "#" in lines[node.lineno - 1], f"{path}:{node.lineno}"
+            if not passed_on and "#" not in lines[node.lineno - 1]:
+                yield f"line {node.lineno}: {ast.unparse(node.type)} without a reason"
+
+
+def test_no_exception_is_swallowed_without_a_reason() -> None:
+    assert offenders(swallowed) == {}
