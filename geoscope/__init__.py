@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from geoscope._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from geoscope.adapters import LoraFactors, geora
     from geoscope.analysis import Interrupted, Options, Progress, compare
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from geoscope.records import LayerRecord, Report, Status
     from geoscope.report import read as read_report
     from geoscope.report import write as write_report
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "METRICS",

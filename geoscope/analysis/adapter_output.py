@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.layouts import anchor, mirror
 from geoscope.adapters.peft_config import (

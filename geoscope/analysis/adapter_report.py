@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.adapters.factors import LoraFactors
 from geoscope.analysis.adapter_targets import Targets
 from geoscope.analysis.init_options import InitOptions

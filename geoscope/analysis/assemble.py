@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.analysis.matrices import Matrix
 from geoscope.analysis.options import Options
 from geoscope.analysis.prepare import Prepared

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.analysis.extrapolate_adapter import combination, write_adapter
 from geoscope.analysis.follow import measure_series
 from geoscope.analysis.follow_options import FollowOptions

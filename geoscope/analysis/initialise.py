@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.layouts import residual, start_error
 from geoscope.adapters.peft_config import max_lora_rank, rank_advice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.adapters.conversion import alpha_for
 from geoscope.adapters.peft_config import adapter_config
 from geoscope.adapters.peft_names import lora_keys

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.analysis.follow_metric import MetricCurve, MetricLink, metric_link
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.series_tensors import Followed

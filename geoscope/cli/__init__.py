@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from geoscope import __version__
+from geoscope._version import __version__
 from geoscope.cli import adapters, cache, demo, pairs, reading, series
 
 __all__ = ["app"]
