@@ -11,7 +11,7 @@ from geoscope.analysis.adapted_model import started_from
 from geoscope.analysis.assemble import assemble
 from geoscope.analysis.models import adapter_at
 from geoscope.analysis.options import Interrupted, Options, Progress
-from geoscope.analysis.prepare import Prepared, cores, planned_memory
+from geoscope.analysis.prepare import Prepared, planned_memory, workers_of
 from geoscope.analysis.run import run_one
 from geoscope.checkpoints import Checkpoint, pair
 from geoscope.checkpoints.container import Container
@@ -66,14 +66,15 @@ def prepare_alone(reference: str, options: Options, progress: Progress | None = 
         skipped=(*pairing.skipped, *skipped),
         missing=(*pairing.missing, *(one.name for one in skipped if one.missing)),
     )
-    memory = planned_memory(pairing, options, devices)
+    workers = workers_of(options, devices)
+    memory = planned_memory(pairing, options, devices, workers)
     return Prepared(
         base=tuned.base,
         tuned=tuned,
         pairing=pairing,
         batches=plan(pairing.matrices, memory=memory, stack=False),
         memory=memory,
-        workers=options.jobs or (cores() if devices[0].type == "cpu" else len(devices)),
+        workers=workers,
         devices=devices,
         bytes_to_fetch=0,
         free_disk=None,

@@ -19,10 +19,12 @@ from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.split import common_config
 from geoscope.engine import (
     Batch,
+    available_memory,
     default_memory,
     device_memory,
     estimate_seconds,
     free_memory,
+    least_memory,
     parse_memory,
     plan,
     resolve_devices,
@@ -41,6 +43,7 @@ __all__ = [
     "planned_memory",
     "prepare",
     "survey",
+    "workers_of",
 ]
 
 
@@ -99,9 +102,8 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     left = open_model(base, alpha=options.lora_alpha, on_progress=progress.on_download)
     right = open_tuned(tuned, left, **given, on_progress=progress.on_download)
     left, right, pairing, notes = _matched(left, right, options)
-    memory = planned_memory(pairing, options, devices)
-    on_cpu = devices[0].type == "cpu"
-    workers = options.jobs or (cores() if on_cpu else len(devices))
+    workers = workers_of(options, devices)
+    memory = planned_memory(pairing, options, devices, workers)
     rooms = [one.room(names) for one, names in _wanted(left, right, pairing)]
     return Prepared(
         base=left,
@@ -112,7 +114,7 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
             memory=memory,
             stack=_stacks(devices, right),
             parts=batches_a_shape(devices),
-            entry_bytes=_MASK_BYTES * options.masks + _CURVE_BYTES * options.curves,
+            entry_bytes=_entry_bytes(options),
         ),
         memory=memory,
         workers=workers,
@@ -238,13 +240,32 @@ def batches_a_shape(devices: Sequence[torch.device]) -> int:
     return 2 * len(devices)
 
 
-def planned_memory(pairing: Pairing, options: Options, devices: Sequence[torch.device]) -> int:
+def planned_memory(
+    pairing: Pairing, options: Options, devices: Sequence[torch.device], workers: int
+) -> int:
     """Bound on the process, or on each of the devices."""
+    if options.max_memory == "min":
+        return least_memory(pairing.matrices)
     if options.max_memory is not None:
         return parse_memory(options.max_memory)
     if devices[0].type == "cuda":
         return device_memory(free_memory(one) for one in devices)
-    return default_memory(pairing.matrices)
+    return default_memory(
+        pairing.matrices,
+        workers=workers,
+        available=available_memory(),
+        entry_bytes=_entry_bytes(options),
+    )
+
+
+def _entry_bytes(options: Options) -> int:
+    """What masks and curves hold beside each entry of a matrix."""
+    return _MASK_BYTES * options.masks + _CURVE_BYTES * options.curves
+
+
+def workers_of(options: Options, devices: Sequence[torch.device]) -> int:
+    """Threads that compute: as many as were asked for, one a core, or one a device."""
+    return options.jobs or (cores() if devices[0].type == "cpu" else len(devices))
 
 
 def cores() -> int:

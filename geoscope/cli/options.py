@@ -141,7 +141,7 @@ COMPUTE: dict[str, Spec] = {
         str | None,
         None,
         ("--max-memory",),
-        "Memory bound, such as 8GB; default 4 × the largest pair in fp32, plus 500 MB.",
+        "Memory bound, such as 8GB, or min; default what all workers need, half the free at most.",
         "SIZE",
     ),
     "jobs": Spec(

@@ -1,11 +1,12 @@
 """How the work is done: device, plan, stream. Knows nothing of metrics or files."""
 
-from geoscope.engine.device import free_memory, resolve_devices, resolve_dtype
+from geoscope.engine.device import available_memory, free_memory, resolve_devices, resolve_dtype
 from geoscope.engine.plan import (
     Batch,
     default_memory,
     device_memory,
     estimate_seconds,
+    least_memory,
     parse_memory,
     plan,
 )
@@ -14,10 +15,12 @@ from geoscope.engine.stream import Outcome, one_blas_thread, stream
 __all__ = [
     "Batch",
     "Outcome",
+    "available_memory",
     "default_memory",
     "device_memory",
     "estimate_seconds",
     "free_memory",
+    "least_memory",
     "one_blas_thread",
     "parse_memory",
     "plan",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from geoscope.errors import OptionError
 
-__all__ = ["free_memory", "resolve_devices", "resolve_dtype"]
+__all__ = ["available_memory", "free_memory", "resolve_devices", "resolve_dtype"]
 
 _DEVICE = re.compile(r"cpu|mps|cuda(?::(?P<index>0|[1-9][0-9]*))?")
 
@@ -35,6 +38,42 @@ def resolve_devices(given: str) -> tuple[torch.device, ...]:
     if given == "mps" and not torch.backends.mps.is_available():
         raise OptionError("--device mps: no MPS device on this machine; use --device cpu")
     return (torch.device(given),)
+
+
+def available_memory() -> int:
+    """Bytes that this process can have without swapping: of the machine, or its control group."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
+    return min([machine if match is None else 1024 * int(match[1]), *_group_memory()])
+
+
+def _group_memory() -> Iterator[int]:
+    """What the control groups of this process leave, of version 2 and of version 1."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names = ("memory.max", "memory.current")
+            root = Path("/sys/fs/cgroup")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            root = Path("/sys/fs/cgroup/memory")
+        else:
+            continue
+        own = root / path.strip("/")
+        for group in (own, *own.parents):
+            limit, used = (_text(group / name).strip() for name in names)
+            if limit.isdecimal() and used.isdecimal():
+                yield max(0, int(limit) - int(used))
+            if group == root:
+                break
+
+
+def _text(path: Path) -> str:
+    """A small file of the kernel's; nothing where there is none."""
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def free_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 from geoscope.errors import OptionError
 from geoscope.records import WeightPair
@@ -13,6 +14,7 @@ __all__ = [
     "default_memory",
     "device_memory",
     "estimate_seconds",
+    "least_memory",
     "parse_memory",
     "plan",
     "room_for_batches",
@@ -44,10 +46,22 @@ class Batch:
     working_bytes: int
 
 
-def default_memory(pairs: Iterable[WeightPair]) -> int:
+def least_memory(pairs: Iterable[WeightPair]) -> int:
     """4 × the largest pair counted in fp32, plus 500 MB for the process."""
     largest = max((_entries(pair) for pair in pairs), default=0)
     return 4 * (2 * 4 * largest) + BASELINE
+
+
+def default_memory(
+    pairs: Sequence[WeightPair], *, workers: int, available: int, entry_bytes: int = 0
+) -> int:
+    """Room for every worker's largest pair and the one that is read ahead, on the CPU.
+
+    At most half of the `available` bytes, and at least `least_memory`. entry_bytes: as in `plan`.
+    """
+    needs = (working_bytes(pair) + entry_bytes * _entries(pair) for pair in pairs)
+    wanted = BASELINE + sum(nlargest(workers + 1, needs))
+    return max(least_memory(pairs), min(wanted, available // 2))
 
 
 def device_memory(free: Iterable[int]) -> int:
@@ -56,7 +70,7 @@ def device_memory(free: Iterable[int]) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of `--max-memory`: `8GB`, `500M`, `2000000000`. Raises OptionError."""
+    """Bytes of a size such as `8GB`, `500M`, `2000000000`. Raises OptionError."""
     number = text.strip().upper().rstrip("BKMG")
     unit = text.strip().upper()[len(number) :]
     try:
@@ -64,7 +78,7 @@ def parse_memory(text: str) -> int:
     except (KeyError, ValueError, OverflowError):
         size = -1
     if size < 0:
-        raise OptionError(f"--max-memory {text!r}: write a size such as 8GB or 500M")
+        raise OptionError(f"--max-memory {text!r}: write a size such as 8GB or 500M, or min")
     return size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from geoscope.engine import free_memory, resolve_devices, resolve_dtype
+from geoscope.engine import device, free_memory, resolve_devices, resolve_dtype
 from geoscope.errors import OptionError
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
@@ -118,3 +118,26 @@ def test_other_dtypes_are_refused(given: str) -> None:
     with pytest.raises(OptionError, match="float64, float32") as caught:
         resolve_dtype(given, CPU)
     assert repr(given) in str(caught.value)
+
+
+def test_available_memory_is_that_of_the_tightest_control_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 64 kB\nMemAvailable:    4096 kB\n",
+        "/proc/self/cgroup": "4:memory:/job\n3:cpu:/\n0::/jobs/mine\n",
+        "/sys/fs/cgroup/memory/job/memory.limit_in_bytes": "3000000\n",
+        "/sys/fs/cgroup/memory/job/memory.usage_in_bytes": "1000000\n",
+        "/sys/fs/cgroup/jobs/mine/memory.max": "max\n",
+        "/sys/fs/cgroup/jobs/mine/memory.current": "10\n",
+        "/sys/fs/cgroup/jobs/memory.max": "1500000\n",
+        "/sys/fs/cgroup/jobs/memory.current": "500000\n",
+    }
+    monkeypatch.setattr(device, "_text", lambda path: files.get(str(path), ""))
+    assert device.available_memory() == 1_000_000
+    del files["/sys/fs/cgroup/jobs/memory.max"]
+    assert device.available_memory() == 2_000_000
+    del files["/proc/self/cgroup"]
+    assert device.available_memory() == 4096 * 1024
+    files.clear()  # another system: all the memory that there is
+    assert device.available_memory() > 10**8

@@ -10,6 +10,7 @@ from geoscope.engine import (
     default_memory,
     device_memory,
     estimate_seconds,
+    least_memory,
     parse_memory,
     plan,
 )
@@ -166,10 +167,30 @@ def test_working_bytes_cover_what_is_held() -> None:
     assert working_bytes(one) == working_bytes(pair("w", (200, 300), "bfloat16", "float32"))
 
 
-def test_the_default_memory_is_four_times_the_largest_pair_in_fp32_and_500_mb() -> None:
+def test_the_least_memory_is_four_times_the_largest_pair_in_fp32_and_500_mb() -> None:
     pairs = [pair("small", (8, 8)), pair("large", (1000, 500)), pair("also", (500, 1000))]
-    assert default_memory(pairs) == 4 * (2 * 4 * 1000 * 500) + 500 * MB
-    assert default_memory([]) == 500 * MB
+    assert least_memory(pairs) == 4 * (2 * 4 * 1000 * 500) + 500 * MB
+    assert least_memory([]) == 500 * MB
+
+
+def test_the_default_memory_lets_every_worker_have_its_pair_and_one_be_read_ahead() -> None:
+    pairs = [pair(f"large {i}", (1000, 500)) for i in range(40)] + [pair("small", (8, 8))]
+    need = working_bytes(pairs[0])
+    for workers in (16, 39):
+        bound = default_memory(pairs, workers=workers, available=10**12)
+        assert bound == (workers + 1) * need + 500 * MB
+    assert default_memory(pairs, workers=64, available=10**12) == 40 * need + 500 * MB + (
+        working_bytes(pairs[-1])
+    )
+
+
+def test_the_default_memory_leaves_half_of_what_the_machine_has() -> None:
+    pairs = [pair(f"{i}", (4000, 4000)) for i in range(64)]
+    assert default_memory(pairs, workers=64, available=4 * 10**9) == 2 * 10**9
+    # but never less than what one pair takes
+    assert default_memory(pairs, workers=64, available=10**8) == least_memory(pairs)
+    more = default_memory(pairs, workers=8, available=10**13, entry_bytes=24)
+    assert more == default_memory(pairs, workers=8, available=10**13) + 9 * 24 * 4000**2
 
 
 @pytest.mark.parametrize(
