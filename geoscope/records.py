@@ -47,7 +47,10 @@ Json = dict[str, Any]
 
 
 class Status(StrEnum):
-    """Why a number is marked or missing (METHODS §1). Members stand in order of precedence."""
+    """Why a number is marked or missing. Members stand in order of precedence.
+
+    See docs/methods.md#statuses.
+    """
 
     NON_FINITE = "NON_FINITE"
     ZERO_UPDATE = "ZERO_UPDATE"
@@ -310,8 +313,8 @@ class LayerRecord:
     isotropic update of the same shape and size gives. raw: the number behind a BELOW_RESOLUTION.
     verdict: {"code": str, "k": int, "clause": str}. method: factor → {"how", "bound", "fallback"}.
     curves: id → points for figures. tuned: number of the tuned model when there are several, as in
-    `provenance.refs`. series: id → one number a step, and gram, the H of METHODS §6.1 (T, T): of
-    trajectories.
+    `provenance.refs`. series: id → one number a step, and gram, the H of docs/methods.md#increments
+    (T, T): of trajectories.
     """
 
     name: str
@@ -474,11 +477,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """Aggregates over the model and over each module kind (METHODS §2), with their nulls.
+    """Aggregates over the model and over each module kind, with their nulls.
 
-    `anchor`, with `--anchor`: {"ref": as in `provenance.refs`, "ratios": {id: ratio},
-    "spectrum_preserving": bool|None}. steps, of a trajectory: that of the base, then of each
-    checkpoint; series: id → one number a step.
+    See docs/methods.md#aggregation. `anchor`, with `--anchor`: {"ref": as in `provenance.refs`,
+    "ratios": {id: ratio}, "spectrum_preserving": bool|None}. steps, of a trajectory: that of the
+    base, then of each checkpoint; series: id → one number a step.
     """
 
     model: Values
@@ -526,7 +529,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How the updates of two tuned models relate on one matrix (METHODS §2.7)."""
+    """How the updates of two tuned models relate on one matrix.
+
+    See docs/methods.md#two-tuned-models.
+    """
 
     name: str
     a: int

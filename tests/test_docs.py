@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import DOCS, PAGES, ROOT, name_of, prose_of, sections, text_of
 from typer.testing import CliRunner
 
 import geoscope
@@ -32,27 +33,15 @@ from geoscope.metrics.describe import reference_page
 from geoscope.metrics.precision import FLOORS
 from geoscope.records import Status
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 DEMO = "geoscope-demo"
 ELLIPSIS = "…"
 HOME = "/home/me"
 
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def writing() -> bool:
     return bool(os.environ.get("GEOSCOPE_WRITE_GOLDEN"))
-
-
-def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
 
 
 # --- commands and options -----------------------------------------------------------------------
@@ -376,22 +365,16 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 # --- pages --------------------------------------------------------------------------------------
 
 
-def slugs(text: str) -> set[str]:
-    """Anchors of the headings, as GitHub makes them."""
-    heads = re.findall(r"^#+ (.*)$", _CODE.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_resolve(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", _CODE.sub("", text_of(page))):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
         place = (page.parent / path).resolve() if path else page
         assert place.exists(), f"{name_of(page)} links to {target}"
         if anchor:
-            assert anchor in slugs(text_of(place)), f"{name_of(page)} links to {target}"
+            assert anchor in sections(place), f"{name_of(page)} links to {target}"
 
 
 def test_every_page_is_reached_from_the_index() -> None:

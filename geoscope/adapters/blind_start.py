@@ -1,7 +1,8 @@
-"""Does a product look like the start of a method that takes it out of the base? (METHODS §4, ours)
+"""Does a product look like the start of a method that takes it out of the base?
 
-Many adapters that began so say nothing of it. s·B·A of such a one on the original base counts its
-start twice, which looks like spectral collapse. Positive if
+Ours; see docs/methods.md#adapters-as-inputs. Many adapters that began so say nothing of it. s·B·A
+of such a one on the original base counts its start twice, which looks like spectral collapse.
+Positive if
 
     pissa, milora    C_LR > .9 and ‖diag(UᵀΔV) − σ‖ < .2·‖σ‖, (U, σ, V) the first or last r triplets
     olora, geora     ‖Δ − s·B0·A0‖ < .2·‖s·B0·A0‖; GeoRA at rho = .2, with s and without

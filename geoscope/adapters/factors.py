@@ -81,7 +81,7 @@ def checked(W: Tensor, rank: int, *, zero: bool = False) -> float:
 
 
 def largest_positive(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """The signs of METHODS §5.1: the largest |.| of each u is positive, the first one on ties."""
+    """The signs of a start: the largest |.| of each u is positive, the first one on ties."""
     at = U.abs().argmax(0)
     signs = torch.where(U.gather(0, at[None]) < 0, -1.0, 1.0).to(U.dtype)  # (1, k)
     return U * signs, Vh * signs.T

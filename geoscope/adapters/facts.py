@@ -1,4 +1,6 @@
-"""What is worth knowing about an initialisation: ids, values, nulls (METHODS §5.1).
+"""What is worth knowing about an initialisation: ids, values, nulls.
+
+See docs/methods.md#facts-of-a-start.
 
 tau_spec, tau_euc        thresholds of the mask
 density_spec, _euc, _union, _intersection    part of the entries at or below them; ties are kept

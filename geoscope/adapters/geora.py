@@ -1,7 +1,7 @@
 """GeoRA: start from the principal triplets of the entries that RLVR moves (2601.09361).
 
-The steps are those of METHODS §5.1, which several re-implementations agree on; there is no official
-code. Weights only: no data, no gradients.
+The steps are those of docs/methods.md#starts-of-adapters, which several re-implementations agree
+on; there is no official code. Weights only: no data, no gradients.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
                interleaved pairs; with `lora_alpha` unchanged its scaling is s/2, its product 0
     anchor     two adapters on the original base, (A₀, B₀) trained and (A₀, −B₀) frozen
 
-METHODS §5.3, FORMATS §4.4-§4.6. Round first, subtract second: whatever is stored is what the
+See docs/methods.md#layouts. Round first, subtract second: whatever is stored is what the
 residual is made from. Everything goes through blocks of rows, so that a matrix costs its new copy
 and little more.
 """

@@ -1,6 +1,6 @@
 """What does `adapter_config.json` say, and what do PEFT and vLLM make of it?
 
-The least set of keys that old and new PEFT load without a warning (FORMATS §4.3), in one order, so
+The least set of keys that old and new PEFT load without a warning, in one order, so
 that equal input gives equal bytes. `init_lora_weights` is always true: any word there makes the
 loader run its own initialisation on the base that is at hand. No keys of ours.
 """

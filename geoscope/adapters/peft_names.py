@@ -7,7 +7,7 @@ The tables follow transformers 5.23 (`conversion_mapping.py`); a family that is 
 
 Experts have two styles: a key for each expert's matrix, as the files name them, which PEFT itself
 converts where the live model stacks its experts; and `target_parameters`, whose factors are stacked
-as the parameters are (FORMATS §4.7).
+as the parameters are (docs/formats.md#adapters).
 """
 
 from __future__ import annotations

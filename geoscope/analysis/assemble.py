@@ -179,7 +179,9 @@ def _aggregates(
 
 
 def anchored(run: TunedRun, anchor: TunedRun, given: str) -> dict[str, Any]:
-    """Every number of the model as a ratio to the anchor's (METHODS §3, `--anchor`).
+    """Every number of the model as a ratio to the anchor's (`--anchor`).
+
+    See docs/methods.md#thresholds.
 
     spectrum_preserving: mean NSS at most half of the anchor's; None where one has no number.
     """

@@ -1,4 +1,4 @@
-"""Signs that a series is not what it seems (FORMATS §1.4), each said in one line.
+"""Signs that a series is not what it seems, each said in one line.
 
 From the increments of all matrices together: what is wrong with a checkpoint is wrong with all of
 its weights.

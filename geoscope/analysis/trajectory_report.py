@@ -1,9 +1,9 @@
 """From increments and rank-1 paths to a Report of kind `trajectory`.
 
 Sums of increments give module kinds and the model; skill is pooled over matrices, never over their
-sum. Ids that are one number a step are series; where METHODS has one number and a series under one
-name, the series is `…_by_step`, but `rank1_share`, `gap21` and `direction_cosine` are series, and
-their numbers `…_last` and `…_mean`.
+sum. Ids that are one number a step are series; where docs/methods.md has one number and a series
+under one name, the series is `…_by_step`, but `rank1_share`, `gap21` and `direction_cosine` are
+series, and their numbers `…_last` and `…_mean`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Trajectory:
     scalar_r2: Mapping[str, ScalarR2Counts] = field(default_factory=dict)
 
     def backtest(self, others: Mapping[str, Moves] | None = None) -> Backtest:
-        """Of METHODS, of the rank-1 predictions where leading pairs were taken, and of others."""
+        """Of `METHODS`, of the rank-1 predictions where leading pairs were taken, and of others."""
         spatial: dict[str, Moves] = {}
         if self.paths:
             spatial = spatial_moves(self.paths, self.increments, self.products)

@@ -2,7 +2,7 @@
 
 Keys and shapes against the modules of the base, both ways; W_res + s·B·A = W; untouched tensors
 bit for bit; a mirror's product zero, an anchor opposite; vLLM's rules; the hashes of geoscope.json.
-One matrix at a time; nothing is written. METHODS §5.3, FORMATS §4.10.
+One matrix at a time; nothing is written. See docs/methods.md#layouts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`--fail-on EXPR[,EXPR…]`: what makes a report exit with 3 (METHODS §3)."""
+"""`--fail-on EXPR[,EXPR…]`: what makes a report exit with 3 (docs/verdict.md#failing-a-script)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`--limit NAME=VALUE`: other limits for the thresholds of the verdict (METHODS §3)."""
+"""`--limit NAME=VALUE`: other limits for the thresholds of the verdict.
+
+See docs/verdict.md#thresholds.
+"""
 
 from __future__ import annotations
 

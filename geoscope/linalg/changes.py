@@ -2,7 +2,7 @@
 
 For the 16-bit formats everything that depends on one side alone comes from a histogram of its
 65 536 codes, which is exact and costs one pass; so does the expectation of the changed fraction
-under an isotropic update (METHODS §2.1).
+under an isotropic update (docs/methods.md#unchanged-entries).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def nonfinite_entries(weight: Tensor) -> int:
 
 @stage("entries")
 def unchanged(base: Tensor, tuned: Tensor) -> Unchanged:
-    """The three shares of METHODS §2.1. base, tuned: equal shape, storage dtypes."""
+    """The shares of docs/methods.md#unchanged-entries. base, tuned: equal shape, storage dtypes."""
     relative = absolute = exact = 0
     through = _both_bf16(base, tuned)
     for before, after in _blocks(base, tuned):

@@ -2,7 +2,7 @@
 
 A bf16 file holds each weight rounded to 8 significant bits. An update smaller than half a spacing
 is lost, and a larger one is rounded; so every number about an update has a floor that follows from
-the file alone (METHODS §1, §2.1).
+the file alone (docs/methods.md#floors).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FORMATS = {
     torch.float64: FloatFormat("float64", 52, -1022),
 }
 
-# Below this many entries a wider tensor may hold bf16 numbers by chance (METHODS §1).
+# Below this many entries a wider tensor may hold bf16 numbers by chance (docs/methods.md#floors).
 _ENOUGH_ENTRIES = 1024
 
 

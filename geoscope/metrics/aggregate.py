@@ -1,4 +1,4 @@
-"""How matrices combine into a module kind and a model (METHODS §2, "Aggregation").
+"""How matrices combine into a module kind and a model (docs/methods.md#aggregation).
 
 Only values that are numbers enter; an entry without any is null. Nulls combine by the same rule.
 """

@@ -1,8 +1,9 @@
-"""Which ranks hold most of an update within a number of parameters? (METHODS §7, ours)
+"""Which ranks hold most of an update within a number of parameters?
 
-A component of an m × n matrix costs m + n parameters, as a column of B and a row of A. Kept are the
-components with the largest σ²/(m + n), over all matrices; what is below the noise edge counts for
-nothing. Beside them stands one rank for all matrices, which is what servers take.
+Ours; see docs/methods.md#capacity. A component of an m × n matrix costs m + n parameters, as a
+column of B and a row of A. Kept are the components with the largest σ²/(m + n), over all matrices;
+what is below the noise edge counts for nothing. Beside them stands one rank for all matrices, which
+is what servers take.
 """
 
 from __future__ import annotations

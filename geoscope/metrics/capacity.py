@@ -1,8 +1,8 @@
-"""How much of its rank does an adapter use, and what rank would an update need? (METHODS §7)
+"""How much of its rank does an adapter use, and what rank would an update need?
 
-All `ours`. S: (b, q), the singular values of the update, descending; rank: (b,), r_max, the largest
-rank that it can have, NaN where it has none to name (a full update). A share is NaN there, and of a
-zero update.
+See docs/methods.md#capacity. All `ours`. S: (b, q), the singular values of the update, descending;
+rank: (b,), r_max, the largest rank that it can have, NaN where it has none to name (a full update).
+A share is NaN there, and of a zero update.
 """
 
 from __future__ import annotations

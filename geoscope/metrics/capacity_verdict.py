@@ -1,8 +1,8 @@
-"""One word for how an adapter uses its rank (METHODS §7, ours); the first rule that holds decides.
+"""One word for how an adapter uses its rank; the first rule that holds decides.
 
-The model takes the code of at least half of its matrices that changed. Whether a rank was good for
-the task is not in the weights: a rank that holds 90 % of the energy need not hold 90 % of the
-behaviour.
+Ours; see docs/methods.md#capacity. The model takes the code of at least half of its matrices that
+changed. Whether a rank was good for the task is not in the weights: a rank that holds 90 % of the
+energy need not hold 90 % of the behaviour.
 """
 
 from __future__ import annotations

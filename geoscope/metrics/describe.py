@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -163,9 +164,15 @@ def reference_page() -> str:
             if one.family != family:
                 continue
             lines += ["", f"### `{_shown_id(one)}`", ""]
-            lines += [f"- **{label}**: {_escape(text)}" for label, text in _facts(one)]
+            lines += [f"- **{label}**: {_linked(_escape(text))}" for label, text in _facts(one)]
     return "\n".join(lines) + "\n"
 
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def _linked(text: str) -> str:
+    """With links to sections of other pages and to papers."""
+    text = re.sub(r"docs/([\w-]+\.md#[\w-]+)", r"[\1](\1)", text)
+    return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", text)

@@ -39,7 +39,8 @@ class Check:
     """One condition: `value` on the stated side of `limit`. value None: no number.
 
     `left_out`: the angle does not apply to this matrix (a complete basis), so the condition is
-    dropped from its rule (METHODS §3); a condition on any other missing number does not hold.
+    dropped from its rule (docs/verdict.md#per-matrix); a condition on any other missing number does
+    not hold.
     """
 
     code: str

@@ -1,6 +1,6 @@
 """Do the weights that visibly moved sit on the small weights, or on the principal ones?
 
-M is the mask of changed weights (METHODS §2.1). In bf16 rounding alone puts M on small weights, so
+M is the mask of changed weights. In bf16 rounding alone puts M on small weights, so
 an overlap says nothing by itself: it is read against the *matched null*, an isotropic update whose
 visible density equals the measured one. That null is an expectation over the rounding cells of the
 base, not a draw.

@@ -36,11 +36,11 @@ class Metric:
     update, and `role` in `takes` likewise.
     takes: factors (see factors.py), the arguments of fn in this order. wants: what is passed by
     keyword, of `k` and `shape`. params: constant keyword arguments.
-    floor: how storage rounding hurts it (METHODS §1): top, energy, amplitude, angle; edge for a
-    count of what is above the noise, which 0 does not resolve (METHODS §7); or None. For
-    `per_role` metrics it concerns the update alone.
-    aggregate: the rule of METHODS §2 by which matrices combine. of_update: undefined for a zero
-    update. option: shown only with this command-line option.
+    floor: how storage rounding hurts it (docs/methods.md#floors): top, energy, amplitude, angle;
+    edge for a count of what is above the noise, which 0 does not resolve
+    (docs/methods.md#noise-edge); or None. For `per_role` metrics it concerns the update alone.
+    aggregate: the rule of docs/methods.md#aggregation by which matrices combine. of_update:
+    undefined for a zero update. option: shown only with this command-line option.
     """
 
     id: str

@@ -81,7 +81,7 @@ def angle_rms(
     √(E‖sin Θ‖_F²/k) to first order, with entry variance ω² = spread²/(mn):
     E‖sin Θ_left‖_F² = Σ_{i≤k<j≤m} min(½, ω²(σ_i²+σ_j²)/(σ_i²−σ_j²)²) with σ_j = 0 for j > q, right
     with j ≤ n. base_S: (..., q), spread: ‖ΔW‖_F or the rounding noise, (...,) → (...,).
-    [METHODS §2.3; Wedin 1972 for the pairs]
+    [docs/methods.md#angles; Wedin 1972 for the pairs]
     """
     m, n = shape
     variance = (spread.square() / (m * n))[..., None]

@@ -1,7 +1,7 @@
-"""Do two tuned models move the same weights in the same directions? (METHODS §2.7)
+"""Do two tuned models move the same weights in the same directions?
 
-Taken from the updates ΔW_a, ΔW_b themselves, never from adapter factors alone: these are only
-defined up to a change of basis.
+See docs/methods.md#two-tuned-models. Taken from the updates ΔW_a, ΔW_b themselves, never from
+adapter factors alone: these are only defined up to a change of basis.
 """
 
 from __future__ import annotations

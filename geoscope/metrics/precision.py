@@ -1,7 +1,7 @@
 """Is a number about the update above what storing the weights rounds away?
 
 ν = √(Σulp(W1)²/12)/‖ΔW‖_F is the share of the update that is rounding. How much of it a quantity
-bears depends on how it weighs small singular values (METHODS §1).
+bears depends on how it weighs small singular values (docs/methods.md#floors).
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ def relative_update(update_norm: Tensor, base_norm: Tensor) -> Tensor:
 
 
 def precision_ratio(noise: Tensor, update_norm: Tensor) -> Tensor:
-    """Rounding-noise ratio ν = √(Σulp(W1)²/12)/‖ΔW‖_F; NaN for a zero update (METHODS §1)."""
+    """Rounding-noise ratio ν = √(Σulp(W1)²/12)/‖ΔW‖_F; NaN for a zero update.
+
+    See docs/methods.md#floors.
+    """
     return torch.where(update_norm > 0, noise / update_norm, torch.nan)
 
 

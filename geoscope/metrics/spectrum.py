@@ -84,8 +84,8 @@ def signal_rank(S: Tensor, noise: Tensor, bulk_median: Tensor, *, shape: tuple[i
 
     s is the larger of the rounding noise per entry (noise/√(mn), noise = √(Σulp²/12)) and the
     noise that the median of the spectrum implies, median(σ)/√(M·μ), with μ = `bulk_median` the
-    median of the Marchenko-Pastur law (METHODS §2.2, §7); inf where the spectrum has no bulk of
-    noise, and rounding alone counts.
+    median of the Marchenko-Pastur law (docs/methods.md#noise-edge); inf where the spectrum has no
+    bulk of noise, and rounding alone counts.
     """
     count = (S > noise_edge(S, noise, bulk_median, shape=shape)[..., None]).sum(-1)
     return torch.where(S[..., 0] > 0, count.to(S.dtype), torch.nan)

@@ -10,7 +10,7 @@ from geoscope.linalg.storage import FP8, FloatFormat
 __all__ = ["storage_notes"]
 
 _STARTED_FROM_FP8 = "larger than the update, which started from FP8; ν leaves it out"
-# ‖rounding error‖/‖W‖ of a Gaussian W with f fraction bits, times 2^f (METHODS §1).
+# ‖rounding error‖/‖W‖ of a Gaussian W with f fraction bits, times 2^f (docs/methods.md#floors).
 _RELATIVE_ROUNDING = 1.6617e-3 * 2**7
 
 

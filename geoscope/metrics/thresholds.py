@@ -23,7 +23,7 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "init_mismatch.relative_update": Threshold(0.2, "ours, algebra"),
     "init_mismatch.spectral_share": Threshold(0.9, "ours, algebra"),
     "init_mismatch.versus_base": Threshold(1.2, "ours, algebra"),
-    "undetermined.precision_ratio": Threshold(0.6, "ours, METHODS §1"),
+    "undetermined.precision_ratio": Threshold(0.6, "ours, docs/methods.md#floors"),
     "rank_collapse.top_share": Threshold(0.9, "ours"),
     "on_principal.energy_two_sided": Threshold(0.5, "ours; PiSSA ≈ .98, GeoRA ≤ .02"),
     "on_principal.spectral_share": Threshold(0.3, "ours"),

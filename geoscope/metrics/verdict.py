@@ -1,7 +1,8 @@
-"""One word for what was seen, by rules that can be read and overridden (METHODS §3).
+"""One word for what was seen, by rules that can be read and overridden.
 
-Per matrix the first rule that matches decides; the model takes the code that holds at least half
-of the update's energy. A verdict says what a pattern is consistent with, never what training did.
+See docs/verdict.md#per-matrix. Per matrix the first rule that matches decides; the model takes the
+code that holds at least half of the update's energy. A verdict says what a pattern is consistent
+with, never what training did.
 """
 
 from __future__ import annotations

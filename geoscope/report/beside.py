@@ -110,7 +110,10 @@ def _anchor_row(quantity: Quantity, section: Section, ratio: float | None) -> tu
 
 
 def _preservation(preserving: bool | None, ratio: float | None) -> str:
-    """Whether the spectrum is preserved beside the anchor (METHODS §3), in words."""
+    """Whether the spectrum is preserved beside the anchor, in words.
+
+    See docs/methods.md#thresholds.
+    """
     if preserving is None:
         return "Whether the spectrum is preserved is not known: one of both has no NSS."
     limit = "at most half" if preserving else "more than half"

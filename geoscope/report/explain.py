@@ -28,7 +28,10 @@ def explain_blocks(section: Section) -> list[Block]:
             "rules in order: each condition, its limit, and the values it met",
             grid=_rules(verdict),
         ),
-        Block("thresholds in force", grid=_thresholds(verdict)),
+        Block(
+            "thresholds in force; their reasons: docs/methods.md#thresholds",
+            grid=_thresholds(verdict),
+        ),
         Block("what decided", grid=_clauses(section)),
     ]
 

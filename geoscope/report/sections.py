@@ -139,8 +139,8 @@ def _label(ref: ModelRef) -> str:
 def dimension(layer: LayerRecord) -> int | None:
     """The k of a matrix: that of its verdict, else the largest with k ≤ q/8, else the smallest.
 
-    q/8 is the verdict's own rule (METHODS §3): beyond it the isotropic values are no longer small,
-    up to k = q, where they tell nothing.
+    q/8 is the verdict's own rule (docs/methods.md#captured-energy): beyond it the isotropic values
+    are no longer small, up to k = q, where they tell nothing.
     """
     if layer.verdict is not None and layer.verdict.get("k") is not None:
         return int(layer.verdict["k"])

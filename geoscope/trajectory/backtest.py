@@ -1,7 +1,8 @@
-"""Held-out errors of every extrapolator, from the increment Grams alone (METHODS §6.4).
+"""Held-out errors of every extrapolator, from the increment Grams alone.
 
-A method at origin o predicts ΔŴ for checkpoint τ > o and thereby moves away from the last
-checkpoint it saw by D = ΔŴ − Δ_o. Three inner products say all there is to know:
+See docs/methods.md#held-out-skill. A method at origin o predicts ΔŴ for checkpoint τ > o and
+thereby moves away from the last checkpoint it saw by D = ΔŴ − Δ_o. Three inner products say all
+there is to know:
 
     held   = ‖Δ_τ − Δ_o‖²                      error of hold
     ahead  = ⟨D, Δ_τ − Δ_o⟩,  energy = ‖D‖²    error of damped(λ): held − 2λ·ahead + λ²·energy

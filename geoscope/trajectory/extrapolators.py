@@ -1,7 +1,8 @@
-"""The linear extrapolators: Ŵ = W0 + Σ_i w_i·Δ_i over observed checkpoints (METHODS §6.4).
+"""The linear extrapolators: Ŵ = W0 + Σ_i w_i·Δ_i over observed checkpoints.
 
-Times are counted from the base (t − t_0), where Δ = 0, so that "through the origin" and "from the
-base" mean what they say when a series starts at its own first checkpoint. All in fp64.
+See docs/methods.md#extrapolators. Times are counted from the base (t − t_0), where Δ = 0, so that
+"through the origin" and "from the base" mean what they say when a series starts at its own first
+checkpoint. All in fp64.
 
 With X = [1, t] and x* = (1, t*)ᵀ, h = X(XᵀX)⁻¹x* is the value at t* of the least-squares line:
 h_i = 1/T + (t_i − t̄)(t* − t̄)/Σ(t − t̄)². e_T takes the last checkpoint seen.

@@ -1,8 +1,8 @@
 """One sentence: does the run drift, or does it diffuse? By rules that can be read and overridden.
 
 Share of variance explained and R² of a fitted line are high for a walk too; what tells the two
-apart is whether increments point the same way (METHODS §6.2). So drift is judged by φ, without the
-storage noise that can be subtracted, and by a sign-flip test (`walk.sign_flip_p`).
+apart is whether increments point the same way (docs/methods.md#drift). So drift is judged by φ,
+without the storage noise that can be subtracted, and by a sign-flip test (`walk.sign_flip_p`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far ahead a method may be believed (METHODS §6.4, `ours`).
+"""How far ahead a method may be believed (docs/methods.md#credible-horizon, `ours`).
 
 Pairs (o, τ) are grouped by the number of checkpoints ahead, τ − o. A group passes when the median
 over origins of the skill 1 − Σerr/Σerr_hold (sums over tensors) is above 0, the 5 % bootstrap

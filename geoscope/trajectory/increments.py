@@ -2,7 +2,8 @@
 
 H_ij = ⟨δ_i, δ_j⟩ with δ_i = W_i − W_{i−1} is T × T, whatever the size of the weights. The Gram
 matrix of the updates Δ_i = W_i − W_0 is G = L·H·Lᵀ with L the lower-triangular ones. H is the one
-to keep: its entries do not share large common parts, so that nothing cancels (METHODS §6.1).
+to keep: its entries do not share large common parts, so that nothing cancels
+(docs/methods.md#increments).
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def increments_of_products(
     """Of one tensor under adapters, from their factors; nothing is made dense.
 
     updates: Δ_1 … Δ_T, each a stack of one; an adapter that does not start at zero brings its
-    initial factors with it (METHODS §4). steps and rounding have T + 1 entries, the base first.
-    δ_i = Δ_i − Δ_{i−1} is a product of rank 2r.
+    initial factors with it (docs/methods.md#adapters-as-inputs). steps and rounding have T + 1
+    entries, the base first. δ_i = Δ_i − Δ_{i−1} is a product of rank 2r.
     """
     taken = [updates[0]]
     taken += [after - before for before, after in pairwise(updates)]

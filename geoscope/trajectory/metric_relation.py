@@ -1,4 +1,4 @@
-"""How a series of weights goes with a metric curve y(t) (METHODS §6.5).
+"""How a series of weights goes with a metric curve y(t) (docs/methods.md#metric-curves).
 
     metric_correlation                corr(c_t, y), c that of the first temporal component
     metric_increment_correlation      corr of their rates Δc/Δt and Δy/Δt between neighbours

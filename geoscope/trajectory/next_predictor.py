@@ -1,9 +1,9 @@
-"""NExt (2604.11446): small networks that predict the next update's leading pair (METHODS §6.4).
+"""NExt (2604.11446): small networks that predict the next update's leading pair.
 
-Per checkpoint t: far Δ_t = W_t − W_0, near δ_t = W_t − W_{t−1}, target Y_t = W_{t+H} − W_t, each by
-its first pair (u, σ, v); 1-D parameters by the raw difference. One network for all u of a length m
-(with the 1-D differences of that length), one for all v of a length n, one for all σ. Architecture,
-loss and schedule are as published.
+See docs/methods.md#extrapolators. Per checkpoint t: far Δ_t = W_t − W_0, near δ_t = W_t − W_{t−1},
+target Y_t = W_{t+H} − W_t, each by its first pair (u, σ, v); 1-D parameters by the raw difference.
+One network for all u of a length m (with the 1-D differences of that length), one for all v of a
+length n, one for all σ. Architecture, loss and schedule are as published.
 
 Not as published: signs are aligned (far from last to first and the last by its largest entry, near
 to far, target to near); weights start from a seed; the number of training steps is the one of the

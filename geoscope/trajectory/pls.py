@@ -1,4 +1,6 @@
-"""Partial least squares with one component, of a curve on many features (METHODS §6.5).
+"""Partial least squares with one component, of a curve on many features.
+
+See docs/methods.md#metric-curves.
 
 AlphaRL [paper 2510.00553] fits y = αz + b, z = F·w, w ∝ Fᵀ(y − ȳ), on standardised features F
 (T, d). All of it is in K = F·Fᵀ: with s = K(y − ȳ) the fit is ȳ + s·⟨s, y − ȳ⟩/⟨s, s⟩. So K (T, T)

@@ -1,8 +1,9 @@
-"""Statistics of the leading pair of every update, σ1·u·vᵀ over the steps (METHODS §6.3).
+"""Statistics of the leading pair of every update, σ1·u·vᵀ over the steps.
 
-Two things are called rank-1 trajectory. This is the spatial one: each Δ_i has its own pair (NExt,
-AlphaRL). The signs of singular vectors are arbitrary; everything here is a product of a u with a u
-and a v with a v, so that no number depends on them. Only figures need aligned signs.
+See docs/methods.md#leading-pairs. Two things are called rank-1 trajectory. This is the spatial one:
+each Δ_i has its own pair (NExt, AlphaRL). The signs of singular vectors are arbitrary; everything
+here is a product of a u with a u and a v with a v, so that no number depends on them. Only figures
+need aligned signs.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Rank1Statistics:
     """Of one tensor.
 
     values, nulls, status, raw as in `Statistics`. series: id → one number per step, or per pair of
-    neighbours. linearity: METHODS §6.2 on K. ill_defined: places of the steps with gap21 > .9.
+    neighbours. linearity: docs/methods.md#drift on K.
+    ill_defined: places of the steps with gap21 > .9.
     """
 
     values: Mapping[str, float | None]
@@ -147,7 +149,7 @@ def rank1_gram(path: Rank1Path) -> Tensor:
 
 
 def rank1_increments(path: Rank1Path, steps: Sequence[float]) -> Increments:
-    """The rank-1 parts as a series of their own: all of METHODS §6.2 applies, and sums add up.
+    """The rank-1 parts as a series of their own: docs/methods.md#drift applies, and sums add up.
 
     steps: T + 1, the base first, where Z = 0. base_energy is 0 and no rounding is known.
     """
@@ -253,7 +255,7 @@ def rank1_statistics(
     updates: Sequence[Operand | Product] | None = None,
     base_exact: bool = True,
 ) -> Rank1Statistics:
-    """Everything of METHODS §6.3 for one tensor.
+    """Everything of docs/methods.md#leading-pairs for one tensor.
 
     path: of the updates Δ_i. inc: the tensor's increments, for steps, step norms and rounding.
     local: the pairs of δ_i, for `local_global_cosine`. updates: as for `fixed_direction_energy`.

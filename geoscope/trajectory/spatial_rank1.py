@@ -1,9 +1,10 @@
-"""Extrapolators from the leading pair of each update: spatial_rank1, alpha_rank1 (METHODS §6.4).
+"""Extrapolators from the leading pair of each update: spatial_rank1, alpha_rank1.
 
-They are not linear in Δ, so the Gram matrix alone does not tell their errors. What a pass has to
-keep besides is C[τ, i, j] = u_iᵀ·Δ_τ·v_j, T³ numbers per tensor: every prediction here is
-Z = σ̂·û·v̂ᵀ with û = Σa_iu_i and v̂ = Σb_jv_j, so that ⟨Z, Δ_τ⟩ = σ̂·aᵀC_τb and ‖Z‖² = σ̂². The
-signs of the pairs are aligned first, so that no number depends on those of the solver.
+See docs/methods.md#extrapolators. They are not linear in Δ, so the Gram matrix alone does not tell
+their errors. What a pass has to keep besides is C[τ, i, j] = u_iᵀ·Δ_τ·v_j, T³ numbers per tensor:
+every prediction here is Z = σ̂·û·v̂ᵀ with û = Σa_iu_i and v̂ = Σb_jv_j, so that ⟨Z, Δ_τ⟩ =
+σ̂·aᵀC_τb and ‖Z‖² = σ̂². The signs of the pairs are aligned first, so that no number depends on
+those of the solver.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every statistic of a series beside its value for a random walk with the same step norms.
 
-METHODS §6.2. The table says for each how many checkpoints it needs, and whose rounding it bears:
-that of the increments δ_i or that of the updates Δ_i.
+The definitions are in docs/methods.md#drift. The table says for each how many checkpoints it needs,
+and whose rounding it bears: that of the increments δ_i or that of the updates Δ_i.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def statistics(inc: Increments, *, base_exact: bool = True) -> Statistics:
 
 
 def _measure(key: str, one: Statistic, inc: Increments) -> tuple[float | None, Status]:
-    """The number and its status, the first of METHODS §1's order that applies."""
+    """The number and its status, the first that applies (docs/methods.md#statuses)."""
     if float(inc.H.trace()) == 0 and key not in _OF_ZERO:
         return None, Status.ZERO_UPDATE
     value = one.fn(inc) if len(inc) >= one.needs else None

@@ -2,8 +2,8 @@
 
 A checkpoint's rounding error e_i enters δ_i with plus and δ_{i+1} with minus. So ‖δ_i‖² grows by
 N_i + N_{i−1}, and ⟨δ_i, δ_{i+1}⟩ falls by N_i: small steps in bf16 look driftless, and a walk looks
-as if it undid its own steps (METHODS §6.2). All `ours`. N_0 is that of the base; 0 where it is
-exact.
+as if it undid its own steps (docs/methods.md#storage-noise). All `ours`. N_0 is that of the base; 0
+where it is exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ __all__ = [
     "with_exact_base",
 ]
 
-# ν up to which a number is OK, and from which it is BELOW_RESOLUTION (METHODS §1, top-weighted).
+# ν up to which a number is OK, and from which it is BELOW_RESOLUTION (docs/methods.md#floors,
+# top-weighted).
 CAUTION_ABOVE, UNRESOLVED_ABOVE = 0.2, 0.6
 
 

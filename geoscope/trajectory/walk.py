@@ -1,8 +1,8 @@
 """The random walk that a trajectory must be told apart from: the same step norms, no memory.
 
 In many dimensions the increments of a walk are orthogonal, so its Gram matrix is diag(H) to within
-1/√(mn) (`ours`, METHODS §6.2). The same code on it gives every statistic's null at this T, this
-spacing and these norms.
+1/√(mn) (`ours`, docs/methods.md#drift). The same code on it gives every statistic's null at this T,
+this spacing and these norms.
 """
 
 from __future__ import annotations

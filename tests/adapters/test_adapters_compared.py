@@ -270,7 +270,7 @@ def test_a_rewritten_base_with_its_adapter_is_the_original_model(tmp_path: Path)
 
 
 def test_a_start_that_nothing_tells_of_is_seen(started: Made, tmp_path: Path) -> None:
-    """The config says nothing, as after a conversion: the blind test of METHODS §4."""
+    """The config says nothing, as after a conversion: the blind test."""
     folder = tmp_path / "silent"
     folder.mkdir()
     for one in started.adapter.iterdir():

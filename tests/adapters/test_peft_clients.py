@@ -263,7 +263,7 @@ def test_a_bare_backbone_is_loaded_under_its_live_names(tmp_path: Path, family: 
 
 
 def test_target_parameters_reproduce_a_mixture_of_experts(tmp_path: Path) -> None:
-    """The other style of FORMATS §4.7: one adapter for each stacked parameter."""
+    """The other style (`target_parameters`): one adapter for each stacked parameter."""
     folder = tiny_models.qwen3_moe(tmp_path / "model")
     checkpoint = open_checkpoint(str(folder))
     original = tiny_models.logits(tiny_models.live(folder))

@@ -20,7 +20,7 @@ from geoscope.errors import OptionError
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 
-# FORMATS §4.3, word for word.
+# What old and new PEFT load without a warning, word for word.
 EXPECTED = (
     '{"alpha_pattern": {}, "auto_mapping": null, "base_model_name_or_path": "org/model", '
     '"bias": "none", "fan_in_fan_out": false, "inference_mode": false, '

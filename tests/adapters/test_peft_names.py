@@ -147,7 +147,7 @@ def test_what_the_live_model_cannot_hold_is_told(
 
 
 def test_stacked_factors_give_each_expert_its_product() -> None:
-    """The formula of FORMATS §4.7, which is how PEFT reads the parameter."""
+    """The formula of docs/formats.md#adapters, which is how PEFT reads the parameter."""
     E, r, m, n = 3, 2, 5, 4
     generator = torch.Generator().manual_seed(0)
     A = [torch.randn(r, n, generator=generator) for _ in range(E)]

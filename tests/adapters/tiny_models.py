@@ -138,6 +138,6 @@ def logits(model: Any, *, seed: int = 1) -> Tensor:
 
 
 def assert_same_logits(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
-    """‖actual − expected‖ / ‖expected‖ within the tolerance of FORMATS §7.1 for fp32."""
+    """‖actual − expected‖ / ‖expected‖ within the tolerance for fp32."""
     error = (actual.double() - expected.double()).norm() / expected.double().norm()
     assert float(error) <= tolerance

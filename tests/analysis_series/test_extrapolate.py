@@ -30,7 +30,7 @@ def predicted(run: Run, out: Path, method: str, *, force: bool = True, to: int =
 
 
 def expected(W: np.ndarray, steps: tuple[int, ...], method: str, target: float) -> np.ndarray:
-    """METHODS §6.4 on rows W_0 … W_T, written out in numpy."""
+    """The formulas of docs/methods.md#extrapolators on rows W_0 … W_T, written out in numpy."""
     t = np.array(steps[1:], dtype=float)
     moved = W[1:] - W[0]
     if method == "hold":

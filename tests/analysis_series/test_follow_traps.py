@@ -1,4 +1,4 @@
-"""Every sign of FORMATS §1.4 gets its line, and a sound run none."""
+"""Every sign that a series is not what it seems gets its line, and a sound run none."""
 
 from __future__ import annotations
 

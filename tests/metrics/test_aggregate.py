@@ -1,4 +1,4 @@
-"""Every rule by which matrices combine (METHODS §2, "Aggregation"), against hand computation."""
+"""Every rule by which matrices combine (docs/methods.md#aggregation), against hand computation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARES = (0.5, 0.25, 0.2)  # E_k of the base
 NUMBERS = (0.1, 0.3, 0.8)
 NULLS = (0.2, 0.4, 0.5)
 
-# METHODS §2: what is not named there is an unweighted mean.
+# docs/methods.md#aggregation: what is not named there is an unweighted mean.
 SUMMED = {"intruders", "intruders_right"}
 LARGEST = {f"angle_{side}_max@{k}" for side in ("left", "right") for k in KS} | {"suggested_rank"}
 ROOT_SUM_SQUARE = {f"{role}.frobenius_norm" for role in ("base", "tuned", "update")}

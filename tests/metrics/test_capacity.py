@@ -95,7 +95,7 @@ def test_one_direction_uses_one_of_r(r: int) -> None:
 
 
 def test_a_spectrum_by_hand() -> None:
-    """σ = (2, 1, 1) of rank 4: 2^1.5 and exp(−Σp ln p) = 2.381102 of METHODS §8."""
+    """σ = (2, 1, 1) of rank 4: 2^1.5 and exp(−Σp ln p) = 2.381102."""
     found = measured(*adapter([2.0, 1.0, 1.0, 0.0]))
     assert found.values["effective_rank_share"] == pytest.approx(2**1.5 / 4, rel=1e-7)
     assert found.values["entropy_rank_share"] == pytest.approx(2.381102 / 4, rel=1e-6)

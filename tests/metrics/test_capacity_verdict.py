@@ -1,4 +1,4 @@
-"""Which word is said of how an adapter uses its rank, by which rule (METHODS §7)."""
+"""Which word is said of how an adapter uses its rank, by which rule (docs/methods.md#capacity)."""
 
 from __future__ import annotations
 

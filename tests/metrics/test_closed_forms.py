@@ -1,4 +1,4 @@
-"""Numbers that are known in closed form (METHODS §8): by the functions, and through files."""
+"""Numbers that are known in closed form: by the functions, and through files."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_quick_keeps_what_the_leading_directions_tell() -> None:
 
 # --- nothing changed, nothing there -------------------------------------------------------------
 
-# METHODS §1, ZERO_UPDATE: what stays a number.
+# docs/methods.md#statuses, ZERO_UPDATE: what stays a number.
 OF_IDENTICAL = {
     "relative_update": 0.0,
     "update_sparsity": 1.0,

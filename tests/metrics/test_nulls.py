@@ -1,4 +1,4 @@
-"""Are the nulls what noise really gives? Against simulation, and against METHODS §2 and §8."""
+"""Are the nulls what noise really gives? Against simulation and closed forms."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_sampled_spectra_are_those_of_gaussian_matrices(shape: tuple[int, int]) 
         assert bool(((spread > 0.6) & (spread < 1.6)).all())
 
 
-# METHODS §2.2 and §8, over q.
+# Limits of the Marchenko-Pastur law (docs/methods.md#spectrum), over q.
 TABLE = {
     (1024, 1024): {
         "effective": 0.8050, "entropy": 0.6065, "PR": 0.5000, "stable": 0.25, "nuclear": 0.8488,
@@ -168,7 +168,7 @@ def test_the_order_of_a_checkpoint_leaves_its_nulls_alone(tmp_path: Path) -> Non
 
 # --- entries that stay the same -----------------------------------------------------------------
 
-# METHODS §2.1: isotropic ΔW on a Gaussian W0, bf16.
+# Isotropic ΔW on a Gaussian W0, bf16 (docs/methods.md#unchanged-entries).
 UNCHANGED = {
     1e-1: 0.018, 2e-2: 0.089, 1e-2: 0.173, 3e-3: 0.473, 1e-3: 0.775, 3e-4: 0.929, 1e-4: 0.977,
 }  # fmt: skip

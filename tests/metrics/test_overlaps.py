@@ -1,4 +1,7 @@
-"""How the updates of two tuned models relate (METHODS §2.7), against plain numpy."""
+"""How the updates of two tuned models relate, against plain numpy.
+
+See docs/methods.md#two-tuned-models.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def three(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 
 def by_definition(base: Tensor, a: Tensor, b: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
-    """Every value straight from METHODS, dense and in fp64."""
+    """Every value straight from its definition, dense and in fp64."""
     W, A, B = (one.double().numpy() for one in (base, a, b))
     X, Y = A - W, B - W
     found = {"update_cosine": float(np.sum(X * Y) / np.linalg.norm(X) / np.linalg.norm(Y))}
@@ -74,7 +77,7 @@ def by_definition(base: Tensor, a: Tensor, b: Tensor, ks: tuple[int, ...]) -> di
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The mask of METHODS §2.1."""
+    """The mask of docs/methods.md#unchanged-entries."""
     x, y = oracle.round_to(before, "bf16"), oracle.round_to(after, "bf16")
     return np.abs(x - y) > 1e-3 * np.maximum(np.abs(x), np.abs(y))
 

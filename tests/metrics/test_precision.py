@@ -1,4 +1,4 @@
-"""What storing weights rounds away, and which numbers survive it (METHODS §1)."""
+"""What storing weights rounds away, and which numbers survive it (docs/methods.md#floors)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which word is said of which update, by which rule, and what the model is called (METHODS §3)."""
+"""Which word is said of which update, by which rule, and what the model is called.
+
+See docs/methods.md#verdict.
+"""
 
 from __future__ import annotations
 

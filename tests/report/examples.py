@@ -337,7 +337,7 @@ def _aligned(
 def _statuses(
     values: dict[str, float | int], wanted: Sequence[str], m: int, n: int, ks: Iterable[int]
 ) -> tuple[dict[str, Status], dict[str, float]]:
-    """The table of METHODS §1 in short, and what has no meaning at this k."""
+    """The table of docs/methods.md#floors in short, and what has no meaning at this k."""
     noise = values["precision_ratio"]
     status: dict[str, Status] = {}
     top = ("update.stable_rank", "update.top_share@1", "nss", "spectral_share", "spectral_lift")

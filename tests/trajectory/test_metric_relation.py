@@ -105,7 +105,7 @@ def test_correlations_are_those_of_numpy_with_ties_at_their_mean_rank() -> None:
 
 
 def test_in_sample_r2_is_high_on_noise_and_the_held_out_skill_says_so() -> None:
-    """METHODS §6.5: T = 27, d = 4096; .994 of iid noise, .939 of a driftless walk."""
+    """T = 27, d = 4096: .994 of iid noise, .939 of a driftless walk."""
     y = saturating(27)
     noise = related(y, unit(normal(27, 4096)), permutations=199)
     walk = related(y, unit(normal(27, 4096).cumsum(0)), permutations=199)

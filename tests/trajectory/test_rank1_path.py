@@ -1,4 +1,4 @@
-"""METHODS §6.3: shares, cosines, signs, K, exponent, fixed directions, noise edge."""
+"""docs/methods.md#leading-pairs: shares, cosines, signs, K, exponent, fixed directions, edge."""
 
 from __future__ import annotations
 

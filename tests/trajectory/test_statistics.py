@@ -1,4 +1,4 @@
-"""METHODS §6.2 and §8: closed forms, simulations, storage, spacing, and what is undefined."""
+"""docs/methods.md#drift: closed forms, simulations, storage, spacing, and what is undefined."""
 
 from __future__ import annotations
 
