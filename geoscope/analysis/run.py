@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geoscope.analysis.adapted_model import update_of
-from geoscope.analysis.matrices import Headers, Matrix, two_sides, worker
+from geoscope.analysis.matrices import Headers, Matrix, failed_matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
 from geoscope.analysis.selection import VERDICT_KINDS, all_selected
@@ -60,7 +60,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     )
     try:
         for outcome in outcomes:
-            matrix = _with_note(outcome)
+            matrix = _finished(outcome, kind, options)
             found[matrix.pair.name] = matrix
             progress.on_pair(len(found), len(pairing.matrices), matrix.pair.name)
         vectors = tuple(_vector_record(prepared, one) for one in pairing.vectors)
@@ -167,8 +167,12 @@ def _headers(prepared: Prepared) -> Headers:
     return Headers(prepared.rounding, nominal, prepared.has_base)
 
 
-def _with_note(outcome: Outcome[Matrix]) -> Matrix:
+def _finished(outcome: Outcome[Matrix], kind: str, options: Options) -> Matrix:
+    """The matrix, or that it failed; with a note on where it was computed."""
     matrix = outcome.result
+    if matrix is None:
+        reason = outcome.failure or ""
+        matrix = failed_matrix(outcome.pair, kind, options, Status.NOT_CONVERGED, reason)
     return matrix if outcome.note is None else replace(matrix, notes=(*matrix.notes, outcome.note))
 
 
