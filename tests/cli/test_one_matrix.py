@@ -123,7 +123,7 @@ COMMANDS = {
     "several": ("compare", "{base}", "{tuned}", "{other}"),
     "anchor": ("compare", "{base}", "{tuned}", "--anchor", "{other}"),
     "over its base": ("compare", "{base}", "{lora}"),
-    "alone": ("anisotropy", "{lora}"),
+    "alone": ("anisotropy", "--no-base", "{lora}"),
     "capacity": ("capacity", "{lora}"),
     "capacity of a model": ("capacity", "{base}", "{tuned}"),
     "trajectory": ("trajectory", "{run}", "--base", "{base}"),
@@ -139,7 +139,9 @@ def command(name: str, made: dict[str, Path], *more: str) -> Done:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_others_are_as_without_it(name: str, made: dict[str, Path], broken: Break) -> None:
-    sound = command(name, made)
+    # what is pooled over a series (dampings, the best method) is of those that are followed
+    series = name.startswith("trajectory")
+    sound = command(name, made, *(("--exclude", TALL) if series else ()))
     assert sound.code == 0, sound.err
     broken(LINALG)
     found = command(name, made)
@@ -361,7 +363,7 @@ def test_equal_checkpoints_and_frozen_matrices_are_followed(frozen: Path, tmp_pa
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[FROZEN], held)
 
 
-@pytest.mark.parametrize("scale", [1e-280, 1e-180, 1e-30, 1e30, 1e120])
+@pytest.mark.parametrize("scale", [1e-60, 1e-30, 1e30, 1e60])
 def test_numbers_without_a_unit_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> None:
     name = NAMES[0]
     pair = [one[name].double() for one in (weights(0), weights(100, 1.0))]
@@ -375,6 +377,20 @@ def test_numbers_without_a_unit_do_not_depend_on_the_scale(tmp_path: Path, scale
         numbers.append(found.layer(name)["values"])
     for key in ("relative_update", "nss", "update.stable_rank"):
         assert numbers[1][key] == pytest.approx(numbers[0][key], rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-280, 1e-180, 1e200, 1e300])
+def test_weights_whose_squares_leave_fp64_say_so(tmp_path: Path, scale: float) -> None:
+    sides = []
+    for name, model in (("base", weights(0)), ("tuned", weights(100, 1.0))):
+        model[TALL] = model[TALL].double() * scale
+        sides.append(save_model(tmp_path / name, model))
+    for words in (("collapse",), ("compare", "--quick")):
+        found = run(*words, *sides, "--json", "--no-resume")
+        assert found.code == 0, found.err
+        assert found.report["coverage"]["missing"] == [TALL]
+        assert set(found.layer(TALL)["status"].values()) == {"NOT_CONVERGED"}
+        assert "fp64" in found.layer(TALL)["notes"][0]
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e300, 1e38, 1e-38])
