@@ -5,7 +5,8 @@ GeoscopeError
     - CheckpointNotFound   nothing there, or not for us (private, gated, offline)
     - UnsupportedFormat    there, but in a format that is refused by name
   + PairingError           two checkpoints do not correspond
-  + NumericsError          no method converged
+  + NumericsError          no method converged, or another failure of one matrix
+    - NonFiniteError       the matrix holds NaN or Inf
   + OptionError            an option, or a combination of options, makes no sense
   + ReportError            a report cannot be read, written or rendered
 Stopped                    not an error: a signal asks to stop (Ctrl-C, SIGTERM)
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
     "GeoscopeError",
+    "NonFiniteError",
     "NumericsError",
     "OptionError",
     "PairingError",
@@ -52,7 +54,11 @@ class PairingError(GeoscopeError):
 
 
 class NumericsError(GeoscopeError):
-    """No method converged."""
+    """No method converged, or another failure of one matrix."""
+
+
+class NonFiniteError(NumericsError):
+    """The matrix holds NaN or Inf."""
 
 
 class OptionError(GeoscopeError):

@@ -75,7 +75,7 @@ _SENTENCES = {
     Status.NON_FINITE: "The tensor holds NaN or Inf.",
     Status.ZERO_UPDATE: "The update is exactly zero, so the quantity is undefined.",
     Status.NOT_APPLICABLE: "The quantity is not defined for this matrix.",
-    Status.NOT_CONVERGED: "No method reached its residual bound.",
+    Status.NOT_CONVERGED: "No method reached its residual bound, or computing it failed.",
     Status.BELOW_RESOLUTION: "Storage rounding is as large as what would be measured.",
     Status.CAUTION: "Storage rounding is a visible part of this number.",
     Status.OK: "Defined and resolved.",

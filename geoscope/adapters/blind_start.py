@@ -58,7 +58,7 @@ def _start(
     """s·B0·A0 of a method; None where W has no such start."""
     try:
         made = method(W, rank, alpha=alpha)
-    except NumericsError:
+    except (NumericsError, RuntimeError):
         return None
     return Product.of(made.B, made.A, made.scaling)
 

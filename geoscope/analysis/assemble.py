@@ -23,7 +23,7 @@ from geoscope.records import (
     Summary,
 )
 
-__all__ = ["anchored", "assemble"]
+__all__ = ["anchored", "assemble", "lacking"]
 
 
 def _record(one: Matrix, tuned: int | None) -> LayerRecord:
@@ -133,6 +133,17 @@ def _coverage(runs: Sequence[TunedRun]) -> Coverage:
         skipped=tuple(skipped.values()),
         renamed=_union(one.renamed for one in pairings),
         missing=tuple(missing),
+    )
+
+
+def lacking(coverage: Coverage, failed: Sequence[Skipped]) -> Coverage:
+    """The coverage, without matrices of which something failed that was asked for."""
+    names = {one.name for one in failed}
+    return replace(
+        coverage,
+        matched=tuple(name for name in coverage.matched if name not in names),
+        skipped=(*coverage.skipped, *failed),
+        missing=tuple(dict.fromkeys([*coverage.missing, *(one.name for one in failed)])),
     )
 
 

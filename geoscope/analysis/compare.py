@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from geoscope.analysis.assemble import anchored, assemble
+from geoscope.analysis.assemble import anchored, assemble, lacking
 from geoscope.analysis.options import Interrupted, Options, Progress
 from geoscope.analysis.prepare import Prepared, prepare
 from geoscope.analysis.run import TunedRun, run_one
@@ -17,7 +17,7 @@ from geoscope.analysis.selection import KINDS, OVERLAP_KINDS
 from geoscope.analysis.several import overlaps_of
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.errors import OptionError, Stopped
-from geoscope.records import Report
+from geoscope.records import Overlap, Report, Skipped
 
 __all__ = ["compare"]
 
@@ -68,10 +68,14 @@ def compare(
     if kind in OVERLAP_KINDS and len(runs) == len(prepared) and not runs[-1].interrupted:
         pairs = combinations(range(1, len(tuned) + 1), 2)
         try:
-            overlaps = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
+            found = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
         except (KeyboardInterrupt, Stopped) as stop:
             raise Interrupted(report, getattr(stop, "signum", int(signal.SIGINT))) from None
-        report = replace(report, overlaps=tuple(overlaps))
+        report = replace(
+            report,
+            overlaps=tuple(one for one in found if isinstance(one, Overlap)),
+            coverage=lacking(report.coverage, [one for one in found if isinstance(one, Skipped)]),
+        )
     if reference is not None:
         ratios = anchored(runs[0], reference, os.fspath(anchor or ""))
         report = replace(report, summary=replace(report.summary, anchor=ratios))

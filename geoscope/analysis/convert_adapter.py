@@ -28,7 +28,8 @@ from geoscope.checkpoints.peft.lora import expert_parts, unstacked
 from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.safetensors_writer import FilePlan
-from geoscope.errors import NumericsError, OptionError, PairingError, first_names
+from geoscope.engine import matrix_boundary
+from geoscope.errors import OptionError, PairingError, first_names
 from geoscope.linalg import Product
 
 __all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
@@ -104,7 +105,7 @@ class Conversion:
         """B and A of one module as they are stored."""
         B, A = self.trained.factors(module.name)
         start = self._initial_factors(module)
-        try:
+        with matrix_boundary(module.name):
             if self.compress_to is None:
                 assert start is not None
                 return *unstacked(*concatenated(B, A, *start)), []
@@ -112,8 +113,6 @@ class Conversion:
             if start is not None:
                 update = update - Product.of(*start, module.scaling)
             made = compressed(update, self.compress_to, scaling_of_all(self.trained))
-        except NumericsError as error:
-            raise NumericsError(f"{module.name}: {error}") from error
         energy = ModuleEnergy(module.name, made.energy, made.discarded)
         return *unstacked(made.B, made.A), [energy]
 

@@ -26,8 +26,10 @@ from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
 from geoscope.checkpoints.refused import refuse_scaled
 from geoscope.checkpoints.writing import plan_model, write_model
-from geoscope.errors import OptionError, first_names
+from geoscope.engine import matrix_boundary
+from geoscope.errors import NumericsError, OptionError, first_names
 from geoscope.linalg import Product
+from geoscope.records import Status
 from geoscope.trajectory.backtest import Backtest
 from geoscope.trajectory.extrapolators import undamped, weights_of
 from geoscope.trajectory.horizon import credible_horizon
@@ -145,11 +147,12 @@ def extrapolate(
     if of_adapters:
         return _write_adapter(found, made, test, result, options, rank=rank, force=force)
     if forecast is None or not extend:
-        _write(found, made, test, result, forecast, force=force)
-        return result
+        return _write(found, made, test, result, forecast, force=force)
     for factor, folder in zip(extend, folders, strict=True):
         place = replace(result, out=folder)
-        _write(found, made, test, place, replace(forecast, scale=factor), force=force)
+        written = _write(found, made, test, place, replace(forecast, scale=factor), force=force)
+        notes = dict.fromkeys([*result.notes, *written.notes])
+        result = replace(result, chosen=written.chosen, notes=tuple(notes))
     return result
 
 
@@ -173,7 +176,7 @@ def _write(
     forecast: NextForecast | None,
     *,
     force: bool,
-) -> None:
+) -> Extrapolation:
     last = _models(found)[-1][0]
     stored = {_stored(found, name): name for name in made.increments}
     replaced = {
@@ -191,18 +194,32 @@ def _write(
     given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
     # the folder of a run is no place for a model either
     inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
+    held: dict[str, str] = {}
     with OutputFolder(result.out, sizes, force=force, inputs=inputs) as folder:
 
         def replacement(place: str) -> Tensor | None:
             if place not in replaced:
                 return None
-            return _predicted(found, made, test, stored[place], result, forecast)
+            weight, reason = _predicted_or_held(found, made, test, stored[place], result, forecast)
+            if reason is not None:
+                held[stored[place]] = reason
+            return weight
 
         write_model(folder, "", last, plan, replacement)
         for name, path in travelling.items():
             folder.copy(name, path)
         scale = None if forecast is None else forecast.scale
+        result = _with_held(result, held)
         folder.write(RECORD, _record(found, test, result, scale))
+    return result
+
+
+def _with_held(result: Extrapolation, held: Mapping[str, str]) -> Extrapolation:
+    """The result, with matrices that are as the last checkpoint has them though a method was
+    chosen. held: name → why."""
+    notes = tuple(f"{name}: {reason}; copied" for name, reason in held.items())
+    chosen = {**result.chosen, **dict.fromkeys(held, "hold")}
+    return replace(result, chosen=chosen, notes=(*result.notes, *notes))
 
 
 def _write_adapter(
@@ -234,7 +251,7 @@ def _write_adapter(
         return last + combination([moved, last], [factor, -factor])
 
     record = json.loads(_record(found, test, result, None))
-    chosen, discarded = write_adapter(
+    rank, discarded, held = write_adapter(
         found,
         predict,
         result.out,
@@ -243,7 +260,7 @@ def _write_adapter(
         rank=rank,
         force=force,
     )
-    return replace(result, rank=chosen, discarded=discarded)
+    return replace(_with_held(result, held), rank=rank, discarded=discarded)
 
 
 def _models(found: Followed) -> tuple[tuple[Checkpoint, str], ...]:
@@ -259,6 +276,28 @@ def _model_tensor(found: Followed, name: str) -> ModelTensor:
 def _stored(found: Followed, name: str) -> str:
     """The name of a tensor in the last checkpoint."""
     return _model_tensor(found, name).places[-1][1]
+
+
+def _predicted_or_held(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    name: str,
+    result: Extrapolation,
+    forecast: NextForecast | None,
+) -> tuple[Tensor, str | None]:
+    """The prediction; where it fails, or is not finite, the last weight, and why."""
+    try:
+        with matrix_boundary():
+            weight = _predicted(found, made, test, name, result, forecast)
+            if not bool(torch.isfinite(weight).all()):
+                raise NumericsError(f"the prediction overflows {weight.dtype}")
+        return weight, None
+    except NumericsError as error:
+        last, stored = _model_tensor(found, name).places[-1]
+        weight = last.read(stored)
+        turned = weight.T.contiguous() if last.tensors[stored].transposed else weight
+        return turned, f"{Status.NOT_CONVERGED.value}: {error}"
 
 
 def _predicted(

@@ -28,8 +28,10 @@ from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.peft.config import ADAPTER_CONFIG
 from geoscope.checkpoints.peft.folder import RECORD, RECORD_SCHEMA
 from geoscope.checkpoints.peft.lora import unstacked
-from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.engine import matrix_boundary
+from geoscope.errors import NumericsError, OptionError, PairingError, first_names
 from geoscope.linalg import Product
+from geoscope.records import Status
 
 __all__ = ["Prediction", "combination", "write_adapter"]
 
@@ -55,8 +57,9 @@ def write_adapter(
     base: str | None,
     rank: int | None,
     force: bool,
-) -> tuple[int, float]:
-    """Writes a PEFT adapter into `out`; its rank, and the part of the energy that it leaves out.
+) -> tuple[int, float, Mapping[str, str]]:
+    """Writes a PEFT adapter into `out`; its rank, the part of the energy that it leaves out, and
+    modules that are as the last adapter has them because the prediction failed, with why.
 
     base: of the adapter; default what the last one names. rank: default twice that of the last
     adapter. record: goes into geoscope.json. Raises OptionError, CheckpointError, PairingError.
@@ -90,6 +93,7 @@ def write_adapter(
     scaling = scaling_of_all(last)
     written: list[_Written] = []
     hashes: dict[str, str] = {}
+    held: dict[str, str] = {}
     with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
         with folder.tensors(_WEIGHTS, plan) as writer:
 
@@ -104,7 +108,14 @@ def write_adapter(
                     module = keys[name]
                     tensor = found.tensors[module.name]
                     assert isinstance(tensor, AdapterTensor)
-                    made = compressed(predict(module.name, tensor.updates()), chosen, scaling)
+                    updates = tensor.updates()
+                    try:
+                        with matrix_boundary():
+                            made = compressed(predict(module.name, updates), chosen, scaling)
+                    except NumericsError as error:
+                        held[module.name] = f"{Status.NOT_CONVERGED.value}: {error}"
+                        with matrix_boundary(module.name):
+                            made = compressed(updates[-1], chosen, scaling)
                     written.append(_Written(made.energy, made.discarded))
                     waiting[lora_keys(module.path)[1]], A = unstacked(made.B, made.A)
                     put(name, A)
@@ -114,6 +125,8 @@ def write_adapter(
         discarded = math.fsum(one.discarded for one in written) / energy if energy > 0 else 0.0
         whole = {
             **record,
+            "tensors": {**record["tensors"], **dict.fromkeys(held, "hold")},
+            "notes": [*record["notes"], *(f"{name}: {why}; copied" for name, why in held.items())],
             "schema": RECORD_SCHEMA,
             "base": {"reference": reference, "commit": revision},
             "method": "extrapolated",
@@ -126,7 +139,7 @@ def write_adapter(
         text = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         folder.write(RECORD, (text + "\n").encode())
         folder.write(ADAPTER_CONFIG, config)
-    return chosen, discarded
+    return chosen, discarded, held
 
 
 def _named_base(last: Adapter) -> str | None:

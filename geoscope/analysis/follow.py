@@ -21,8 +21,8 @@ from geoscope.analysis.series_tensors import Followed, open_followed
 from geoscope.analysis.series_vectors import write_vectors
 from geoscope.analysis.trajectory_report import Trajectory, trajectory_report
 from geoscope.engine import one_blas_thread
-from geoscope.errors import NumericsError
-from geoscope.records import Report, Skipped
+from geoscope.errors import NonFiniteError, NumericsError
+from geoscope.records import Report, Skipped, Status
 
 __all__ = ["follow", "measure_series"]
 
@@ -78,13 +78,14 @@ def measure_series(found: Followed, options: FollowOptions, progress: Progress) 
                 try:
                     kept[one.name] = job.result()
                 except NumericsError as error:
-                    failed.append(Skipped(one.name, str(error), missing=True))
+                    failed.append(Skipped(one.name, _told(error), missing=True))
                 progress.on_pair(number, len(jobs), one.name)
         finally:
             for job in jobs:
                 job.cancel()
     if not kept:
-        raise NumericsError(f"no tensor of the series could be followed; {failed[0].reason}")
+        first = f"{failed[0].name}: {failed[0].reason}"
+        raise NumericsError(f"no tensor of the series could be followed; {first}")
     names = [name for name in found.tensors if name in kept]
     return Trajectory(
         increments={name: kept[name].increments for name in names},
@@ -95,3 +96,10 @@ def measure_series(found: Followed, options: FollowOptions, progress: Progress) 
         scalar_r2={name: one for name in names if (one := kept[name].scalar_r2) is not None},
         failed=tuple(failed),
     )
+
+
+def _told(error: NumericsError) -> str:
+    """Status and reason, as of a matrix that is not compared."""
+    is_broken = isinstance(error, NonFiniteError)
+    status = Status.NON_FINITE if is_broken else Status.NOT_CONVERGED
+    return f"{status.value}: {error}"

@@ -6,11 +6,12 @@ far as the memory allows.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
@@ -45,8 +46,8 @@ from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.peft.folder import RECORD_SCHEMA, refuse_as_base
 from geoscope.checkpoints.refused import refuse_scaled
 from geoscope.checkpoints.writing import write_model
-from geoscope.engine import one_blas_thread, resolve_devices
-from geoscope.errors import CheckpointError, GeoscopeError, OptionError
+from geoscope.engine import matrix_boundary, one_blas_thread, resolve_devices
+from geoscope.errors import CheckpointError, NumericsError, OptionError
 from geoscope.records import ModelRef, Report, TensorInfo
 from geoscope.report.card import AdapterCard, adapter_card
 
@@ -217,17 +218,31 @@ def _computed(
 def _make(
     checkpoint: Checkpoint, info: TensorInfo, options: InitOptions, device: torch.device
 ) -> _Made:
-    """Factors, rewritten matrix and start errors of one matrix."""
-    W = checkpoint.read(info.name).to(device)
+    """Factors, rewritten matrix and start errors of one matrix.
+
+    A matrix without a start ends the whole: a start that leaves modules out is another training.
+    """
+    stored = checkpoint.read(info.name)
+    try:
+        with matrix_boundary(info.name):
+            return _started(stored.to(device), info, options)
+    except OptionError as error:
+        raise OptionError(f"{info.name}: {error}") from None
+    except NumericsError as error:
+        if "--exclude" in str(error):
+            raise
+        way_out = f"leave it out with --exclude '{info.name}'"
+        raise NumericsError(f"{error}; nothing is written, {way_out}") from error
+
+
+def _started(W: Tensor, info: TensorInfo, options: InitOptions) -> _Made:
     chosen = options.method_options
     if "seed" in chosen and not options.initialisation.needs_layout:
         # Each matrix draws its own A; the seed of a null is shared by equal shapes.
         # 32 bits: the CPU's generator looks at no more.
         chosen["seed"] = zlib.crc32(f"{options.seed}:{info.name}".encode())
-    try:
-        factors = options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
-    except GeoscopeError as error:
-        raise type(error)(f"{info.name}: {error}") from None
+    factors = options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
+    _refuse_overflow(factors.facts.values(), factors.A, factors.B)
     layout = options.chosen_layout
     if not layout:
         return _Made(factors, None, dict.fromkeys(_TRAINER, 0.0))
@@ -236,9 +251,20 @@ def _make(
         dtype = getattr(torch, options.residual_dtype or "float32")
         written = residual(W, factors, dtype=dtype, transposed=info.transposed)
         rewritten, errors = written.weight.cpu(), {"written": written.error}
+        _refuse_overflow((), rewritten)
     for name, dtype in _TRAINER.items():
         errors[name] = start_error(W, factors, layout, dtype=dtype)
+    _refuse_overflow(errors.values())
     return _Made(factors, rewritten, errors)
+
+
+def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
+    """Raises NumericsError for what is written and is not finite."""
+    finite = all(one is None or math.isfinite(one) for one in numbers)
+    if not (finite and all(bool(torch.isfinite(one).all()) for one in tensors)):
+        raise NumericsError(
+            "the weights are too large or too small for factors in float32, or for the residual"
+        )
 
 
 def _without_tensors(one: _Made) -> _Made:

@@ -18,7 +18,6 @@ from geoscope.analysis.selection import (
 )
 from geoscope.engine import Batch
 from geoscope.engine.cache import ResultCache, content_of
-from geoscope.errors import NumericsError
 from geoscope.linalg.changes import nonfinite_entries
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
@@ -37,7 +36,7 @@ from geoscope.metrics.curves import curves
 from geoscope.metrics.spectrum import noise_edge
 from geoscope.records import Curve, Status, WeightPair
 
-__all__ = ["Headers", "Matrix", "two_sides", "worker"]
+__all__ = ["Headers", "Matrix", "failed_matrix", "two_sides", "worker"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def worker(
             bad = sum(nonfinite_entries(stack[i]) for stack in stacks)
             if bad:
                 reason = f"{bad} entries are NaN or Inf"
-                results[i] = _failed(one, kind, options, Status.NON_FINITE, reason)
+                results[i] = failed_matrix(one, kind, options, Status.NON_FINITE, reason)
             elif cache is not None:
                 own = [stack[i] for stack in stacks]
                 keys[i] = _key(cache, kind, options, own, facts[i])
@@ -156,7 +155,10 @@ def _recalled(one: WeightPair, kept: Any, kind: str, options: Options) -> Matrix
     return Matrix(one, row, judged, method, drawn, notes, recalled=True)
 
 
-def _failed(one: WeightPair, kind: str, options: Options, status: Status, reason: str) -> Matrix:
+def failed_matrix(
+    one: WeightPair, kind: str, options: Options, status: Status, reason: str
+) -> Matrix:
+    """A matrix without numbers, which says why."""
     shape = two_sides(one.shape)
     row = measure_nothing(selected(kind, options, shape), shape, status, seed=options.seed)
     judged = _judged(row, shape, kind, options)
@@ -170,10 +172,6 @@ class _Read:
     stacks: tuple[Tensor, ...]
     facts: tuple[tuple[Rounding, int | None], ...]
     has_base: bool
-
-    def row(self, i: int) -> _Read:
-        rows = tuple(one[i : i + 1] for one in self.stacks)
-        return _Read(rows, self.facts[i : i + 1], self.has_base)
 
     def factors(self, takes: frozenset[str], ks: Sequence[int], options: Options) -> PairFactors:
         """Raises NumericsError."""
@@ -197,18 +195,9 @@ def _measured(
 ) -> list[Matrix]:
     shape = two_sides(pairs[0].shape)
     chosen = selected(kind, options, shape)
-    try:
-        factors = read.factors(
-            takes_of(chosen), [k for k in dimensions(options, shape) if k <= min(shape)], options
-        )
-    except NumericsError as error:
-        if len(pairs) > 1:  # find the one that fails; the others are fine
-            return [
-                matrix
-                for i, one in enumerate(pairs)
-                for matrix in _measured([one], read.row(i), kind, options)
-            ]
-        return [_failed(pairs[0], kind, options, Status.NOT_CONVERGED, str(error))]
+    factors = read.factors(
+        takes_of(chosen), [k for k in dimensions(options, shape) if k <= min(shape)], options
+    )
     rows = measure(factors, chosen, seed=options.seed)
     values = {name: tensor.cpu() for name, tensor in factors.values.items()}
     return [

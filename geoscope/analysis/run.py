@@ -8,26 +8,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geoscope.analysis.adapted_model import update_of
-from geoscope.analysis.matrices import Headers, Matrix, two_sides, worker
+from geoscope.analysis.matrices import Headers, Matrix, failed_matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
 from geoscope.analysis.selection import VERDICT_KINDS, all_selected
 from geoscope.analysis.start_check import LARGE, seen_start
 from geoscope.checkpoints.checkpoint import fetch_all
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
-from geoscope.engine import Outcome, stream
+from geoscope.engine import Outcome, matrix_boundary, stream
 from geoscope.engine.cache import ResultCache
-from geoscope.errors import Stopped
-from geoscope.linalg.changes import nonfinite_entries, side, unchanged
+from geoscope.errors import NumericsError, Stopped
+from geoscope.linalg.changes import nonfinite_entries, unchanged
+from geoscope.linalg.operand import Operand
 from geoscope.metrics import Instance, Judged, judge_capacity_model, judge_model
 from geoscope.metrics.budget import ranks_within
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
 __all__ = ["TunedRun", "run_one"]
+
+
+_VECTOR_IDS = (
+    "relative_update",
+    "update.frobenius_norm",
+    "update_sparsity",
+    "update_sparsity_exact",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     )
     try:
         for outcome in outcomes:
-            matrix = _with_note(outcome)
+            matrix = _finished(outcome, kind, options)
             found[matrix.pair.name] = matrix
             progress.on_pair(len(found), len(pairing.matrices), matrix.pair.name)
         vectors = tuple(_vector_record(prepared, one) for one in pairing.vectors)
@@ -167,8 +175,12 @@ def _headers(prepared: Prepared) -> Headers:
     return Headers(prepared.rounding, nominal, prepared.has_base)
 
 
-def _with_note(outcome: Outcome[Matrix]) -> Matrix:
+def _finished(outcome: Outcome[Matrix], kind: str, options: Options) -> Matrix:
+    """The matrix, or that it failed; with a note on where it was computed."""
     matrix = outcome.result
+    if matrix is None:
+        reason = outcome.failure or ""
+        matrix = failed_matrix(outcome.pair, kind, options, Status.NOT_CONVERGED, reason)
     return matrix if outcome.note is None else replace(matrix, notes=(*matrix.notes, outcome.note))
 
 
@@ -176,21 +188,31 @@ def _vector_record(prepared: Prepared, one: WeightPair) -> LayerRecord:
     """Norm of change and changed share of a 1-D tensor; never part of a spectral summary."""
     before = prepared.base.read(one.base.name)
     after = prepared.tuned.read(one.tuned.name)
-    values: dict[str, float | int | None]
+    values: dict[str, float | int | None] = dict.fromkeys(_VECTOR_IDS)
     status: dict[str, Status] = {}
-    ids = ("relative_update", "update.frobenius_norm", "update_sparsity", "update_sparsity_exact")
+    notes: tuple[str, ...] = ()
     if nonfinite_entries(before) + nonfinite_entries(after):
-        values = dict.fromkeys(ids)
-        status = dict.fromkeys(ids, Status.NON_FINITE)
+        status = dict.fromkeys(_VECTOR_IDS, Status.NON_FINITE)
     else:
-        size = float(torch.linalg.vector_norm(after.double() - before.double()))
-        base_norm = side(before).norm
-        shares = unchanged(before, after)
-        numbers = (size / base_norm if base_norm else None, size, shares.relative, shares.exact)
-        values = dict(zip(ids, numbers, strict=True))
-        if not base_norm:
-            status["relative_update"] = Status.NOT_APPLICABLE
-    return LayerRecord(one.name, one.layer, one.module, one.shape, values, status=status)
+        try:
+            with matrix_boundary():
+                values = _vector_values(before, after)
+        except NumericsError as error:
+            status, notes = dict.fromkeys(_VECTOR_IDS, Status.NOT_CONVERGED), (str(error),)
+        else:
+            if values["relative_update"] is None:
+                status["relative_update"] = Status.NOT_APPLICABLE
+    return LayerRecord(
+        one.name, one.layer, one.module, one.shape, values, status=status, notes=notes
+    )
+
+
+def _vector_values(before: Tensor, after: Tensor) -> dict[str, float | int | None]:
+    rows, others = after.reshape(1, 1, -1), before.reshape(1, 1, -1)
+    size, base_norm = float(Operand(rows, others).norm()), float(Operand(others).norm())
+    shares = unchanged(before, after)
+    numbers = (size / base_norm if base_norm else None, size, shares.relative, shares.exact)
+    return dict(zip(_VECTOR_IDS, numbers, strict=True))
 
 
 def _verdict(kind: str, matrices: Sequence[Matrix], options: Options) -> Verdict:

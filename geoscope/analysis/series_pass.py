@@ -10,7 +10,7 @@ import torch
 
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.series_tensors import AdapterTensor, Change, ModelTensor, SeriesTensor
-from geoscope.errors import NumericsError
+from geoscope.engine import matrix_boundary
 from geoscope.linalg import Factors, Operand, factorise_leading
 from geoscope.linalg.product import factorise_product
 from geoscope.trajectory.factor_series import FactorSeries
@@ -37,15 +37,13 @@ class Kept:
 
 
 def measured(tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions) -> Kept:
-    """Raises NumericsError, with the tensor's name."""
-    try:
+    """Raises NumericsError, whatever the computation raised."""
+    with matrix_boundary():
         if isinstance(tensor, AdapterTensor):
             grams = tensor.grams()
             found = None if grams is None else _through_grams(tensor, grams, steps, options)
             return _through_changes(tensor, steps, options) if found is None else found
         return _through_changes(tensor, steps, options)
-    except NumericsError as error:
-        raise NumericsError(f"{tensor.name}: {error}") from None
 
 
 def _through_grams(

@@ -11,19 +11,21 @@ from geoscope.analysis.adapted_model import stacks_of_update, update_of
 from geoscope.analysis.options import Options
 from geoscope.analysis.prepare import Prepared, batches_a_shape
 from geoscope.engine import Batch, plan, stream
-from geoscope.errors import NumericsError
 from geoscope.linalg.changes import nonfinite_entries
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics.overlaps import overlap
-from geoscope.records import Overlap, WeightPair
+from geoscope.records import Overlap, Skipped, Status, WeightPair
 
 __all__ = ["overlaps_of"]
 
 
 def overlaps_of(
     prepared: Sequence[Prepared], a: int, b: int, options: Options
-) -> Iterator[Overlap]:
-    """Overlaps of the updates of the tuned models number a and b, matrix by matrix."""
+) -> Iterator[Overlap | Skipped]:
+    """Overlaps of the updates of the tuned models number a and b, matrix by matrix.
+
+    One that failed says why; one with NaN or Inf, which its model's row says, is left out.
+    """
     first, second = prepared[a - 1], prepared[b - 1]
     other = {one.base.name: one.tuned.name for one in second.pairing.matrices}
     common = [one for one in first.pairing.matrices if one.base.name in other]
@@ -61,17 +63,20 @@ def overlaps_of(
         workers=first.workers,
         memory=first.memory,
     )
-    results = {outcome.pair.name: outcome.result for outcome in found}
+    outcomes = {outcome.pair.name: outcome for outcome in found}
     for one in common:
-        result = results[one.name]
-        if result is not None:
-            yield Overlap(one.name, a, b, *result)
+        outcome = outcomes[one.name]
+        if outcome.result is not None:
+            yield Overlap(one.name, a, b, *outcome.result)
+        elif outcome.failure is not None:
+            reason = f"{Status.NOT_CONVERGED.value}: overlap of {a} and {b}: {outcome.failure}"
+            yield Skipped(one.name, reason, missing=True)
 
 
 def _overlap(
     stacks: Sequence[Tensor], count: int, options: Options, *, in_blocks: bool
 ) -> tuple[dict[str, float | int | None], dict[str, float]] | None:
-    """One matrix; None where it holds NaN or Inf, or where no solver converges.
+    """One matrix; None where it holds NaN or Inf.
 
     stacks: the base, `count` of the first update, the rest of the second.
     """
@@ -82,7 +87,4 @@ def _overlap(
         part[0] if len(part) == 1 else FactorUpdate.of(part)
         for part in (updates[:count], updates[count:])
     ]
-    try:
-        return overlap(base, *sides, ks=options.ks, solver=options.solver, in_blocks=in_blocks)
-    except NumericsError:
-        return None
+    return overlap(base, *sides, ks=options.ks, solver=options.solver, in_blocks=in_blocks)

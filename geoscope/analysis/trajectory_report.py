@@ -133,6 +133,8 @@ def trajectory_report(
     layers = tuple(
         _record(name, found, made, skills, link, base_exact=base_exact) for name in made.increments
     )
+    ids = tuple(dict.fromkeys(key for layer in layers for key in layer.values))
+    failed = tuple(_failed(one, found, ids) for one in made.failed)
     missing = (*found.missing, *(one.name for one in made.failed))
     return Report(
         kind=KIND,
@@ -151,7 +153,7 @@ def trajectory_report(
             skipped=(*found.skipped, *made.failed),
             missing=missing,
         ),
-        layers=layers,
+        layers=(*layers, *failed),
         summary=_summary(found, made, test, options, link, layers, traps, base_exact=base_exact),
     )
 
@@ -185,6 +187,20 @@ def _record(
         series=numbers.series,
         method=made.methods.get(name, {}),
         gram=tuple(tuple(row) for row in inc.H.tolist()),
+    )
+
+
+def _failed(one: Skipped, found: Followed, ids: Sequence[str]) -> LayerRecord:
+    """The row of a matrix without numbers, which says why."""
+    status, _, reason = one.reason.partition(": ")
+    return LayerRecord(
+        name=one.name,
+        layer=layer_index(one.name),
+        module=module_kind(one.name),
+        shape=found.tensors[one.name].shape,
+        values=dict.fromkeys(ids),
+        status=dict.fromkeys(ids, Status(status)),
+        notes=(reason,),
     )
 
 

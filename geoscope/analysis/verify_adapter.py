@@ -33,7 +33,8 @@ from geoscope.checkpoints.peft.folder import (
     original_of,
     record_beside,
 )
-from geoscope.errors import OptionError, first_names
+from geoscope.engine import matrix_boundary
+from geoscope.errors import NumericsError, OptionError, first_names
 from geoscope.profile import stage
 
 __all__ = ["Check", "Verification", "verify_adapter"]
@@ -292,6 +293,7 @@ def _weights_check(
 ) -> Check:
     """‖W_res + s·B·A − W‖/‖W‖ of every adapted weight, from the files as they are."""
     errors: dict[str, float] = {}
+    failed: dict[str, str] = {}
     read_base, read_residual = _kept(base), _kept(residual)
     for piece, B, A in _factors_by_piece(match):
         tick()
@@ -299,10 +301,16 @@ def _weights_check(
             continue  # told by `untouched`, which lists what lacks
         W, kept = (piece.of(read(piece.name)) for read in (read_base, read_residual))
         if W.shape == kept.shape:
-            found = effective_error(W, kept, A, B, piece.module.scaling)
+            try:
+                with matrix_boundary():
+                    found = effective_error(W, kept, A, B, piece.module.scaling)
+            except NumericsError as error:
+                found, failed[piece.name] = math.nan, str(error)
             errors[piece.name] = max(found, errors.get(piece.name, 0.0), key=_badness)
     if not errors:
         return Check("weights", False, "no adapted weight could be compared with the base")
+    if failed:
+        return _not_computed("weights", failed)
     name = max(errors, key=lambda name: _badness(errors[name]))
     worst, mean = errors[name], sum(errors.values()) / len(errors)
     exact = worst <= LOSSY
@@ -311,6 +319,13 @@ def _weights_check(
     if not exact:
         text += f" ({LOSSY:.0e} needed), worst {name}: {_why_lossy(residual, name, accepted)}"
     return Check("weights", exact or accepted, text, _number(worst), name)
+
+
+def _not_computed(check: str, failed: Mapping[str, str]) -> Check:
+    """A check that could not be made on some matrices; the first of them says why."""
+    name, reason = next(iter(failed.items()))
+    text = f"not computed for {len(failed)} matrices ({first_names([*failed])}), first: {reason}"
+    return Check(check, False, text, name=name)
 
 
 def _badness(error: float) -> float:
@@ -369,13 +384,22 @@ def _same_bytes(one: Tensor, two: Tensor) -> bool:
 def _product_check(match: AdapterMatch, base: Checkpoint, tick: _Counter) -> Check:
     """max|s·B·A| against max|W|, in fp64: an adapter that starts at zero."""
     shares: dict[str, float] = {}
+    failed: dict[str, str] = {}
     read = _kept(base)
     for piece, B, A in _factors_by_piece(match):
         tick()
-        largest = float(piece.of(read(piece.name)).abs().max())
-        product = largest_product(A, B, piece.module.scaling)
+        weight = piece.of(read(piece.name))
+        try:
+            with matrix_boundary():
+                largest = float(weight.abs().max())
+                product = largest_product(A, B, piece.module.scaling)
+        except NumericsError as error:
+            failed[piece.name] = str(error)
+            continue
         share = product / largest if largest > 0 else product
         shares[piece.name] = max(share, shares.get(piece.name, 0.0), key=_badness)
+    if failed:
+        return _not_computed("product", failed)
     if not shares:
         return Check("product", False, "no product could be compared with a weight of the base")
     name = max(shares, key=lambda name: _badness(shares[name]))

@@ -1,5 +1,6 @@
 """How the work is done: device, plan, stream. Knows nothing of metrics or files."""
 
+from geoscope.engine.boundary import matrix_boundary
 from geoscope.engine.device import available_memory, free_memory, resolve_devices, resolve_dtype
 from geoscope.engine.plan import (
     Batch,
@@ -21,6 +22,7 @@ __all__ = [
     "estimate_seconds",
     "free_memory",
     "least_memory",
+    "matrix_boundary",
     "one_blas_thread",
     "parse_memory",
     "plan",

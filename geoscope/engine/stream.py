@@ -20,8 +20,10 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from geoscope.engine.boundary import matrix_boundary
 from geoscope.engine.plan import Batch, room_for_batches
 from geoscope.engine.upload import Read, Sender, Sent, current, load
+from geoscope.errors import NumericsError
 from geoscope.profile import stage
 from geoscope.records import WeightPair
 
@@ -34,11 +36,15 @@ _Item = tuple[Batch, Sent]
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """One finished pair; `note` says when it had to be computed elsewhere than planned."""
+    """One finished pair; `note` says when it had to be computed elsewhere than planned.
+
+    failure: why there is no result, of a pair whose work raised by itself, too.
+    """
 
     pair: WeightPair
-    result: T
+    result: T | None
     note: str | None = None
+    failure: str | None = None
 
 
 class _Gate:
@@ -127,7 +133,8 @@ def stream(
     a pair; called on `workers` threads, which share the devices evenly, with the stacks on the
     thread's device. memory: bound on the process, or on each device, of which batches in flight
     have what the baseline leaves.
-    An exception of either is raised here, after the threads have stopped; so is KeyboardInterrupt.
+    What `work` raises on a pair is the failure of its outcome; the others are computed. What `read`
+    raises is raised here, after the threads have stopped; so is KeyboardInterrupt.
     """
     distinct = list(dict.fromkeys(devices))[:workers]
     places = [distinct[i % len(distinct)] for i in range(workers)]
@@ -218,22 +225,32 @@ def _drain(ready: queue.Queue[_Item | None]) -> None:
 def _attempt(
     batch: Batch, stacks: tuple[Tensor, ...], work: Work[T], device: torch.device
 ) -> list[Outcome[T]]:
-    """The batch; in halves when the device runs out of memory, and at last on the CPU."""
+    """The batch; where it fails in parts, and a pair that fails by itself at last on the CPU.
+
+    Parts are halves where the device runs out of memory, else single pairs, so that one does not
+    take the others down with it.
+    """
     try:
         # Nothing moves where they are there; else the batch before has left its room by now.
-        there = tuple(one.to(device) for one in stacks)
-        results = work(batch, *there)
+        with matrix_boundary():
+            there = tuple(one.to(device) for one in stacks)
+            results = work(batch, *there)
         return [Outcome(pair, one) for pair, one in zip(batch.pairs, results, strict=True)]
-    except torch.OutOfMemoryError:
-        pass  # outside of the handler the failed attempt's tensors are free
-    there = ()
-    if len(batch.pairs) > 1:
-        half = len(batch.pairs) // 2
+    except NumericsError as error:
+        reason, is_full = str(error), isinstance(error.__cause__, torch.OutOfMemoryError)
+    there = ()  # outside of the handler the failed attempt's tensors are free
+    count = len(batch.pairs)
+    if count > 1:
+        size = -(-count // 2) if is_full else 1
+        parts = [slice(start, start + size) for start in range(0, count, size)]
         outcomes = []
-        for part in (slice(None, half), slice(half, None)):
+        for part in parts:
             smaller = replace(batch, pairs=batch.pairs[part])
             outcomes += _attempt(smaller, tuple(one[part] for one in stacks), work, device)
         return outcomes
-    result = next(iter(work(batch, *(one.cpu() for one in stacks))))
-    note = f"computed on the CPU: {device.type} ran out of memory"
-    return [Outcome(next(iter(batch.pairs)), result, note)]
+    if device.type == "cpu":
+        return [Outcome(batch.pairs[0], None, failure=reason)]
+    why = "ran out of memory" if is_full else f"failed ({reason})"
+    note = f"computed on the CPU: {device.type} {why}"
+    here = tuple(one.cpu() for one in stacks)
+    return [replace(one, note=note) for one in _attempt(batch, here, work, torch.device("cpu"))]

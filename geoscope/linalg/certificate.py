@@ -7,10 +7,12 @@ certificate, one way to start.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from geoscope.linalg.operand import Operand
 
 __all__ = [
     "HOPE_FROM",
@@ -69,6 +71,18 @@ class Leading:
     sine: float
     dimension: int
     converged: bool
+
+    @classmethod
+    def of_zero(cls, A: Operand, k: int) -> Leading:
+        """Of a zero matrix: zeros and any orthonormal vectors, from a space of dimension 0."""
+        (m, n), device = A.shape, A.plus.device
+        U, Vh = (torch.eye(k, size, dtype=torch.float64, device=device) for size in (m, n))
+        bounds = bounds_of(U[:, 0], U.new_zeros(k + 1), k)
+        return cls(U.new_zeros(k), U, Vh, **bounds, dimension=0, converged=True)
+
+    def times(self, scale: Tensor) -> Leading:
+        """Of the matrix that is `scale` times as large."""
+        return replace(self, S=self.S * scale)
 
 
 def first_block(q: int, start: Tensor | None, seed: int, *, rows: int = ROWS) -> Tensor:

@@ -11,15 +11,17 @@ is taken in fp64 instead. [Dongarra, Moler & Wilkinson 1983; Davis & Kahan 1970]
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy.linalg import eigh_tridiagonal
+from scipy.linalg import LinAlgError, eigh_tridiagonal
 from torch import Tensor
 
+from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.scale import outside
 from geoscope.linalg.svd import SUBSPACE_TOLERANCE, Factors, factorise
 from geoscope.profile import stage
 
@@ -73,7 +75,10 @@ def head_triplets(W: Tensor, k: int, *, solver: str = "auto") -> Head:
     worth = W.device.type == "cpu" and q >= _LEAST_SIDE and few
     reason = None
     if solver == "auto" and worth:
-        found = _refined(A, k)
+        try:
+            found = _refined(A, k)
+        except (NumericsError, RuntimeError, LinAlgError) as error:
+            found = f"refinement failed: {error}"
         if isinstance(found, Head):
             return found
         reason = found
@@ -94,10 +99,15 @@ def _of_factors(factors: Factors, k: int, reason: str | None) -> Head:
 
 
 def _refined(A: Operand, k: int) -> Head | str:
-    """The head, or why it could not be certified."""
-    reduced = _Reduced.of(A.gram32(), k + _BESIDE)
-    if reduced is None:
-        return "the fp32 Gram matrix overflows"
+    """The head, or why it could not be certified; at another scale where squares leave fp32."""
+    gram = A.gram32()
+    if outside(gram.diagonal().sum(), torch.float32):
+        if not bool(A.moved()):
+            return "the matrix is zero"
+        A, scale = A.scaled()
+        found = _refined(A, k)
+        return found if isinstance(found, str) else replace(found, S=found.S * scale)
+    reduced = _Reduced.of(gram, k + _BESIDE)
     pairs = _Pairs.of(A, reduced.back(reduced.vectors), k, reduced.following)
     passes = 1
     while pairs.sine > TOLERANCE:
@@ -194,13 +204,11 @@ class _Reduced:
 
     @classmethod
     @stage("tridiagonal32")
-    def of(cls, gram: Tensor, p: int) -> _Reduced | None:
-        """gram (q, q) in fp32 is overwritten. None where fp32 overflows."""
+    def of(cls, gram: Tensor, p: int) -> _Reduced:
+        """gram (q, q) in fp32 is overwritten."""
         q = len(gram)
         d, e, tau = blas.tridiagonalise(gram)
         d, e = d.double(), e.double()
-        if not bool(torch.isfinite(d).all() and torch.isfinite(e).all()):
-            return None
         values, vectors = eigh_tridiagonal(
             d.numpy(), e.numpy(), select="i", select_range=(q - p - 1, q - 1),
             lapack_driver="stebz", check_finite=False,

@@ -30,6 +30,7 @@ from geoscope.linalg.certificate import (
 )
 from geoscope.linalg.choice import krylov_takes_gram
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.scale import outside
 from geoscope.profile import stage
 
 __all__ = ["leading_triplets"]
@@ -57,33 +58,44 @@ def leading_triplets(
     A: a stack of one. start: rows (b, q) of the shorter side that are near the answer, such as the
     vectors of a neighbouring checkpoint. budget: largest Krylov dimension, default .45·q. A budget
     that is too small gives `converged` False and a residual that says so; take the exact method.
+    Zero matrices need no space, and those whose squares leave fp32 are taken at another scale.
     values_only: stop when the values are right to 1e-7, which is half way to the vectors. by_gram:
     whether the space grows by an fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper.
     """
     if by_gram is None:
         by_gram = krylov_takes_gram(A.shape, k, values_only=values_only)
-    apply = _by_gram(A) if by_gram else _by_products(A)
+    scale: Tensor | None = None
+    apply, squares = _by_gram(A) if by_gram else _by_products(A)
+    if outside(squares, torch.float32):
+        if not bool(A.moved()):
+            return Leading.of_zero(A, k)
+        unit, scale = A.scaled()
+        A, (apply, _) = unit, _by_gram(unit) if by_gram else _by_products(unit)
     q = min(A.shape)
     limit = min(q, max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget)
     basis, dimension, converged = _krylov(
         apply, q, k, limit, seed=seed, start=start, values_only=values_only
     )
-    return _rayleigh_ritz(
+    found = _rayleigh_ritz(
         A, basis, k, dimension=dimension, converged=converged, values_only=values_only
     )
+    return found if scale is None else found.times(scale)
 
 
 # --- products in fp32 ---------------------------------------------------------------------------
 
 
-def _by_gram(A: Operand) -> Callable[[Tensor], Tensor]:
-    """X ↦ X·G for rows X (b, q), by the Gram matrix G of the shorter side in fp32."""
+_Products = tuple[Callable[[Tensor], Tensor], Tensor]
+
+
+def _by_gram(A: Operand) -> _Products:
+    """X ↦ X·G for rows X (b, q), by the Gram matrix G of the shorter side in fp32; ‖A‖²."""
     gram = A.gram32()
-    return lambda X: _narrow(X, gram, Bt=True)  # which is symmetric
+    return lambda X: _narrow(X, gram, Bt=True), gram.diagonal().sum()  # which is symmetric
 
 
-def _by_products(A: Operand) -> Callable[[Tensor], Tensor]:
-    """X ↦ X·G for rows X (b, q), by products with A in fp32."""
+def _by_products(A: Operand) -> _Products:
+    """X ↦ X·G for rows X (b, q), by products with A in fp32; ‖A‖²."""
     dense = A.single()
     pieces = dense.split(max(1, _PRODUCT // (ROWS * min(A.shape))), dim=0 if A.is_tall else 1)
 
@@ -96,7 +108,7 @@ def _by_products(A: Operand) -> Callable[[Tensor], Tensor]:
             blas.gemm(image, piece, out, add=True, Bt=not A.is_tall)
         return out
 
-    return through
+    return through, torch.linalg.vector_norm(dense).square()
 
 
 def _narrow(X: Tensor, B: Tensor, *, Bt: bool = False) -> Tensor:

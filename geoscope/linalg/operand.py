@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geoscope.errors import NumericsError
 from geoscope.linalg import blas, stacked
+from geoscope.linalg.scale import outside, power_of_two
 from geoscope.profile import stage
 
 __all__ = ["Operand"]
@@ -52,14 +54,42 @@ class Operand:
         minus = None if self.minus is None else self.minus[i : i + 1]
         return Operand(self.plus[i : i + 1], minus)
 
+    def rows(self, which: Tensor | list[int]) -> Operand:
+        """Some of the matrices, by number or by mask."""
+        return Operand(self.plus[which], None if self.minus is None else self.minus[which])
+
     def dense(self) -> Tensor:
         """The stack in fp64, (b, m, n)."""
         whole = self.plus.to(torch.float64, copy=True)
         return whole if self.minus is None else whole.sub_(self.minus)
 
-    @stage("entries")
+    def moved(self) -> Tensor:
+        """Which matrices have an entry that is not zero, (b,) bool; exact at any scale."""
+        other = torch.zeros((), device=self.plus.device) if self.minus is None else self.minus
+        return (self.plus != other).flatten(1).any(-1)
+
+    def scaled(self) -> tuple[Operand, Tensor]:
+        """A/s in fp64 with entries near 1, and s, (b,), powers of two: nothing is rounded.
+
+        It holds a copy in fp64, so it is for matrices whose squares leave a format's range.
+        """
+        whole = self.dense()
+        scale = power_of_two(whole.abs().amax((-2, -1)))
+        return Operand(whole.div_(scale[:, None, None])), scale
+
     def norm(self) -> Tensor:
-        """Frobenius norms, (b,)."""
+        """Frobenius norms, (b,). Raises NumericsError where one overflows."""
+        found = self._norm()
+        if outside(found.square(), torch.float64) and bool(self.moved().any()):
+            unit, scale = self.scaled()
+            found = unit._norm() * scale
+        if not bool(torch.isfinite(found).all()):
+            raise NumericsError("its Frobenius norm overflows fp64")
+        return found
+
+    @stage("entries")
+    def _norm(self) -> Tensor:
+        """Frobenius norms as long as no square leaves fp64."""
         if self.plus.device.type != "cpu":
             return stacked.norm(self.plus, self.minus)
         squares = [

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
+from geoscope.linalg.scale import power_of_two
 from geoscope.linalg.svd import LEAST_GAP, Factors, concatenate
 from geoscope.profile import stage
 
@@ -219,18 +220,13 @@ def _balanced(P: Product) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if P.B.shape[-1] == 0:
         return P.B, P.scale, P.A, torch.ones(len(P), dtype=torch.float64, device=P.B.device)
     columns, rows = P.B.abs().amax(-2), P.A.abs().amax(-1)
-    by_column, by_row = _power_of_two(columns), _power_of_two(rows)
+    by_column, by_row = power_of_two(columns), power_of_two(rows)
     scale = P.scale * by_column * by_row
-    size = _power_of_two(scale.abs().amax(-1))
+    size = power_of_two(scale.abs().amax(-1))
     if not all(bool(torch.isfinite(one).all()) for one in (columns, rows, scale)):
         m, n = P.shape
         raise NumericsError(f"the factors of the {m}×{n} product hold NaN or infinity, or overflow")
     return P.B / by_column[:, None, :], scale / size[:, None], P.A / by_row[..., None], size
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two ≤ x for x > 0; 1 elsewhere."""
-    return torch.where(x > 0, x / (2 * torch.frexp(x).mantissa), 1.0)
 
 
 @stage("exact svd")

@@ -29,6 +29,7 @@ from geoscope.linalg.certificate import (
 )
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.precision import full_precision
+from geoscope.linalg.scale import outside
 from geoscope.linalg.stacked import eigenpairs, gram, left, right, single
 from geoscope.profile import stage
 
@@ -67,6 +68,28 @@ def stacked_leading(
         raise ValueError(f"{k} of {q} triplets are no small part; take the whole spectrum")
     limit = max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget
     limit = min(q, max(limit, k + 1 + rows))
+    moved = A.moved()  # a zero matrix needs no space
+    whole = bool(moved.all())
+    some = A if whole else A.rows(moved)
+    starts = start if start is None or whole else start[moved]
+    found = iter(_searched(some, k, starts, rows, limit, seed, values_only) if len(some) else ())
+    return [next(found) if one else Leading.of_zero(A, k) for one in moved.tolist()]
+
+
+def _searched(
+    A: Operand,
+    k: int,
+    start: Tensor | None,
+    rows: int,
+    limit: int,
+    seed: int,
+    values_only: bool,
+) -> list[Leading]:
+    """Of a stack without zero matrices; at another scale where squares leave fp32."""
+    scale = None
+    if outside(A.norm().square(), torch.float32):
+        A, scale = A.scaled()
+    q = min(A.shape)
     with full_precision():
         # Drawn on the CPU: the same on every device, and the same for every matrix.
         blocks = [
@@ -75,7 +98,10 @@ def stacked_leading(
         ]
         block = torch.stack(blocks).to(A.plus.device).expand(len(A), rows, q)
         found = _krylov(_Products(A, k), block, k, limit, values_only, warm=start is not None)
-    return _rayleigh_ritz(A, found, k, values_only=values_only)
+    leading = _rayleigh_ritz(A, found, k, values_only=values_only)
+    if scale is None:
+        return leading
+    return [one.times(size) for one, size in zip(leading, scale, strict=True)]
 
 
 # --- products in fp32 ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ does not serve, or a bound is not met, the exact SVD is taken and the result say
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.scale import outside
 from geoscope.linalg.stacked import LAST, Eigenpairs, eigenpairs
 from geoscope.profile import stage
 
@@ -92,8 +93,10 @@ def factorise(
 def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     """Gram matrix, one tridiagonalisation, all values, the vectors asked for. A: one matrix."""
     gram = A.gram()[0]
-    if float(gram.diagonal().sum()) == 0:
-        return _of_zero(A, vectors)
+    if outside(gram.diagonal().sum(), torch.float64):
+        if not bool(A.moved()):
+            return _of_zero(A, vectors)
+        return _at_scale(A, lambda unit: _one_on_cpu(unit, vectors, cuts))
     diagonal = gram.diagonal().clone()
     short = residuals = None
     try:
@@ -108,7 +111,7 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
                 gram.diagonal().copy_(diagonal)
                 images = blas.symmetric_times(gram, short)
             residuals = torch.linalg.vector_norm(images - energies[:vectors, None] * short, dim=-1)
-    except NumericsError as error:
+    except (NumericsError, RuntimeError) as error:
         return _exact(A, vectors, torch.float64, reason=str(error))
     del gram
     how = "gram-tridiagonal" + ("-mended-tail" if mended else "")
@@ -152,6 +155,13 @@ def _with_long_side(
     return Factors(S, long.mT, short, methods) if A.is_tall else Factors(S, short.mT, long, methods)
 
 
+def _at_scale(A: Operand, solve: Callable[[Operand], Factors]) -> Factors:
+    """Factors of a stack whose squares leave the range of fp64, by those of A/s."""
+    unit, scale = A.scaled()
+    found = solve(unit)
+    return replace(found, S=found.S * scale[:, None])
+
+
 def _of_zero(A: Operand, vectors: int) -> Factors:
     """The zero matrix: zeros and any orthonormal vectors."""
     (m, n), device = A.shape, A.plus.device
@@ -169,6 +179,8 @@ def _of_zero(A: Operand, vectors: int) -> Factors:
 def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     """The batched route, and the exact method for each matrix on which it does not suffice."""
     gram = A.gram()
+    if outside(gram.diagonal(dim1=-2, dim2=-1).sum(-1)[A.moved()], torch.float64):
+        return _at_scale(A, lambda unit: _factorise_stacked(unit, vectors, cuts))
     with stage("eigenvectors" if vectors else "eigenvalues"):
         found = eigenpairs(gram, vectors)
         S = found.values.clamp_min(0).sqrt()
@@ -206,7 +218,7 @@ def _mend_tails(A: Operand, gram: Tensor, S: Tensor, found: Eigenpairs) -> set[i
     else:
         last = last[which]
     assert last is not None
-    some = Operand(A.plus[which], None if A.minus is None else A.minus[which])
+    some = A.rows(which)
     images = some.right(last) if A.is_tall else some.left(last)
     values = torch.linalg.svdvals(torch.linalg.qr(images.mT, mode="r").R)
     mended = {i: values[n] for n, i in enumerate(which) if faults[n] is None}
@@ -290,10 +302,11 @@ def _exact_one(
     """One exact SVD in fp64 results: the default driver, then gesvd on CUDA, then the CPU in fp64.
 
     In fp32 CUDA's default, Jacobi's method, leaves vectors 8e-5 from orthonormal; gesvd goes first.
-
-    A wide matrix is turned first: its SVD is several times slower than that of its transpose.
+    A wide matrix is turned first: its SVD is several times slower than that of its transpose. Every
+    matrix is taken at entries near 1, which fp32 holds, too.
     """
-    dense = A.dense()[0]
+    unit, scale = A.scaled()
+    dense = unit.plus[0]
     tall = dense if A.is_tall else dense.T
     attempts: list[tuple[torch.device, torch.dtype, str | None]] = [(dense.device, dtype, None)]
     if dense.is_cuda:
@@ -308,6 +321,7 @@ def _exact_one(
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
         S, U, Vh = (part.to(dense.device, torch.float64) for part in found)
+        S = S * scale
         if not vectors:
             return S, None, None
         return (S, U, Vh) if A.is_tall else (S, Vh.T, U.T)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from geoscope.errors import NumericsError
 from geoscope.linalg.certificate import Leading
 from geoscope.linalg.choice import leading_pays, leading_pays_stacked
 from geoscope.linalg.leading import leading_triplets
@@ -55,23 +56,28 @@ def _leading(
     """The search where it pays, matrix by matrix or on the whole stack; else Gram matrices."""
     values_only = options["values_only"]
     found: list[Leading | None] = [None] * len(A)
+    reasons: list[str | None] = [None] * len(A)
     if as_stack:
         if leading_pays_stacked(A.shape, k):
             found = [*stacked_leading(A, k, start=start, **options)]
     elif leading_pays(A.shape, k, values_only=values_only):
         starts = [None] * len(A) if start is None else list(start)
-        found = [
-            leading_triplets(A.row(i), k, start=one, **options) for i, one in enumerate(starts)
-        ]
+        for i, one in enumerate(starts):
+            try:
+                found[i] = leading_triplets(A.row(i), k, start=one, **options)
+            except (NumericsError, RuntimeError) as error:
+                reasons[i] = f"block Lanczos failed: {error}"
     parts = {
         i: _of_leading(one, values_only=values_only)
         for i, one in enumerate(found)
         if one is not None and one.converged
     }
     if rest := [i for i in range(len(A)) if i not in parts]:
-        some = Operand(A.plus[rest], None if A.minus is None else A.minus[rest]) if parts else A
+        some = A.rows(rest) if parts else A
         whole = factorise(some, vectors=k, cuts=[cut for cut in cuts if cut <= k])
-        parts |= {i: _first(take(whole, n), k, found[i]) for n, i in enumerate(rest)}
+        for n, i in enumerate(rest):
+            reason = reasons[i] if (tried := found[i]) is None else _flat(tried)
+            parts[i] = _first(take(whole, n), k, reason)
     return concatenate([parts[i] for i in range(len(A))])
 
 
@@ -79,7 +85,7 @@ def _of_leading(found: Leading, *, values_only: bool) -> Factors:
     # Without a gap there is no subspace to bound, and reports hold no infinity.
     stated = not values_only and math.isfinite(found.sine)
     method = {
-        "how": f"block-lanczos-{found.dimension}",
+        "how": f"block-lanczos-{found.dimension}" if found.dimension else "zero",
         "bound": found.bound,
         "subspace_bound": found.sine if stated else None,
         "fallback": None,
@@ -87,10 +93,12 @@ def _of_leading(found: Leading, *, values_only: bool) -> Factors:
     return Factors(found.S[None], found.U.T[None], found.Vh[None], (method,))
 
 
-def _first(one: Factors, k: int, tried: Leading | None) -> Factors:
+def _flat(tried: Leading) -> str:
+    return f"block Lanczos reached residual {tried.residual:.1e} only: a flat spectrum"
+
+
+def _first(one: Factors, k: int, reason: str | None) -> Factors:
     """The leading k values of a whole spectrum, and why it was taken."""
     (method,) = one.methods
-    reason = method["fallback"]
-    if tried is not None and reason is None:
-        reason = f"block Lanczos reached residual {tried.residual:.1e} only: a flat spectrum"
+    reason = method["fallback"] or reason
     return replace(one, S=one.S[..., :k], methods=({**method, "fallback": reason},))

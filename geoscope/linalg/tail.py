@@ -8,7 +8,7 @@ images A·v, whose QR and small SVD know nothing of σ1². Where the bound on th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.scale import outside
 from geoscope.linalg.svd import factorise
 from geoscope.profile import stage
 
@@ -65,8 +66,14 @@ def tail_triplets(W: Tensor, k: int, *, solver: str = "auto") -> Tail:
 
 
 def _through_gram(A: Operand, k: int) -> Tail | str:
-    """The tail, or why it is not good enough."""
+    """The tail, or why it is not good enough; at another scale where squares leave fp64."""
     gram = A.gram()[0]
+    if outside(gram.diagonal().sum(), torch.float64) and bool(A.moved()):
+        unit, scale = A.scaled()
+        found = _through_gram(unit, k)
+        if isinstance(found, str):
+            return found
+        return replace(found, S=found.S * scale, spectrum=found.spectrum * scale)
     q = len(gram)
     diagonal = gram.diagonal().clone()
     try:

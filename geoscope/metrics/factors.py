@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geoscope.errors import NumericsError
 from geoscope.linalg import (
     Factors,
     Operand,
@@ -289,6 +290,8 @@ def _from_factors(
 def _side(weight: Tensor, noise: float | None) -> Side:
     """noise: what FP8 blocks rounded away, which the entries do not show."""
     found = side(weight)
+    if not 1e-150 < found.norm < 1e150 and bool(weight.any()):
+        raise NumericsError("squares of the weights leave fp64: multiply the model by a constant")
     return found if noise is None else replace(found, noise=noise, fmt=FP8)
 
 

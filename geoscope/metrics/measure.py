@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from geoscope.errors import NumericsError
 from geoscope.metrics.factors import PairFactors
 from geoscope.metrics.metric import Instance
 from geoscope.metrics.nulls import angle_rms, iid_spectra
@@ -84,11 +86,11 @@ def _weights(
 ) -> dict[str, float]:
     weights = {
         "parameters": float(shape[0] * shape[1]),
-        "update": float(values["update.norm"][i]) ** 2,
+        "update": _squared(values["update.norm"][i]),
         "noise": float(values["update.noise"][i]) ** 2,
     }
     if "base.norm" in values:
-        weights["base"] = float(values["base.norm"][i]) ** 2
+        weights["base"] = _squared(values["base.norm"][i])
     if "rank.max" in values:
         weights["rank"] = float(values["rank.max"][i])
     if "masks.changed" in values:
@@ -99,6 +101,14 @@ def _weights(
             share = top_share(values["base.top"][i], values["base.norm"][i], k=k)
             weights[f"share@{k}"] = float(share)
     return weights
+
+
+def _squared(norm: Tensor) -> float:
+    """Raises NumericsError where the square of a norm is no normal number of fp64."""
+    square = float(norm) * float(norm)
+    if float(norm) != 0 and not sys.float_info.min < square < math.inf:
+        raise NumericsError(f"a norm of {float(norm):.1e}: squares of the weights leave fp64")
+    return square
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,8 @@ def _add_value(row: Measured, instance: Instance, value: float, floors: _Floors,
         zero = instance.of_update and floors.zero[i]
         _mark(row, instance.id, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
         return
+    if math.isinf(value):
+        raise NumericsError(f"{instance.id} overflows fp64")
     if instance.floor == "angle":
         # The same matrix twice has angle 0; what is computed there is rounding of the angle.
         value = 0.0 if floors.zero[i] else value

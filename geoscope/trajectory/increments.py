@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from geoscope.errors import NumericsError
+from geoscope.errors import NonFiniteError, NumericsError
 from geoscope.linalg.product import Product
 from geoscope.linalg.storage import effective_format, rounding_energy
 from geoscope.profile import stage
@@ -139,7 +139,9 @@ def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> 
             rounding[i] += float(rounding_energy(row, fmt))
     if not (bool(torch.isfinite(H).all()) and math.isfinite(base_energy)):
         broken = _first_broken(H, base_energy)
-        raise NumericsError(f"step {steps[broken]:g} holds NaN or infinity, or overflows fp64")
+        if bool(torch.isfinite(flat[broken]).all()):
+            raise NumericsError(f"step {steps[broken]:g}: squares of the entries overflow fp64")
+        raise NonFiniteError(f"step {steps[broken]:g} holds NaN or infinity")
     return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy)
 
 

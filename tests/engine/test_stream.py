@@ -264,27 +264,50 @@ def test_an_exception_of_read_is_raised_to_the_caller(at: int, workers: int) -> 
     assert f"w{at}" not in seen
 
 
+REASONS = {Broken: "Broken: w4", MemoryError: "memory ran out", RuntimeError: "w4"}
+
+
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("error", [Broken, MemoryError, KeyboardInterrupt])
-def test_an_exception_of_work_is_raised_to_the_caller(error: type, workers: int) -> None:
-    def failing(batch: Batch, *stacks: Tensor) -> list[None]:
-        if batch.pairs[0].name == "w4":
+@pytest.mark.parametrize("pairs", [1, 4])
+@pytest.mark.parametrize("error", REASONS)
+def test_what_work_raises_on_a_pair_is_its_failure_alone(
+    error: type[Exception], pairs: int, workers: int
+) -> None:
+    def failing(batch: Batch, *stacks: Tensor) -> list[str]:
+        if "w4" in [one.name for one in batch.pairs]:
             raise error("w4")
+        return [one.name for one in batch.pairs]
+
+    outcomes = list(
+        run(batches_of([10] * (12 // pairs), pairs=pairs), work=failing, workers=workers)
+    )
+    assert len(outcomes) == 12
+    for one in outcomes:
+        failed = one.pair.name == "w4"
+        assert one.result == (None if failed else one.pair.name)
+        assert one.failure == (REASONS[error] if failed else None)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_stop_in_work_is_raised_to_the_caller(workers: int) -> None:
+    def stopping(batch: Batch, *stacks: Tensor) -> list[None]:
+        if batch.pairs[0].name == "w4":
+            raise KeyboardInterrupt("w4")
         return [None]
 
-    with pytest.raises(error, match="w4"):
-        list(run(batches_of([10] * 10), work=failing, workers=workers))
+    with pytest.raises(KeyboardInterrupt, match="w4"):
+        list(run(batches_of([10] * 10), work=stopping, workers=workers))
 
 
-def test_after_an_exception_no_further_batch_is_started() -> None:
+def test_after_a_stop_no_further_batch_is_started() -> None:
     started = []
 
-    def failing(batch: Batch, *stacks: Tensor) -> list[None]:
+    def stopping(batch: Batch, *stacks: Tensor) -> list[None]:
         started.append(batch.pairs[0].name)
-        raise Broken
+        raise KeyboardInterrupt
 
-    with pytest.raises(Broken):
-        list(run(batches_of([10] * 200), work=failing, workers=1))
+    with pytest.raises(KeyboardInterrupt):
+        list(run(batches_of([10] * 200), work=stopping, workers=1))
     assert len(started) < 200
 
 
@@ -377,7 +400,7 @@ class Elsewhere:
         return replace(self, held=self.held.unsqueeze(axis))
 
     def to(self, device: torch.device) -> Elsewhere:
-        if not self.room:
+        if not self.room and device != CPU:
             raise torch.OutOfMemoryError("no room for the tensor itself")
         return replace(self, device=device)
 
@@ -412,12 +435,27 @@ def test_a_single_pair_that_does_not_fit_is_computed_on_the_cpu_and_says_so(move
     assert outcomes["w1"].result == ("w1", 1.0, 1.5)
 
 
-def test_what_does_not_fit_on_the_cpu_either_is_an_error() -> None:
-    def hopeless(batch: Batch, *stacks: Tensor) -> list[None]:
-        raise torch.OutOfMemoryError("no room anywhere")
+def test_what_does_not_fit_on_the_cpu_either_fails_by_itself() -> None:
+    def hopeless(batch: Batch, *stacks: Tensor) -> list[str]:
+        if "w2" in [one.name for one in batch.pairs]:
+            raise torch.OutOfMemoryError("no room anywhere")
+        return [one.name for one in batch.pairs]
 
-    with pytest.raises(torch.OutOfMemoryError, match="no room anywhere"):
-        list(run(batches_of([10], pairs=4), work=hopeless))
+    outcomes = list(run(batches_of([10], pairs=4), work=hopeless))
+    assert [one.result for one in outcomes] == ["w0", "w1", None, "w3"]
+    assert [one.failure for one in outcomes] == [None, None, "no room anywhere", None]
+
+
+def test_a_pair_that_fails_on_a_device_is_computed_on_the_cpu_and_says_so() -> None:
+    def failing(batch: Batch, base: Any, tuned: Any) -> list[str]:
+        if base.device == GPU and "w1" in [one.name for one in batch.pairs]:
+            raise RuntimeError("kernel failed\nand much more")
+        return [one.name for one in batch.pairs]
+
+    outcomes = list(run(batches_of([10] * 3), read=bring, work=failing, devices=(GPU,)))
+    notes = {one.result: one.note for one in outcomes}
+    told = "computed on the CPU: xpu failed (kernel failed)"
+    assert notes == {"w0": None, "w1": told, "w2": None}
 
 
 def test_room_that_is_there_only_when_its_turn_comes_is_used() -> None:
@@ -469,7 +507,9 @@ def test_several_devices_share_the_batches() -> None:
     batches = batches_of([10] * 8)
     outcomes = list(run(batches, read=bring, work=meeting, devices=(GPU, SECOND), workers=2))
     assert sorted(one.pair.name for one in outcomes) == [f"w{i}" for i in range(8)]
-    assert all(one.result[:2] == (one.pair.name, float(one.pair.name[1:])) for one in outcomes)
+    assert all(
+        cast(Any, one.result)[:2] == (one.pair.name, float(one.pair.name[1:])) for one in outcomes
+    )
     assert met == {GPU, SECOND}
 
 
@@ -548,14 +588,14 @@ def test_an_exception_on_the_way_to_a_device_is_raised_to_the_caller(count: int)
 
 
 @pytest.mark.parametrize("at", [0, 5])
-def test_an_exception_of_work_on_one_of_several_devices_ends_all(at: int) -> None:
+def test_a_stop_on_one_of_several_devices_ends_all(at: int) -> None:
     def failing(batch: Batch, base: Any, tuned: Any) -> list[None]:
         if batch.pairs[0].name == f"w{at}":
-            raise Broken
+            raise KeyboardInterrupt
         return [None]
 
     outcomes = run(batches_of([1] * 10), read=bring, work=failing, devices=(GPU, SECOND))
-    with pytest.raises(Broken):
+    with pytest.raises(KeyboardInterrupt):
         list(outcomes)
 
 
