@@ -25,8 +25,8 @@ class Measured:
     """Numbers of one matrix, and the weights by which it enters an aggregate.
 
     floors: id → the angle that rounding alone gives, where a measured angle is below it.
-    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `changed` |M|, and
-    `share@k` E_k of the base.
+    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `grid` what of it is
+    the rounding of grids, `changed` |M|, and `share@k` E_k of the base.
     """
 
     values: dict[str, float | int | None] = field(default_factory=dict)
@@ -86,6 +86,7 @@ def _weights(
         "parameters": float(shape[0] * shape[1]),
         "update": float(values["update.norm"][i]) ** 2,
         "noise": float(values["update.noise"][i]) ** 2,
+        "grid": float(values["update.grid"][i]) ** 2,
     }
     if "base.norm" in values:
         weights["base"] = float(values["base.norm"][i]) ** 2
