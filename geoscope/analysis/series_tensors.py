@@ -130,13 +130,8 @@ class ModelTensor:
             for start in range(0, entries, width)
         )
         found = reduce(add, parts)
-        # What FP8 rounded away does not show in the entries, which are read as fp32.
-        rounded = [one.rounding(name) for one, name in self.places]
-        rounding = tuple(
-            energy if known is None else known**2
-            for energy, known in zip(found.rounding, rounded, strict=True)
-        )
-        return replace(found, rounding=rounding)
+        pairs = zip(found.rounding, self.places, strict=True)
+        return replace(found, rounding=tuple(_rounding_of(*one) for one in pairs))
 
     def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
         """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
@@ -298,6 +293,19 @@ def _factor(adapter: Adapter, module: str) -> Factor:
     """The module's factors as matrices; stacks are not followed."""
     B, A = adapter.factors(module)
     return B[0], A[0], adapter.modules[module].scaling
+
+
+def _rounding_of(storage: float, place: tuple[Checkpoint, str]) -> float:
+    """Σ of the squared rounding of a weight: of storing its entries, and of a grid they lie on.
+
+    What FP8 blocks rounded away does not show in the entries, which are read as fp32.
+    """
+    checkpoint, name = place
+    known = checkpoint.rounding(name)
+    if known is not None:
+        return known**2
+    grid = grid_of(checkpoint.read(name))
+    return storage if grid is None else storage + grid.energy
 
 
 def _rounding(adapter: Adapter, module: str) -> float:
