@@ -26,6 +26,7 @@ from geoscope.checkpoints.steps import given_steps
 from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
 from geoscope.linalg import Operand, Product
 from geoscope.linalg.factor_update import squared_noise
+from geoscope.linalg.grids import Grid, grid_of
 from geoscope.names import NameMap, in_natural_order
 from geoscope.records import ModelRef, Skipped
 from geoscope.trajectory.factor_series import Factor, FactorSeries
@@ -130,13 +131,12 @@ class ModelTensor:
             for start in range(0, entries, width)
         )
         found = reduce(add, parts)
-        # What FP8 rounded away does not show in the entries, which are read as fp32.
-        rounded = [one.rounding(name) for one, name in self.places]
-        rounding = tuple(
-            energy if known is None else known**2
-            for energy, known in zip(found.rounding, rounded, strict=True)
+        grids = [_grid(one, name) for one, name in self.places]
+        return replace(
+            found,
+            rounding=tuple(map(_rounding_of, found.rounding, grids)),
+            grids=tuple("" if one is None else one.name for one in grids),
         )
-        return replace(found, rounding=rounding)
 
     def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
         """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
@@ -298,6 +298,19 @@ def _factor(adapter: Adapter, module: str) -> Factor:
     """The module's factors as matrices; stacks are not followed."""
     B, A = adapter.factors(module)
     return B[0], A[0], adapter.modules[module].scaling
+
+
+def _grid(checkpoint: Checkpoint, name: str) -> Grid | None:
+    """The grid that a weight lies on; FP8 blocks do not show in the entries, read as fp32."""
+    known = checkpoint.rounding(name)
+    if known is not None:
+        return Grid("FP8 grid in blocks", known**2)
+    return grid_of(checkpoint.read(name))
+
+
+def _rounding_of(storage: float, grid: Grid | None) -> float:
+    """Σ of the squared rounding of a weight: of storing its entries, and of its grid."""
+    return storage if grid is None else storage + grid.energy
 
 
 def _rounding(adapter: Adapter, module: str) -> float:

@@ -187,6 +187,20 @@ def _record(
         series=numbers.series,
         method=made.methods.get(name, {}),
         gram=tuple(tuple(row) for row in inc.H.tolist()),
+        notes=_grid_notes(inc),
+    )
+
+
+def _grid_notes(inc: Increments) -> tuple[str, ...]:
+    """On which grids the checkpoints lie, each with its steps."""
+    steps: dict[str, list[str]] = {}
+    for step, grid in zip(inc.steps, inc.grids, strict=bool(inc.grids)):
+        if grid:
+            steps.setdefault(grid, []).append(f"{step:g}")
+    return tuple(
+        f"{grid}, coarser than its dtype, at step{'s' * (len(at) > 1)} {', '.join(at)}; "
+        "ν counts its rounding"
+        for grid, at in steps.items()
     )
 
 

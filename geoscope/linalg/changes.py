@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoscope.linalg.grids import Grid
 from geoscope.linalg.storage import (
     FORMATS,
+    FP8,
     FloatFormat,
     bf16_bounds,
     effective_format,
@@ -64,7 +66,8 @@ _BISECTIONS = 60
 class Side:
     """One stored matrix: Frobenius norm, rounding noise, format, and its values.
 
-    `noise` is √(Σulp²/12), the Frobenius norm of the rounding error that storing it made.
+    `noise` is √(Σulp²/12), the Frobenius norm of the rounding error that storing it made; on a
+    grid that of the grid, too.
     """
 
     norm: float
@@ -72,6 +75,12 @@ class Side:
     fmt: FloatFormat
     levels: Tensor
     counts: Tensor
+    grid: Grid | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it went through a grid coarser than the dtype in work."""
+        return self.fmt is FP8 or self.grid is not None
 
 
 @stage("entries")

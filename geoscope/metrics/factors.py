@@ -6,7 +6,8 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
     base.top@j, tuned.top@j, update.top@j   (b, ≥ j)   the leading ones: at least j of them
     base.norm, tuned.norm, update.norm      (b,)       Frobenius norms
     base.noise, tuned.noise                 (b,)       √(Σulp²/12): what storing them rounded away
-    update.noise                            (b,)       tuned.noise, and that of a base in FP8
+    update.noise                            (b,)       tuned.noise, and that of a quantised base
+    update.grid                             (b,)       what of it is the rounding of grids; or 0
     base.eps, tuned.eps                     (b,)       spacing at 1 of the storage format
     unchanged.relative|absolute|exact       (b,)       shares of entries that did not move
     isotropic.relative|absolute|exact       (b,)       the same, expected of an isotropic update
@@ -42,13 +43,14 @@ from geoscope.linalg import (
 )
 from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
 from geoscope.linalg.factor_update import FactorUpdate
+from geoscope.linalg.grids import grid_of
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import FP8
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.metric import ROLES
 from geoscope.metrics.nulls import marchenko_pastur_median
-from geoscope.metrics.storage_notes import storage_notes
+from geoscope.metrics.storage_notes import base_notes, storage_notes
 
 __all__ = ["PairFactors", "Rounding", "Settings", "pair_factors", "update_factors"]
 
@@ -152,19 +154,19 @@ def pair_factors(
     base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation; of an
     adapter the update in its factors, of which what needs single entries is left out. ks: the
     dimensions of this shape, the verdict's among them. rounding: of each pair, where a side was
-    stored in FP8 blocks. Of these the rounding cells are not known, and what is expected of an
-    isotropic update in them, the masks among it, is left out.
+    stored in FP8 blocks. Of these, and of other grids, the rounding cells are not known, and what
+    is expected of an isotropic update in them, the masks among it, is left out.
     """
     work = _Work(settings)
+    notes: tuple[tuple[str, ...], ...] = ()
     m, n = base.shape[-2:]
     q = min(m, n)
     inside = sorted({k for k in ks if k <= q})
     rounding = rounding or [(None, None)] * len(base)
-    in_blocks = any(one is not None for pair in rounding for one in pair)
     W0 = Operand(base)
     sides: list[tuple[Side, Side]] = []
     if isinstance(tuned, FactorUpdate):
-        _from_factors(work, base, tuned, [one for one, _ in rounding])
+        notes = _from_factors(work, base, tuned, [one for one, _ in rounding])
         _of_update(work, tuned)
         update = tuned.product
     else:
@@ -176,21 +178,19 @@ def pair_factors(
     spectrum = work.values.get("update.S")  # Σσ² is the sum over the entries, without a pass
     work.values["update.norm"] = update.norm() if spectrum is None else spectrum.norm(dim=-1)
     if isinstance(tuned, Tensor):
-        work.values["update.noise"] = _update_noise(work.values, rounding)
+        _add_update_noise(work.values, sides)
     if _any(takes, "cross."):
         _cross(work, update)
-    if isinstance(tuned, Tensor) and not in_blocks:
+    if isinstance(tuned, Tensor) and not any(one.is_quantised for pair in sides for one in pair):
         _isotropic(work, sides, (m, n), takes)
         if _any(takes, "masks."):
             _masks(work, base, tuned, sides)
-    notes = (
-        tuple(
-            storage_notes(base.dtype, tuned.dtype, *pair, base_counts=noise > pair[1].noise)
-            for pair, noise in zip(sides, work.values["update.noise"].tolist(), strict=True)
+    if isinstance(tuned, Tensor):
+        noise = work.values["update.noise"].tolist()
+        notes = tuple(
+            storage_notes(base.dtype, tuned.dtype, *pair, base_counts=one > pair[1].noise)
+            for pair, one in zip(sides, noise, strict=True)
         )
-        if isinstance(tuned, Tensor)
-        else ((),) * len(base)
-    )
     return _found(work, (m, n), notes)
 
 
@@ -210,6 +210,7 @@ def _of_update(work: _Work, update: FactorUpdate) -> None:
     product = update.product
     ones = torch.ones_like(update.noise)
     work.values["update.noise"] = work.values["tuned.noise"] = update.noise
+    work.values["update.grid"] = 0 * ones
     work.values["tuned.eps"] = update.fmt.eps * ones
     work.values["rank.nominal"] = update.nominal * ones
     work.values["rank.max"] = product.rank * ones
@@ -271,8 +272,8 @@ def _from_storage(
 
 def _from_factors(
     work: _Work, base: Tensor, update: FactorUpdate, rounding: Sequence[float | None]
-) -> None:
-    """Norms and rounding noise of a base and of an update in its factors.
+) -> tuple[tuple[str, ...], ...]:
+    """Norms and rounding noise of a base and of an update in its factors; remarks on each base.
 
     The tuned weight is never stored: what is rounded is the factors.
     """
@@ -285,27 +286,33 @@ def _from_factors(
     work.values["base.noise"] = column([one.noise for one in sides])
     work.values["base.eps"] = column([one.fmt.eps for one in sides])
     work.values["tuned.norm"] = update.tuned_norm(base)
+    return tuple(base_notes(one) for one in sides)
 
 
 def _side(weight: Tensor, noise: float | None) -> Side:
-    """noise: what FP8 blocks rounded away, which the entries do not show."""
+    """noise: what FP8 blocks rounded away, which the entries do not show; other grids they do."""
     found = side(weight)
     if not 1e-150 < found.norm < 1e150 and bool(weight.any()):
         raise NumericsError("squares of the weights leave fp64: multiply the model by a constant")
-    return found if noise is None else replace(found, noise=noise, fmt=FP8)
+    if noise is not None:
+        return replace(found, noise=noise, fmt=FP8)
+    grid = grid_of(weight)
+    return found if grid is None else replace(found, noise=grid.noise_with(found.noise), grid=grid)
 
 
-def _update_noise(values: Mapping[str, Tensor], rounding: Sequence[Rounding]) -> Tensor:
-    """(b,): the tuned side's rounding, and that of a base in FP8, in quadrature.
+def _add_update_noise(values: dict[str, Tensor], sides: Sequence[tuple[Side, Side]]) -> None:
+    """The tuned side's rounding, and that of a quantised base, in quadrature; (b,).
 
     Training mostly starts from the weights before they were quantised: the base's error is in the
-    update then. An update of half that size or less cannot hold it, and started from FP8.
+    update then. An update of half that size or less cannot hold it, and started from the grid.
     """
-    base = values["base.noise"] * values["base.noise"].new_tensor(
-        [before is not None for before, _ in rounding]
+    quantised = values["base.noise"].new_tensor(
+        [[one.is_quantised for one in pair] for pair in sides]
     )
-    inside = values["update.norm"] > base / 2
-    return torch.hypot(values["tuned.noise"], torch.where(inside, base, 0.0))
+    base, tuned = values["base.noise"] * quantised[:, 0], values["tuned.noise"]
+    base = torch.where(values["update.norm"] > base / 2, base, 0.0)
+    values["update.noise"] = torch.hypot(tuned, base)
+    values["update.grid"] = torch.hypot(tuned * quantised[:, 1], base)
 
 
 def _isotropic(

@@ -27,8 +27,8 @@ class Measured:
     """Numbers of one matrix, and the weights by which it enters an aggregate.
 
     floors: id → the angle that rounding alone gives, where a measured angle is below it.
-    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `changed` |M|, and
-    `share@k` E_k of the base.
+    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `grid` what of it is
+    the rounding of grids, `changed` |M|, and `share@k` E_k of the base.
     """
 
     values: dict[str, float | int | None] = field(default_factory=dict)
@@ -88,6 +88,7 @@ def _weights(
         "parameters": float(shape[0] * shape[1]),
         "update": _squared(values["update.norm"][i]),
         "noise": float(values["update.noise"][i]) ** 2,
+        "grid": float(values["update.grid"][i]) ** 2,
     }
     if "base.norm" in values:
         weights["base"] = _squared(values["base.norm"][i])

@@ -1,4 +1,4 @@
-"""What is there to say about the storage of a pair: wide copies, FP8, different precisions?"""
+"""What is there to say about the storage of a pair: wide copies, grids, different precisions?"""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from geoscope.linalg.changes import Side
 from geoscope.linalg.storage import FP8, FloatFormat
 
-__all__ = ["storage_notes"]
+__all__ = ["base_notes", "storage_notes"]
 
-_STARTED_FROM_FP8 = "larger than the update, which started from FP8; ν leaves it out"
+_STARTED_THERE = "larger than the update, which started from {where}; ν leaves it out"
+_INSIDE = "in the update; ν counts it"
 # ‖rounding error‖/‖W‖ of a Gaussian W with f fraction bits, times 2^f (docs/methods.md#floors).
 _RELATIVE_ROUNDING = 1.6617e-3 * 2**7
 
@@ -19,27 +20,43 @@ def storage_notes(
 ) -> tuple[str, ...]:
     """Remarks on one pair, from the dtypes as read and what both sides turned out to hold.
 
-    base_counts: whether ν holds the rounding of an FP8 base, too.
+    base_counts: whether ν holds the rounding of a quantised base, too.
     """
     notes = []
     for role, dtype, one in (("base", base, before), ("tuned", tuned, after)):
         stored = str(dtype).removeprefix("torch.")
-        if stored != one.fmt.name and one.fmt is not FP8:
+        if stored != one.fmt.name and not one.is_quantised:
             notes.append(f"{role} is stored as {stored} and holds only {one.fmt.name} numbers")
     for role, one in (("base", before), ("tuned", after)):
-        if one.fmt is FP8:
-            inside = role == "tuned" or base_counts
-            remark = f"{role} is block-scaled FP8: its quantisation error, {_error(FP8)} of the "
-            remark += "weights, is "
-            remark += "in the update; ν counts it" if inside else _STARTED_FROM_FP8
-            notes.append(remark)
-    if FP8 not in (before.fmt, after.fmt) and before.fmt != after.fmt:
+        if one.is_quantised:
+            notes.append(_quantised(role, one, inside=role == "tuned" or base_counts))
+    if not (before.is_quantised or after.is_quantised) and before.fmt != after.fmt:
         remark = f"base holds {before.fmt.name}, tuned {after.fmt.name}: ν counts the rounding of "
         remark += f"tuned, {_error(after.fmt)} of the weights"
         if before.fmt.fraction_bits < after.fmt.fraction_bits:
             remark += f"; a base rounded after training began adds {_error(before.fmt)}"
         notes.append(remark)
     return tuple(notes)
+
+
+def base_notes(base: Side) -> tuple[str, ...]:
+    """Remarks on the base of an update in its factors, which hold nothing of its rounding."""
+    if base.grid is None:
+        return ()
+    where = _with_article(base.grid.name)
+    return (f"base lies on {where}; the adapter's update holds none of its rounding",)
+
+
+def _quantised(role: str, one: Side, *, inside: bool) -> str:
+    if one.grid is None:
+        remark = f"{role} is block-scaled FP8: its quantisation error, {_error(FP8)} of the weights"
+        return f"{remark}, is {_INSIDE if inside else _STARTED_THERE.format(where='FP8')}"
+    remark = f"{role} lies on {_with_article(one.grid.name)}, coarser than its dtype: the rounding "
+    return f"{remark}is {_INSIDE if inside else _STARTED_THERE.format(where='the grid')}"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _error(fmt: FloatFormat) -> str:

@@ -69,7 +69,7 @@ METRICS: tuple[Metric, ...] = (
         size.precision_ratio,
         ("update.noise", "update.norm"),
         "size",
-        formula="ν = √(Σulp(W1)²/12)/‖ΔW‖_F; Σulp(W0)² too where the base is FP8",
+        formula="ν = √(Σulp(W1)²/12)/‖ΔW‖_F; the step of a grid in place of ulp; W0 too if on one",
         range="≥ 0",
         reading="share of the update that storing it made; below .2 most numbers are safe",
         caution="an exact noise share above .5: there the true noise saturates, ν only ranks it",

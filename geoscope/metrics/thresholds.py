@@ -41,6 +41,7 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "words.spectral_lift": Threshold(0.5, "ours"),
     "words.enriched": Threshold(2.0, "ours"),
     "words.avoids": Threshold(0.5, "ours"),
+    "words.quantised_copy": Threshold(0.85, "ours; the rounding is known to 11 %"),
     "capacity.saturated_k90": Threshold(0.75, "ours; a flat spectrum has .9"),
     "capacity.saturated_tail": Threshold(0.1, "ours"),
     "capacity.concentrated": Threshold(0.1, "ours"),

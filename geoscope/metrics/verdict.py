@@ -19,6 +19,7 @@ from geoscope.metrics.judging import (
     shares_of,
 )
 from geoscope.metrics.measure import Measured
+from geoscope.metrics.quantised import COPY, quantised_words
 from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status, Verdict
 
@@ -124,8 +125,17 @@ def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> J
                 fired = clause(usable)
         if fired is not None:
             words = _words(numbers) if code == "OFF_PRINCIPAL" else ""
-            return Judged(code, k, fired, words, tuple(seen))
-    return Judged("MIXED", k, "no rule matched", _words(numbers), tuple(seen))
+            return Judged(code, k, fired, _joined(words, _quantised(numbers)), tuple(seen))
+    words = _joined(_words(numbers), _quantised(numbers))
+    return Judged("MIXED", k, "no rule matched", words, tuple(seen))
+
+
+def _quantised(numbers: _Numbers) -> str:
+    return quantised_words([numbers.row], numbers.limits)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(one for one in parts if one)
 
 
 def _rules(numbers: _Numbers) -> list[tuple[str, list[list[Check]]]]:
@@ -291,10 +301,13 @@ def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[
 def _sentence(
     code: str, judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
 ) -> str:
-    sentence = _SENTENCES[code]
+    sentence, quantised = _SENTENCES[code], quantised_words(rows, limits)
+    if code == "UNDETERMINED" and quantised.startswith(COPY):
+        return quantised
     if code in ("OFF_PRINCIPAL", "MIXED"):
         words = _model_words(judged, rows, limits)
-        sentence += f"; {words}" if words else ""
+        sentence = _joined(sentence, words)
+    sentence = _joined(sentence, quantised)
     intruders = sum(row.values.get("intruders") or 0 for row in rows)
     if intruders:
         dimensions = "dimension" if intruders == 1 else "dimensions"

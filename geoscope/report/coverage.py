@@ -154,8 +154,10 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
         return "The basis is complete: k is the whole side."
     if name == "outside_span" and m == n:
         return "Nothing lies outside the span of a square base."
-    if name.startswith("mask_") and any("FP8" in note for note in layer.notes):
-        return "Which weights FP8 blocks round away is not known from the blocks."
+    if name.startswith("mask_") and any(
+        "FP8" in note or "grid" in note or "codebook" in note for note in layer.notes
+    ):
+        return "Which weights a grid rounds away is not known from its values."
     if name.startswith("mask_"):
         return "The shorter side is below the rank of the mask."
     if quick and not k and name not in _OF_LEADING:

@@ -32,13 +32,15 @@ class Increments:
     """What one pass over a series keeps of one tensor, or of a sum of tensors.
 
     steps: t_0 (base) < t_1 < … < t_T. H: (T, T) fp64, ⟨δ_i, δ_j⟩. rounding: N_0 … N_T, Σulp²/12 of
-    each checkpoint as stored. base_energy: ‖W_0‖².
+    each checkpoint as stored. base_energy: ‖W_0‖². grids: of one tensor the grid that each
+    checkpoint lies on, "" for none; N holds its rounding.
     """
 
     steps: tuple[float, ...]
     H: Tensor
     rounding: tuple[float, ...]
     base_energy: float
+    grids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         T = len(self.steps) - 1

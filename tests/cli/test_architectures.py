@@ -185,7 +185,7 @@ def test_two_fp8_models_have_the_rounding_of_both(quantised: Models) -> None:
     scales = {one["name"] for one in done.report["coverage"]["skipped"]}
     assert f"{Q0}_scale_inv" in scales
     shown = run("compare", quantised["fp8"], quantised["tuned fp8"], "--no-resume", "--masks")
-    assert "Which weights FP8 blocks round away is not known" in " ".join(shown.out.split())
+    assert "Which weights a grid rounds away is not known" in " ".join(shown.out.split())
 
 
 def test_two_tuned_models_of_which_one_is_fp8_have_no_null_of_their_masks(
