@@ -11,7 +11,7 @@ read here; data on demand, by the checkpoint or adapter of each point.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -73,13 +73,15 @@ class Series:
     """Checkpoints by step, all of one kind.
 
     passed_over: what is no point, `missing` where a step is lost with it. notes: one-line remarks.
-    unit: what the numbers count, `step` or `epoch`.
+    unit: what the numbers count, `step` or `epoch`. start: the number of what the series starts
+    from, where that is one of the checkpoints that were given; it is no point then.
     """
 
     points: tuple[SeriesPoint, ...]
     passed_over: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     unit: str = "step"
+    start: int | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -95,12 +97,14 @@ def open_series(
     *,
     steps: Sequence[int] | None = None,
     alpha: float | None = None,
+    starts: Mapping[str, str] | None = None,
     on_progress: _Progress | None = None,
 ) -> Series:
     """The series that the references name, sorted by step, whatever their order.
 
     references: see geoscope/checkpoints/run_folder.py. steps: one number for each reference, in
-    their order, in place of those in the names. alpha: as of `open_adapter`. on_progress: as of
+    their order, in place of those in the names. alpha: as of `open_adapter`. starts: resolved place
+    of what the series starts from → what that is; it is taken out. on_progress: as of
     `open_checkpoint`.
     Raises OptionError for references that make no series, CheckpointError when nothing is left.
     """
@@ -121,17 +125,20 @@ def open_series(
         opened.append((one, point))
     opened, repeated = _without_repeats(opened)
     read = {point.step for _, point in opened}
-    skipped = _sorted((*passed, *(_lost(*each, read) for each in lost), *repeated))
+    opened, taken = _without_starts(opened, starts or {})
+    apart = tuple(Skipped(*each) for each in taken.values())
+    skipped = _sorted((*passed, *(_lost(*each, read) for each in lost), *repeated, *apart))
     if not opened:
         raise _nothing(skipped)
     unit = _one_unit(opened)
     points = tuple(sorted((point for _, point in opened), key=lambda point: point.step))
     _check_steps(points)
     _check_kinds(points)
+    notes += [f"{one.name}: {one.reason}" for one in apart]
     notes += [f"{one.name}: {one.reason}; the step is lost" for one in skipped if one.missing]
     if unit == "epoch":
         notes.append("the numbers of this series are epochs, not steps")
-    return Series(points, skipped, tuple(notes), unit)
+    return Series(points, skipped, tuple(notes), unit, max(taken, default=None))
 
 
 def _by_hand(found: Sequence[Candidate], steps: Sequence[int]) -> tuple[Candidate, ...]:
@@ -279,6 +286,31 @@ def _without_repeats(
         else:
             kept[key] = one, point
     return list(kept.values()), repeated
+
+
+def _without_starts(
+    opened: Sequence[tuple[Candidate, SeriesPoint]], starts: Mapping[str, str]
+) -> tuple[list[tuple[Candidate, SeriesPoint]], dict[int, tuple[str, str]]]:
+    """The checkpoints that are not what the series starts from; step → name and reason of others.
+
+    Links, relative paths and sub-folders that were chosen lead to the same place.
+    """
+    places = {_place(resolved): start for resolved, start in starts.items()}
+    rest: list[tuple[Candidate, SeriesPoint]] = []
+    taken: dict[int, tuple[str, str]] = {}
+    for one, point in opened:
+        start = places.get(_place(point.resolved))
+        if start is None:
+            rest.append((one, point))
+        else:
+            taken[point.step] = point.given, f"is {start}; taken out of the series, as its start"
+    return rest, taken
+
+
+def _place(resolved: str) -> str:
+    """The same for every path that leads there; org/name@commit stays."""
+    path = Path(resolved)
+    return str(path.resolve()) if path.exists() else resolved
 
 
 def _nothing(skipped: Sequence[Skipped]) -> CheckpointError:
