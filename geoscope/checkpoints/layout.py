@@ -21,8 +21,6 @@ from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
 from geoscope.errors import CheckpointError, first_names
 
 __all__ = [
-    "SHARD_FOLDERS",
-    "WEIGHT_FOLDERS",
     "Layout",
     "choose_layout",
     "file_names",
@@ -31,21 +29,6 @@ __all__ = [
     "shard_count",
     "weight_map",
 ]
-
-# Where trainers put the weights below the folder that a user would name, in the order of search,
-WEIGHT_FOLDERS = (
-    "actor",
-    "lora_adapter",
-    "actor/lora_adapter",
-    "huggingface",
-    "actor/huggingface",
-    "hf_model",
-    "policy/weights",
-    "policy/weights/model",
-    "pytorch_model_fsdp_0",
-)
-# and where Megatron does.
-SHARD_FOLDERS = ("dist_ckpt", "actor/dist_ckpt")
 
 _STANDARD = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.")

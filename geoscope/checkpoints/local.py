@@ -10,16 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from geoscope.checkpoints.cached_repository import cached_models, repository_name, snapshots
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.disk import Room
-from geoscope.checkpoints.layout import (
-    SHARD_FOLDERS,
-    WEIGHT_FOLDERS,
-    file_names,
-    is_other_copy,
-    shard_count,
-)
+from geoscope.checkpoints.layout import file_names, is_other_copy, shard_count
 from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
@@ -30,6 +25,7 @@ from geoscope.checkpoints.places import (
     below,
     choose_below,
     find_places,
+    roots_below,
     where,
     without_factors,
 )
@@ -37,6 +33,7 @@ from geoscope.checkpoints.readers import open_container
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
 from geoscope.checkpoints.shards.folder import holds_shards, open_shards
+from geoscope.checkpoints.trainers import FOLDERS, manifests
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
@@ -182,6 +179,8 @@ class LocalFolder:
                 f"offline, and model.safetensors of {self.cached_as} is not cached."
             )
         found = sorted(self.names())
+        if (cached := _in_hub_cache(self.path, self.label)) is not None:
+            return cached
         below = _weights_below(self.path)
         if below:
             return self._elsewhere(below)
@@ -209,10 +208,34 @@ class LocalFolder:
         return refusal(f"{self.label}/{folder}", refused)
 
 
+def _in_hub_cache(path: Path, label: str) -> CheckpointError | None:
+    """For a Hub cache, or a model there, of which no snapshot stands for the others."""
+    if models := cached_models(path):
+        return CheckpointError(
+            f"`{label}`: a Hub cache and not a model; give a model of it by its name, as "
+            f"{models[0]}"
+        )
+    name = repository_name(path)
+    if name is None:
+        return None
+    here = snapshots(path)
+    if not here:
+        return CheckpointError(
+            f"`{label}`: the folder of {name} in a Hub cache, without a snapshot; give {name} to "
+            "download it"
+        )
+    return CheckpointError(
+        f"`{label}`: the folder of {name} in a Hub cache, and refs/main names no snapshot of it; "
+        f"give one: {first_names([below(label, one) for one in here])}"
+    )
+
+
 def _weights_below(path: Path) -> dict[str, Refused | None]:
     """Folders below that hold weights, in the usual places and right here, → why not to be read."""
-    usual = [name for name in (*WEIGHT_FOLDERS, *SHARD_FOLDERS) if (path / name).is_dir()]
-    others = in_natural_order(entry.name for entry in path.iterdir() if entry.is_dir())
+    usual = [row.folder for row in FOLDERS if (path / row.folder).is_dir()]
+    others = in_natural_order({*roots_below(path), *_folders(path)})
+    if any(one.folder is None for one in manifests(path)):  # beside Megatron's shards the base
+        usual, others = [row.folder for row in FOLDERS if not row.is_read], []
     found: dict[str, Refused | None] = {}
     for folder in dict.fromkeys([*usual, *others]):
         try:
@@ -223,6 +246,10 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
         if readable or refused is not None:
             found[folder] = None if readable else refused
     return found
+
+
+def _folders(path: Path) -> list[str]:
+    return [entry.name for entry in path.iterdir() if entry.is_dir()]
 
 
 def _configuration_only(path: Path, label: str) -> CheckpointError:

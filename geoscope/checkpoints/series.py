@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.common_folder import in_common_folder
 from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter
 from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
-from geoscope.checkpoints.places import find_places
+from geoscope.checkpoints.places import below, find_places
 from geoscope.checkpoints.readers import is_readable
 from geoscope.checkpoints.reference import HubReference, LocalReference
 from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
@@ -115,9 +116,8 @@ def open_series(
     elif len(found) == 1 and _is_run(found[0]):
         found, passed = run_folder(found[0])
     opened: list[tuple[Candidate, SeriesPoint]] = []
-    notes: list[str] = []
     lost: list[tuple[Candidate, Skipped]] = []
-    for one in _in_order(found):
+    for one in _in_order(in_common_folder(found)):
         point = _open(one, alpha, on_progress)
         if isinstance(point, Skipped):
             lost.append((one, point))
@@ -134,6 +134,7 @@ def open_series(
     points = tuple(sorted((point for _, point in opened), key=lambda point: point.step))
     _check_steps(points)
     _check_kinds(points)
+    notes = _place_notes(opened)
     notes += [f"{one.name}: {one.reason}" for one in apart]
     notes += [f"{one.name}: {one.reason}; the step is lost" for one in skipped if one.missing]
     if unit == "epoch":
@@ -240,7 +241,9 @@ def _found(one: Candidate, alpha: float | None, on_progress: _Progress | None) -
         return _found_on_the_hub(one.reference, alpha, on_progress)
     path = one.reference.path
     if path.is_dir():
-        return open_step_folder(path, one.given, alpha=alpha)
+        step = open_step_folder(path / one.folder, below(one.given, one.folder), alpha=alpha)
+        place = step.place.removeprefix("./")
+        return replace(step, place=f"{one.folder}/{place}") if one.folder else step
     if is_adapter_file(path.name):
         folder = open_step_folder(path.parent, str(Path(one.given).parent), alpha=alpha)
         return replace(folder, place=f"{path.name}: adapter, named itself")
@@ -326,6 +329,20 @@ def _one_unit(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> str:
             "kind, or set the steps by hand with --steps"
         )
     return next(iter(by_unit))
+
+
+def _place_notes(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> list[str]:
+    """Where the weights lie below the folders of the steps, if in the same place of each."""
+    places = {
+        point.place
+        if isinstance(one.reference, LocalReference) and one.reference.path.is_dir()
+        else ""
+        for one, point in opened
+    }
+    (place, *others) = places
+    if others or not place or place.startswith("./"):
+        return []
+    return [f"weights of every step taken from {place}"]
 
 
 def _check_steps(points: Sequence[SeriesPoint]) -> None:
