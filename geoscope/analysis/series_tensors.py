@@ -29,6 +29,7 @@ from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.series import Series, SeriesPoint, open_series
 from geoscope.checkpoints.split import common_config
 from geoscope.checkpoints.steps import given_steps
+from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
 from geoscope.linalg import Operand, Product
 from geoscope.linalg.factor_update import squared_noise
@@ -255,6 +256,7 @@ def _from_base(
 ) -> tuple[Series, Checkpoint, list[Checkpoint]]:
     """The series, its base, and the models after that; without a base the first one is it."""
     if base is not None:
+        refuse_ungathered(base)
         series = after_start(
             series,
             lambda point: (

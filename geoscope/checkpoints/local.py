@@ -14,7 +14,7 @@ from geoscope.checkpoints.cached_repository import cached_models, repository_nam
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.disk import Room
-from geoscope.checkpoints.layout import file_names, is_other_copy, shard_count
+from geoscope.checkpoints.layout import Layout, file_names, is_index, is_other_copy, shard_count
 from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
@@ -29,7 +29,7 @@ from geoscope.checkpoints.places import (
     where,
     without_factors,
 )
-from geoscope.checkpoints.readers import open_container
+from geoscope.checkpoints.readers import is_readable, open_container
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
 from geoscope.checkpoints.shards.folder import holds_shards, open_shards
@@ -112,6 +112,9 @@ def _open_file(path: Path, given: str) -> Checkpoint:
             f"{given}: holds the state of a trainer and no weights; it is never opened. "
             "Give the folder or file of the weights"
         )
+    if is_index(path.name):
+        folder = LocalFolder(path.parent, str(Path(given).parent))
+        return open_folder(folder, Identity(given, str(path)), Layout(path.name, is_index=True))
     refused = by_files((path.name,))
     if refused is not None:
         raise refusal(given, refused)
@@ -168,9 +171,19 @@ class LocalFolder:
     def absent(self, shard: str, count: int) -> CheckpointError:
         if self.cached_as is not None:
             return CheckpointNotFound(f"offline, and {shard} of {self.cached_as} is not cached.")
+        stale = [
+            name
+            for name in in_natural_order(self.names())
+            if shard_count(name) not in (1, shard_count(shard)) and is_readable(name)
+        ]
+        why = "the checkpoint is still being written, or was cut: copy the shard"
+        if stale:
+            why = (
+                f"the shards that are ({first_names(stale, 2)}) are of another save: copy the "
+                "index that belongs to them"
+            )
         return CheckpointError(
-            f"`{self.label}`: the index names {shard}, which is not there ({count} tensors); "
-            "the checkpoint is still being written, or was cut: copy the shard"
+            f"`{self.label}`: the index names {shard}, which is not there ({count} tensors); {why}"
         )
 
     def no_weights(self) -> CheckpointError:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.common_folder import in_common_folder
+from geoscope.checkpoints.layout import is_index
 from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter
 from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
@@ -35,6 +36,7 @@ from geoscope.checkpoints.run_folder import (
 )
 from geoscope.checkpoints.step_folder import Found, open_step_folder, refuse_zero_alpha
 from geoscope.checkpoints.steps import Step
+from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.errors import CheckpointError, OptionError, first_names
 from geoscope.names import in_natural_order
 from geoscope.records import Skipped
@@ -194,6 +196,8 @@ def _open(
         return Skipped(one.given, f"{label}: predicted by extrapolate, and not trained")
     try:
         found = _found(one, alpha, on_progress)
+        if found.checkpoint is not None:
+            refuse_ungathered(found.checkpoint)
     except CheckpointError as error:
         # A Hub that refuses or does not answer ends it, and its error is raised while that of
         # huggingface_hub is handled; a branch without weights is passed over like a folder.
@@ -224,7 +228,7 @@ def _no_candidate(one: Candidate) -> str | None:
     if not isinstance(one.reference, LocalReference):
         return None
     path = one.reference.path
-    if path.is_file() and (is_never_opened(path.name) or not is_readable(path.name)):
+    if path.is_file() and not _may_hold_weights(path.name):
         return _NO_WEIGHTS
     if not path.is_dir() or find_places(path):
         return None
@@ -234,6 +238,10 @@ def _no_candidate(one: Candidate) -> str | None:
         return "a run folder with steps of its own; give it alone"
     runs = runs_below(path)
     return "a folder without weights" + (f"; steps are in {first_names(runs)}" if runs else "")
+
+
+def _may_hold_weights(name: str) -> bool:
+    return is_index(name) or (is_readable(name) and not is_never_opened(name))
 
 
 def _found(one: Candidate, alpha: float | None, on_progress: _Progress | None) -> Found:
