@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
 import os
 import signal
 import sys
@@ -29,13 +28,12 @@ def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
     steer_process()
     from geoscope.cli import app
+    from geoscope.cli.output import take_streams
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A locale that cannot show a letter is no reason to lose the report.
-        sys.stdout.reconfigure(errors="backslashreplace")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     try:
+        take_streams()
         app()
     except Stopped as stop:
         sys.stderr.write("geoscope: interrupted\n")

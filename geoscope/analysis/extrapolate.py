@@ -24,7 +24,7 @@ from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
-from geoscope.checkpoints.refused import refuse_scaled
+from geoscope.checkpoints.refused import refuse_unwritable
 from geoscope.checkpoints.writing import plan_model, write_model
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, first_names
@@ -122,7 +122,7 @@ def extrapolate(
         raise OptionError("--rank is of a predicted adapter; these are whole models")
     for point in found.series.points:
         if point.checkpoint is not None:
-            refuse_scaled(point.checkpoint, "extrapolate")
+            refuse_unwritable(point.checkpoint, "extrapolate")
     last = found.steps[-1]
     if target <= last:
         raise OptionError(f"--to-step {target}: the series ends at step {last}; give a later step")

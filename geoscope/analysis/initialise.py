@@ -44,7 +44,7 @@ from geoscope.checkpoints.hashes import file_sha256
 from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.peft.folder import RECORD_SCHEMA, refuse_as_base
-from geoscope.checkpoints.refused import refuse_scaled
+from geoscope.checkpoints.refused import refuse_unwritable
 from geoscope.checkpoints.writing import write_model
 from geoscope.engine import matrix_boundary, one_blas_thread, resolve_devices
 from geoscope.errors import CheckpointError, NumericsError, OptionError
@@ -117,7 +117,7 @@ def initialise(
     device = resolve_devices(options.device)[0]
     refuse_as_base(model)
     checkpoint = open_checkpoint(model, on_progress=progress.on_download)
-    refuse_scaled(checkpoint, "init-adapter")
+    refuse_unwritable(checkpoint, "init-adapter")
     targets = choose_targets(checkpoint, options)
     files = plan_files(checkpoint, targets, options)
     inputs = _inputs(checkpoint)

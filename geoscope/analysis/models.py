@@ -17,6 +17,7 @@ from geoscope.checkpoints.reference import base_and_adapter
 from geoscope.checkpoints.refused import is_adapter_file
 from geoscope.checkpoints.shards.folder import holds_shards, open_shard_base
 from geoscope.checkpoints.split import split
+from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
 
 __all__ = ["OnProgress", "adapter_at", "in_parts", "open_model", "open_tuned", "over"]
@@ -119,6 +120,7 @@ def _over(
     base: Checkpoint, adapter: Adapter, initial: str | None, alpha: float | None
 ) -> AdaptedCheckpoint:
     """Of a base that `init-adapter` relieved of the start nothing more is taken off."""
+    refuse_ungathered(base)
     is_relieved = record_beside(base.ref.resolved).get("layout") == "residual"
     start = None if is_relieved else started_from(adapter, initial, alpha=alpha)
     return adapted(base, base, adapter, start)
@@ -150,13 +152,11 @@ def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:
     if holds_shards(names) and not any(is_adapter_file(name) for name in names):
         return open_shard_base(adapter.path, adapter.given)
     field = "base_model_name_or_path in adapter_config.json"
-    if adapter.base is None:
+    reference = adapter.base_reference
+    if reference is None:
         raise CheckpointError(f"{adapter.given}: no {field}; give base+adapter")
-    name = adapter.base if adapter.revision is None else f"{adapter.base}@{adapter.revision}"
-    if adapter.base_folder is not None:
-        name = str(adapter.base_folder)
     try:
-        return open_model(name, on_progress=on_progress)
+        return open_model(reference, on_progress=on_progress)
     except GeoscopeError as error:
         raise CheckpointError(
             f"{adapter.given}: its base, {field}, cannot be opened ({error}); "

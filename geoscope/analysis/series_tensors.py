@@ -16,13 +16,20 @@ from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.models import in_parts as parts_of
 from geoscope.analysis.models import open_model
 from geoscope.analysis.options import Progress
+from geoscope.analysis.series_start import (
+    after_start,
+    equal_adapters,
+    equal_models,
+    has_no_update,
+)
 from geoscope.checkpoints import Checkpoint, pair
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
 from geoscope.checkpoints.peft.module import AdapterModule
-from geoscope.checkpoints.series import Series, open_series
+from geoscope.checkpoints.series import Series, SeriesPoint, open_series
 from geoscope.checkpoints.split import common_config
 from geoscope.checkpoints.steps import given_steps
+from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
 from geoscope.linalg import Operand, Product
 from geoscope.linalg.factor_update import squared_noise
@@ -43,6 +50,7 @@ Change = Operand | Product
 
 # Bytes of all checkpoints' entries of a block in fp64: what a pass over a tensor costs in memory.
 _BLOCK_BYTES = 64 << 20
+_BASE, _INITIAL = "the base (--base)", "the adapter before training (--initial-adapter)"
 
 
 class SeriesTensor(Protocol):
@@ -94,16 +102,33 @@ def open_followed(
     """
     progress = progress or Progress()
     steps = None if options.steps is None else given_steps(options.steps)
+    base = initial = None
+    if options.base is not None:
+        base = open_model(options.base, on_progress=progress.on_download)
+    if options.initial_adapter is not None:
+        initial = open_adapter(
+            options.initial_adapter, alpha=options.lora_alpha, on_progress=progress.on_download
+        )
     series = open_series(
-        references, steps=steps, alpha=options.lora_alpha, on_progress=progress.on_download
+        references,
+        steps=steps,
+        alpha=options.lora_alpha,
+        starts=_starts(base, initial),
+        on_progress=progress.on_download,
     )
     if series.kind == "adapter":
-        return _of_adapters(series, options, progress)
+        return _of_adapters(series, options, progress, base, initial)
     if options.initial_adapter is not None:
         raise OptionError("--initial-adapter is for series of adapters; these are whole models")
     if options.lora_alpha is not None:
         raise OptionError("--lora-alpha is for series of adapters; these are whole models")
-    return _of_models(series, options, progress, in_parts=in_parts)
+    return _of_models(series, options, progress, base, in_parts=in_parts)
+
+
+def _starts(base: Checkpoint | None, initial: Adapter | None) -> dict[str, str]:
+    """Where what a series starts from lies → what it is."""
+    found = {} if base is None else {base.ref.resolved: _BASE}
+    return found if initial is None else {**found, initial.resolved: _INITIAL}
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -170,31 +195,21 @@ class ModelTensor:
 
 
 def _of_models(
-    series: Series, options: FollowOptions, progress: Progress, *, in_parts: bool
+    series: Series,
+    options: FollowOptions,
+    progress: Progress,
+    start: Checkpoint | None,
+    *,
+    in_parts: bool,
 ) -> Followed:
-    models = [point.checkpoint for point in series.points]
-    checkpoints = [one for one in models if one is not None]
-    steps = list(series.steps)
-    if options.base is not None:
-        base = open_model(options.base, on_progress=progress.on_download)
-        if steps[0] <= 0:
-            raise OptionError(
-                f"{series.points[0].given}: step {steps[0]} stands beside --base, which is step 0; "
-                "leave one of them out"
-            )
-        steps = [0, *steps]
-    else:
-        base, checkpoints = checkpoints[0], checkpoints[1:]
-    if not checkpoints:
-        raise OptionError(
-            f"{series.points[0].given}: one checkpoint makes no series; give more, or --base"
-        )
+    rules = NameMap(options.map_name)
+    series, base, checkpoints = _from_base(series, start, rules)
+    steps = series.steps if start is None else (series.start or 0, *series.steps)
     notes: tuple[str, ...] = ()
     if in_parts:
         config = common_config(base, *checkpoints)
         whole, (base, *checkpoints) = base, [parts_of(one, config) for one in (base, *checkpoints)]
         notes = base.notes[len(whole.notes) :]
-    rules = NameMap(options.map_name)
     notes += rules.notes(name for one in (base, *checkpoints) for name in one.tensors)
     pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
     names = [{one.name: one for one in found.matrices} for found in pairings]
@@ -224,7 +239,7 @@ def _of_models(
     )
     fetch(wanted, progress)
     return Followed(
-        steps=tuple(steps),
+        steps=steps,
         tensors=tensors,
         refs=(base.ref, checkpoints[-1].ref),
         points=tuple(point.given for point in series.points),
@@ -234,6 +249,28 @@ def _of_models(
         series=series,
         base=base,
     )
+
+
+def _from_base(
+    series: Series, base: Checkpoint | None, names: NameMap
+) -> tuple[Series, Checkpoint, list[Checkpoint]]:
+    """The series, its base, and the models after that; without a base the first one is it."""
+    if base is not None:
+        refuse_ungathered(base)
+        series = after_start(
+            series,
+            lambda point: (
+                point.checkpoint is not None and equal_models(base, point.checkpoint, names)
+            ),
+            _BASE,
+        )
+    found = [point.checkpoint for point in series.points if point.checkpoint is not None]
+    if base is None and len(found) > 1:
+        return series, found[0], found[1:]
+    if base is None or not found:
+        given = [point.given for point in series.points] or [one.name for one in series.passed_over]
+        raise OptionError(f"{given[-1]}: one checkpoint makes no series; give more, or --base")
+    return series, base, found
 
 
 def _lost_steps(series: Series) -> tuple[str, ...]:
@@ -322,27 +359,25 @@ def _product(adapter: Adapter, module: str) -> Product:
     return Product.of(*adapter.factors(module), adapter.modules[module].scaling)
 
 
-def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> Followed:
+def _of_adapters(
+    series: Series,
+    options: FollowOptions,
+    progress: Progress,
+    base: Checkpoint | None,
+    initial: Adapter | None,
+) -> Followed:
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     if options.scalar_r2 is not None:
         raise OptionError(
             "--scalar-r2 is of the entries of whole models; an adapter's update is never made dense"
         )
-    initial = None
-    if options.initial_adapter is not None:
-        initial = open_adapter(
-            options.initial_adapter, alpha=options.lora_alpha, on_progress=progress.on_download
-        )
-    else:
+    if initial is None:
         _refuse_unknown_start(adapters[0])
-    if series.steps[0] <= 0:
-        raise OptionError(
-            f"{series.points[0].given}: step {series.steps[0]} is that of the base; leave it out, "
-            "or give it as --initial-adapter"
-        )
     every = [*adapters, *([] if initial is None else [initial])]
     for one in every:
         _refuse_updates_of_a_base(one)
+    series = _from_start(series, initial)
+    adapters = adapters[-len(series.points) :]
     selection = options.selection
     names: list[str] = []
     skipped = list(series.passed_over)
@@ -363,9 +398,8 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
         raise PairingError(
             f"{adapters[0].given}: no module is in all {len(adapters)} adapters with one shape"
         )
-    base, weights = None, dict[str, tuple[Checkpoint, str]]()
-    if options.base is not None:
-        base = open_model(options.base, on_progress=progress.on_download)
+    weights = dict[str, tuple[Checkpoint, str]]()
+    if base is not None:
         if isinstance(base, AdaptedCheckpoint):
             raise OptionError(
                 f"{options.base}: a model with an adapter over it; adapters are followed from the "
@@ -385,7 +419,7 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
     if base is None:
         notes.append("without --base the size of the base is not known: no relative update")
     return Followed(
-        steps=(0, *series.steps),
+        steps=(series.start or 0, *series.steps),
         tensors=tensors,
         refs=(first, last.ref),
         points=tuple(point.given for point in series.points),
@@ -395,6 +429,21 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
         series=series,
         base=base,
     )
+
+
+def _from_start(series: Series, initial: Adapter | None) -> Series:
+    """The adapters after the one before training, or after one without an update."""
+
+    def is_start(point: SeriesPoint) -> bool:
+        assert point.adapter is not None  # a series has one kind
+        if initial is None:
+            return has_no_update(point.adapter)
+        return equal_adapters(initial, point.adapter)
+
+    found = after_start(series, is_start, "the base" if initial is None else _INITIAL)
+    if not found.points:
+        raise OptionError(f"{series.points[0].given}: one adapter makes no series; give more")
+    return found
 
 
 def _refuse_updates_of_a_base(adapter: Adapter) -> None:

@@ -33,6 +33,7 @@ from geoscope.checkpoints.peft.folder import (
     original_of,
     record_beside,
 )
+from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, first_names
 from geoscope.profile import stage
@@ -99,6 +100,7 @@ def verify_adapter(
     layout = _layout(origin, adapter)
     reference = _reference(origin, adapter, layout, base)
     original = open_checkpoint(reference)
+    refuse_ungathered(original)
     residual = None
     if layout == "residual" and origin.residual is not None:
         residual = open_checkpoint(str(origin.residual))
@@ -137,7 +139,8 @@ def _reference(
     """The original model: as given, as recorded, or the adapter's own base where it is that."""
     found = base or origin.original
     if found is None and layout != "residual":
-        found = original_of(record_beside(adapter.base)) or adapter.base
+        own = adapter.base_reference
+        found = original_of(record_beside(own)) or own
     if found is None:
         raise OptionError(
             f"{origin.given}: nothing here tells the original model, which the checks compare "

@@ -2,8 +2,8 @@
 
 The order of transformers and huggingface_hub: a single file before an index, safetensors before
 pickles. `consolidated.*` and `original/` are other copies of the same weights and are never opened.
-Behind these comes a single .safetensors file of any other name. With an index, its `weight_map`
-is the authority: what it does not name is not read.
+Behind these comes a single .safetensors file, or index, of any other name: a variant such as fp16.
+With an index, its `weight_map` is the authority: what it does not name is not read.
 """
 
 from __future__ import annotations
@@ -21,43 +21,32 @@ from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
 from geoscope.errors import CheckpointError, first_names
 
 __all__ = [
-    "SHARD_FOLDERS",
-    "WEIGHT_FOLDERS",
     "Layout",
     "choose_layout",
     "file_names",
+    "is_index",
     "is_other_copy",
     "parse_object",
     "shard_count",
     "weight_map",
 ]
 
-# Where trainers put the weights below the folder that a user would name, in the order of search,
-WEIGHT_FOLDERS = (
-    "actor",
-    "lora_adapter",
-    "actor/lora_adapter",
-    "huggingface",
-    "actor/huggingface",
-    "hf_model",
-    "policy/weights",
-    "policy/weights/model",
-    "pytorch_model_fsdp_0",
-)
-# and where Megatron does.
-SHARD_FOLDERS = ("dist_ckpt", "actor/dist_ckpt")
-
 _STANDARD = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.")
+_INDEX = re.compile(r".+\.(?:safetensors|bin)\.index(?:\.[\w-]+)?\.json")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`file` holds all weights, or is the index that says which file holds what."""
+    """`file` holds all weights, or is the index that says which file holds what.
+
+    other: an index beside it, which would be read if it were given.
+    """
 
     file: str
     is_index: bool
     notes: tuple[str, ...] = ()
+    other: str | None = None
 
 
 def file_names(path: Path, given: str | None = None) -> frozenset[str]:
@@ -85,7 +74,8 @@ def choose_layout(names: Collection[str], label: str) -> Layout | None:
     for single in _STANDARD:
         index = f"{single}.index.json"
         if single in names:
-            return Layout(single, False, _notes(names, single, index))
+            other = index if index in names else None
+            return Layout(single, False, _notes(names, single, index), other)
         if index in names:
             return Layout(index, True, _notes(names, index, index))
     others = sorted(
@@ -94,7 +84,30 @@ def choose_layout(names: Collection[str], label: str) -> Layout | None:
         if name.endswith(SAFETENSORS)
         and not (is_other_copy(name) or is_adapter_file(name) or is_never_opened(name))
     )
+    indices = sorted(
+        name
+        for name in names
+        if is_index(name) and not (is_other_copy(name) or name.startswith("adapter_model"))
+    )
+    if indices:
+        return _only_index(indices, others, label)
     return _only_file(others, names, label) if others else None
+
+
+def is_index(name: str) -> bool:
+    """Whether a file says which of the shards beside it holds what."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def _only_index(indices: list[str], others: list[str], label: str) -> Layout:
+    """Shards beside an index are taken for its own."""
+    whole = [name for name in others if shard_count(name) == 1]
+    if len(indices) + len(whole) > 1:
+        raise CheckpointError(
+            f"`{label}`: holds several sets of weights ({first_names([*indices, *whole])}); give "
+            f"the file that is meant, as {label.rstrip('/')}/{indices[0]}"
+        )
+    return Layout(indices[0], True, (f"{indices[0]} is read, the only index there",))
 
 
 def _notes(names: Collection[str], chosen: str, index: str) -> tuple[str, ...]:

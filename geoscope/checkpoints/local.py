@@ -10,16 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from geoscope.checkpoints.cached_repository import cached_models, repository_name, snapshots
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.container import Container, FileHeader
 from geoscope.checkpoints.disk import Room
-from geoscope.checkpoints.layout import (
-    SHARD_FOLDERS,
-    WEIGHT_FOLDERS,
-    file_names,
-    is_other_copy,
-    shard_count,
-)
+from geoscope.checkpoints.layout import Layout, file_names, is_index, is_other_copy, shard_count
 from geoscope.checkpoints.links import refuse_link_to_elsewhere
 from geoscope.checkpoints.opening import CONFIG, Identity, assemble, open_folder
 from geoscope.checkpoints.output_folder import travelling_files
@@ -30,13 +25,15 @@ from geoscope.checkpoints.places import (
     below,
     choose_below,
     find_places,
+    roots_below,
     where,
     without_factors,
 )
-from geoscope.checkpoints.readers import open_container
+from geoscope.checkpoints.readers import is_readable, open_container
 from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import Refused, by_files, is_never_opened, refusal
 from geoscope.checkpoints.shards.folder import holds_shards, open_shards
+from geoscope.checkpoints.trainers import FOLDERS, manifests
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.names import in_natural_order
 
@@ -115,6 +112,9 @@ def _open_file(path: Path, given: str) -> Checkpoint:
             f"{given}: holds the state of a trainer and no weights; it is never opened. "
             "Give the folder or file of the weights"
         )
+    if is_index(path.name):
+        folder = LocalFolder(path.parent, str(Path(given).parent))
+        return open_folder(folder, Identity(given, str(path)), Layout(path.name, is_index=True))
     refused = by_files((path.name,))
     if refused is not None:
         raise refusal(given, refused)
@@ -171,9 +171,19 @@ class LocalFolder:
     def absent(self, shard: str, count: int) -> CheckpointError:
         if self.cached_as is not None:
             return CheckpointNotFound(f"offline, and {shard} of {self.cached_as} is not cached.")
+        stale = [
+            name
+            for name in in_natural_order(self.names())
+            if shard_count(name) not in (1, shard_count(shard)) and is_readable(name)
+        ]
+        why = "the checkpoint is still being written, or was cut: copy the shard"
+        if stale:
+            why = (
+                f"the shards that are ({first_names(stale, 2)}) are of another save: copy the "
+                "index that belongs to them"
+            )
         return CheckpointError(
-            f"`{self.label}`: the index names {shard}, which is not there ({count} tensors); "
-            "the checkpoint is still being written, or was cut: copy the shard"
+            f"`{self.label}`: the index names {shard}, which is not there ({count} tensors); {why}"
         )
 
     def no_weights(self) -> CheckpointError:
@@ -182,6 +192,8 @@ class LocalFolder:
                 f"offline, and model.safetensors of {self.cached_as} is not cached."
             )
         found = sorted(self.names())
+        if (cached := _in_hub_cache(self.path, self.label)) is not None:
+            return cached
         below = _weights_below(self.path)
         if below:
             return self._elsewhere(below)
@@ -209,10 +221,34 @@ class LocalFolder:
         return refusal(f"{self.label}/{folder}", refused)
 
 
+def _in_hub_cache(path: Path, label: str) -> CheckpointError | None:
+    """For a Hub cache, or a model there, of which no snapshot stands for the others."""
+    if models := cached_models(path):
+        return CheckpointError(
+            f"`{label}`: a Hub cache and not a model; give a model of it by its name, as "
+            f"{models[0]}"
+        )
+    name = repository_name(path)
+    if name is None:
+        return None
+    here = snapshots(path)
+    if not here:
+        return CheckpointError(
+            f"`{label}`: the folder of {name} in a Hub cache, without a snapshot; give {name} to "
+            "download it"
+        )
+    return CheckpointError(
+        f"`{label}`: the folder of {name} in a Hub cache, and refs/main names no snapshot of it; "
+        f"give one: {first_names([below(label, one) for one in here])}"
+    )
+
+
 def _weights_below(path: Path) -> dict[str, Refused | None]:
     """Folders below that hold weights, in the usual places and right here, → why not to be read."""
-    usual = [name for name in (*WEIGHT_FOLDERS, *SHARD_FOLDERS) if (path / name).is_dir()]
-    others = in_natural_order(entry.name for entry in path.iterdir() if entry.is_dir())
+    usual = [row.folder for row in FOLDERS if (path / row.folder).is_dir()]
+    others = in_natural_order({*roots_below(path), *_folders(path)})
+    if any(one.folder is None for one in manifests(path)):  # beside Megatron's shards the base
+        usual, others = [row.folder for row in FOLDERS if not row.is_read], []
     found: dict[str, Refused | None] = {}
     for folder in dict.fromkeys([*usual, *others]):
         try:
@@ -223,6 +259,10 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
         if readable or refused is not None:
             found[folder] = None if readable else refused
     return found
+
+
+def _folders(path: Path) -> list[str]:
+    return [entry.name for entry in path.iterdir() if entry.is_dir()]
 
 
 def _configuration_only(path: Path, label: str) -> CheckpointError:

@@ -1,7 +1,7 @@
 """How do a folder's files become a checkpoint? The same steps for a disk and for the Hub.
 
-1. config.json; a quantised model is refused on its word.   2. Which files hold the weights.
-3. Their headers, through the index where there is one.     4. Orientation, ties, storage dtype.
+1. config.json, and which files hold the weights.   2. Their headers, through the index if there is
+one.   3. What is refused: tensors are believed over config.json.   4. Orientation, ties, dtype.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from geoscope.checkpoints.checkpoint import Checkpoint, Source
 from geoscope.checkpoints.container import FileHeader
 from geoscope.checkpoints.conv1d import turned_names
 from geoscope.checkpoints.layout import Layout, choose_layout, parse_object, weight_map
-from geoscope.checkpoints.refused import block_of, by_config, by_files, by_tensors, refusal
+from geoscope.checkpoints.refused import (
+    block_of,
+    by_claim,
+    by_config,
+    by_files,
+    by_tensors,
+    refusal,
+    unmet_claim,
+)
 from geoscope.checkpoints.tied import tied_names
-from geoscope.errors import CheckpointError, first_names
+from geoscope.checkpoints.ungathered import ungathered
+from geoscope.errors import CheckpointError, UnsupportedFormat, first_names
 from geoscope.records import ModelRef, TensorInfo
 
 __all__ = ["CONFIG", "NO_CONFIG", "Folder", "Identity", "assemble", "open_folder", "storage_dtype"]
@@ -61,23 +70,29 @@ class Folder(Source, Protocol):
     def no_weights(self) -> CheckpointError: ...
 
 
-def open_folder(folder: Folder, identity: Identity) -> Checkpoint:
-    """The checkpoint in a folder. Raises CheckpointError."""
+def open_folder(folder: Folder, identity: Identity, layout: Layout | None = None) -> Checkpoint:
+    """The checkpoint in a folder; layout: what was given itself. Raises CheckpointError."""
     names = folder.names()
     config: dict[str, Any] = {}
     if CONFIG in names:
         config = parse_object(folder.text(CONFIG), f"{folder.label}/{CONFIG}")
-    quantised = by_config(config)
-    if quantised is not None:
-        raise refusal(identity.given, quantised)
-    layout = choose_layout(names, identity.given)
+    layout = layout or choose_layout(names, identity.given)
     if layout is None:
-        refused = by_files(names)
+        refused = by_config(config) or by_files(names)
         raise folder.no_weights() if refused is None else refusal(identity.given, refused)
     shards = _shards(folder, layout)
     headers = folder.headers(sorted(set(shards.values())) if shards else [layout.file])
     notes = layout.notes if CONFIG in names else (*layout.notes, NO_CONFIG)
-    return assemble(identity, folder, config, headers, shards, notes)
+    try:
+        return assemble(identity, folder, config, headers, shards, notes)
+    except UnsupportedFormat as error:
+        if layout.other is None:
+            raise
+        label = folder.label
+        raise UnsupportedFormat(
+            f"{error} {label}/{layout.file} was read; give {label}/{layout.other} for the shards "
+            "beside it."
+        ) from None
 
 
 def _shards(folder: Folder, layout: Layout) -> dict[str, str]:
@@ -103,13 +118,14 @@ def assemble(
     """The checkpoint that these headers describe."""
     stored = _stored(identity.given, headers, shards)
     scales, unscaled = block_scales(stored, block_of(config))
-    refused = by_tensors(stored, unscaled)
+    refused = by_tensors(stored, unscaled) or by_claim(config, stored)
     if refused is not None:
         raise refusal(identity.given, refused)
     turned, turn_notes = turned_names(stored, config)
     tensors = {name: _turn(info) if name in turned else info for name, info in stored.items()}
     shared = {name: kept for header in headers.values() for name, kept in header.shared.items()}
-    file_notes = tuple(note for header in headers.values() for note in header.notes)
+    file_notes = [note for header in headers.values() for note in header.notes]
+    doubts = (unmet_claim(config, stored), ungathered(stored))
     return Checkpoint(
         ref=ModelRef(
             identity.given,
@@ -119,7 +135,7 @@ def assemble(
         ),
         config=config,
         tensors=tensors,
-        notes=(*notes, *file_notes, *turn_notes),
+        notes=(*notes, *file_notes, *(one for one in doubts if one is not None), *turn_notes),
         tied_to=tied_names(tensors, config, shared),
         source=source,
         scales=scales,

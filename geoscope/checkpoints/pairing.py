@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.prefixes import joining_rule
 from geoscope.checkpoints.scope import MATRIX, VECTOR, Scope, scale_reason
 from geoscope.checkpoints.split import narrowed
+from geoscope.checkpoints.ungathered import empty_reason, ungathered
 from geoscope.errors import PairingError, first_names
 from geoscope.names import (
     NameMap,
@@ -146,6 +148,9 @@ class _Ledger:
             return
         if base.name != tuned.name:
             self.renamed.append(_rename(base.name, tuned.name, self.names))
+        if (reason := empty_reason(base, tuned)) is not None:
+            self._enter_empty(base, tuned, reason)
+            return
         if base.shape != tuned.shape:
             self.mismatches.append(ShapeMismatch(base.name, base.shape, tuned.shape))
             if self.scope.wants_matrix(base) or self.scope.wants_matrix(tuned):
@@ -158,6 +163,15 @@ class _Ledger:
         self.skipped.append(place)
         if place.missing:
             self.missing.append(place.name)
+
+    def _enter_empty(self, base: TensorInfo, tuned: TensorInfo, reason: str) -> None:
+        """A pair with an empty side; of two empty ones the name alone tells a matrix."""
+        inside = layer_index(base.name) is not None and base.name.endswith("weight")
+        is_missing = self.scope.wants_matrix(base) or self.scope.wants_matrix(tuned)
+        is_missing |= inside and base.shape == tuned.shape
+        self.skipped.append(Skipped(base.name, reason, missing=is_missing))
+        if is_missing:
+            self.missing.append(base.name)
 
     def enter_alone(self, info: TensorInfo, side: str) -> None:
         if self._skip_known(info):
@@ -230,12 +244,20 @@ def _nothing(
     selection: Selection,
 ) -> PairingError:
     """Why no matrix is left: no common names, other shapes, or a selection that takes none."""
+    if pairing.missing and (rule := _rule_for(matching, base, tuned)) is not None:
+        return PairingError(
+            f"nothing to compare: the names of {base.ref.given} and {tuned.ref.given} differ in "
+            f"their leading part; {rule}"
+        )
     if not matching.pairs:
         return PairingError(
             f"nothing to compare: no tensor of {base.ref.given} has a partner in "
             f"{tuned.ref.given}; names are {_examples(base.tensors)} against "
             f"{_examples(tuned.tensors)}. Are they the same architecture?"
         )
+    for side in (base, tuned):
+        if pairing.missing and (line := ungathered(side.tensors)) is not None:
+            return PairingError(f"nothing to compare: `{side.ref.given}`: {line}")
     reshaped = [item for item in pairing.shape_mismatch if item.name in pairing.missing]
     if reshaped:
         first = reshaped[0]
@@ -260,6 +282,16 @@ def _nothing(
         f"nothing to compare: no matrix passes {_selected(selection)}; names look like "
         f"{_examples(matrices or base.tensors)}"
     )
+
+
+def _rule_for(matching: Matching, base: Checkpoint, tuned: Checkpoint) -> str | None:
+    """The `--map-name` that gives most of the tensors a partner; None without one."""
+    left = [info.name for info in matching.base_only], [info.name for info in matching.tuned_only]
+    found = joining_rule(*left)
+    if found is None or 2 * found[1] < min(len(base.tensors), len(tuned.tensors)):
+        return None
+    rule, count = found
+    return f"give --map-name '{rule}', under which {count} of them agree"
 
 
 def _examples(names: Iterable[str]) -> str:

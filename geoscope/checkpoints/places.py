@@ -1,7 +1,7 @@
 """Where below a folder are the weights, and which of them are meant? Looked up in a fixed order.
 
-    X · X/actor · X/lora_adapter · X/actor/lora_adapter · X/huggingface · X/actor/huggingface
-    X/hf_model · X/policy/weights · X/policy/weights/model · X/pytorch_model_fsdp_0
+The folder itself, then the rows of trainers.py and what verl's manifest names. Of a model in a Hub
+cache the snapshot of its main branch stands for the folder.
 
 Chosen by kind: an adapter comes first, because a merged output of a LoRA run may equal the base;
 then the shards of a trainer, which are often fp32 masters; then the model folder. An adapter folder
@@ -10,16 +10,18 @@ without factors is not replaced by what lies beside it. Naming the sub-folder ov
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from geoscope.checkpoints.layout import WEIGHT_FOLDERS, choose_layout, file_names
+from geoscope.checkpoints.cached_repository import snapshot
+from geoscope.checkpoints.layout import choose_layout, file_names
 from geoscope.checkpoints.opening import CONFIG
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG
 from geoscope.checkpoints.refused import by_files, is_adapter_file
 from geoscope.checkpoints.shards.folder import holds_shards
+from geoscope.checkpoints.trainers import FOLDERS, MANIFEST, Manifest, manifests
 from geoscope.errors import CheckpointError, first_names
 
 __all__ = [
@@ -31,11 +33,15 @@ __all__ = [
     "choose_below",
     "find_places",
     "kinds_at",
+    "roots_below",
     "where",
     "without_factors",
 ]
 
-_PLACES = ("", *WEIGHT_FOLDERS)
+_PLACES = ("", *(row.folder for row in FOLDERS if row.is_read))
+_WITH_MANIFEST = frozenset(row.folder for row in FOLDERS if row.has_manifest)
+# How far below a folder weights are looked for that lie in no usual place.
+_DEPTH = 3
 _EMPTY_ADAPTER = "lora_adapter"
 
 
@@ -59,10 +65,11 @@ WEIGHTS = (Kind.SHARDS, Kind.MODEL)
 
 @dataclass(frozen=True)
 class Place:
-    """A folder below the one that was given; `folder` "" is that one itself."""
+    """A folder below the one that was given; `folder` "" is that one itself. remark: on it."""
 
     folder: str
     kind: Kind
+    remark: str = ""
 
     def __str__(self) -> str:
         return f"{self.folder or '.'}/"
@@ -70,7 +77,38 @@ class Place:
 
 def find_places(folder: Path) -> tuple[Place, ...]:
     """Every place with weights, in the order of search; empty when there is none."""
-    return tuple(kinds_at(folder, _PLACES))
+    snap = snapshot(folder)
+    if snap is not None:
+        found = find_places(folder / snap)
+        return tuple(replace(one, folder=f"{snap}/{one.folder}".rstrip("/")) for one in found)
+    written = manifests(folder)
+    named = [one.folder for one in written if one.folder is not None]
+    places = kinds_at(folder, tuple(dict.fromkeys([*_PLACES, *named])))
+    return tuple(_with_manifest(places, {one.root: one for one in written}))
+
+
+def _with_manifest(places: Sequence[Place], written: Mapping[str, Manifest]) -> Iterator[Place]:
+    """Without the base of an adapter; with a remark where the manifest of a save is not there."""
+    for place in places:
+        root = place.folder.removesuffix("model/huggingface").rstrip("/")
+        if place.folder not in _WITH_MANIFEST:
+            yield place
+        elif root not in written:
+            remark = f"without {MANIFEST}, which verl writes last: is the save complete?"
+            yield replace(place, remark=remark)
+        elif written[root].folder is not None:
+            yield place
+
+
+def roots_below(folder: Path, depth: int = _DEPTH) -> Iterator[str]:
+    """Sub-folders that weights are found in, or usually below, but no folder inside of these."""
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_dir() or entry.name.startswith("."):
+            continue
+        if choose(find_places(entry)) is not None:
+            yield entry.name
+        elif depth > 1:
+            yield from (f"{entry.name}/{one}" for one in roots_below(entry, depth - 1))
 
 
 def kinds_at(folder: Path, folders: Sequence[str]) -> list[Place]:
@@ -122,7 +160,8 @@ def where(chosen: Place, places: Sequence[Place]) -> str:
     others = [one for one in places if one is not chosen and one.kind is not Kind.CONFIG]
     rest = [f"the {one.kind.value} in {one}" for one in others]
     taken = f"{chosen}: {chosen.kind.value}"
-    return f"{taken}, chosen over {first_names(rest)}" if rest else taken
+    taken += f", chosen over {first_names(rest)}" if rest else ""
+    return f"{taken}, {chosen.remark}" if chosen.remark else taken
 
 
 def below(given: str, folder: str) -> str:

@@ -1,19 +1,20 @@
 """Which weights are refused, by what sign are they known, and what should the user do instead?
 
-The signs are looked at in this order: the quantisation method of config.json, the names and dtypes
-of the tensors, the names of the files. Each refusal is one line: what was found, what is needed,
-what to do.
+The signs are looked at in this order: the names and dtypes of the tensors, what config.json claims
+of those that are packed, the names of the files. A claim that no tensor bears out is a note. Each
+refusal is one line: what was found, what is needed, what to do.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from geoscope.checkpoints.block_fp8 import DEFAULT_BLOCK, FP8, SCALE, block_size
+from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.errors import UnsupportedFormat, first_names
 from geoscope.records import TensorInfo
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Refused",
     "block_of",
+    "by_claim",
     "by_config",
     "by_files",
     "by_tensors",
@@ -32,7 +34,8 @@ __all__ = [
     "odd_shards",
     "refusal",
     "refuse_kohya",
-    "refuse_scaled",
+    "refuse_unwritable",
+    "unmet_claim",
 ]
 
 _PRECISIONS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
@@ -84,11 +87,12 @@ def refusal(reference: str, refused: Refused) -> UnsupportedFormat:
     )
 
 
-def refuse_scaled(checkpoint: Checkpoint, what: str) -> None:
-    """Raises UnsupportedFormat for block-scaled FP8, which can be compared and not be written.
+def refuse_unwritable(checkpoint: Checkpoint, what: str) -> None:
+    """Raises CheckpointError for what can be compared, and not be written: FP8, empty tensors.
 
     what: the command, as the message names it.
     """
+    refuse_ungathered(checkpoint)
     if checkpoint.scales:
         scale = f"tensor {next(iter(checkpoint.scales))}{SCALE}"
         raise UnsupportedFormat(
@@ -115,7 +119,44 @@ _METHODS = {
 def by_config(config: Mapping[str, Any]) -> Refused | None:
     """What `quantization_config` says, here or in the text part of a multimodal model."""
     quantization = _quantization(config)
-    return _by_method(quantization) if quantization else None
+    if not quantization or _is_block_fp8(quantization):
+        return None
+    return _by_method(quantization)
+
+
+def by_claim(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Refused | None:
+    """What config.json claims, where a tensor is packed; by_tensors knows those of known names."""
+    claim, packed = by_config(config), _packed(tensors)
+    if claim is None or packed is None:
+        return None
+    evidence = f"{claim.evidence}, tensor {packed} is {tensors[packed].dtype}"
+    return replace(claim, evidence=evidence)
+
+
+def unmet_claim(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """A remark on a quantisation that config.json claims of tensors which are plain."""
+    quantization = _quantization(config)
+    if not quantization or _packed(tensors) is not None:
+        return None
+    return (
+        f"config.json claims {_by_method(quantization).format}, and no tensor is packed: they are "
+        "read as stored; take quantization_config out of it before a loader believes it"
+    )
+
+
+def _packed(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The first tensor of codes in place of numbers; buffers such as masks are none."""
+    return _first(
+        tensors,
+        lambda name: (
+            len(tensors[name].shape) >= 2
+            and tensors[name].dtype.startswith(_CODES)
+            and not name.endswith((".bias", "mask"))
+        ),
+    )
+
+
+_CODES = ("int8", "uint8", "int16", "int32", "float8_", "float6_", "float4_")
 
 
 def block_of(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -132,9 +173,11 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _by_method(quantization: Mapping[str, Any]) -> Refused | None:
-    if quantization.get("quant_method") == "fp8" and block_size(quantization) is not None:
-        return None
+def _is_block_fp8(quantization: Mapping[str, Any]) -> bool:
+    return quantization.get("quant_method") == "fp8" and block_size(quantization) is not None
+
+
+def _by_method(quantization: Mapping[str, Any]) -> Refused:
     bits = {4: quantization.get("load_in_4bit"), 8: quantization.get("load_in_8bit")}
     name = quantization.get("quant_method")
     if name is None:

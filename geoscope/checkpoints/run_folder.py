@@ -33,11 +33,15 @@ _ACTOR = "_actor"  # OpenRLHF keeps the shards of the steps there
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that may be a checkpoint, and the step that its name tells."""
+    """Something that may be a checkpoint, and the step that its name tells.
+
+    folder: the sub-folder of it that is meant, "" where it is looked up.
+    """
 
     given: str
     reference: LocalReference | HubReference
     step: Step | None
+    folder: str = ""
 
 
 def candidates(references: Sequence[str]) -> tuple[Candidate, ...]:

@@ -11,17 +11,19 @@ read here; data on demand, by the checkpoint or adapter of each point.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from geoscope.checkpoints.checkpoint import Checkpoint
+from geoscope.checkpoints.common_folder import in_common_folder
+from geoscope.checkpoints.layout import is_index
 from geoscope.checkpoints.local import open_local
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter
 from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
-from geoscope.checkpoints.places import find_places
+from geoscope.checkpoints.places import below, find_places
 from geoscope.checkpoints.readers import is_readable
 from geoscope.checkpoints.reference import HubReference, LocalReference
 from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
@@ -34,6 +36,7 @@ from geoscope.checkpoints.run_folder import (
 )
 from geoscope.checkpoints.step_folder import Found, open_step_folder, refuse_zero_alpha
 from geoscope.checkpoints.steps import Step
+from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.errors import CheckpointError, OptionError, first_names
 from geoscope.names import in_natural_order
 from geoscope.records import Skipped
@@ -73,13 +76,15 @@ class Series:
     """Checkpoints by step, all of one kind.
 
     passed_over: what is no point, `missing` where a step is lost with it. notes: one-line remarks.
-    unit: what the numbers count, `step` or `epoch`.
+    unit: what the numbers count, `step` or `epoch`. start: the number of what the series starts
+    from, where that is one of the checkpoints that were given; it is no point then.
     """
 
     points: tuple[SeriesPoint, ...]
     passed_over: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     unit: str = "step"
+    start: int | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -95,12 +100,14 @@ def open_series(
     *,
     steps: Sequence[int] | None = None,
     alpha: float | None = None,
+    starts: Mapping[str, str] | None = None,
     on_progress: _Progress | None = None,
 ) -> Series:
     """The series that the references name, sorted by step, whatever their order.
 
     references: see geoscope/checkpoints/run_folder.py. steps: one number for each reference, in
-    their order, in place of those in the names. alpha: as of `open_adapter`. on_progress: as of
+    their order, in place of those in the names. alpha: as of `open_adapter`. starts: resolved place
+    of what the series starts from → what that is; it is taken out. on_progress: as of
     `open_checkpoint`.
     Raises OptionError for references that make no series, CheckpointError when nothing is left.
     """
@@ -111,9 +118,8 @@ def open_series(
     elif len(found) == 1 and _is_run(found[0]):
         found, passed = run_folder(found[0])
     opened: list[tuple[Candidate, SeriesPoint]] = []
-    notes: list[str] = []
     lost: list[tuple[Candidate, Skipped]] = []
-    for one in _in_order(found):
+    for one in _in_order(in_common_folder(found)):
         point = _open(one, alpha, on_progress)
         if isinstance(point, Skipped):
             lost.append((one, point))
@@ -121,17 +127,21 @@ def open_series(
         opened.append((one, point))
     opened, repeated = _without_repeats(opened)
     read = {point.step for _, point in opened}
-    skipped = _sorted((*passed, *(_lost(*each, read) for each in lost), *repeated))
+    opened, taken = _without_starts(opened, starts or {})
+    apart = tuple(Skipped(*each) for each in taken.values())
+    skipped = _sorted((*passed, *(_lost(*each, read) for each in lost), *repeated, *apart))
     if not opened:
         raise _nothing(skipped)
     unit = _one_unit(opened)
     points = tuple(sorted((point for _, point in opened), key=lambda point: point.step))
     _check_steps(points)
     _check_kinds(points)
+    notes = _place_notes(opened)
+    notes += [f"{one.name}: {one.reason}" for one in apart]
     notes += [f"{one.name}: {one.reason}; the step is lost" for one in skipped if one.missing]
     if unit == "epoch":
         notes.append("the numbers of this series are epochs, not steps")
-    return Series(points, skipped, tuple(notes), unit)
+    return Series(points, skipped, tuple(notes), unit, max(taken, default=None))
 
 
 def _by_hand(found: Sequence[Candidate], steps: Sequence[int]) -> tuple[Candidate, ...]:
@@ -186,6 +196,8 @@ def _open(
         return Skipped(one.given, f"{label}: predicted by extrapolate, and not trained")
     try:
         found = _found(one, alpha, on_progress)
+        if found.checkpoint is not None:
+            refuse_ungathered(found.checkpoint)
     except CheckpointError as error:
         # A Hub that refuses or does not answer ends it, and its error is raised while that of
         # huggingface_hub is handled; a branch without weights is passed over like a folder.
@@ -216,7 +228,7 @@ def _no_candidate(one: Candidate) -> str | None:
     if not isinstance(one.reference, LocalReference):
         return None
     path = one.reference.path
-    if path.is_file() and (is_never_opened(path.name) or not is_readable(path.name)):
+    if path.is_file() and not _may_hold_weights(path.name):
         return _NO_WEIGHTS
     if not path.is_dir() or find_places(path):
         return None
@@ -228,12 +240,18 @@ def _no_candidate(one: Candidate) -> str | None:
     return "a folder without weights" + (f"; steps are in {first_names(runs)}" if runs else "")
 
 
+def _may_hold_weights(name: str) -> bool:
+    return is_index(name) or (is_readable(name) and not is_never_opened(name))
+
+
 def _found(one: Candidate, alpha: float | None, on_progress: _Progress | None) -> Found:
     if isinstance(one.reference, HubReference):
         return _found_on_the_hub(one.reference, alpha, on_progress)
     path = one.reference.path
     if path.is_dir():
-        return open_step_folder(path, one.given, alpha=alpha)
+        step = open_step_folder(path / one.folder, below(one.given, one.folder), alpha=alpha)
+        place = step.place.removeprefix("./")
+        return replace(step, place=f"{one.folder}/{place}") if one.folder else step
     if is_adapter_file(path.name):
         folder = open_step_folder(path.parent, str(Path(one.given).parent), alpha=alpha)
         return replace(folder, place=f"{path.name}: adapter, named itself")
@@ -281,6 +299,31 @@ def _without_repeats(
     return list(kept.values()), repeated
 
 
+def _without_starts(
+    opened: Sequence[tuple[Candidate, SeriesPoint]], starts: Mapping[str, str]
+) -> tuple[list[tuple[Candidate, SeriesPoint]], dict[int, tuple[str, str]]]:
+    """The checkpoints that are not what the series starts from; step → name and reason of others.
+
+    Links, relative paths and sub-folders that were chosen lead to the same place.
+    """
+    places = {_place(resolved): start for resolved, start in starts.items()}
+    rest: list[tuple[Candidate, SeriesPoint]] = []
+    taken: dict[int, tuple[str, str]] = {}
+    for one, point in opened:
+        start = places.get(_place(point.resolved))
+        if start is None:
+            rest.append((one, point))
+        else:
+            taken[point.step] = point.given, f"is {start}; taken out of the series, as its start"
+    return rest, taken
+
+
+def _place(resolved: str) -> str:
+    """The same for every path that leads there; org/name@commit stays."""
+    path = Path(resolved)
+    return str(path.resolve()) if path.exists() else resolved
+
+
 def _nothing(skipped: Sequence[Skipped]) -> CheckpointError:
     reasons = first_names([f"{one.name}: {one.reason}" for one in skipped], 2)
     return CheckpointError(f"no checkpoint of a step among what was given ({reasons})")
@@ -294,6 +337,20 @@ def _one_unit(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> str:
             "kind, or set the steps by hand with --steps"
         )
     return next(iter(by_unit))
+
+
+def _place_notes(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> list[str]:
+    """Where the weights lie below the folders of the steps, if in the same place of each."""
+    places = {
+        point.place
+        if isinstance(one.reference, LocalReference) and one.reference.path.is_dir()
+        else ""
+        for one, point in opened
+    }
+    (place, *others) = places
+    if others or not place or place.startswith("./"):
+        return []
+    return [f"weights of every step taken from {place}"]
 
 
 def _check_steps(points: Sequence[SeriesPoint]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geoscope.checkpoints.checkpoint import Checkpoint
-from geoscope.checkpoints.layout import SHARD_FOLDERS, choose_layout, file_names, weight_map
+from geoscope.checkpoints.layout import choose_layout, file_names, weight_map
 from geoscope.checkpoints.local import open_local, open_model_folder
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.places import (
@@ -29,6 +29,7 @@ from geoscope.checkpoints.reference import LocalReference
 from geoscope.checkpoints.refused import by_files, refusal
 from geoscope.checkpoints.shards.folder import open_shards_or_adapter
 from geoscope.checkpoints.steps import step_of_part
+from geoscope.checkpoints.trainers import FOLDERS
 from geoscope.errors import CheckpointError, first_names
 
 __all__ = ["Found", "open_step_folder", "refuse_zero_alpha"]
@@ -129,7 +130,7 @@ def _shard_folders(path: Path) -> list[str]:
         for entry in sorted((path / folder).iterdir())
         if entry.is_dir() and step_of_part(entry.name) is not None
     ]
-    return [*SHARD_FOLDERS, *named]
+    return [*(row.folder for row in FOLDERS if not row.is_read), *named]
 
 
 def _error_of(folder: Path, given: str) -> CheckpointError:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from geoscope._version import __version__
-from geoscope.cli import adapters, cache, demo, pairs, reading, series
+from geoscope.cli import adapters, cache, demo, output, pairs, reading, series
 
 __all__ = ["app"]
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"geoscope {__version__}")
+        output.data(f"geoscope {__version__}")
         raise typer.Exit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from geoscope import report as reports
+from geoscope.errors import ReportError
 from geoscope.records import Report
 
 if TYPE_CHECKING:
@@ -30,17 +32,72 @@ __all__ = [
     "remark",
     "say",
     "say_in_pipe",
+    "take_streams",
 ]
+
+
+def take_streams() -> None:
+    """Standard output and standard error of this process, so that neither ends it in a traceback.
+
+    Raises ReportError where standard output is closed: nothing could be told.
+    """
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise ReportError(
+            "standard output is closed; open it, or send it to /dev/null and give -o FILE"
+        )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Stream(sys.stdout)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _Stream(sys.stderr, is_talk=True)
+
+
+class _Stream(io.TextIOWrapper):
+    """A standard stream; what is written into it after it failed goes nowhere.
+
+    A reader that went away (`| head`) is no error: files are written all the same, the exit code
+    stands. Anything else raises ReportError, but for talk, which nobody waits for. A letter that
+    the locale cannot show is no reason to lose the report.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, *, is_talk: bool = False) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=is_talk or stream.line_buffering,
+        )
+        self._is_talk = is_talk
+        self._kept = stream  # which would close the buffer when it goes
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        # What is still in the buffer must not fail once more when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if not (self._is_talk or isinstance(error, BrokenPipeError)):
+            raise ReportError(
+                f"standard output cannot be written: {error.strerror or error}; make room, or send "
+                "it elsewhere"
+            ) from None
 
 
 def data(text: str) -> None:
     """Text on standard output, one line end at its end."""
-    try:
-        sys.stdout.write(text.rstrip("\n") + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader went away (`| head`): files are written all the same, the exit code stands.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
 
 
 def document(text: str) -> None:
@@ -78,22 +135,26 @@ def say_in_pipe(text: str, *, quiet: bool = False) -> None:
 
 
 def emit(report: Report, options: dict[str, Any]) -> None:
-    """The report on standard output, and into each file of `--out`."""
-    if options["as_json"]:
-        document(report.dumps())
-    else:
-        data(
-            reports.render_text(
-                report,
-                width=_width(),
-                colour=_colour(),
-                verbose=options["verbose"],
-                explain=options.get("explain", False),
-            )
-        )
-    for path in options["out"] or ():
-        reports.write(report, path)
-        say(f"wrote {path}", quiet=options["quiet"])
+    """The report on standard output, and into each file of `--out`, whatever became of that."""
+    try:
+        if options["as_json"]:
+            document(report.dumps())
+        else:
+            data(_text(report, options))
+    finally:
+        for path in options["out"] or ():
+            reports.write(report, path)
+            say(f"wrote {path}", quiet=options["quiet"])
+
+
+def _text(report: Report, options: dict[str, Any]) -> str:
+    return reports.render_text(
+        report,
+        width=_width(),
+        colour=_colour(),
+        verbose=options["verbose"],
+        explain=options.get("explain", False),
+    )
 
 
 def check_outputs(paths: list[Path] | None, *, force: bool) -> None:

@@ -226,6 +226,20 @@ def test_a_base_that_has_moved_is_asked_for(out: Path, sound: tuple[Path, Path])
     assert failed(verify_adapter(str(out), base=str(sound[0]))) == {}
 
 
+def test_a_relative_base_is_told_from_the_adapter(
+    sound: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every other command resolves it, whatever the working folder."""
+    shutil.copytree(sound[0], tmp_path / "models" / "original")
+    plain = Path(shutil.copytree(sound[1] / "adapter", tmp_path / "run" / "lora"))
+    edit(plain, base_model_name_or_path="../../models/original")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = verify_adapter("../run/lora")
+    assert found.base == str(tmp_path / "models" / "original")
+    assert "shapes" not in failed(found)
+
+
 def test_hashes_tell_a_trained_factor_and_another_base(out: Path, tmp_path: Path) -> None:
     name = key("model.layers.0.self_attn.q_proj", "B")
     change(out / "adapter" / FACTORS, lambda tensors: tensors[name].mul_(1 + 1e-6))

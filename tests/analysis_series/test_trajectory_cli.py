@@ -96,7 +96,6 @@ def test_fail_on_ends_with_three(drifting: Run) -> None:
     ("words", "said"),
     [
         (("--steps", "10,20"), "--steps has 2 numbers"),
-        (("--initial-adapter", "x"), "--initial-adapter is for series of adapters"),
         (("--jobs", "0"), "--jobs 0"),
     ],
 )

@@ -102,7 +102,7 @@ def test_config_is_found_beside_and_above(shards: Path, tmp_path: Path) -> None:
     )
     config = {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
     (run / "config.json").write_text(json.dumps(config))
-    assert "weights are GPTQ" in refusal(run, UnsupportedFormat)
+    assert "config.json claims GPTQ" in open_checkpoint(str(run)).notes[-1]
 
 
 def test_the_optimizer_alone_is_no_model(shards: Path) -> None:

@@ -90,16 +90,52 @@ def test_the_method_in_the_config_is_named(
     tmp_path: Path, quantization: dict[str, Any], called: str, hint: str, nested: bool
 ) -> None:
     part = {"quantization_config": quantization}
-    write_model(tmp_path, llama(), {"text_config": part} if nested else part)
+    codes = {f"{BLOCK}.codes": torch.zeros(4, 4, dtype=torch.uint8)}
+    write_model(tmp_path, {**llama(), **codes}, {"text_config": part} if nested else part)
     method = quantization["quant_method"]
     assert line(tmp_path) == (
-        f"`{tmp_path}`: weights are {called} (quant_method {method!r} in config.json). "
-        f"{READS} {hint}"
+        f"`{tmp_path}`: weights are {called} (quant_method {method!r} in config.json, tensor "
+        f"{BLOCK}.codes is uint8). {READS} {hint}"
     )
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("quantization", "called"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes 4-bit"),
+        ({"load_in_8bit": True}, "bitsandbytes 8-bit"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "awq"}, "AWQ"),
+        ({"quant_method": "mxfp4"}, "MXFP4"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8"),
+        ({"quant_method": "fp8"}, "FP8"),
+        ({"quant_method": "hqq"}, "hqq"),
+    ],
+)
+def test_plain_tensors_are_believed_over_a_stale_config(
+    tmp_path: Path, quantization: dict[str, Any], called: str, nested: bool
+) -> None:
+    part = {"quantization_config": quantization}
+    buffers = {
+        "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "model.position_ids": torch.arange(4)[None],
+    }
+    write_model(tmp_path, {**llama(), **buffers}, {"text_config": part} if nested else part)
+    found = open_checkpoint(str(tmp_path))
+    (note,) = [one for one in found.notes if "config.json" in one]
+    assert note == (
+        f"config.json claims {called}, and no tensor is packed: they are read as stored; take "
+        "quantization_config out of it before a loader believes it"
+    )
+    for name, weight in llama().items():
+        assert torch.equal(found.read(name), weight)
+
+
 def test_a_config_without_a_method_is_still_quantised(tmp_path: Path) -> None:
-    write_model(tmp_path, llama(), {"quantization_config": {"load_in_8bit": True}})
+    codes = {f"{BLOCK}.codes": torch.zeros(4, 4, dtype=torch.int8)}
+    config = {"quantization_config": {"load_in_8bit": True}}
+    write_model(tmp_path, {**llama(), **codes}, config)
     assert "weights are bitsandbytes 8-bit (quant_method 'bitsandbytes'" in line(tmp_path)
 
 

@@ -102,6 +102,13 @@ class Adapter:
         return base_folder(self.path, self.base)
 
     @property
+    def base_reference(self) -> str | None:
+        """The base as a reference that opens from here: its folder in full, or its revision."""
+        if self.base is None or self.base_folder is not None:
+            return None if self.base is None else str(self.base_folder)
+        return self.base if self.revision is None else f"{self.base}@{self.revision}"
+
+    @property
     def revision(self) -> str | None:
         """`revision` of the base, None where it says nothing."""
         return self.config.get("revision") or None

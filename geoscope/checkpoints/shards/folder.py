@@ -22,7 +22,7 @@ from geoscope.checkpoints.layout import file_names, parse_object
 from geoscope.checkpoints.opening import CONFIG, NO_CONFIG, Identity, assemble
 from geoscope.checkpoints.output_folder import travelling_files
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter, adapter_of
-from geoscope.checkpoints.refused import by_config, is_megatron, refusal
+from geoscope.checkpoints.refused import is_megatron
 from geoscope.checkpoints.shards.dcp import DcpFolder
 from geoscope.checkpoints.shards.dcp_metadata import METADATA, is_dcp_file, read_metadata
 from geoscope.checkpoints.shards.fsdp import FsdpShards, is_rank_file, rank_files
@@ -141,9 +141,6 @@ def _shards(path: Path, given: str) -> _Shards:
     label = given.rstrip("/")
     below = next((one for one in _CONFIG_FOLDERS if (path / one / CONFIG).is_file()), None)
     config = {} if below is None else _json(path / below / CONFIG, f"{label}/{below}/{CONFIG}")
-    quantised = by_config(config)
-    if quantised is not None:
-        raise refusal(given, quantised)
     names = file_names(path, given)
     if any(is_rank_file(name) for name in names):
         files = rank_files(path, names, label)

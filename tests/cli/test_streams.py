@@ -1,0 +1,84 @@
+"""Standard output that cannot be written, is closed, or whose reader went away: every command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.running import write_pair
+
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+LIGHT = [("--help",), ("--version",), ("metrics", "--json")]
+HEAVY = [
+    ("collapse", "base", "tuned", "--json"),
+    ("init-adapter", "base", "-r", "2", "-o", "out", "--force"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_pair(root)
+    return root
+
+
+def shell(folder: Path, command: tuple[str, ...], redirection: str) -> tuple[int, str, str]:
+    words = " ".join(command)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m geoscope {words} {redirection}"],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ},
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@needs_full
+@pytest.mark.parametrize("command", [*LIGHT, *HEAVY], ids=" ".join)
+def test_a_full_disk_behind_standard_output_is_one_line(
+    folder: Path, command: tuple[str, ...]
+) -> None:
+    code, _, said = shell(folder, command, f"> {FULL}")
+    assert code == 1
+    assert said.splitlines()[-1] == (
+        "geoscope: standard output cannot be written: No space left on device; make room, or send "
+        "it elsewhere"
+    )
+    assert "Traceback" not in said and "Exception ignored" not in said
+
+
+def test_closed_standard_output_is_told_before_the_work(folder: Path) -> None:
+    command = ("collapse", "base", "tuned", "-o", "never.json")
+    code, _, said = shell(folder, command, ">&-")
+    assert (code, said) == (
+        1,
+        "geoscope: standard output is closed; open it, or send it to /dev/null and give -o FILE\n",
+    )
+    assert not (folder / "never.json").exists()
+
+
+@pytest.mark.parametrize("command", LIGHT, ids=" ".join)
+def test_a_reader_that_ends_is_quiet(folder: Path, command: tuple[str, ...]) -> None:
+    code, _, said = shell(folder, command, "| true; exit ${PIPESTATUS[0]}")
+    assert (code, said) == (0, "")
+
+
+@needs_full
+def test_files_are_written_though_standard_output_is_full(folder: Path) -> None:
+    command = ("collapse", "base", "tuned", "-o", "kept.json", "--force", "-q")
+    code, _, said = shell(folder, command, f"> {FULL}")
+    assert code == 1 and said.startswith("geoscope: standard output cannot be written")
+    assert '"geoscope.report/1"' in (folder / "kept.json").read_text()
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", pytest.param(f"2> {FULL}", marks=needs_full)])
+def test_talk_that_nobody_takes_costs_no_data(folder: Path, redirection: str) -> None:
+    code, out, _ = shell(folder, HEAVY[0], redirection)
+    assert code == 0 and '"geoscope.report/1"' in out
