@@ -12,6 +12,8 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
     isotropic.relative|absolute|exact       (b,)       the same, expected of an isotropic update
     cross.right, cross.left                 (b, K)     ‖ΔW v_j‖², ‖u_jᵀΔW‖²
     cross.core                              (b, K, K)  (u_iᵀΔW v_j)²
+    cross.cut@k                             (b,)       1, NaN where the base has no subspace of k
+    base.edge                               (b,)       σ up to here may be rounding
     angles.left@k, angles.right@k           (b, k)     principal angles base/tuned
     intruders.left, intruders.right         (b, ≤10)   max_i |⟨u_j(W1), u_i(W0)⟩|
     masks.low|principal|control             (b,)       overlaps; .density and .matched behind
@@ -41,6 +43,7 @@ from geoscope.linalg import (
 )
 from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
 from geoscope.linalg.factor_update import FactorUpdate
+from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import FP8
 from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
@@ -50,6 +53,11 @@ from geoscope.metrics.nulls import marchenko_pastur_median
 from geoscope.metrics.storage_notes import storage_notes
 
 __all__ = ["PairFactors", "Rounding", "Settings", "pair_factors", "update_factors"]
+
+# Least (σ_k − σ_{k+1})/σ_k of a cut that defines a subspace, to the accuracy of every solver.
+_LEAST_GAP = 1e-6
+# Times the edge of iid noise that rounding reaches in a matrix whose rows and columns differ in size.
+_UNEVEN = 3.0
 
 # What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
 Rounding = tuple[float | None, float | None]
@@ -177,7 +185,7 @@ def pair_factors(
     if isinstance(tuned, Tensor):
         work.values["update.noise"] = _update_noise(work.values, rounding)
     if _any(takes, "cross."):
-        _cross(work, update)
+        _cross(work, update, inside)
     if isinstance(tuned, Tensor) and not in_blocks:
         _isotropic(work, sides, (m, n), takes)
         if _any(takes, "masks."):
@@ -308,13 +316,15 @@ def _update_noise(values: Mapping[str, Tensor], rounding: Sequence[Rounding]) ->
 def _isotropic(
     work: _Work, sides: list[tuple[Side, Side]], shape: tuple[int, int], takes: frozenset[str]
 ) -> None:
-    """Changed shares expected of an isotropic update of the same norm."""
+    """Changed shares expected of an isotropic update that measures as large once it is stored."""
     if not _any(takes, "isotropic."):
         return
     norms = work.values["update.norm"]
     entries = (shape[0] * shape[1]) ** 0.5
     shares = [
-        expected_unchanged(before, after.fmt, float(norm) / entries)
+        expected_unchanged(
+            before, after.fmt, isotropic_spread(before, after, float(norm) / entries)
+        )
         for (before, after), norm in zip(sides, norms, strict=True)
     ]
     for rule in ("relative", "absolute", "exact"):
@@ -335,16 +345,18 @@ def _spectra(
         return
     cuts = ks if base_vectors else ()
     work.base = base = work.factorise("base", W0, takes=takes, vectors=base_vectors, cuts=cuts)
+    work.values["base.edge"] = _edge(work.values["base.noise"], base, W0.shape)
     if not (tuned_vectors or "tuned.S" in takes or _any(takes, "tuned.top@")):
         return
     cuts = ks if angles else ()
     is_update = isinstance(tuned_weight, FactorUpdate)
     W1 = Operand(tuned_weight.over(W0.plus) if is_update else tuned_weight)
     tuned = work.factorise("tuned", W1, takes=takes, vectors=tuned_vectors, cuts=cuts)
+    edge = _edge(torch.hypot(work.values["base.noise"], work.values["tuned.noise"]), tuned, W0.shape)
     if angles:
-        _angles(work, base, tuned, ks)
+        _angles(work, base, tuned, edge, ks)
     if _any(takes, "intruders."):
-        _intruders(work, W0, base, tuned)
+        _intruders(work, W0, base, tuned, edge)
 
 
 def _vectors(
@@ -365,16 +377,43 @@ def _vectors(
     return base, tuned
 
 
-def _angles(work: _Work, base: Factors, tuned: Factors, ks: Sequence[int]) -> None:
-    """Principal angles of the leading subspaces; NaN for a complete basis or a zero matrix."""
+def _edge(noise: Tensor, factors: Factors, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """(b,): σ up to here may be rounding of what is stored, or of the solver; no direction then.
+
+    noise: ‖rounding‖_F. As iid noise it reaches noise·(1/√m + 1/√n); in rows and columns of
+    different size up to three times that.
+    """
+    m, n = shape[-2:]
+    return torch.maximum(_UNEVEN * noise * (m**-0.5 + n**-0.5), _solver_edge(factors, max(m, n)))
+
+
+def _solver_edge(factors: Factors, M: int) -> Tensor:
+    """(b,): error of each σ as it was computed, at least that of an exact SVD."""
+    bounds = [float(method.get("bound") or 0.0) for method in factors.methods]
+    errors = factors.S.new_tensor(bounds).clamp_min(M * torch.finfo(torch.float64).eps)
+    return errors * factors.S[..., 0]
+
+
+def _defined(factors: Factors, edge: Tensor, k: int, q: int) -> Tensor:
+    """(b,): whether the leading k-subspace is the matrix's and not the solver's choice."""
+    last = factors.S[..., k - 1]
+    behind = factors.S[..., k] if k < q else torch.zeros_like(last)
+    return (last > edge) & (last - behind > _LEAST_GAP * last)
+
+
+def _angles(
+    work: _Work, base: Factors, tuned: Factors, tuned_edge: Tensor, ks: Sequence[int]
+) -> None:
+    """Principal angles of the leading subspaces; NaN for a complete basis or an undefined one."""
     U0, V0 = _both(base)
     U1, V1 = _both(tuned)
-    defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
+    q = min(U0.shape[-2], V0.shape[-1])
     for k in ks:
+        defined = _defined(base, work.values["base.edge"], k, q) & _defined(tuned, tuned_edge, k, q)
         for which, before, after in (("left", U0, U1), ("right", V0.mT, V1.mT)):
             angles = principal_angles(before[..., :k], after[..., :k])
-            partial = k < before.shape[-2]
-            work.values[f"angles.{which}@{k}"] = torch.where(defined & partial, angles, torch.nan)
+            known = (defined & (k < before.shape[-2]))[:, None]
+            work.values[f"angles.{which}@{k}"] = torch.where(known, angles, torch.nan)
 
 
 def _both(factors: Factors) -> tuple[Tensor, Tensor]:
@@ -384,45 +423,75 @@ def _both(factors: Factors) -> tuple[Tensor, Tensor]:
     return factors.U, factors.Vh
 
 
-def _intruders(work: _Work, W0: Operand, base: Factors, tuned: Factors) -> None:
+def _intruders(
+    work: _Work, W0: Operand, base: Factors, tuned: Factors, tuned_edge: Tensor
+) -> None:
     """Largest |cos| of each leading tuned vector with any thin singular vector of the base.
 
     The leading base vectors mostly settle it: either one of them reaches ½, or they leave so
     little of the tuned vector unexplained that no other can. Otherwise the whole basis is taken;
-    with `quick` the intruders are then left open.
+    with `quick` the intruders are then left open. 1 for what is no direction of the tuned matrix.
     """
     k = min(INTRUDER_DIRECTIONS, min(W0.shape))
     U1, V1 = _both(tuned)
     left, right = U1[..., :k].mT, V1[..., :k, :]
-    cosines = _cosines(left, right, base)
-    if min(W0.shape) > _both(base)[1].shape[-2] and not all(map(_settled, cosines)):
+    energies = _matches(work, left, right, base)
+    if min(W0.shape) > _both(base)[1].shape[-2] and not all(map(_settled, energies)):
         if work.settings.quick:
             return
         whole = factorise(W0, vectors=min(W0.shape), solver=work.settings.solver)
         work.methods["base.basis"] = whole.methods
-        cosines = _cosines(left, right, whole)
+        energies = _matches(work, left, right, whole)
     defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
-    for which, found in zip(("left", "right"), cosines, strict=True):
-        work.values[f"intruders.{which}"] = torch.where(defined, found.amax(-1), torch.nan)
+    noise = tuned.S[..., :k] <= tuned_edge[:, None]
+    for which, found in zip(("left", "right"), energies, strict=True):
+        cosines = torch.where(noise, 1.0, found[0].amax(-1).sqrt())
+        work.values[f"intruders.{which}"] = torch.where(defined, cosines, torch.nan)
 
 
-def _cosines(left: Tensor, right: Tensor, base: Factors) -> tuple[Tensor, Tensor]:
+def _matches(
+    work: _Work, left: Tensor, right: Tensor, base: Factors
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """cos² of each tuned vector with each base direction, (b, k, K), and what they leave, (b, k).
+
+    Directions that rounding mixes are one: where σ lie closer together than the rounding of two
+    entries, the energies are summed. Directions that are rounding themselves match nothing.
+    """
     U, Vh = _both(base)
-    return (left @ U).abs(), (right @ Vh.mT).abs()
+    S = base.S[..., : Vh.shape[-2]]
+    rounding = torch.hypot(work.values["base.noise"], work.values["tuned.noise"])
+    apart = 2 * rounding / (U.shape[-2] * Vh.shape[-1]) ** 0.5
+    apart = torch.maximum(apart, _LEAST_GAP * S[..., 0])
+    group = torch.nn.functional.pad((-S.diff(dim=-1) > apart[:, None]).cumsum(-1), (1, 0))
+    known = (S > work.values["base.edge"][:, None])[:, None]
+
+    def side(overlaps: Tensor) -> tuple[Tensor, Tensor]:
+        energies = overlaps.square()
+        places = group[:, None].expand_as(energies)
+        together = torch.zeros_like(energies).scatter_add_(-1, places, energies * known)
+        # The last group may go on beyond the vectors at hand.
+        last = together.gather(-1, places[..., -1:]).squeeze(-1)
+        return together, 1 - energies.sum(-1) + last
+
+    return side(left @ U), side(right @ Vh.mT)
 
 
-def _settled(cosines: Tensor) -> bool:
+def _settled(found: tuple[Tensor, Tensor]) -> bool:
     """Whether the vectors seen decide for each row if its largest |cos| reaches the threshold."""
-    found = cosines.amax(-1) >= INTRUDER_COSINE
-    unexplained = 1 - cosines.square().sum(-1)
-    return bool((found | (unexplained < INTRUDER_COSINE**2)).all())
+    energies, open_energy = found
+    limit = INTRUDER_COSINE**2
+    return bool(((energies.amax(-1) >= limit) | (open_energy < limit)).all())
 
 
-def _cross(work: _Work, update: Operand | Product) -> None:
+def _cross(work: _Work, update: Operand | Product, ks: Sequence[int]) -> None:
     """Energies of the update along the base's singular directions."""
     assert work.base is not None
     U, Vh = _both(work.base)
-    defined = work.base.S[..., 0] > 0
+    S, q = work.base.S, min(U.shape[-2], Vh.shape[-1])
+    for k in ks:
+        defined = _defined(work.base, work.values["base.edge"], k, q)
+        work.values[f"cross.cut@{k}"] = torch.where(defined, 1.0, torch.nan)
+    defined = S[..., : Vh.shape[-2]] > _solver_edge(work.base, max(U.shape[-2], Vh.shape[-1]))[:, None]
     # (b, K, m): ΔW v_j as rows, (b, K, n): u_jᵀΔW as rows
     right, left = update.both(Vh, U.mT.contiguous())
     for name, energies in (
@@ -430,7 +499,7 @@ def _cross(work: _Work, update: Operand | Product) -> None:
         ("left", left.square().sum(-1)),
         ("core", (right @ U).mT.square()),
     ):
-        known = defined.reshape(-1, *[1] * (energies.ndim - 1))
+        known = defined if name != "core" else defined[:, :, None] & defined[:, None]
         work.values[f"cross.{name}"] = torch.where(known, energies, torch.nan)
 
 
