@@ -1,9 +1,9 @@
 """How large was an isotropic update before it was stored? Its measured size holds rounding already.
 
 ΔW = round(W0 + s·G) − W0 is what two files show of an update of entry sd s. Where s is of the size
-of a spacing, ‖ΔW‖ is not s√(mn): small updates round away, others up to a whole spacing. A null that
-takes the measured size for s would round twice. So s is the solution of E‖ΔW(s)‖² = ‖ΔW‖², with the
-expectation over the rounding cells of this very base (docs/methods-notes.md).
+of a spacing, ‖ΔW‖ is not s√(mn): small updates round away, others up to a whole spacing. A null
+that takes the measured size for s rounds twice. So s is the solution of E‖ΔW(s)‖² = ‖ΔW‖², with
+the expectation over the rounding cells of this very base (docs/methods-notes.md).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _STEPS = 200
 def isotropic_spread(base: Side, tuned: Side, rms: float) -> float:
     """Entry sd s of the isotropic update whose stored difference has the measured size.
 
-    rms: ‖ΔW‖_F/√(mn) as measured. Solves `expected_energy` = rms². Where the base is off the grid of
-    `tuned` its phase in a cell is uniform, and E = s² + Σulp²/(12mn) whatever s is. 0 where rounding
-    alone is as large.
+    rms: ‖ΔW‖_F/√(mn) as measured. Solves `expected_energy` = rms². Where the base is off the grid
+    of `tuned` its phase in a cell is uniform, and E = s² + Σulp²/(12mn) whatever s is. 0 where
+    rounding alone is as large.
     """
     noise = tuned.noise / float(base.counts.sum()) ** 0.5
     wide = FORMATS[torch.float32].fraction_bits

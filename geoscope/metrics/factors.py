@@ -46,18 +46,21 @@ from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import FP8
-from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
+from geoscope.metrics.collapse import INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.metric import ROLES
 from geoscope.metrics.nulls import marchenko_pastur_median
 from geoscope.metrics.storage_notes import storage_notes
+from geoscope.metrics.subspaces import (
+    directions_edge,
+    has_subspace,
+    matches,
+    settled,
+    solver_edge,
+    vectors_of,
+)
 
 __all__ = ["PairFactors", "Rounding", "Settings", "pair_factors", "update_factors"]
-
-# Least (σ_k − σ_{k+1})/σ_k of a cut that defines a subspace, to the accuracy of every solver.
-_LEAST_GAP = 1e-6
-# Times the edge of iid noise that rounding reaches in a matrix whose rows and columns differ in size.
-_UNEVEN = 3.0
 
 # What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
 Rounding = tuple[float | None, float | None]
@@ -345,14 +348,16 @@ def _spectra(
         return
     cuts = ks if base_vectors else ()
     work.base = base = work.factorise("base", W0, takes=takes, vectors=base_vectors, cuts=cuts)
-    work.values["base.edge"] = _edge(work.values["base.noise"], base, W0.shape)
+    shape = (W0.shape[-2], W0.shape[-1])
+    work.values["base.edge"] = directions_edge(base, work.values["base.noise"], shape)
     if not (tuned_vectors or "tuned.S" in takes or _any(takes, "tuned.top@")):
         return
     cuts = ks if angles else ()
     is_update = isinstance(tuned_weight, FactorUpdate)
     W1 = Operand(tuned_weight.over(W0.plus) if is_update else tuned_weight)
     tuned = work.factorise("tuned", W1, takes=takes, vectors=tuned_vectors, cuts=cuts)
-    edge = _edge(torch.hypot(work.values["base.noise"], work.values["tuned.noise"]), tuned, W0.shape)
+    tuned_noise = torch.hypot(work.values["base.noise"], work.values["tuned.noise"])
+    edge = directions_edge(tuned, tuned_noise, shape)
     if angles:
         _angles(work, base, tuned, edge, ks)
     if _any(takes, "intruders."):
@@ -377,55 +382,23 @@ def _vectors(
     return base, tuned
 
 
-def _edge(noise: Tensor, factors: Factors, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """(b,): σ up to here may be rounding of what is stored, or of the solver; no direction then.
-
-    noise: ‖rounding‖_F. As iid noise it reaches noise·(1/√m + 1/√n); in rows and columns of
-    different size up to three times that.
-    """
-    m, n = shape[-2:]
-    return torch.maximum(_UNEVEN * noise * (m**-0.5 + n**-0.5), _solver_edge(factors, max(m, n)))
-
-
-def _solver_edge(factors: Factors, M: int) -> Tensor:
-    """(b,): error of each σ as it was computed, at least that of an exact SVD."""
-    bounds = [float(method.get("bound") or 0.0) for method in factors.methods]
-    errors = factors.S.new_tensor(bounds).clamp_min(M * torch.finfo(torch.float64).eps)
-    return errors * factors.S[..., 0]
-
-
-def _defined(factors: Factors, edge: Tensor, k: int, q: int) -> Tensor:
-    """(b,): whether the leading k-subspace is the matrix's and not the solver's choice."""
-    last = factors.S[..., k - 1]
-    behind = factors.S[..., k] if k < q else torch.zeros_like(last)
-    return (last > edge) & (last - behind > _LEAST_GAP * last)
-
-
 def _angles(
     work: _Work, base: Factors, tuned: Factors, tuned_edge: Tensor, ks: Sequence[int]
 ) -> None:
     """Principal angles of the leading subspaces; NaN for a complete basis or an undefined one."""
-    U0, V0 = _both(base)
-    U1, V1 = _both(tuned)
+    U0, V0 = vectors_of(base)
+    U1, V1 = vectors_of(tuned)
     q = min(U0.shape[-2], V0.shape[-1])
     for k in ks:
-        defined = _defined(base, work.values["base.edge"], k, q) & _defined(tuned, tuned_edge, k, q)
+        defined = has_subspace(base, work.values["base.edge"], k=k, q=q)
+        defined &= has_subspace(tuned, tuned_edge, k=k, q=q)
         for which, before, after in (("left", U0, U1), ("right", V0.mT, V1.mT)):
             angles = principal_angles(before[..., :k], after[..., :k])
             known = (defined & (k < before.shape[-2]))[:, None]
             work.values[f"angles.{which}@{k}"] = torch.where(known, angles, torch.nan)
 
 
-def _both(factors: Factors) -> tuple[Tensor, Tensor]:
-    """U and Vh of factors that were asked for with vectors."""
-    if factors.U is None or factors.Vh is None:
-        raise ValueError("these factors hold no vectors")
-    return factors.U, factors.Vh
-
-
-def _intruders(
-    work: _Work, W0: Operand, base: Factors, tuned: Factors, tuned_edge: Tensor
-) -> None:
+def _intruders(work: _Work, W0: Operand, base: Factors, tuned: Factors, tuned_edge: Tensor) -> None:
     """Largest |cos| of each leading tuned vector with any thin singular vector of the base.
 
     The leading base vectors mostly settle it: either one of them reaches ½, or they leave so
@@ -433,65 +406,33 @@ def _intruders(
     with `quick` the intruders are then left open. 1 for what is no direction of the tuned matrix.
     """
     k = min(INTRUDER_DIRECTIONS, min(W0.shape))
-    U1, V1 = _both(tuned)
+    U1, V1 = vectors_of(tuned)
     left, right = U1[..., :k].mT, V1[..., :k, :]
-    energies = _matches(work, left, right, base)
-    if min(W0.shape) > _both(base)[1].shape[-2] and not all(map(_settled, energies)):
+    noise = torch.hypot(work.values["base.noise"], work.values["tuned.noise"])
+    energies = matches(left, right, base, edge=work.values["base.edge"], noise=noise)
+    if min(W0.shape) > vectors_of(base)[1].shape[-2] and not all(map(settled, energies)):
         if work.settings.quick:
             return
         whole = factorise(W0, vectors=min(W0.shape), solver=work.settings.solver)
         work.methods["base.basis"] = whole.methods
-        energies = _matches(work, left, right, whole)
+        energies = matches(left, right, whole, edge=work.values["base.edge"], noise=noise)
     defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
-    noise = tuned.S[..., :k] <= tuned_edge[:, None]
+    stored = tuned.S[..., :k] <= tuned_edge[:, None]
     for which, found in zip(("left", "right"), energies, strict=True):
-        cosines = torch.where(noise, 1.0, found[0].amax(-1).sqrt())
+        cosines = torch.where(stored, 1.0, found[0].amax(-1).sqrt())
         work.values[f"intruders.{which}"] = torch.where(defined, cosines, torch.nan)
-
-
-def _matches(
-    work: _Work, left: Tensor, right: Tensor, base: Factors
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """cos² of each tuned vector with each base direction, (b, k, K), and what they leave, (b, k).
-
-    Directions that rounding mixes are one: where σ lie closer together than the rounding of two
-    entries, the energies are summed. Directions that are rounding themselves match nothing.
-    """
-    U, Vh = _both(base)
-    S = base.S[..., : Vh.shape[-2]]
-    rounding = torch.hypot(work.values["base.noise"], work.values["tuned.noise"])
-    apart = 2 * rounding / (U.shape[-2] * Vh.shape[-1]) ** 0.5
-    apart = torch.maximum(apart, _LEAST_GAP * S[..., 0])
-    group = torch.nn.functional.pad((-S.diff(dim=-1) > apart[:, None]).cumsum(-1), (1, 0))
-    known = (S > work.values["base.edge"][:, None])[:, None]
-
-    def side(overlaps: Tensor) -> tuple[Tensor, Tensor]:
-        energies = overlaps.square()
-        places = group[:, None].expand_as(energies)
-        together = torch.zeros_like(energies).scatter_add_(-1, places, energies * known)
-        # The last group may go on beyond the vectors at hand.
-        last = together.gather(-1, places[..., -1:]).squeeze(-1)
-        return together, 1 - energies.sum(-1) + last
-
-    return side(left @ U), side(right @ Vh.mT)
-
-
-def _settled(found: tuple[Tensor, Tensor]) -> bool:
-    """Whether the vectors seen decide for each row if its largest |cos| reaches the threshold."""
-    energies, open_energy = found
-    limit = INTRUDER_COSINE**2
-    return bool(((energies.amax(-1) >= limit) | (open_energy < limit)).all())
 
 
 def _cross(work: _Work, update: Operand | Product, ks: Sequence[int]) -> None:
     """Energies of the update along the base's singular directions."""
     assert work.base is not None
-    U, Vh = _both(work.base)
-    S, q = work.base.S, min(U.shape[-2], Vh.shape[-1])
+    U, Vh = vectors_of(work.base)
+    shape = (U.shape[-2], Vh.shape[-1])
     for k in ks:
-        defined = _defined(work.base, work.values["base.edge"], k, q)
+        defined = has_subspace(work.base, work.values["base.edge"], k=k, q=min(shape))
         work.values[f"cross.cut@{k}"] = torch.where(defined, 1.0, torch.nan)
-    defined = S[..., : Vh.shape[-2]] > _solver_edge(work.base, max(U.shape[-2], Vh.shape[-1]))[:, None]
+    edge = solver_edge(work.base, shape)
+    defined = work.base.S[..., : Vh.shape[-2]] > edge[:, None]
     # (b, K, m): ΔW v_j as rows, (b, K, n): u_jᵀΔW as rows
     right, left = update.both(Vh, U.mT.contiguous())
     for name, energies in (
@@ -518,7 +459,7 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side,
     for i, (before, after) in enumerate(zip(base, tuned, strict=True)):
         reconstruction = None
         if min(before.shape) >= MASK_RANK:
-            U, Vh = _both(work.base)
+            U, Vh = vectors_of(work.base)
             scaled = work.base.S[i, :MASK_RANK, None] * Vh[i, :MASK_RANK]
             reconstruction = _product(U[i, :, :MASK_RANK], scaled)
         results.append(

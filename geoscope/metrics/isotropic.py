@@ -28,8 +28,9 @@ _DIRECTIONS = 128
 _FEWEST_DRAWS = 4
 # Most of a tangent: a direction that is free to turn.
 _FREE = 1e6
-# Values of one dense block of a spectrum; half of them are kept, the middle ones.
-_BLOCK = 32
+# Values of one dense block of a spectrum, of which the middle half is kept; more, up to a most,
+# where more values lie within ω of each other.
+_BLOCK, _MOST = 32, 512
 # Values sampled in all, and most steps from ω = 0 to ω.
 _VALUES = 4096
 _MOST_STEPS = 8
@@ -126,22 +127,29 @@ def tuned_spectra(S: Tensor, spread: float, *, shape: tuple[int, int], seed: int
     kept = int((S > omega / 2).sum())
     if q - kept <= _BLOCK:  # else they are one: a Gaussian matrix outside of the others
         kept = q
-    found, steps = S[:kept].expand(draws, -1), 0
-    if kept:  # the farther the middle value moves, the more steps
-        far = omega * math.sqrt(M) / float(S[:kept].median())
-        steps = min(_MOST_STEPS, 1 + math.floor(20 * far)) if kept > _BLOCK else 1
+    # The farther the middle value moves, the more steps; a single block is exact in one.
+    far = omega * math.sqrt(M) / max(float(S[: max(kept, 1)].median()), omega)
+    steps = min(_MOST_STEPS, 1 + math.floor(20 * far)) if kept > _BLOCK else min(kept, 1)
+    found = S[:kept].expand(draws, -1)
+    width = min(kept, max(_BLOCK, min(_MOST, 2 * _crowd(S[:kept], omega))))
     for _ in range(steps):
-        found = _moved(found, omega**2 / steps, M + q - kept, noise)
+        found = _moved(found, omega**2 / steps, M + q - kept, width, noise)
     if kept < q:
         rest = omega * iid_spectra(q - kept, M - kept, seed)[:draws]
         found = torch.cat([found, rest], -1).sort(-1, descending=True).values
     return found
 
 
-def _moved(S: Tensor, time: float, M: int, noise: _Noise) -> Tensor:
+def _crowd(S: Tensor, omega: float) -> int:
+    """Most values within ω of one of them."""
+    ascending = S.flip(0).contiguous()
+    low, high = (torch.searchsorted(ascending, ascending + shift) for shift in (-omega, omega))
+    return int((high - low).max()) if len(S) else 0
+
+
+def _moved(S: Tensor, time: float, M: int, width: int, noise: _Noise) -> Tensor:
     """One step of `tuned_spectra`: blocks of neighbours, of each the values nearest its middle."""
     q = S.shape[-1]
-    width = min(_BLOCK, q)
     starts = [*range(0, q - width, max(width // 2, 1)), q - width]
     blocks = S[:, torch.tensor(starts)[:, None] + torch.arange(width)].diag_embed()
     blocks = blocks + math.sqrt(time) * noise.normal(*blocks.shape[1:])

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from geoscope.metrics.factors import PairFactors
-from geoscope.metrics.metric import Instance
 from geoscope.metrics.isotropic import angle_bound, mean_angles, tuned_spectra
+from geoscope.metrics.metric import Instance
 from geoscope.metrics.nulls import iid_spectra
 from geoscope.metrics.precision import floor_status
 from geoscope.metrics.spectrum import participation_ratio, top_share
+from geoscope.metrics.subspaces import LEAST_GAP
 from geoscope.profile import stage
 from geoscope.records import Status
 
@@ -22,6 +23,8 @@ __all__ = ["Measured", "measure", "measure_nothing", "verdict_dimension"]
 
 # Times a first-order bound of what rounding turns: an angle beyond it needs no sample.
 _CLEAR = 3.0
+# Times the rounding of an entry: as far as it parts equal singular values.
+_OPENED = 3.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def _sampled(
     if "sampled.left@k" in taken or "sampled.right@k" in taken:
         for k in {one.k for one in selected if one.floor == "angle" and one.k is not None}:
             if k <= min(shape):
-                turned = [mean_angles(S, spread, k=k, shape=shape, seed=seed) for S, spread in pairs]
+                turned = [
+                    mean_angles(S, spread, k=k, shape=shape, seed=seed) for S, spread in pairs
+                ]
                 for i, side in enumerate(("left", "right")):
                     found[f"sampled.{side}@{k}"] = torch.stack([both[i].mean() for both in turned])
     return found
@@ -163,11 +168,12 @@ class _Floors:
         return int(min(*self.shape, rank))
 
     def _gap(self, instance: Instance, i: int, value: float) -> Status:
-        """A gap below the rounding of one entry is the storage's, not the base's."""
+        """A gap that rounding alone may open is the storage's, not the base's."""
         assert instance.k is not None
         step = value * float(self.values["base.top"][i, instance.k - 1])
         noise = float(self.values["base.noise"][i]) / math.sqrt(math.prod(self.shape))
-        return Status.CAUTION if step <= noise else Status.OK
+        made = step <= _OPENED * noise or value <= LEAST_GAP
+        return Status.CAUTION if made else Status.OK
 
     def angle(self, instance: Instance, i: int) -> float | None:
         """What rounding alone may turn the subspace by, where less than that was measured.

@@ -577,7 +577,7 @@ METRICS: tuple[Metric, ...] = (
         "collapse",
         formula="(NSS/ρ)·√M",
         range="≥ 0",
-        reading="compare with its null; below ½ it only turned the frames, above 10 it moved values",
+        reading="below ½ it only turned the frames; above 10, and its null, it moved values",
         caution="much from 1…4 at large ρ on a steep spectrum, where the null is as large",
         source="METHODS §2.4",
         null=Null(
@@ -717,10 +717,11 @@ METRICS: tuple[Metric, ...] = (
             "masks",
             formula=f"|M_{key}|/mn, ties at the quantile kept",
             range="0…1",
-            reading="what an update that ignores the size of the weights would have inside the mask",
+            reading="overlap of a random choice of weights with the mask",
             caution="a null of the overlap: rounding puts changed weights on the small ones",
             source="METHODS §2.5",
             aggregate="parameters",
+            of_update=True,
             option="masks",
         )
         for key in ("low", "principal", "control")
