@@ -153,9 +153,9 @@ def oracle_row(
     _put_shifts(sheet, pair)
     _put_ratios(sheet, pair)
     _put_intruders(sheet, pair)
-    nulls = _nulls_of_shape(m, n, all_ks, curves) | _nulls_of_pair(pair, all_ks)
-    sampled = _iid_nulls(m, n, simulate, seed) | _sparsity_nulls(pair, simulate, seed)
-    verdict = _verdict(sheet, nulls, pair, k_v)
+    nulls, turned = _nulls_of_shape(m, n, all_ks, curves), _nulls_of_pair(pair, all_ks)
+    sampled = _iid_nulls(m, n, simulate, seed) | _sparsity_nulls(pair, simulate, seed) | turned
+    verdict = _verdict(sheet, {key: mean for key, (mean, _) in turned.items()}, pair, k_v)
     return OracleRow(sheet.values, sheet.raw, nulls, sheet.status, verdict, k_v, sampled)
 
 
@@ -227,6 +227,13 @@ class _Pair:
         self.noise = {**noise, "update": noise["tuned"]}
         self.nu = np.inf if self.is_zero["update"] else noise["tuned"] / self.norm["update"]
         self.rho = np.nan if self.is_zero["base"] else self.norm["update"] / self.norm["base"]
+
+    def floor(self, side: str, k: int) -> float:
+        """Two standard deviations above the mean angle that the rounding of tuned gives."""
+        sd = float(self.noise["tuned"] / np.sqrt(self.m * self.n))
+        turns = simulated_turns(self.S["base"], (self.m, self.n), sd, (k,))
+        drawn = (turns.left if side == "left" else turns.right)[k]
+        return float(np.mean(drawn) + 2 * np.std(drawn, ddof=1))
 
     def precision(self, kind: str) -> str:
         """OK, CAUTION or BELOW_RESOLUTION of a quantity of that precision class."""
@@ -397,7 +404,7 @@ def _base_reason(pair: _Pair, *, k: int = 0) -> str | None:
     """Why an update cannot be held against the base's leading k directions, if it cannot."""
     if pair.is_zero["update"]:
         return "ZERO_UPDATE"
-    if pair.is_zero["base"] or k > pair.q:
+    if pair.is_zero["base"] or k > pair.q or (k and not _has_subspace(pair, "base", k)):
         return "NOT_APPLICABLE"
     return None
 
@@ -418,36 +425,64 @@ def _put_energies(sheet: _Sheet, pair: _Pair, k: int) -> None:
 
 def _put_gap(sheet: _Sheet, pair: _Pair, k: int) -> None:
     S = np.append(pair.S["base"], 0.0)  # σ_{q+1} = 0
-    if k > pair.q or S[k - 1] == 0:
+    if k > pair.q or S[k - 1] <= _edge(S, pair.noise["base"], pair.m, pair.n):
         sheet.put(f"gap@{k}", np.nan, "NOT_APPLICABLE")
-    else:
-        sheet.put(f"gap@{k}", (S[k - 1] - S[k]) / S[k - 1])
+        return
+    step, entry = S[k - 1] - S[k], pair.noise["base"] / np.sqrt(pair.m * pair.n)
+    made = step <= 3 * entry or step <= 1e-6 * S[k - 1]
+    sheet.put(f"gap@{k}", step / S[k - 1], "CAUTION" if made else "OK")
 
 
-def angle_null(S: np.ndarray, k: int, dimension: int, variance: float) -> float:
-    """RMS angle that iid entries of that variance give the top k; `dimension` is m or n.
+@dataclass(frozen=True)
+class Turns:
+    """What dense draws of W0 + Gaussian entries of one sd did: arrays of one number a draw."""
 
-    √(E‖sin Θ‖_F²/k), E summed over pairs (i ≤ k < j ≤ dimension) of
-    ω²(σ_i²+σ_j²)/(σ_i²-σ_j²)², σ_j = 0 beyond q, each term at most ½.
-    """
-    if variance == 0:
-        return 0.0
-    padded = np.concatenate([S, np.zeros(dimension - S.size)])
-    total = 0.0
-    for i in range(k):
-        inner, outer = S[i] ** 2, padded[k:] ** 2
-        distance = (inner - outer) ** 2
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            terms = variance * (inner + outer) / distance
-        total += np.sum(np.where(distance == 0, 0.5, np.minimum(terms, 0.5)))
-    return float(np.sqrt(total / k))
+    left: dict[int, np.ndarray]
+    right: dict[int, np.ndarray]
+    singular_values: np.ndarray
+
+
+def simulated_turns(
+    S: np.ndarray, shape: tuple[int, int], sd: float, ks: tuple[int, ...], draws: int = 24
+) -> Turns:
+    """Mean principal angles at each k, and spectra. Gaussian entries know no frame: W0 = diag(S)."""
+    rng = np.random.default_rng([*shape, 7])
+    ks = tuple(k for k in ks if k <= min(shape))
+    left, right = {k: np.zeros(draws) for k in ks}, {k: np.zeros(draws) for k in ks}
+    spectra = []
+    for draw in range(draws):
+        W = sd * rng.standard_normal(shape)
+        W[range(S.size), range(S.size)] += S
+        U, values, Vh = np.linalg.svd(W, full_matrices=False)
+        spectra.append(values)
+        for k in ks:
+            for turns, vectors in ((left, U), (right, Vh.T)):
+                axes = np.eye(len(vectors), k)
+                turns[k][draw] = np.mean(subspace_angles(axes, vectors[:, :k]))
+    return Turns(left, right, np.array(spectra))
+
+
+def _edge(S: np.ndarray, noise: float, m: int, n: int) -> float:
+    """Singular values up to here may be rounding: three times the edge of iid noise of that norm."""
+    stored = 3 * noise / np.sqrt(m * n) * (np.sqrt(m) + np.sqrt(n))
+    return max(stored, max(m, n) * 2.0**-52 * S[0])
+
+
+def _has_subspace(pair: _Pair, role: str, k: int) -> bool:
+    """σ_k is above the rounding of what is stored, and not the same number as σ_{k+1}."""
+    S = np.append(pair.S[role], 0.0)
+    noise = pair.noise["base"]
+    if role == "tuned":
+        noise = np.hypot(noise, pair.noise["tuned"])
+    return bool(S[k - 1] > _edge(S, noise, pair.m, pair.n) and S[k - 1] - S[k] > 1e-6 * S[k - 1])
 
 
 def _put_angles(sheet: _Sheet, pair: _Pair, k: int) -> None:
     for side, basis, dimension in (("left", pair.U, pair.m), ("right", pair.V, pair.n)):
         mean, largest = f"angle_{side}_mean@{k}", f"angle_{side}_max@{k}"
         zero = pair.is_zero["base"] or pair.is_zero["tuned"]
-        if zero or k > pair.q or k == dimension:
+        undefined = zero or k > pair.q or k == dimension
+        if undefined or not all(_has_subspace(pair, role, k) for role in ("base", "tuned")):
             sheet.put(mean, np.nan, "NOT_APPLICABLE")
             sheet.put(largest, np.nan, "NOT_APPLICABLE")
         elif pair.is_zero["update"]:
@@ -455,8 +490,7 @@ def _put_angles(sheet: _Sheet, pair: _Pair, k: int) -> None:
             sheet.put(largest, 0.0)
         else:
             theta = subspace_angles(basis["base"][:, :k], basis["tuned"][:, :k])
-            variance = pair.noise["tuned"] ** 2 / (pair.m * pair.n)
-            floor = angle_null(pair.S["base"], k, dimension, variance)
+            floor = pair.floor(side, k)
             status = "BELOW_RESOLUTION" if np.mean(theta) < floor else "OK"
             sheet.put(mean, np.mean(theta), status)
             sheet.put(largest, np.max(theta), status)
@@ -528,9 +562,17 @@ def _put_intruders(sheet: _Sheet, pair: _Pair) -> None:
         return
     k = min(10, pair.q)
     energy = pair.S["tuned"][:k] ** 2
+    S, noise = pair.S["base"], np.hypot(pair.noise["base"], pair.noise["tuned"])
+    apart = max(2 * noise / np.sqrt(pair.m * pair.n), 1e-6 * S[0])
+    # Base directions whose σ rounding mixes are one; those that are rounding are none.
+    bounds = [0, *(np.flatnonzero(-np.diff(S) > apart) + 1), pair.q]
+    known = S > _edge(S, pair.noise["base"], pair.m, pair.n)
+    direction = pair.S["tuned"][:k] > _edge(pair.S["tuned"], noise, pair.m, pair.n)
     for suffix, basis in (("", pair.U), ("_right", pair.V)):
-        cosines = np.abs(basis["base"].T @ basis["tuned"][:, :k])  # (q, k)
-        new = cosines.max(axis=0) < 0.5
+        cosines = (basis["base"].T @ basis["tuned"][:, :k]) * known[:, None]  # (q, k)
+        groups = [cosines[i:j] for i, j in zip(bounds, bounds[1:], strict=False)]
+        most = np.max([np.sum(group**2, axis=0) for group in groups], axis=0)
+        new = (most < 0.25) & direction
         sheet.put(f"intruders{suffix}", np.sum(new), pair.precision("top"))
         share = np.sum(energy[new]) / np.sum(energy)
         sheet.put(f"intruder_energy{suffix}", share, pair.precision("top"))
@@ -559,23 +601,32 @@ def _nulls_of_shape(m: int, n: int, ks: tuple[int, ...], curves: bool) -> dict[s
         nulls["outside_span"] = 1 - q / M
         nulls["auc_right"] = (q + 1) / (2 * n)
         nulls["auc_left"] = (q + 1) / (2 * m)
-    nulls["spectral_share"] = float(1 / np.sqrt(M))
-    nulls |= {"spectral_lift": 1.0, "rank_ratio": 1.0, "stable_rank_ratio": 1.0}
+    nulls["stable_rank_ratio"] = 1.0
     return nulls
 
 
-def _nulls_of_pair(pair: _Pair, ks: tuple[int, ...]) -> dict[str, float]:
-    """The deterministic nulls that also take ρ or the base's spectrum; none for a zero base."""
+def _nulls_of_pair(pair: _Pair, ks: tuple[int, ...]) -> dict[str, tuple[float, float]]:
+    """Means and errors of nulls that also take ρ and the base's spectrum; none for a zero base."""
     if pair.is_zero["base"]:
         return {}
-    nulls = {"nss": float(pair.rho / np.sqrt(pair.M))}
-    variance = pair.norm["update"] ** 2 / (pair.m * pair.n)
-    for k in ks:
-        if k <= pair.q:
-            S = pair.S["base"]
-            nulls[f"angle_left_mean@{k}"] = angle_null(S, k, pair.m, variance)
-            nulls[f"angle_right_mean@{k}"] = angle_null(S, k, pair.n, variance)
-    return nulls
+    S, sd = pair.S["base"], float(pair.norm["update"] / np.sqrt(pair.m * pair.n))
+    turns = simulated_turns(S, (pair.m, pair.n), sd, ks)
+    draws: dict[str, np.ndarray] = {}
+    for side, by_k in (("left", turns.left), ("right", turns.right)):
+        draws |= {f"angle_{side}_mean@{k}": drawn for k, drawn in by_k.items()}
+    shift = np.sqrt(np.sum((turns.singular_values - S) ** 2, axis=1))
+    draws["nss"] = shift / pair.norm["base"]
+    if not pair.is_zero["update"]:
+        draws["spectral_share"] = shift / pair.norm["update"]
+        draws["spectral_lift"] = draws["spectral_share"] * np.sqrt(pair.M)
+    ranks = [perplexity(values) for values in turns.singular_values]
+    draws["rank_ratio"] = np.array(ranks) / perplexity(S)
+    return {key: _spread(drawn) for key, drawn in draws.items()}
+
+
+def _spread(drawn: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return float(np.mean(drawn)), float(np.std(drawn, ddof=1) / np.sqrt(drawn.size))
 
 
 def _mean_and_error(draws: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -619,9 +670,9 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
 
     # A condition is True, False, or None where it is left out: its number is NOT_APPLICABLE.
     def holds(key: str, test) -> bool | None:
-        if sheet.status.get(key) == "NOT_APPLICABLE":
-            return None
         number = sheet.values[key]
+        if number is None and key.startswith("angle"):
+            return None
         return number is not None and bool(test(number))
 
     def every(*conditions: bool | None) -> bool:
