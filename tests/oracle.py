@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from scipy.integrate import quad
@@ -91,7 +92,8 @@ class OracleRow:
 
     `values` is None exactly where `status` is a null one; `raw` keeps the number behind a
     BELOW_RESOLUTION; `status` names only what is not OK. `nulls` are the deterministic nulls,
-    `sampled_nulls` the simulated ones as (mean, standard error of the mean).
+    `sampled_nulls` the simulated ones as (mean, standard error of the mean). `floors` are the angles
+    up to which rounding alone may turn.
     """
 
     values: dict[str, float | None]
@@ -101,6 +103,7 @@ class OracleRow:
     verdict: str
     k_v: int
     sampled_nulls: dict[str, tuple[float, float]]
+    floors: dict[str, float]
 
 
 def oracle_row(
@@ -138,7 +141,9 @@ def oracle_row(
             sheet.put(key, np.nan, "NON_FINITE")
         nulls = _nulls_of_shape(m, n, all_ks, curves)
         sampled = _iid_nulls(m, n, simulate, seed)
-        return OracleRow(sheet.values, sheet.raw, nulls, sheet.status, "UNDETERMINED", k_v, sampled)
+        return OracleRow(
+            sheet.values, sheet.raw, nulls, sheet.status, "UNDETERMINED", k_v, sampled, {}
+        )
 
     pair = _Pair(base, tuned, counted_storage(base, base_storage), counted_storage(tuned, storage))
     _put_sizes(sheet, pair)
@@ -156,7 +161,9 @@ def oracle_row(
     nulls, turned = _nulls_of_shape(m, n, all_ks, curves), _nulls_of_pair(pair, all_ks)
     sampled = _iid_nulls(m, n, simulate, seed) | _sparsity_nulls(pair, simulate, seed) | turned
     verdict = _verdict(sheet, {key: mean for key, (mean, _) in turned.items()}, pair, k_v)
-    return OracleRow(sheet.values, sheet.raw, nulls, sheet.status, verdict, k_v, sampled)
+    return OracleRow(
+        sheet.values, sheet.raw, nulls, sheet.status, verdict, k_v, sampled, sheet.floors
+    )
 
 
 def ids(ks: tuple[int, ...], curves: bool) -> list[str]:
@@ -225,14 +232,16 @@ class _Pair:
             for role in ("base", "tuned")
         }
         self.noise = {**noise, "update": noise["tuned"]}
+        self.turned: dict[int, Turns] = {}
         self.nu = np.inf if self.is_zero["update"] else noise["tuned"] / self.norm["update"]
         self.rho = np.nan if self.is_zero["base"] else self.norm["update"] / self.norm["base"]
 
     def floor(self, side: str, k: int) -> float:
         """Two standard deviations above the mean angle that the rounding of tuned gives."""
         sd = float(self.noise["tuned"] / np.sqrt(self.m * self.n))
-        turns = simulated_turns(self.S["base"], (self.m, self.n), sd, (k,))
-        drawn = (turns.left if side == "left" else turns.right)[k]
+        if k not in self.turned:
+            self.turned[k] = simulated_turns(self.S["base"], (self.m, self.n), sd, (k,))
+        drawn = (self.turned[k].left if side == "left" else self.turned[k].right)[k]
         return float(np.mean(drawn) + 2 * np.std(drawn, ddof=1))
 
     def precision(self, kind: str) -> str:
@@ -443,9 +452,12 @@ class Turns:
 
 
 def simulated_turns(
-    S: np.ndarray, shape: tuple[int, int], sd: float, ks: tuple[int, ...], draws: int = 24
+    S: np.ndarray, shape: tuple[int, int], sd: float, ks: tuple[int, ...], draws: int = 12
 ) -> Turns:
-    """Mean principal angles at each k, and spectra. Gaussian entries know no frame: W0 = diag(S)."""
+    """Mean principal angles at each k, and spectra, of diag(S) + Gaussian entries.
+
+    These know no frame, so diag(S) stands for W0.
+    """
     rng = np.random.default_rng([*shape, 7])
     ks = tuple(k for k in ks if k <= min(shape))
     left, right = {k: np.zeros(draws) for k in ks}, {k: np.zeros(draws) for k in ks}
@@ -463,7 +475,7 @@ def simulated_turns(
 
 
 def _edge(S: np.ndarray, noise: float, m: int, n: int) -> float:
-    """Singular values up to here may be rounding: three times the edge of iid noise of that norm."""
+    """Singular values up to here may be rounding: three times the edge of iid noise."""
     stored = 3 * noise / np.sqrt(m * n) * (np.sqrt(m) + np.sqrt(n))
     return max(stored, max(m, n) * 2.0**-52 * S[0])
 
@@ -494,8 +506,7 @@ def _put_angles(sheet: _Sheet, pair: _Pair, k: int) -> None:
             status = "BELOW_RESOLUTION" if np.mean(theta) < floor else "OK"
             sheet.put(mean, np.mean(theta), status)
             sheet.put(largest, np.max(theta), status)
-            if status != "OK":
-                sheet.floors[mean] = floor
+            sheet.floors[mean] = sheet.floors[largest] = floor
 
 
 def _put_curves(sheet: _Sheet, pair: _Pair) -> None:
@@ -570,7 +581,7 @@ def _put_intruders(sheet: _Sheet, pair: _Pair) -> None:
     direction = pair.S["tuned"][:k] > _edge(pair.S["tuned"], noise, pair.m, pair.n)
     for suffix, basis in (("", pair.U), ("_right", pair.V)):
         cosines = (basis["base"].T @ basis["tuned"][:, :k]) * known[:, None]  # (q, k)
-        groups = [cosines[i:j] for i, j in zip(bounds, bounds[1:], strict=False)]
+        groups = [cosines[i:j] for i, j in pairwise(bounds)]
         most = np.max([np.sum(group**2, axis=0) for group in groups], axis=0)
         new = (most < 0.25) & direction
         sheet.put(f"intruders{suffix}", np.sum(new), pair.precision("top"))
@@ -685,7 +696,8 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
             return None
         known = [(sheet.values[key], nulls[key]) for key in keys if sheet.values[key] is not None]
         if at_most:  # an unresolved angle is below what rounding alone turns
-            known += [(sheet.floors[key], nulls[key]) for key in keys if key in sheet.floors]
+            below = [key for key in keys if sheet.status.get(key) == "BELOW_RESOLUTION"]
+            known += [(sheet.floors[key], nulls[key]) for key in below]
         return bool(known) and bool(test(*max(known)))  # the larger mean, with its own null
 
     one_degree = np.pi / 180
