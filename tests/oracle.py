@@ -92,8 +92,8 @@ class OracleRow:
 
     `values` is None exactly where `status` is a null one; `raw` keeps the number behind a
     BELOW_RESOLUTION; `status` names only what is not OK. `nulls` are the deterministic nulls,
-    `sampled_nulls` the simulated ones as (mean, standard error of the mean). `floors` are the angles
-    up to which rounding alone may turn.
+    `sampled_nulls` the simulated ones as (mean, standard error of the mean). `floors` are the
+    angles up to which rounding alone may turn.
     """
 
     values: dict[str, float | None]
@@ -482,6 +482,8 @@ def _edge(S: np.ndarray, noise: float, m: int, n: int) -> float:
 
 def _has_subspace(pair: _Pair, role: str, k: int) -> bool:
     """σ_k is above the rounding of what is stored, and not the same number as σ_{k+1}."""
+    if k == pair.M:  # all of a square matrix's space
+        return not pair.is_zero[role]
     S = np.append(pair.S[role], 0.0)
     noise = pair.noise["base"]
     if role == "tuned":
@@ -723,7 +725,7 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
     if (
         holds("nss", lambda x: x >= 5e-2)
         or holds("rank_ratio", lambda x: x < 0.9)
-        or angle_holds(lambda x, null: x > max(10 * one_degree, 1.5 * null), at_most=False)
+        or angle_holds(lambda x, null: x > max(10 * one_degree, 2 * null), at_most=False)
     ):
         return "SPECTRUM_DISTORTED"
     if every(
@@ -731,7 +733,7 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
         holds(versus, lambda x: x <= 0.2),
         holds(f"energy_left@{k}", lambda x: x <= 0.5),
         holds(f"energy_right@{k}", lambda x: x <= 0.5),
-        angle_holds(lambda x, null: x <= max(one_degree, 1.5 * null), at_most=True),
+        angle_holds(lambda x, null: x <= max(one_degree, 2 * null), at_most=True),
     ):
         return "OFF_PRINCIPAL"
     return "MIXED"

@@ -388,10 +388,10 @@ def _angles(
     """Principal angles of the leading subspaces; NaN for a complete basis or an undefined one."""
     U0, V0 = vectors_of(base)
     U1, V1 = vectors_of(tuned)
-    q = min(U0.shape[-2], V0.shape[-1])
+    shape = (U0.shape[-2], V0.shape[-1])
     for k in ks:
-        defined = has_subspace(base, work.values["base.edge"], k=k, q=q)
-        defined &= has_subspace(tuned, tuned_edge, k=k, q=q)
+        defined = has_subspace(base, work.values["base.edge"], k=k, shape=shape)
+        defined &= has_subspace(tuned, tuned_edge, k=k, shape=shape)
         for which, before, after in (("left", U0, U1), ("right", V0.mT, V1.mT)):
             angles = principal_angles(before[..., :k], after[..., :k])
             known = (defined & (k < before.shape[-2]))[:, None]
@@ -429,7 +429,7 @@ def _cross(work: _Work, update: Operand | Product, ks: Sequence[int]) -> None:
     U, Vh = vectors_of(work.base)
     shape = (U.shape[-2], Vh.shape[-1])
     for k in ks:
-        defined = has_subspace(work.base, work.values["base.edge"], k=k, q=min(shape))
+        defined = has_subspace(work.base, work.values["base.edge"], k=k, shape=shape)
         work.values[f"cross.cut@{k}"] = torch.where(defined, 1.0, torch.nan)
     edge = solver_edge(work.base, shape)
     defined = work.base.S[..., : Vh.shape[-2]] > edge[:, None]

@@ -55,10 +55,15 @@ def solver_edge(factors: Factors, shape: tuple[int, int]) -> Tensor:
     return errors * factors.S[..., 0]
 
 
-def has_subspace(factors: Factors, edge: Tensor, *, k: int, q: int) -> Tensor:
-    """(b,): whether the leading k-subspace is the matrix's: σ_k above `edge`, a gap behind it."""
+def has_subspace(factors: Factors, edge: Tensor, *, k: int, shape: tuple[int, int]) -> Tensor:
+    """(b,): whether the leading k-subspace is the matrix's: σ_k above `edge`, a gap behind it.
+
+    The whole of a square matrix's space needs no direction of its own, only a matrix.
+    """
+    if k == max(shape):
+        return factors.S[..., 0] > 0
     last = factors.S[..., k - 1]
-    behind = factors.S[..., k] if k < q else torch.zeros_like(last)
+    behind = factors.S[..., k] if k < min(shape) else torch.zeros_like(last)
     return (last > edge) & (last - behind > LEAST_GAP * last)
 
 
