@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["DTYPES", "gaussian", "orthonormal", "save_model", "updated", "with_spectrum"]
+__all__ = [
+    "DTYPES",
+    "gaussian",
+    "heavy_headed",
+    "orthonormal",
+    "save_model",
+    "updated",
+    "with_spectrum",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,6 +43,15 @@ def with_spectrum(m: int, n: int, spectrum: np.ndarray | Tensor, *, seed: int) -
     S = torch.as_tensor(spectrum, dtype=torch.float64)
     U, V = orthonormal(m, len(S), seed=seed), orthonormal(n, len(S), seed=seed + 1)
     return (U * S) @ V.T
+
+
+def heavy_headed(m: int, n: int, *, seed: int) -> Tensor:
+    """As weights are: three large singular values, then a slow decay; entries of sd .02."""
+    place = torch.arange(min(m, n), dtype=torch.float64)
+    S = (place + 1) ** -0.3 * (1 - 0.8 * place / len(place))
+    S[:3] *= torch.tensor([6.0, 3.0, 2.0])
+    W = with_spectrum(m, n, S, seed=seed)
+    return W * (0.02 * (m * n) ** 0.5 / W.norm())
 
 
 def updated(base: Tensor, direction: Tensor, rho: float) -> Tensor:

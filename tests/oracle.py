@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from scipy.integrate import quad
@@ -91,7 +92,8 @@ class OracleRow:
 
     `values` is None exactly where `status` is a null one; `raw` keeps the number behind a
     BELOW_RESOLUTION; `status` names only what is not OK. `nulls` are the deterministic nulls,
-    `sampled_nulls` the simulated ones as (mean, standard error of the mean).
+    `sampled_nulls` the simulated ones as (mean, standard error of the mean). `floors` are the
+    angles up to which rounding alone may turn.
     """
 
     values: dict[str, float | None]
@@ -101,6 +103,7 @@ class OracleRow:
     verdict: str
     k_v: int
     sampled_nulls: dict[str, tuple[float, float]]
+    floors: dict[str, float]
 
 
 def oracle_row(
@@ -138,7 +141,9 @@ def oracle_row(
             sheet.put(key, np.nan, "NON_FINITE")
         nulls = _nulls_of_shape(m, n, all_ks, curves)
         sampled = _iid_nulls(m, n, simulate, seed)
-        return OracleRow(sheet.values, sheet.raw, nulls, sheet.status, "UNDETERMINED", k_v, sampled)
+        return OracleRow(
+            sheet.values, sheet.raw, nulls, sheet.status, "UNDETERMINED", k_v, sampled, {}
+        )
 
     pair = _Pair(base, tuned, counted_storage(base, base_storage), counted_storage(tuned, storage))
     _put_sizes(sheet, pair)
@@ -153,10 +158,12 @@ def oracle_row(
     _put_shifts(sheet, pair)
     _put_ratios(sheet, pair)
     _put_intruders(sheet, pair)
-    nulls = _nulls_of_shape(m, n, all_ks, curves) | _nulls_of_pair(pair, all_ks)
-    sampled = _iid_nulls(m, n, simulate, seed) | _sparsity_nulls(pair, simulate, seed)
-    verdict = _verdict(sheet, nulls, pair, k_v)
-    return OracleRow(sheet.values, sheet.raw, nulls, sheet.status, verdict, k_v, sampled)
+    nulls, turned = _nulls_of_shape(m, n, all_ks, curves), _nulls_of_pair(pair, all_ks)
+    sampled = _iid_nulls(m, n, simulate, seed) | _sparsity_nulls(pair, simulate, seed) | turned
+    verdict = _verdict(sheet, {key: mean for key, (mean, _) in turned.items()}, pair, k_v)
+    return OracleRow(
+        sheet.values, sheet.raw, nulls, sheet.status, verdict, k_v, sampled, sheet.floors
+    )
 
 
 def ids(ks: tuple[int, ...], curves: bool) -> list[str]:
@@ -225,8 +232,17 @@ class _Pair:
             for role in ("base", "tuned")
         }
         self.noise = {**noise, "update": noise["tuned"]}
+        self.turned: dict[int, Turns] = {}
         self.nu = np.inf if self.is_zero["update"] else noise["tuned"] / self.norm["update"]
         self.rho = np.nan if self.is_zero["base"] else self.norm["update"] / self.norm["base"]
+
+    def floor(self, side: str, k: int) -> float:
+        """Two standard deviations above the mean angle that the rounding of tuned gives."""
+        sd = float(self.noise["tuned"] / np.sqrt(self.m * self.n))
+        if k not in self.turned:
+            self.turned[k] = simulated_turns(self.S["base"], (self.m, self.n), sd, (k,))
+        drawn = (self.turned[k].left if side == "left" else self.turned[k].right)[k]
+        return float(np.mean(drawn) + 2 * np.std(drawn, ddof=1))
 
     def precision(self, kind: str) -> str:
         """OK, CAUTION or BELOW_RESOLUTION of a quantity of that precision class."""
@@ -397,7 +413,7 @@ def _base_reason(pair: _Pair, *, k: int = 0) -> str | None:
     """Why an update cannot be held against the base's leading k directions, if it cannot."""
     if pair.is_zero["update"]:
         return "ZERO_UPDATE"
-    if pair.is_zero["base"] or k > pair.q:
+    if pair.is_zero["base"] or k > pair.q or (k and not _has_subspace(pair, "base", k)):
         return "NOT_APPLICABLE"
     return None
 
@@ -418,36 +434,69 @@ def _put_energies(sheet: _Sheet, pair: _Pair, k: int) -> None:
 
 def _put_gap(sheet: _Sheet, pair: _Pair, k: int) -> None:
     S = np.append(pair.S["base"], 0.0)  # σ_{q+1} = 0
-    if k > pair.q or S[k - 1] == 0:
+    if k > pair.q or S[k - 1] <= _edge(S, pair.noise["base"], pair.m, pair.n):
         sheet.put(f"gap@{k}", np.nan, "NOT_APPLICABLE")
-    else:
-        sheet.put(f"gap@{k}", (S[k - 1] - S[k]) / S[k - 1])
+        return
+    step, entry = S[k - 1] - S[k], pair.noise["base"] / np.sqrt(pair.m * pair.n)
+    made = step <= 3 * entry or step <= 1e-6 * S[k - 1]
+    sheet.put(f"gap@{k}", step / S[k - 1], "CAUTION" if made else "OK")
 
 
-def angle_null(S: np.ndarray, k: int, dimension: int, variance: float) -> float:
-    """RMS angle that iid entries of that variance give the top k; `dimension` is m or n.
+@dataclass(frozen=True)
+class Turns:
+    """What dense draws of W0 + Gaussian entries of one sd did: arrays of one number a draw."""
 
-    √(E‖sin Θ‖_F²/k), E summed over pairs (i ≤ k < j ≤ dimension) of
-    ω²(σ_i²+σ_j²)/(σ_i²-σ_j²)², σ_j = 0 beyond q, each term at most ½.
+    left: dict[int, np.ndarray]
+    right: dict[int, np.ndarray]
+    singular_values: np.ndarray
+
+
+def simulated_turns(
+    S: np.ndarray, shape: tuple[int, int], sd: float, ks: tuple[int, ...], draws: int = 12
+) -> Turns:
+    """Mean principal angles at each k, and spectra, of diag(S) + Gaussian entries.
+
+    These know no frame, so diag(S) stands for W0.
     """
-    if variance == 0:
-        return 0.0
-    padded = np.concatenate([S, np.zeros(dimension - S.size)])
-    total = 0.0
-    for i in range(k):
-        inner, outer = S[i] ** 2, padded[k:] ** 2
-        distance = (inner - outer) ** 2
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            terms = variance * (inner + outer) / distance
-        total += np.sum(np.where(distance == 0, 0.5, np.minimum(terms, 0.5)))
-    return float(np.sqrt(total / k))
+    rng = np.random.default_rng([*shape, 7])
+    ks = tuple(k for k in ks if k <= min(shape))
+    left, right = {k: np.zeros(draws) for k in ks}, {k: np.zeros(draws) for k in ks}
+    spectra = []
+    for draw in range(draws):
+        W = sd * rng.standard_normal(shape)
+        W[range(S.size), range(S.size)] += S
+        U, values, Vh = np.linalg.svd(W, full_matrices=False)
+        spectra.append(values)
+        for k in ks:
+            for turns, vectors in ((left, U), (right, Vh.T)):
+                axes = np.eye(len(vectors), k)
+                turns[k][draw] = np.mean(subspace_angles(axes, vectors[:, :k]))
+    return Turns(left, right, np.array(spectra))
+
+
+def _edge(S: np.ndarray, noise: float, m: int, n: int) -> float:
+    """Singular values up to here may be rounding: three times the edge of iid noise."""
+    stored = 3 * noise / np.sqrt(m * n) * (np.sqrt(m) + np.sqrt(n))
+    return max(stored, max(m, n) * 2.0**-52 * S[0])
+
+
+def _has_subspace(pair: _Pair, role: str, k: int) -> bool:
+    """σ_k is above the rounding of what is stored, and not the same number as σ_{k+1}."""
+    if k == pair.M:  # all of a square matrix's space
+        return not pair.is_zero[role]
+    S = np.append(pair.S[role], 0.0)
+    noise = pair.noise["base"]
+    if role == "tuned":
+        noise = np.hypot(noise, pair.noise["tuned"])
+    return bool(S[k - 1] > _edge(S, noise, pair.m, pair.n) and S[k - 1] - S[k] > 1e-6 * S[k - 1])
 
 
 def _put_angles(sheet: _Sheet, pair: _Pair, k: int) -> None:
     for side, basis, dimension in (("left", pair.U, pair.m), ("right", pair.V, pair.n)):
         mean, largest = f"angle_{side}_mean@{k}", f"angle_{side}_max@{k}"
         zero = pair.is_zero["base"] or pair.is_zero["tuned"]
-        if zero or k > pair.q or k == dimension:
+        undefined = zero or k > pair.q or k == dimension
+        if undefined or not all(_has_subspace(pair, role, k) for role in ("base", "tuned")):
             sheet.put(mean, np.nan, "NOT_APPLICABLE")
             sheet.put(largest, np.nan, "NOT_APPLICABLE")
         elif pair.is_zero["update"]:
@@ -455,13 +504,11 @@ def _put_angles(sheet: _Sheet, pair: _Pair, k: int) -> None:
             sheet.put(largest, 0.0)
         else:
             theta = subspace_angles(basis["base"][:, :k], basis["tuned"][:, :k])
-            variance = pair.noise["tuned"] ** 2 / (pair.m * pair.n)
-            floor = angle_null(pair.S["base"], k, dimension, variance)
+            floor = pair.floor(side, k)
             status = "BELOW_RESOLUTION" if np.mean(theta) < floor else "OK"
             sheet.put(mean, np.mean(theta), status)
             sheet.put(largest, np.max(theta), status)
-            if status != "OK":
-                sheet.floors[mean] = floor
+            sheet.floors[mean] = sheet.floors[largest] = floor
 
 
 def _put_curves(sheet: _Sheet, pair: _Pair) -> None:
@@ -528,9 +575,17 @@ def _put_intruders(sheet: _Sheet, pair: _Pair) -> None:
         return
     k = min(10, pair.q)
     energy = pair.S["tuned"][:k] ** 2
+    S, noise = pair.S["base"], np.hypot(pair.noise["base"], pair.noise["tuned"])
+    apart = max(2 * noise / np.sqrt(pair.m * pair.n), 1e-6 * S[0])
+    # Base directions whose σ rounding mixes are one; those that are rounding are none.
+    bounds = [0, *(np.flatnonzero(-np.diff(S) > apart) + 1), pair.q]
+    known = S > _edge(S, pair.noise["base"], pair.m, pair.n)
+    direction = pair.S["tuned"][:k] > _edge(pair.S["tuned"], noise, pair.m, pair.n)
     for suffix, basis in (("", pair.U), ("_right", pair.V)):
-        cosines = np.abs(basis["base"].T @ basis["tuned"][:, :k])  # (q, k)
-        new = cosines.max(axis=0) < 0.5
+        cosines = (basis["base"].T @ basis["tuned"][:, :k]) * known[:, None]  # (q, k)
+        groups = [cosines[i:j] for i, j in pairwise(bounds)]
+        most = np.max([np.sum(group**2, axis=0) for group in groups], axis=0)
+        new = (most < 0.25) & direction
         sheet.put(f"intruders{suffix}", np.sum(new), pair.precision("top"))
         share = np.sum(energy[new]) / np.sum(energy)
         sheet.put(f"intruder_energy{suffix}", share, pair.precision("top"))
@@ -559,23 +614,32 @@ def _nulls_of_shape(m: int, n: int, ks: tuple[int, ...], curves: bool) -> dict[s
         nulls["outside_span"] = 1 - q / M
         nulls["auc_right"] = (q + 1) / (2 * n)
         nulls["auc_left"] = (q + 1) / (2 * m)
-    nulls["spectral_share"] = float(1 / np.sqrt(M))
-    nulls |= {"spectral_lift": 1.0, "rank_ratio": 1.0, "stable_rank_ratio": 1.0}
+    nulls["stable_rank_ratio"] = 1.0
     return nulls
 
 
-def _nulls_of_pair(pair: _Pair, ks: tuple[int, ...]) -> dict[str, float]:
-    """The deterministic nulls that also take ρ or the base's spectrum; none for a zero base."""
+def _nulls_of_pair(pair: _Pair, ks: tuple[int, ...]) -> dict[str, tuple[float, float]]:
+    """Means and errors of nulls that also take ρ and the base's spectrum; none for a zero base."""
     if pair.is_zero["base"]:
         return {}
-    nulls = {"nss": float(pair.rho / np.sqrt(pair.M))}
-    variance = pair.norm["update"] ** 2 / (pair.m * pair.n)
-    for k in ks:
-        if k <= pair.q:
-            S = pair.S["base"]
-            nulls[f"angle_left_mean@{k}"] = angle_null(S, k, pair.m, variance)
-            nulls[f"angle_right_mean@{k}"] = angle_null(S, k, pair.n, variance)
-    return nulls
+    S, sd = pair.S["base"], float(pair.norm["update"] / np.sqrt(pair.m * pair.n))
+    turns = simulated_turns(S, (pair.m, pair.n), sd, ks)
+    draws: dict[str, np.ndarray] = {}
+    for side, by_k in (("left", turns.left), ("right", turns.right)):
+        draws |= {f"angle_{side}_mean@{k}": drawn for k, drawn in by_k.items()}
+    shift = np.sqrt(np.sum((turns.singular_values - S) ** 2, axis=1))
+    draws["nss"] = shift / pair.norm["base"]
+    if not pair.is_zero["update"]:
+        draws["spectral_share"] = shift / pair.norm["update"]
+        draws["spectral_lift"] = draws["spectral_share"] * np.sqrt(pair.M)
+    ranks = [perplexity(values) for values in turns.singular_values]
+    draws["rank_ratio"] = np.array(ranks) / perplexity(S)
+    return {key: _spread(drawn) for key, drawn in draws.items()}
+
+
+def _spread(drawn: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return float(np.mean(drawn)), float(np.std(drawn, ddof=1) / np.sqrt(drawn.size))
 
 
 def _mean_and_error(draws: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -619,9 +683,9 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
 
     # A condition is True, False, or None where it is left out: its number is NOT_APPLICABLE.
     def holds(key: str, test) -> bool | None:
-        if sheet.status.get(key) == "NOT_APPLICABLE":
-            return None
         number = sheet.values[key]
+        if number is None and key.startswith("angle"):
+            return None
         return number is not None and bool(test(number))
 
     def every(*conditions: bool | None) -> bool:
@@ -634,7 +698,8 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
             return None
         known = [(sheet.values[key], nulls[key]) for key in keys if sheet.values[key] is not None]
         if at_most:  # an unresolved angle is below what rounding alone turns
-            known += [(sheet.floors[key], nulls[key]) for key in keys if key in sheet.floors]
+            below = [key for key in keys if sheet.status.get(key) == "BELOW_RESOLUTION"]
+            known += [(sheet.floors[key], nulls[key]) for key in below]
         return bool(known) and bool(test(*max(known)))  # the larger mean, with its own null
 
     one_degree = np.pi / 180
@@ -660,7 +725,7 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
     if (
         holds("nss", lambda x: x >= 5e-2)
         or holds("rank_ratio", lambda x: x < 0.9)
-        or angle_holds(lambda x, null: x > max(10 * one_degree, 1.5 * null), at_most=False)
+        or angle_holds(lambda x, null: x > max(10 * one_degree, 2 * null), at_most=False)
     ):
         return "SPECTRUM_DISTORTED"
     if every(
@@ -668,7 +733,7 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
         holds(versus, lambda x: x <= 0.2),
         holds(f"energy_left@{k}", lambda x: x <= 0.5),
         holds(f"energy_right@{k}", lambda x: x <= 0.5),
-        angle_holds(lambda x, null: x <= max(one_degree, 1.5 * null), at_most=True),
+        angle_holds(lambda x, null: x <= max(one_degree, 2 * null), at_most=True),
     ):
         return "OFF_PRINCIPAL"
     return "MIXED"

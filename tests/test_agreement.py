@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from matrices import DTYPES, gaussian, save_model, updated, with_spectrum
-from oracle import oracle_row
+from oracle import OracleRow, oracle_row
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from geoscope import Options, Report, compare
 from geoscope.metrics import Settings, pair_factors
+from geoscope.records import LayerRecord
 
 KS = (8, 64)
 
@@ -82,11 +83,11 @@ def _compare(root: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> Report:
 def test_every_value_agrees_with_the_oracle(stored, name: str) -> None:
     dtype, pairs, report = stored
     base, tuned = (side.double().numpy() for side in pairs[name])
-    expected = oracle_row(base, tuned, storage=dtype, ks=KS, curves=True)
+    expected = _oracle(dtype, name, base, tuned)
     (row,) = [one for one in report.layers if one.module == name]
     rank = np.linalg.matrix_rank(base)
     wrong = []
-    for key, value in expected.values.items():
+    for key in expected.values:
         if _undefined(key, expected.values, int(rank)):
             continue
         if key not in row.values:
@@ -94,11 +95,12 @@ def test_every_value_agrees_with_the_oracle(stored, name: str) -> None:
             continue
         status = row.status_of(key).value
         wanted = expected.status.get(key, "OK")
-        if status != wanted:
+        if status != wanted and not _at_its_floor(key, row, expected):
             wrong.append(f"{key}: status {status}, oracle {wanted}")
             continue
-        mine = row.raw.get(key) if value is None else row.values[key]
-        theirs = expected.raw.get(key) if value is None else value
+        mine, theirs = (one.values[key] for one in (row, expected))
+        mine = row.raw.get(key) if mine is None else mine
+        theirs = expected.raw.get(key) if theirs is None else theirs
         if not _close(key, mine, theirs):
             wrong.append(f"{key}: {mine}, oracle {theirs}")
     assert not wrong
@@ -111,11 +113,12 @@ def test_every_value_agrees_with_the_oracle(stored, name: str) -> None:
 def test_every_null_agrees_with_the_oracle(stored, name: str) -> None:
     dtype, pairs, report = stored
     base, tuned = (side.double().numpy() for side in pairs[name])
-    expected = oracle_row(base, tuned, storage=dtype, ks=KS, curves=True)
+    expected = _oracle(dtype, name, base, tuned)
     (row,) = [one for one in report.layers if one.module == name]
+    for key, (mean, error) in expected.sampled_nulls.items():
+        # 12 draws there, 4 or more here; a few per cent are the price of the short way
+        assert abs(row.nulls[key] - mean) <= 10 * error + 0.05 * mean, (key, row.nulls[key], mean)
     for key, null in expected.nulls.items():
-        if key.startswith("angle") and _undefined(key, expected.values, 10**9):
-            continue
         assert row.nulls[key] == pytest.approx(null, rel=1e-6, abs=1e-12), key
 
 
@@ -125,6 +128,23 @@ def test_repeated_singular_values_are_flagged_by_their_gap(stored) -> None:
     gap = row.values["gap@8"]
     assert gap is not None
     assert gap < 2e-2  # storing the matrix splits the repeated value, by no more than this
+
+
+_ROWS: dict[tuple[str, str], OracleRow] = {}
+
+
+def _oracle(dtype: str, name: str, base: np.ndarray, tuned: np.ndarray) -> OracleRow:
+    """The oracle's row of a pair, computed once."""
+    if (dtype, name) not in _ROWS:
+        _ROWS[dtype, name] = oracle_row(base, tuned, storage=dtype, ks=KS, curves=True)
+    return _ROWS[dtype, name]
+
+
+def _at_its_floor(key: str, row: LayerRecord, expected: OracleRow) -> bool:
+    """An angle so near what rounding turns that the draws decide whether it is resolved."""
+    value = row.raw.get(key, row.values[key])
+    floor = expected.floors.get(key.replace("max", "mean"))
+    return value is not None and floor is not None and 0.6 < value / floor < 1.7
 
 
 def _undefined(key: str, values: dict[str, float | None], rank: int) -> bool:

@@ -58,6 +58,8 @@ _BLOCK_ELSEWHERE = 1 << 24
 # Of a wider base a regular sample of this size serves the expectation of the changed fraction;
 # its standard error is below 5e-4.
 _SAMPLE = 1 << 20
+# Nothing added: a weight stays where rounding alone leaves it.
+_LEAST_SPREAD = 1e-300
 # Halvings that bring a spread from eighteen decades down to rounding.
 _BISECTIONS = 60
 
@@ -221,8 +223,7 @@ def expected_unchanged(base: Side, tuned_format: FloatFormat, spread: float) -> 
     ΔW_ij ~ N(0, spread²) added to this very base and rounded to the tuned format: the probability
     that it stays in the rounding cell, averaged over the entries of the base.
     """
-    if spread == 0:
-        return Unchanged(1.0, 1.0, 1.0)
+    spread = max(spread, _LEAST_SPREAD)
     levels, counts = base.levels, base.counts
     total = float(counts.sum())
 

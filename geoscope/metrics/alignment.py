@@ -5,7 +5,8 @@ Captured energy is measured against two baselines: what an isotropic update woul
 second and above the first.
 
 Inputs are energies along the base's singular directions, so that one product serves all k:
-right_j = ‖ΔW v_j‖², left_j = ‖u_jᵀΔW‖², core_ij = (u_iᵀΔW v_j)².
+right_j = ‖ΔW v_j‖², left_j = ‖u_jᵀΔW‖², core_ij = (u_iᵀΔW v_j)². `cut` is 1, and NaN where the base
+defines no subspace of dimension k: beyond its rank, or inside a repeated singular value.
 """
 
 from __future__ import annotations
@@ -29,32 +30,34 @@ __all__ = [
 ]
 
 
-def energy_right(right: Tensor, update_norm: Tensor, *, k: int) -> Tensor:
+def energy_right(right: Tensor, update_norm: Tensor, cut: Tensor, *, k: int) -> Tensor:
     """C_R(k) = ‖ΔW V_k‖_F²/‖ΔW‖_F², in [0, 1].   right: (..., K ≥ k) → (...,)."""
-    return _share(right[..., :k].sum(-1), update_norm)
+    return _share(right[..., :k].sum(-1) * cut, update_norm)
 
 
-def energy_left(left: Tensor, update_norm: Tensor, *, k: int) -> Tensor:
+def energy_left(left: Tensor, update_norm: Tensor, cut: Tensor, *, k: int) -> Tensor:
     """C_L(k) = ‖U_kᵀΔW‖_F²/‖ΔW‖_F², in [0, 1].   left: (..., K ≥ k) → (...,)."""
-    return _share(left[..., :k].sum(-1), update_norm)
+    return _share(left[..., :k].sum(-1) * cut, update_norm)
 
 
-def energy_two_sided(core: Tensor, update_norm: Tensor, *, k: int) -> Tensor:
+def energy_two_sided(core: Tensor, update_norm: Tensor, cut: Tensor, *, k: int) -> Tensor:
     """C_LR(k) = ‖U_kᵀΔW V_k‖_F²/‖ΔW‖_F², in [0, 1].   core: (..., K, K) → (...,)."""
-    return _share(core[..., :k, :k].sum((-2, -1)), update_norm)
+    return _share(core[..., :k, :k].sum((-2, -1)) * cut, update_norm)
 
 
-def lift(core: Tensor, update_norm: Tensor, *, k: int, shape: tuple[int, int]) -> Tensor:
+def lift(
+    core: Tensor, update_norm: Tensor, cut: Tensor, *, k: int, shape: tuple[int, int]
+) -> Tensor:
     """C_LR(k) over its isotropic value k²/(mn)."""
     m, n = shape
-    return energy_two_sided(core, update_norm, k=k) * (m * n / k**2)
+    return energy_two_sided(core, update_norm, cut, k=k) * (m * n / k**2)
 
 
 def versus_base(
-    core: Tensor, update_norm: Tensor, base_top: Tensor, base_norm: Tensor, *, k: int
+    core: Tensor, update_norm: Tensor, cut: Tensor, base_top: Tensor, base_norm: Tensor, *, k: int
 ) -> Tensor:
     """C_LR(k) over the base's own share E_k = Σ_{i≤k}σ²/Σσ²."""
-    return energy_two_sided(core, update_norm, k=k) / top_share(base_top, base_norm, k=k)
+    return energy_two_sided(core, update_norm, cut, k=k) / top_share(base_top, base_norm, k=k)
 
 
 def outside_span(
@@ -86,11 +89,11 @@ def largest_angle(angles: Tensor) -> Tensor:
     return angles[..., -1]
 
 
-def gap(base_top: Tensor, *, k: int, shape: tuple[int, int]) -> Tensor:
-    """(σ_k − σ_{k+1})/σ_k of the base, in [0, 1], σ_{q+1} = 0; NaN where σ_k = 0."""
+def gap(base_top: Tensor, edge: Tensor, *, k: int, shape: tuple[int, int]) -> Tensor:
+    """(σ_k − σ_{k+1})/σ_k of the base, in [0, 1], σ_{q+1} = 0; NaN where σ_k ≤ edge (...,)."""
     kept = base_top[..., k - 1]
     dropped = base_top[..., k] if k < min(shape) else torch.zeros_like(kept)
-    return torch.where(kept > 0, (kept - dropped) / kept, torch.nan)
+    return torch.where(kept > edge, (kept - dropped) / kept, torch.nan)
 
 
 def _share(energy: Tensor, update_norm: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ _FAMILY_WORDS = {
 }
 _FLOOR_WORDS = {
     "angle": "below what rounding alone turns: BELOW_RESOLUTION",
+    "gap": "below what rounding the base may open: CAUTION",
     "edge": "nothing above the noise: BELOW_RESOLUTION",
     **{
         name: f"{name}-weighted: OK to ν = {fine:g}, CAUTION to {usable:g}, then BELOW_RESOLUTION"

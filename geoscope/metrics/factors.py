@@ -13,6 +13,8 @@ The vocabulary (b = stack of matrices of one shape, K = largest subspace dimensi
     isotropic.relative|absolute|exact       (b,)       the same, expected of an isotropic update
     cross.right, cross.left                 (b, K)     ‖ΔW v_j‖², ‖u_jᵀΔW‖²
     cross.core                              (b, K, K)  (u_iᵀΔW v_j)²
+    cross.cut@k                             (b,)       1, NaN where the base has no subspace of k
+    base.edge                               (b,)       σ up to here may be rounding
     angles.left@k, angles.right@k           (b, k)     principal angles base/tuned
     intruders.left, intruders.right         (b, ≤10)   max_i |⟨u_j(W1), u_i(W0)⟩|
     masks.low|principal|control             (b,)       overlaps; .density and .matched behind
@@ -44,13 +46,22 @@ from geoscope.linalg import (
 from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.grids import grid_of
+from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import FP8
-from geoscope.metrics.collapse import INTRUDER_COSINE, INTRUDER_DIRECTIONS
+from geoscope.metrics.collapse import INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.metric import ROLES
 from geoscope.metrics.nulls import marchenko_pastur_median
 from geoscope.metrics.storage_notes import base_notes, storage_notes
+from geoscope.metrics.subspaces import (
+    directions_edge,
+    has_subspace,
+    matches,
+    settled,
+    solver_edge,
+    vectors_of,
+)
 
 __all__ = ["PairFactors", "Rounding", "Settings", "pair_factors", "update_factors"]
 
@@ -180,7 +191,7 @@ def pair_factors(
     if isinstance(tuned, Tensor):
         _add_update_noise(work.values, sides)
     if _any(takes, "cross."):
-        _cross(work, update)
+        _cross(work, update, inside)
     if isinstance(tuned, Tensor) and not any(one.is_quantised for pair in sides for one in pair):
         _isotropic(work, sides, (m, n), takes)
         if _any(takes, "masks."):
@@ -318,13 +329,15 @@ def _add_update_noise(values: dict[str, Tensor], sides: Sequence[tuple[Side, Sid
 def _isotropic(
     work: _Work, sides: list[tuple[Side, Side]], shape: tuple[int, int], takes: frozenset[str]
 ) -> None:
-    """Changed shares expected of an isotropic update of the same norm."""
+    """Changed shares expected of an isotropic update that measures as large once it is stored."""
     if not _any(takes, "isotropic."):
         return
     norms = work.values["update.norm"]
     entries = (shape[0] * shape[1]) ** 0.5
     shares = [
-        expected_unchanged(before, after.fmt, float(norm) / entries)
+        expected_unchanged(
+            before, after.fmt, isotropic_spread(before, after, float(norm) / entries)
+        )
         for (before, after), norm in zip(sides, norms, strict=True)
     ]
     for rule in ("relative", "absolute", "exact"):
@@ -345,16 +358,20 @@ def _spectra(
         return
     cuts = ks if base_vectors else ()
     work.base = base = work.factorise("base", W0, takes=takes, vectors=base_vectors, cuts=cuts)
+    shape = (W0.shape[-2], W0.shape[-1])
+    work.values["base.edge"] = directions_edge(base, work.values["base.noise"], shape)
     if not (tuned_vectors or "tuned.S" in takes or _any(takes, "tuned.top@")):
         return
     cuts = ks if angles else ()
     is_update = isinstance(tuned_weight, FactorUpdate)
     W1 = Operand(tuned_weight.over(W0.plus) if is_update else tuned_weight)
     tuned = work.factorise("tuned", W1, takes=takes, vectors=tuned_vectors, cuts=cuts)
+    tuned_noise = torch.hypot(work.values["base.noise"], work.values["tuned.noise"])
+    edge = directions_edge(tuned, tuned_noise, shape)
     if angles:
-        _angles(work, base, tuned, ks)
+        _angles(work, base, tuned, edge, ks)
     if _any(takes, "intruders."):
-        _intruders(work, W0, base, tuned)
+        _intruders(work, W0, base, tuned, edge)
 
 
 def _vectors(
@@ -375,64 +392,57 @@ def _vectors(
     return base, tuned
 
 
-def _angles(work: _Work, base: Factors, tuned: Factors, ks: Sequence[int]) -> None:
-    """Principal angles of the leading subspaces; NaN for a complete basis or a zero matrix."""
-    U0, V0 = _both(base)
-    U1, V1 = _both(tuned)
-    defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
+def _angles(
+    work: _Work, base: Factors, tuned: Factors, tuned_edge: Tensor, ks: Sequence[int]
+) -> None:
+    """Principal angles of the leading subspaces; NaN for a complete basis or an undefined one."""
+    U0, V0 = vectors_of(base)
+    U1, V1 = vectors_of(tuned)
+    shape = (U0.shape[-2], V0.shape[-1])
     for k in ks:
+        defined = has_subspace(base, work.values["base.edge"], k=k, shape=shape)
+        defined &= has_subspace(tuned, tuned_edge, k=k, shape=shape)
         for which, before, after in (("left", U0, U1), ("right", V0.mT, V1.mT)):
             angles = principal_angles(before[..., :k], after[..., :k])
-            partial = k < before.shape[-2]
-            work.values[f"angles.{which}@{k}"] = torch.where(defined & partial, angles, torch.nan)
+            known = (defined & (k < before.shape[-2]))[:, None]
+            work.values[f"angles.{which}@{k}"] = torch.where(known, angles, torch.nan)
 
 
-def _both(factors: Factors) -> tuple[Tensor, Tensor]:
-    """U and Vh of factors that were asked for with vectors."""
-    if factors.U is None or factors.Vh is None:
-        raise ValueError("these factors hold no vectors")
-    return factors.U, factors.Vh
-
-
-def _intruders(work: _Work, W0: Operand, base: Factors, tuned: Factors) -> None:
+def _intruders(work: _Work, W0: Operand, base: Factors, tuned: Factors, tuned_edge: Tensor) -> None:
     """Largest |cos| of each leading tuned vector with any thin singular vector of the base.
 
     The leading base vectors mostly settle it: either one of them reaches ½, or they leave so
     little of the tuned vector unexplained that no other can. Otherwise the whole basis is taken;
-    with `quick` the intruders are then left open.
+    with `quick` the intruders are then left open. 1 for what is no direction of the tuned matrix.
     """
     k = min(INTRUDER_DIRECTIONS, min(W0.shape))
-    U1, V1 = _both(tuned)
+    U1, V1 = vectors_of(tuned)
     left, right = U1[..., :k].mT, V1[..., :k, :]
-    cosines = _cosines(left, right, base)
-    if min(W0.shape) > _both(base)[1].shape[-2] and not all(map(_settled, cosines)):
+    noise = torch.hypot(work.values["base.noise"], work.values["tuned.noise"])
+    energies = matches(left, right, base, edge=work.values["base.edge"], noise=noise)
+    if min(W0.shape) > vectors_of(base)[1].shape[-2] and not all(map(settled, energies)):
         if work.settings.quick:
             return
         whole = factorise(W0, vectors=min(W0.shape), solver=work.settings.solver)
         work.methods["base.basis"] = whole.methods
-        cosines = _cosines(left, right, whole)
+        energies = matches(left, right, whole, edge=work.values["base.edge"], noise=noise)
     defined = (base.S[..., :1] > 0) & (tuned.S[..., :1] > 0)
-    for which, found in zip(("left", "right"), cosines, strict=True):
-        work.values[f"intruders.{which}"] = torch.where(defined, found.amax(-1), torch.nan)
+    stored = tuned.S[..., :k] <= tuned_edge[:, None]
+    for which, found in zip(("left", "right"), energies, strict=True):
+        cosines = torch.where(stored, 1.0, found[0].amax(-1).sqrt())
+        work.values[f"intruders.{which}"] = torch.where(defined, cosines, torch.nan)
 
 
-def _cosines(left: Tensor, right: Tensor, base: Factors) -> tuple[Tensor, Tensor]:
-    U, Vh = _both(base)
-    return (left @ U).abs(), (right @ Vh.mT).abs()
-
-
-def _settled(cosines: Tensor) -> bool:
-    """Whether the vectors seen decide for each row if its largest |cos| reaches the threshold."""
-    found = cosines.amax(-1) >= INTRUDER_COSINE
-    unexplained = 1 - cosines.square().sum(-1)
-    return bool((found | (unexplained < INTRUDER_COSINE**2)).all())
-
-
-def _cross(work: _Work, update: Operand | Product) -> None:
+def _cross(work: _Work, update: Operand | Product, ks: Sequence[int]) -> None:
     """Energies of the update along the base's singular directions."""
     assert work.base is not None
-    U, Vh = _both(work.base)
-    defined = work.base.S[..., 0] > 0
+    U, Vh = vectors_of(work.base)
+    shape = (U.shape[-2], Vh.shape[-1])
+    for k in ks:
+        defined = has_subspace(work.base, work.values["base.edge"], k=k, shape=shape)
+        work.values[f"cross.cut@{k}"] = torch.where(defined, 1.0, torch.nan)
+    edge = solver_edge(work.base, shape)
+    defined = work.base.S[..., : Vh.shape[-2]] > edge[:, None]
     # (b, K, m): ΔW v_j as rows, (b, K, n): u_jᵀΔW as rows
     right, left = update.both(Vh, U.mT.contiguous())
     for name, energies in (
@@ -440,7 +450,7 @@ def _cross(work: _Work, update: Operand | Product) -> None:
         ("left", left.square().sum(-1)),
         ("core", (right @ U).mT.square()),
     ):
-        known = defined.reshape(-1, *[1] * (energies.ndim - 1))
+        known = defined if name != "core" else defined[:, :, None] & defined[:, None]
         work.values[f"cross.{name}"] = torch.where(known, energies, torch.nan)
 
 
@@ -459,7 +469,7 @@ def _masks(work: _Work, base: Tensor, tuned: Tensor, sides: Sequence[tuple[Side,
     for i, (before, after) in enumerate(zip(base, tuned, strict=True)):
         reconstruction = None
         if min(before.shape) >= MASK_RANK:
-            U, Vh = _both(work.base)
+            U, Vh = vectors_of(work.base)
             scaled = work.base.S[i, :MASK_RANK, None] * Vh[i, :MASK_RANK]
             reconstruction = _product(U[i, :, :MASK_RANK], scaled)
         results.append(

@@ -90,13 +90,12 @@ def mask_overlaps(
             held[key] += int(mask.sum())
             hit[key] += int((mask & changed[part]).sum())
             expected[key] += float(visible[mask].sum())
-    densities = {key: number / base.numel() for key, number in held.items()}
     if not meaningful:
         nothing = dict.fromkeys(keys, float("nan"))
-        return MaskOverlaps(nothing, densities, nothing, 0)
+        return MaskOverlaps(nothing, nothing, nothing, 0)
     return MaskOverlaps(
         overlap={key: number / count for key, number in hit.items()},
-        density=densities,
+        density={key: number / base.numel() for key, number in held.items()},
         matched={key: number / total for key, number in expected.items()},
         changed=count,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -12,21 +12,28 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.metrics.factors import PairFactors
+from geoscope.metrics.isotropic import angle_bound, mean_angles, tuned_spectra
 from geoscope.metrics.metric import Instance
-from geoscope.metrics.nulls import angle_rms, iid_spectra
+from geoscope.metrics.nulls import iid_spectra
 from geoscope.metrics.precision import floor_status
 from geoscope.metrics.spectrum import participation_ratio, top_share
+from geoscope.metrics.subspaces import LEAST_GAP
 from geoscope.profile import stage
 from geoscope.records import Status
 
 __all__ = ["Measured", "measure", "measure_nothing", "verdict_dimension"]
+
+# Times a first-order bound of what rounding turns: an angle beyond it needs no sample.
+_CLEAR = 3.0
+# Times the rounding of an entry: as far as it parts equal singular values.
+_OPENED = 3.0
 
 
 @dataclass(frozen=True)
 class Measured:
     """Numbers of one matrix, and the weights by which it enters an aggregate.
 
-    floors: id → the angle that rounding alone gives, where a measured angle is below it.
+    floors: id → the angle that rounding alone may give, where a measured angle is below it.
     weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `grid` what of it is
     the rounding of grids, `changed` |M|, and `share@k` E_k of the base.
     """
@@ -48,11 +55,14 @@ def verdict_dimension(shape: tuple[int, int], rank: int = 0) -> int:
 def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) -> list[Measured]:
     """Value, null and status of every selected instance, for each matrix of the stack."""
     values = {name: tensor.cpu() for name, tensor in factors.values.items()}
-    if any("iid.S" in one.metric.null.takes for one in selected if one.metric.null):
+    taken = {name for one in selected if one.metric.null for name in one.metric.null.takes}
+    if "iid.S" in taken:
         values["iid.S"] = iid_spectra(*factors.shape, seed)
+    if "base.S" in values:
+        values |= _sampled(values, selected, taken, factors.shape, seed)
     count = len(values["update.norm"])
     rows = [Measured(weights=_weights(values, selected, factors.shape, i)) for i in range(count)]
-    floors = _Floors(values, factors.shape)
+    floors = _Floors(values, factors.shape, seed)
     for instance in selected:
         inside = instance.k is None or instance.k <= min(factors.shape)
         if inside:
@@ -66,6 +76,30 @@ def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) ->
         for i, row in enumerate(rows):
             _add_value(row, instance, float(numbers[i]), floors, i)
     return rows
+
+
+def _sampled(
+    values: Mapping[str, Tensor],
+    selected: Iterable[Instance],
+    taken: Set[str],
+    shape: tuple[int, int],
+    seed: int,
+) -> dict[str, Tensor]:
+    """What isotropic updates of the measured sizes do: spectra (b, draws, q), angles (b,) by k."""
+    pairs = list(zip(values["base.S"], values["update.norm"].tolist(), strict=True))
+    found = {}
+    if "sampled.S" in taken:
+        spectra = [tuned_spectra(S, spread, shape=shape, seed=seed) for S, spread in pairs]
+        found["sampled.S"] = torch.stack(spectra)
+    if "sampled.left@k" in taken or "sampled.right@k" in taken:
+        for k in {one.k for one in selected if one.floor == "angle" and one.k is not None}:
+            if k <= min(shape):
+                turned = [
+                    mean_angles(S, spread, k=k, shape=shape, seed=seed) for S, spread in pairs
+                ]
+                for i, side in enumerate(("left", "right")):
+                    found[f"sampled.{side}@{k}"] = torch.stack([both[i].mean() for both in turned])
+    return found
 
 
 def measure_nothing(
@@ -118,6 +152,7 @@ class _Floors:
 
     values: Mapping[str, Tensor]
     shape: tuple[int, int]
+    seed: int
 
     @property
     def zero(self) -> list[bool]:
@@ -129,6 +164,8 @@ class _Floors:
             return Status.OK
         if instance.floor == "edge":
             return Status.OK if value > 0 else Status.BELOW_RESOLUTION
+        if instance.floor == "gap":
+            return self._gap(instance, i, value)
         norm = float(self.values["update.norm"][i])
         noise_ratio = float(self.values["update.noise"][i]) / norm if norm > 0 else math.nan
         spread = math.nan
@@ -141,19 +178,28 @@ class _Floors:
         rank = float(self.values["rank.max"][i]) if "rank.max" in self.values else math.inf
         return int(min(*self.shape, rank))
 
-    def angle(self, instance: Instance, i: int) -> float | None:
-        """What rounding alone turns the subspace by, where less than that was measured."""
+    def _gap(self, instance: Instance, i: int, value: float) -> Status:
+        """A gap that rounding alone may open is the storage's, not the base's."""
         assert instance.k is not None
-        side = "left" if "angle_left" in instance.id else "right"
-        angles = self.values[f"angles.{side}@{instance.k}"][i]
-        floor = angle_rms(
-            self._spectrum(i),
-            self.values["update.noise"][i],
-            k=instance.k,
-            side=side,
-            shape=self.shape,
-        )
-        return float(floor) if float(angles.mean()) < float(floor) else None
+        step = value * float(self.values["base.top"][i, instance.k - 1])
+        noise = float(self.values["base.noise"][i]) / math.sqrt(math.prod(self.shape))
+        made = step <= _OPENED * noise or value <= LEAST_GAP
+        return Status.CAUTION if made else Status.OK
+
+    def angle(self, instance: Instance, i: int) -> float | None:
+        """What rounding alone may turn the subspace by, where less than that was measured.
+
+        Two standard deviations above its mean.
+        """
+        assert instance.k is not None
+        k, side = instance.k, "left" if "angle_left" in instance.id else "right"
+        measured = float(self.values[f"angles.{side}@{k}"][i].mean())
+        S, noise = self._spectrum(i), float(self.values["update.noise"][i])
+        if measured > _CLEAR * angle_bound(S, noise, k=k, shape=self.shape):
+            return None
+        turned = mean_angles(S, noise, k=k, shape=self.shape, seed=self.seed)[side == "right"]
+        floor = float(turned.mean() + 2 * turned.std())
+        return floor if measured < floor else None
 
     def _spectrum(self, i: int) -> Tensor:
         """The base's spectrum; from leading values alone one that turns at least as far.

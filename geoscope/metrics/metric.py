@@ -18,7 +18,8 @@ class Null:
     """What noise of the same shape and size gives.
 
     fn of the factors in `takes` → (b,) or (); with `iid.S` among them (draws, q) the mean over the
-    draws is taken. `wants` and `params` as in Metric.
+    draws is taken. `sampled.*` are of isotropic updates of the base (measure.py). `wants` and
+    `params` as in Metric.
     """
 
     text: str
@@ -38,7 +39,8 @@ class Metric:
     keyword, of `k` and `shape`. params: constant keyword arguments.
     floor: how storage rounding hurts it (docs/methods.md#floors): top, energy, amplitude, angle;
     edge for a count of what is above the noise, which 0 does not resolve
-    (docs/methods.md#noise-edge); or None. For `per_role` metrics it concerns the update alone.
+    (docs/methods.md#noise-edge); gap for one of the base, which its own rounding may make; or
+    None. For `per_role` metrics it concerns the update alone.
     aggregate: the rule of docs/methods.md#aggregation by which matrices combine. of_update:
     undefined for a zero update. option: shown only with this command-line option.
     """

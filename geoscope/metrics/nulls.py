@@ -1,8 +1,8 @@
 """What would noise of the same shape and size give? The null beside every number.
 
 Two generic nulls: *iid*, the singular values of a Gaussian matrix, and the *isotropic update*, a
-Gaussian ΔW of the same norm stored in the same dtype. Sampled nulls depend on the seed and the
-shape alone, so equal shapes share one and order changes nothing.
+Gaussian ΔW of the same norm stored in the same dtype (see isotropic.py). The draws of sampled nulls
+depend on the seed and the shape alone, so that order changes nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from geoscope.linalg import blas
 from geoscope.linalg.iid import iid_draws, iid_tridiagonals
-from geoscope.metrics.size import relative_update
+from geoscope.metrics import collapse
 from geoscope.profile import stage
 
 __all__ = [
-    "angle_rms",
     "captured_area",
     "condition_number",
     "energy_left",
@@ -33,6 +32,9 @@ __all__ = [
     "nss",
     "one",
     "outside_span",
+    "rank_ratio",
+    "sampled",
+    "spectral_lift",
     "spectral_share",
     "zero",
 ]
@@ -70,31 +72,6 @@ def marchenko_pastur_median(beta: float) -> float:
         return quad(lambda t: 2 * t * density(low + t * t), 0, width, epsabs=1e-12)[0] - 0.5
 
     return float(brentq(below, low + 1e-9, high, xtol=1e-13))  # pyright: ignore[reportArgumentType]
-
-
-@stage("nulls")
-def angle_rms(
-    base_S: Tensor, spread: Tensor, *, k: int, side: str, shape: tuple[int, int]
-) -> Tensor:
-    """RMS principal angle that isotropic noise turns the leading k directions by, in radians.
-
-    √(E‖sin Θ‖_F²/k) to first order, with entry variance ω² = spread²/(mn):
-    E‖sin Θ_left‖_F² = Σ_{i≤k<j≤m} min(½, ω²(σ_i²+σ_j²)/(σ_i²−σ_j²)²) with σ_j = 0 for j > q, right
-    with j ≤ n. base_S: (..., q), spread: ‖ΔW‖_F or the rounding noise, (...,) → (...,).
-    [docs/methods.md#angles; Wedin 1972 for the pairs]
-    """
-    m, n = shape
-    variance = (spread.square() / (m * n))[..., None]
-    energy = base_S.square()
-    kept, dropped = energy[..., :k, None], energy[..., None, k:]
-    pairs = variance[..., None] * (kept + dropped) / (kept - dropped).square()
-    # An exactly degenerate pair (0/0 when both vanish, or x/0) turns as far as it can: the cap.
-    total = pairs.nan_to_num(nan=0.5, posinf=0.5).clamp_max(0.5).sum((-2, -1))
-    outside = (m if side == "left" else n) - base_S.shape[-1]
-    if outside > 0:
-        alone = (variance / energy[..., :k]).nan_to_num(nan=0.5, posinf=0.5)
-        total = total + outside * alone.clamp_max(0.5).sum(-1)
-    return (total / k).sqrt()
 
 
 def _constant(value: float) -> Tensor:
@@ -147,11 +124,28 @@ def condition_number(*, shape: tuple[int, int]) -> Tensor:
     return _constant((1 + root) / (1 - root) if root < 1 else float("nan"))
 
 
-def nss(update_norm: Tensor, base_norm: Tensor, *, shape: tuple[int, int]) -> Tensor:
-    """ρ/√M, to first order."""
-    return relative_update(update_norm, base_norm) / max(shape) ** 0.5
+def sampled(base_S: Tensor, number: Tensor) -> Tensor:
+    """What was sampled from the base's spectrum, as it is."""
+    return number
 
 
-def spectral_share(*, shape: tuple[int, int]) -> Tensor:
-    """1/√M, to first order."""
-    return _constant(max(shape) ** -0.5)
+def nss(base_S: Tensor, sampled_S: Tensor) -> Tensor:
+    """Mean of NSS over sampled spectra (b, draws, q) of the tuned matrix; near 0 it is ρ/√M."""
+    return collapse.nss(base_S[:, None], sampled_S).mean(-1)
+
+
+def spectral_share(base_S: Tensor, sampled_S: Tensor, update_norm: Tensor) -> Tensor:
+    """The same over ρ; near ρ = 0 it is 1/√M."""
+    return collapse.spectral_share(base_S[:, None], sampled_S, update_norm[:, None]).mean(-1)
+
+
+def spectral_lift(
+    base_S: Tensor, sampled_S: Tensor, update_norm: Tensor, *, shape: tuple[int, int]
+) -> Tensor:
+    """The same times √M: 1 near ρ = 0, more where noise lifts the tail of the spectrum."""
+    return spectral_share(base_S, sampled_S, update_norm) * max(shape) ** 0.5
+
+
+def rank_ratio(base_S: Tensor, sampled_S: Tensor) -> Tensor:
+    """Mean effective rank of sampled spectra (b, draws, q) over that of the base."""
+    return collapse.rank_ratio(base_S[:, None], sampled_S).mean(-1)

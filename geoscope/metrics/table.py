@@ -37,16 +37,16 @@ def _iid(fn: Callable[..., Tensor], text: str, **params: Any) -> Null:
 
 
 _UNIT = Null("1", nulls.one)
+_SAMPLED = "isotropic update of the same size (sampled for this base)"
+_VISIBLE = "isotropic update of equal visible density on this base, stored in the same dtype"
 _ISOTROPIC = "isotropic update of the same size on this base, stored in the same dtype"
 
 
 def _angle_null(side: str) -> Null:
     return Null(
-        "RMS angle of an isotropic update of the same size (first order)",
-        nulls.angle_rms,
-        ("base.S", "update.norm"),
-        wants=("k", "shape"),
-        params={"side": side},
+        "mean angle of an isotropic update of the same size (sampled for this base)",
+        nulls.sampled,
+        ("base.S", f"sampled.{side}@k"),
     )
 
 
@@ -342,7 +342,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "energy_right@k",
         alignment.energy_right,
-        ("cross.right", "update.norm"),
+        ("cross.right", "update.norm", "cross.cut@k"),
         "update_alignment",
         formula="C_R(k) = ‖ΔW V_k‖_F²/‖ΔW‖_F²",
         range="0…1",
@@ -358,7 +358,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "energy_left@k",
         alignment.energy_left,
-        ("cross.left", "update.norm"),
+        ("cross.left", "update.norm", "cross.cut@k"),
         "update_alignment",
         formula="C_L(k) = ‖U_kᵀΔW‖_F²/‖ΔW‖_F²",
         range="0…1",
@@ -374,7 +374,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "energy_two_sided@k",
         alignment.energy_two_sided,
-        ("cross.core", "update.norm"),
+        ("cross.core", "update.norm", "cross.cut@k"),
         "update_alignment",
         formula="C_LR(k) = ‖U_kᵀΔW V_k‖_F²/‖ΔW‖_F²",
         range="0…1",
@@ -390,7 +390,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "lift@k",
         alignment.lift,
-        ("cross.core", "update.norm"),
+        ("cross.core", "update.norm", "cross.cut@k"),
         "update_alignment",
         formula="C_LR(k)·mn/k²",
         range="≥ 0",
@@ -406,7 +406,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "versus_base@k",
         alignment.versus_base,
-        ("cross.core", "update.norm", "base.top@k", "base.norm"),
+        ("cross.core", "update.norm", "cross.cut@k", "base.top@k", "base.norm"),
         "update_alignment",
         formula="C_LR(k)/E_k(W0)",
         range="≥ 0",
@@ -527,14 +527,16 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "gap@k",
         alignment.gap,
-        ("base.top@k",),
+        ("base.top@k", "base.edge"),
         "base_alignment",
         formula="(σ_k − σ_{k+1})/σ_k of the base",
         range="0…1",
-        reading="how well the subspace at k is defined; below 1e-6 it is not",
+        reading="how well the subspace at k is defined; CAUTION below the rounding of the base; "
+        "below 1e-6, and of directions that are rounding themselves, nothing is",
         caution="anything about the update",
         source="ours; docs/methods.md#angles",
         wants=("k", "shape"),
+        floor="gap",
     ),
     # ---- collapse -----------------------------------------------------------------------------
     Metric(
@@ -545,9 +547,9 @@ METRICS: tuple[Metric, ...] = (
         formula="‖σ(W1) − σ(W0)‖₂/‖σ(W0)‖₂",
         range="0…ρ",
         reading="normalised spectral shift; read spectral_lift instead",
-        caution="a preserved spectrum from a small value: an isotropic update has ρ/√M",
+        caution="a preserved spectrum from a small value: an isotropic update has one, too",
         source="2511.08567, 2606.07082; docs/methods.md#spectral-shift",
-        null=Null("ρ/√M", nulls.nss, ("update.norm", "base.norm"), wants=("shape",)),
+        null=Null(f"{_SAMPLED}; ≈ ρ/√M while ρ√M ≪ 1", nulls.nss, ("base.S", "sampled.S")),
         floor="top",
     ),
     Metric(
@@ -560,7 +562,11 @@ METRICS: tuple[Metric, ...] = (
         reading="share of the update that moved singular values: 0 rotation, 1 rescaling",
         caution="size: it is a ratio",
         source="ours; docs/methods.md#spectral-shift",
-        null=Null("1/√M", nulls.spectral_share, wants=("shape",)),
+        null=Null(
+            f"{_SAMPLED}; ≈ 1/√M while ρ√M ≪ 1",
+            nulls.spectral_share,
+            ("base.S", "sampled.S", "update.norm"),
+        ),
         floor="top",
         of_update=True,
     ),
@@ -571,10 +577,15 @@ METRICS: tuple[Metric, ...] = (
         "collapse",
         formula="(NSS/ρ)·√M",
         range="≥ 0",
-        reading="1 = isotropic; below ½ it only turned the frames, above 10 it moved values",
-        caution="much from 1…4 at large ρ on a steep spectrum: the null is first order",
+        reading="below ½ it only turned the frames; above 10, and its null, it moved values",
+        caution="much from 1…4 at large ρ on a steep spectrum, where the null is as large",
         source="ours; docs/methods.md#spectral-shift",
-        null=_UNIT,
+        null=Null(
+            f"{_SAMPLED}; ≈ 1 while ρ√M ≪ 1",
+            nulls.spectral_lift,
+            ("base.S", "sampled.S", "update.norm"),
+            wants=("shape",),
+        ),
         wants=("shape",),
         floor="top",
         of_update=True,
@@ -589,7 +600,7 @@ METRICS: tuple[Metric, ...] = (
         reading="below .9 the spectrum lost directions",
         caution="collapse of accuracy",
         source="ours; docs/methods.md#spectral-shift",
-        null=_UNIT,
+        null=Null(f"{_SAMPLED}; ≈ 1", nulls.rank_ratio, ("base.S", "sampled.S")),
     ),
     Metric(
         "stable_rank_ratio",
@@ -666,10 +677,10 @@ METRICS: tuple[Metric, ...] = (
             "masks",
             formula=f"|M_{key} ∩ M|/|M|; {text}",
             range="0…1",
-            reading="share of the changed weights inside the mask; null: the mask's density",
+            reading="share of the changed weights inside the mask",
             caution="a preference: rounding alone gives the published values",
             source="2511.08567; docs/methods.md#masks",
-            null=Null("achieved density of the mask", size.as_measured, (f"masks.{key}.density",)),
+            null=Null(_VISIBLE, size.as_measured, (f"masks.{key}.matched",)),
             aggregate="changed",
             of_update=True,
             option="masks",
@@ -693,6 +704,23 @@ METRICS: tuple[Metric, ...] = (
             source="ours; docs/methods.md#masks",
             null=_UNIT,
             aggregate="mean",
+            of_update=True,
+            option="masks",
+        )
+        for key in ("low", "principal", "control")
+    ),
+    *(
+        Metric(
+            f"mask_density_{key}",
+            size.as_measured,
+            (f"masks.{key}.density",),
+            "masks",
+            formula=f"|M_{key}|/mn, ties at the quantile kept",
+            range="0…1",
+            reading="overlap of a random choice of weights with the mask",
+            caution="a null of the overlap: rounding puts changed weights on the small ones",
+            source="ours; docs/methods.md#masks",
+            aggregate="parameters",
             of_update=True,
             option="masks",
         )

@@ -30,7 +30,9 @@ NULLS = (0.2, 0.4, 0.5)
 SUMMED = {"intruders", "intruders_right"}
 LARGEST = {f"angle_{side}_max@{k}" for side in ("left", "right") for k in KS} | {"suggested_rank"}
 ROOT_SUM_SQUARE = {f"{role}.frobenius_norm" for role in ("base", "tuned", "update")}
-BY_PARAMETERS = {"update_sparsity", "update_sparsity_abs", "update_sparsity_exact"}
+BY_PARAMETERS = {"update_sparsity", "update_sparsity_abs", "update_sparsity_exact"} | {
+    f"mask_density_{mask}" for mask in ("low", "principal", "control")
+}
 BY_CHANGED = {f"mask_overlap_{mask}" for mask in ("low", "principal", "control")}
 BY_ENERGY = {"outside_span", "auc_left", "auc_right"} | {
     f"energy_{which}@{k}" for which in ("left", "right", "two_sided") for k in KS

@@ -46,9 +46,12 @@ def fp64(*values: Any) -> Tensor:
         (lambda S: spectrum.energy_rank(S, level=5 / 6), 2),
         (lambda S: spectrum.condition_number(S, fp64(2**-7), shape=(3, 4)), 2.0),
         (lambda S: spectrum.numerical_rank(S, fp64(2**-7), shape=(3, 4)), 3),
-        (lambda S: alignment.gap(S, k=1, shape=(3, 4)), 0.5),
-        (lambda S: alignment.gap(S, k=2, shape=(3, 4)), 0.0),
-        (lambda S: alignment.gap(S, k=3, shape=(3, 4)), 1.0),  # nothing comes after the last
+        (lambda S: alignment.gap(S, 0 * S[..., 0], k=1, shape=(3, 4)), 0.5),
+        (lambda S: alignment.gap(S, 0 * S[..., 0], k=2, shape=(3, 4)), 0.0),
+        (
+            lambda S: alignment.gap(S, 0 * S[..., 0], k=3, shape=(3, 4)),
+            1.0,
+        ),  # nothing comes after the last
     ],
 )
 def test_spectrum_two_one_one(quantity: Any, expected: float) -> None:

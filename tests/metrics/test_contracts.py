@@ -524,7 +524,7 @@ def test_every_metric_is_described(metric: Metric) -> None:
         assert words == words.strip()
     assert metric.family in FAMILIES
     assert metric.aggregate in _RULES
-    assert metric.floor in (None, "angle", "edge", *FLOORS)
+    assert metric.floor in (None, "angle", "edge", "gap", *FLOORS)
     assert metric.null is None or metric.null.text.strip()
 
 

@@ -25,7 +25,7 @@ from geoscope.metrics import (
     measure,
     pair_factors,
 )
-from geoscope.metrics.nulls import angle_rms
+from geoscope.metrics.isotropic import mean_angles
 from geoscope.metrics.precision import FLOORS, floor_status
 from geoscope.records import Status
 
@@ -91,7 +91,7 @@ NONE = {
     "relative_update", "precision_ratio", "update_sparsity", "update_sparsity_abs",
     "update_sparsity_exact", "frobenius_norm", "signal_rank", "gap@k", "rank_ratio",
     "stable_rank_ratio", "nominal_rank",
-    *(f"mask_{kind}_{mask}" for kind in ("overlap", "lift") for mask in
+    *(f"mask_{kind}_{mask}" for kind in ("overlap", "lift", "density") for mask in
       ("low", "principal", "control")),
 }  # fmt: skip
 
@@ -446,12 +446,12 @@ def test_below_resolution_stays_out_of_summary_and_verdict(tmp_path: Path) -> No
 
 
 def rounding_angle(base: Tensor, tuned: Tensor, k: int, which: str) -> float:
-    """RMS angle of noise of variance ω² = Σulp²/(12mn) per entry."""
+    """Mean and two sd of the angles that noise of variance ω² = Σulp²/(12mn) per entry turns."""
     noise = math.sqrt(float(np.sum(oracle.ulp(tuned.double().numpy(), "bf16") ** 2)) / 12)
     S = torch.linalg.svdvals(base.double())
     m, n = base.shape
-    spread = torch.tensor(noise, dtype=torch.float64)
-    return float(angle_rms(S, spread, k=k, side=which, shape=(m, n)))
+    turned = mean_angles(S, noise, k=k, shape=(m, n), seed=0)[which == "right"]
+    return float(turned.mean() + 2 * turned.std())
 
 
 @pytest.mark.parametrize("rho", [1e-1, 1e-2, 1e-3, 3e-4, 1e-4])

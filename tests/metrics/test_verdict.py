@@ -315,9 +315,9 @@ def test_limits_that_need_only_be_reached(
 
 @pytest.mark.parametrize(("limit", "beyond"), [(10, "SPECTRUM_DISTORTED"), (1, "MIXED")])
 def test_an_angle_is_forgiven_up_to_one_and_a_half_times_its_null(limit: int, beyond: str) -> None:
-    null = limit * DEGREE  # 1.5 × it exceeds the limit of the rule
+    null = limit * DEGREE  # 2 × it exceeds the limit of the rule
     for side in ("left", "right"):
-        below, above = (beside(row_with(**{side: x * null}), **{side: null}) for x in (1.49, 1.51))
+        below, above = (beside(row_with(**{side: x * null}), **{side: null}) for x in (1.99, 2.01))
         assert code_of(above) == beyond
         assert code_of(below) != beyond
 
