@@ -107,7 +107,7 @@ class Conversion:
         try:
             if self.compress_to is None:
                 assert start is not None
-                return *unstacked(*concatenated(B, A, *start)), []
+                return *unstacked(*concatenated(B, A, *start), is_turned=module.is_turned), []
             update = Product.of(B, A, module.scaling)
             if start is not None:
                 update = update - Product.of(*start, module.scaling)
@@ -115,7 +115,7 @@ class Conversion:
         except NumericsError as error:
             raise NumericsError(f"{module.name}: {error}") from error
         energy = ModuleEnergy(module.name, made.energy, made.discarded)
-        return *unstacked(made.B, made.A), [energy]
+        return *unstacked(made.B, made.A, is_turned=module.is_turned), [energy]
 
     def _initial_factors(self, module: AdapterModule) -> tuple[Tensor, Tensor] | None:
         if self.initial is None:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from geoscope.adapters.layouts import MIRROR_TOLERANCE, effective_error, largest_product
 from geoscope.adapters.peft_config import max_lora_rank, vllm_findings
-from geoscope.adapters.peft_names import module_paths
+from geoscope.adapters.peft_names import lora_keys, module_paths, whole_key
 from geoscope.analysis.adapter_match import AdapterMatch, Piece
 from geoscope.analysis.peft_logits import LogitDifferences, logit_differences
 from geoscope.checkpoints import Checkpoint, open_checkpoint
 from geoscope.checkpoints.container import files_of
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.extras import saved_name
 from geoscope.checkpoints.peft.folder import (
     CONVERTED,
     RECORD,
@@ -33,6 +34,7 @@ from geoscope.checkpoints.peft.folder import (
     original_of,
     record_beside,
 )
+from geoscope.checkpoints.peft.packing import is_old
 from geoscope.errors import OptionError, first_names
 from geoscope.profile import stage
 
@@ -106,8 +108,11 @@ def verify_adapter(
     tick = _Counter(len(match.pieces), on_module)
     checks = [
         _layout_check(origin, adapter, layout),
+        _spelling_check(adapter),
         _keys_check(match),
         _shapes_check(match),
+        *_packing_checks(match),
+        *_tied_checks(match),
         *([_config_check(adapter)] if layout else []),
         _vllm_check(origin, adapter),
     ]
@@ -127,7 +132,8 @@ def verify_adapter(
         rewritten = origin.residual if layout == "residual" else None
         found = logit_differences(original, origin.adapter, residual=rewritten, anchor=anchor)
         checks += _peft_checks(found, layout, allow_lossy=allow_lossy)
-    return Verification(folder, layout, reference, tuple(checks), live.notes)
+    notes = (*live.notes, *_renamed_notes(match))
+    return Verification(folder, layout, reference, tuple(checks), notes)
 
 
 def _reference(
@@ -179,6 +185,61 @@ def _ranks(adapter: Adapter) -> str:
 
 
 # --- keys and shapes ----------------------------------------------------------------------------
+
+
+def _spelling_check(adapter: Adapter) -> Check:
+    """Keys as `PeftModel.save_pretrained` writes them: another one is used by no loader."""
+    wanted = {
+        info.name: key
+        for one in adapter.modules.values()
+        for info, key in zip(one.stored, lora_keys(one.path), strict=True)
+    }
+    wanted |= {stored: whole_key(saved_name(stored)) for stored in adapter.replaced.values()}
+    odd = [name for name, key in wanted.items() if name != key]
+    if odd:
+        return Check(
+            "spelling",
+            False,
+            f"{len(odd)} of {len(wanted)} keys are not as PEFT writes them, and loaders pass them "
+            f"over: first {odd[0]} in place of {wanted[odd[0]]}; save the adapter again from the "
+            "unwrapped model (PeftModel.save_pretrained), or rename them",
+            name=odd[0],
+        )
+    return Check("spelling", True, f"all {len(wanted)} keys are as PEFT writes them")
+
+
+def _packing_checks(match: AdapterMatch) -> list[Check]:
+    """Of stacked experts, whether the PEFT that the config names reads them as they are packed."""
+    turned = [one.name for one in match.adapter.modules.values() if one.is_turned]
+    if not turned:
+        return []
+    version = match.adapter.config.get("peft_version")
+    text = (
+        f"{len(turned)} stacks of experts are packed as PEFT up to 0.18 did, factors of the "
+        "transposed update; from 0.19 on PEFT refuses them or, where experts are square, takes "
+        f"them for another update (peft_version is {version!r}): first {turned[0]}"
+    )
+    return [Check("packing", is_old(version), text, name=turned[0], is_warning=is_old(version))]
+
+
+def _tied_checks(match: AdapterMatch) -> list[Check]:
+    if not match.tied:
+        return []
+    text = (
+        f"{first_names(match.tied)} shares its weight with the embedding (tied), which stays; a "
+        "merge changes both, or needs a head of its own (tie_word_embeddings false)"
+    )
+    return [Check("tied", True, text, name=match.tied[0], is_warning=True)]
+
+
+def _renamed_notes(match: AdapterMatch) -> tuple[str, ...]:
+    if not match.renamed:
+        return ()
+    first = match.renamed[0]
+    return (
+        f"{len(match.renamed)} modules have other names in the base ({first.tuned} is "
+        f"{first.base}, {first.rule}): the adapter loads on a model of the class it was trained in",
+    )
 
 
 def _keys_check(match: AdapterMatch) -> Check:

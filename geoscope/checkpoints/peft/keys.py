@@ -55,12 +55,24 @@ def by_module(
             f"{label}: holds {len(adapters)} adapters ({first_names(sorted(adapters))}); "
             "save one adapter in a file"
         )
+    if not found and (short := _without_its_name(tensors, wanted)):
+        raise CheckpointError(
+            f"{label}: keys such as {short} lack a part of {wanted[0]}, which PEFT cut out with "
+            "the name of the adapter, and no loader takes the rest; save it again under another "
+            "name that does not stand in its keys"
+        )
     if not found:
         raise CheckpointError(
             f"{label}: no {' or '.join(wanted[:2])} among its {len(tensors)} tensors; "
             "save the adapter again with PeftModel.save_pretrained"
         )
     return found
+
+
+def _without_its_name(tensors: Iterable[str], roles: Iterable[str]) -> str | None:
+    """The first key of an adapter that was called as its keys begin, `lora`: `q_proj_A.weight`."""
+    ends = tuple(f"{one[one.index('_') :]}.weight" for one in roles if "_" in one)
+    return next((name for name in tensors if name.endswith(ends)), None)
 
 
 def refuse_partial(
