@@ -27,6 +27,7 @@ __all__ = [
     "ModulePaths",
     "dropped_names",
     "expert_findings",
+    "expert_name",
     "lora_keys",
     "module_paths",
     "parameter_keys",
@@ -186,6 +187,16 @@ def dropped_names(names: Collection[str], config: Mapping[str, Any]) -> tuple[st
 def lora_keys(path: str) -> tuple[str, str]:
     """Keys of A (r, in) and B (out, r) of a module in `adapter_model.safetensors`."""
     return f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+
+
+def expert_name(stack: str, expert: int) -> str:
+    """How one expert's module of a stack is called.
+
+    >>> expert_name("model.layers.0.mlp.experts.down_proj", 3)
+    'model.layers.0.mlp.experts.3.down_proj'
+    """
+    holder, _, leaf = stack.rpartition(".")
+    return f"{holder}.{expert}.{leaf}"
 
 
 def whole_key(name: str) -> str:

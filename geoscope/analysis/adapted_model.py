@@ -13,13 +13,14 @@ from geoscope.analysis.adapter_names import BasePaths, base_paths, named_as_base
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint, Change
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.config import drawn_start
 from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
 from geoscope.checkpoints.views import Blocks, View
 from geoscope.errors import OptionError
 from geoscope.names import NameMap
 from geoscope.records import Rename, TensorInfo
 
-__all__ = ["adapted", "stacks_of_update", "started_from", "update_of"]
+__all__ = ["adapted", "adapter_notes", "stacks_of_update", "started_from", "update_of"]
 
 
 def started_from(
@@ -100,7 +101,7 @@ def adapted(
         ref=adapter.ref,
         config=base.config,
         tensors=tensors,
-        notes=(*notes, *laid.notes, *found.notes),
+        notes=(*notes, *adapter_notes(laid, start), *found.notes),
         # what is changed is no copy any more
         tied_to={name: kept for name, kept in base.tied_to.items() if name not in changes},
         source=base.source,
@@ -189,6 +190,12 @@ def _difference_notes(
                 f"{len(alone)} matrices are adapted by {one.given} alone; {two.given} is zero there"
             )
     return tuple(notes)
+
+
+def adapter_notes(adapter: Adapter, start: Adapter | None) -> tuple[str, ...]:
+    """What the adapter says of itself; how it began is told by a start that is given."""
+    drawn = None if start is None else drawn_start(adapter.config)
+    return tuple(note for note in adapter.notes if note != drawn)
 
 
 def _notes_of(base: Checkpoint, start: Adapter | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from geoscope.adapters.conversion import compressed
@@ -61,13 +62,13 @@ def write_adapter(
     base: of the adapter; default what the last one names. rank: default twice that of the last
     adapter. record: goes into geoscope.json. Raises OptionError, CheckpointError, PairingError.
     """
-    last = found.series.points[-1].adapter
-    assert last is not None
+    last = _tensors(found)[0].adapters[-1]
     last.refuse_more_than_plain("extrapolate")
     reference = base or _named_base(last)
     if reference is None:
         raise OptionError(f"{last.given}: names no base; give it as --base")
-    if unfollowed := [name for name in last.modules if name not in found.tensors]:
+    followed = {one.module for one in _tensors(found)}
+    if unfollowed := [name for name in last.modules if name not in followed]:
         raise PairingError(
             f"{last.given}: {len(unfollowed)} modules are not followed "
             f"({first_names(unfollowed)}), so no whole adapter can be written; leave --include, "
@@ -102,11 +103,18 @@ def write_adapter(
             for name in plan.order:
                 if name in keys:
                     module = keys[name]
-                    tensor = found.tensors[module.name]
-                    assert isinstance(tensor, AdapterTensor)
-                    made = compressed(predict(module.name, tensor.updates()), chosen, scaling)
-                    written.append(_Written(made.energy, made.discarded))
-                    waiting[lora_keys(module.path)[1]], A = unstacked(made.B, made.A)
+                    of_module = [one for one in _tensors(found) if one.module == module.name]
+                    made = [
+                        compressed(predict(one.name, one.updates()), chosen, scaling)
+                        for one in of_module
+                    ]
+                    written += [_Written(one.energy, one.discarded) for one in made]
+                    B, A = (
+                        torch.cat(side) for side in zip(*((x.B, x.A) for x in made), strict=True)
+                    )
+                    waiting[lora_keys(module.path)[1]], A = unstacked(
+                        B, A, is_turned=module.is_turned
+                    )
                     put(name, A)
                 else:
                     put(name, waiting.pop(name) if name in waiting else last.read(name))
@@ -127,6 +135,11 @@ def write_adapter(
         folder.write(RECORD, (text + "\n").encode())
         folder.write(ADAPTER_CONFIG, config)
     return chosen, discarded
+
+
+def _tensors(found: Followed) -> list[AdapterTensor]:
+    """The matrices of the adapters, experts of a stack in their order."""
+    return [one for one in found.tensors.values() if isinstance(one, AdapterTensor)]
 
 
 def _named_base(last: Adapter) -> str | None:

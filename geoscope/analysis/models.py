@@ -9,7 +9,7 @@ from typing import Any
 from geoscope.analysis.adapted_model import adapted, started_from
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.layout import file_names
-from geoscope.checkpoints.model_or_adapter import open_model_or_adapter
+from geoscope.checkpoints.model_or_adapter import adapter_beside, open_model_or_adapter
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.peft.folder import record_beside
@@ -152,9 +152,12 @@ def adapter_at(
             f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"
         )
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
-    if isinstance(found, Checkpoint):
+    if isinstance(found, Adapter):
+        return found
+    beside = adapter_beside(found, alpha=alpha)
+    if beside is None:
         raise OptionError(f"{reference}: a model and no adapter; give the folder of an adapter")
-    return found
+    return beside
 
 
 def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:

@@ -17,7 +17,7 @@ from typing import Any
 
 from geoscope.checkpoints.links import is_plain_name
 from geoscope.checkpoints.readers import SAFETENSORS, is_readable
-from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
+from geoscope.checkpoints.refused import is_adapter_file, is_never_opened, refuse_mlx
 from geoscope.errors import CheckpointError, first_names
 
 __all__ = [
@@ -94,6 +94,8 @@ def choose_layout(names: Collection[str], label: str) -> Layout | None:
         if name.endswith(SAFETENSORS)
         and not (is_other_copy(name) or is_adapter_file(name) or is_never_opened(name))
     )
+    if others:
+        refuse_mlx(names, label)
     return _only_file(others, names, label) if others else None
 
 

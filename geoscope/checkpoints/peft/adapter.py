@@ -19,7 +19,13 @@ from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.conv1d import is_conv1d
 from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.peft.adalora import adalora_modules
-from geoscope.checkpoints.peft.config import ADAPTER_CONFIG, check_type, read_config, start_of
+from geoscope.checkpoints.peft.config import (
+    ADAPTER_CONFIG,
+    check_type,
+    drawn_start,
+    read_config,
+    start_of,
+)
 from geoscope.checkpoints.peft.extras import Rows, Vector, replacements, token_rows
 from geoscope.checkpoints.peft.file import open_adapter_file
 from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
@@ -65,6 +71,7 @@ class Adapter:
     initial: why the product was not zero before training ("init_lora_weights is 'pissa'"), so
     that scaling · B·A is no update of the original base; None where nothing says so.
     Names of base tensors are those of the live model: `model.embed_tokens.weight`.
+    beside: a remark on what else lies in its folder.
     """
 
     given: str
@@ -80,6 +87,7 @@ class Adapter:
     container: Container = field(repr=False)
     at: str | None = None
     commit: str | None = None
+    beside: str | None = None
 
     @property
     def resolved(self) -> str:
@@ -195,10 +203,12 @@ class Adapter:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader should know of how the factors are read."""
+        notes = [one for one in (self.beside, drawn_start(self.config)) if one is not None]
         turned = sum(one.is_turned is True for one in self.modules.values())
         if not turned:
-            return ()
+            return tuple(notes)
         return (
+            *notes,
             f"the factors of {turned} stacks of experts are those of the transposed update, as "
             "PEFT up to 0.18 packed them; they are turned",
         )

@@ -96,6 +96,12 @@ def refuse_flat(infos: Iterable[TensorInfo], label: str) -> None:
     """Raises CheckpointError for factors that were not gathered, UnsupportedFormat for kernels."""
     every = list(infos)
     kernels = [info for info in every if len(info.shape) > 2 and 0 not in info.shape]
+    if kernels and all(".experts." in info.name for info in kernels):
+        raise UnsupportedFormat(
+            f"{label}: {len(kernels)} factors are of all experts at once, first {kernels[0].name} "
+            f"{kernels[0].shape}, as Tinker writes them; geoscope reads the keys of PEFT. Merge it "
+            "with tinker_cookbook (weights.build_hf_model) and give the merged folder"
+        )
     if kernels:
         raise UnsupportedFormat(
             f"{label}: {len(kernels)} factors are of convolutions, first {kernels[0].name} "
