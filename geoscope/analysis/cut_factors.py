@@ -1,4 +1,4 @@
-"""Were the factors of an adapter gathered from all ranks? Asked of those that are mostly zero rows."""
+"""Were the factors of an adapter gathered from all ranks? Mostly zero rows say they were not."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def cut_factors(adapter: Adapter) -> str | None:
         return None
     name, zero, rows = cut[0]
     return (
-        f"{adapter.given}: most rows of {len(cut)} factors are exactly zero, first {zero} of {rows} "
-        f"rows of {name}: a save in which not all shards were gathered? Gather them and save again"
+        f"{adapter.given}: most rows of {len(cut)} factors are exactly zero, first {zero} of "
+        f"{rows} rows of {name}: a save in which not all shards were gathered? Gather them and "
+        "save again"
     )
 
 

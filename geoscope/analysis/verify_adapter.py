@@ -18,14 +18,22 @@ from torch import Tensor
 
 from geoscope.adapters.layouts import MIRROR_TOLERANCE, effective_error, largest_product
 from geoscope.adapters.peft_config import max_lora_rank, vllm_findings
-from geoscope.adapters.peft_names import lora_keys, module_paths, whole_key
+from geoscope.adapters.peft_names import module_paths
+from geoscope.analysis.adapter_keys import (
+    Check,
+    keys_check,
+    packing_checks,
+    renamed_notes,
+    shapes_check,
+    spelling_check,
+    tied_checks,
+)
 from geoscope.analysis.adapter_match import AdapterMatch, Piece
 from geoscope.analysis.peft_logits import LogitDifferences, logit_differences
 from geoscope.checkpoints import Checkpoint, open_checkpoint
 from geoscope.checkpoints.container import files_of
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
-from geoscope.checkpoints.peft.extras import saved_name
 from geoscope.checkpoints.peft.folder import (
     CONVERTED,
     RECORD,
@@ -34,7 +42,6 @@ from geoscope.checkpoints.peft.folder import (
     original_of,
     record_beside,
 )
-from geoscope.checkpoints.peft.packing import is_old
 from geoscope.errors import OptionError, first_names
 from geoscope.profile import stage
 
@@ -42,22 +49,6 @@ __all__ = ["Check", "Verification", "verify_adapter"]
 
 # Relative error of a weight, and of the logits in fp32, above which a start is not the model.
 LOSSY = 1e-5
-
-
-@dataclass(frozen=True)
-class Check:
-    """One claim about the folder; `text` tells all of it.
-
-    worst: the number it stands on, None where there is none or it is not finite. name: where.
-    is_warning: what it says is worth knowing and is no failure; `ok` is true then.
-    """
-
-    id: str
-    ok: bool
-    text: str
-    worst: float | None = None
-    name: str | None = None
-    is_warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,11 +99,11 @@ def verify_adapter(
     tick = _Counter(len(match.pieces), on_module)
     checks = [
         _layout_check(origin, adapter, layout),
-        _spelling_check(adapter),
-        _keys_check(match),
-        _shapes_check(match),
-        *_packing_checks(match),
-        *_tied_checks(match),
+        spelling_check(adapter),
+        keys_check(match),
+        shapes_check(match),
+        *packing_checks(match),
+        *tied_checks(match),
         *([_config_check(adapter)] if layout else []),
         _vllm_check(origin, adapter),
     ]
@@ -132,7 +123,7 @@ def verify_adapter(
         rewritten = origin.residual if layout == "residual" else None
         found = logit_differences(original, origin.adapter, residual=rewritten, anchor=anchor)
         checks += _peft_checks(found, layout, allow_lossy=allow_lossy)
-    notes = (*live.notes, *_renamed_notes(match))
+    notes = (*live.notes, *renamed_notes(match))
     return Verification(folder, layout, reference, tuple(checks), notes)
 
 
@@ -182,96 +173,6 @@ def _layout_check(origin: AdapterFolder, adapter: Adapter, layout: str | None) -
 
 def _ranks(adapter: Adapter) -> str:
     return ", ".join(str(rank) for rank in sorted({one.rank for one in adapter.modules.values()}))
-
-
-# --- keys and shapes ----------------------------------------------------------------------------
-
-
-def _spelling_check(adapter: Adapter) -> Check:
-    """Keys as `PeftModel.save_pretrained` writes them: another one is used by no loader."""
-    wanted = {
-        info.name: key
-        for one in adapter.modules.values()
-        for info, key in zip(one.stored, lora_keys(one.path), strict=True)
-    }
-    wanted |= {stored: whole_key(saved_name(stored)) for stored in adapter.replaced.values()}
-    odd = [name for name, key in wanted.items() if name != key]
-    if odd:
-        return Check(
-            "spelling",
-            False,
-            f"{len(odd)} of {len(wanted)} keys are not as PEFT writes them, and loaders pass them "
-            f"over: first {odd[0]} in place of {wanted[odd[0]]}; save the adapter again from the "
-            "unwrapped model (PeftModel.save_pretrained), or rename them",
-            name=odd[0],
-        )
-    return Check("spelling", True, f"all {len(wanted)} keys are as PEFT writes them")
-
-
-def _packing_checks(match: AdapterMatch) -> list[Check]:
-    """Of stacked experts, whether the PEFT that the config names reads them as they are packed."""
-    turned = [one.name for one in match.adapter.modules.values() if one.is_turned]
-    if not turned:
-        return []
-    version = match.adapter.config.get("peft_version")
-    text = (
-        f"{len(turned)} stacks of experts are packed as PEFT up to 0.18 did, factors of the "
-        "transposed update; from 0.19 on PEFT refuses them or, where experts are square, takes "
-        f"them for another update (peft_version is {version!r}): first {turned[0]}"
-    )
-    return [Check("packing", is_old(version), text, name=turned[0], is_warning=is_old(version))]
-
-
-def _tied_checks(match: AdapterMatch) -> list[Check]:
-    if not match.tied:
-        return []
-    text = (
-        f"{first_names(match.tied)} shares its weight with the embedding (tied), which stays; a "
-        "merge changes both, or needs a head of its own (tie_word_embeddings false)"
-    )
-    return [Check("tied", True, text, name=match.tied[0], is_warning=True)]
-
-
-def _renamed_notes(match: AdapterMatch) -> tuple[str, ...]:
-    if not match.renamed:
-        return ()
-    first = match.renamed[0]
-    return (
-        f"{len(match.renamed)} modules have other names in the base ({first.tuned} is "
-        f"{first.base}, {first.rule}): the adapter loads on a model of the class it was trained in",
-    )
-
-
-def _keys_check(match: AdapterMatch) -> Check:
-    problems = {
-        "modules of the adapter are not in the base": match.unmatched,
-        "modules of the base are targeted and have no factors": match.lacking,
-        "modules have factors that target_modules does not name, so that PEFT would not use them": (
-            match.untargeted
-        ),
-    }
-    said = [
-        f"{len(names)} {what}: {first_names(names)}" for what, names in problems.items() if names
-    ]
-    if said:
-        first = next(names[0] for names in problems.values() if names)
-        text = "; ".join(said) + "; the adapter is of another model, or was cut: write it again"
-        return Check("keys", False, text, name=first)
-    count = len(match.adapter.modules)
-    return Check("keys", True, f"all {count} modules are in the base, and no targeted one lacks")
-
-
-def _shapes_check(match: AdapterMatch) -> Check:
-    if not match.misshapen:
-        return Check("shapes", True, "every product has the shape of its weight")
-    name, (product, weight) = next(iter(match.misshapen.items()))
-    return Check(
-        "shapes",
-        False,
-        f"{len(match.misshapen)} products differ in shape from their weight, first {name}: "
-        f"B·A {product}, weight {weight}; the adapter is of another model, or damaged",
-        name=name,
-    )
 
 
 # --- what the config says -----------------------------------------------------------------------
