@@ -25,11 +25,14 @@ from geoscope.names import is_output_head
 
 __all__ = [
     "ModulePaths",
+    "dropped_names",
     "expert_findings",
+    "expert_name",
     "lora_keys",
     "module_paths",
     "parameter_keys",
     "stack_experts",
+    "whole_key",
 ]
 
 _PREFIX = "base_model.model."
@@ -154,9 +157,51 @@ def _starts_with_blocks(path: str) -> bool:
     return re.match(r"(?:decoder\.)?(?:layers|h|blocks)\.\d+\.", path) is not None
 
 
+# Blocks of the language model, and those that predict further tokens under a name of their own.
+_NUMBERED = re.compile(
+    r"^(?:(?:model|transformer|language_model|text_model|gpt_neox|backbone)\.)*(?:layers|h)\.(\d+)\."
+)
+_FURTHER_TOKENS = re.compile(r"(?:^|[._])(?:mtp|nextn|mtp_\w+|nextn_\w+|eagle)\.")
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def dropped_names(names: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Parameters of a file that the live model of transformers has not: blocks of multi-token
+    prediction, numbered from `num_hidden_layers` on or named so.
+
+    >>> dropped_names(["model.layers.1.mlp.up_proj.weight"], {"num_hidden_layers": 1})
+    ('model.layers.1.mlp.up_proj.weight',)
+    """
+    text = config.get("text_config")
+    sides = [text] if isinstance(text, Mapping) else []
+    counts = [one[key] for one in (*sides, config) for key in _COUNTS if type(one.get(key)) is int]
+
+    def is_dropped(name: str) -> bool:
+        block = _NUMBERED.match(name)
+        is_beyond = block is not None and bool(counts) and int(block[1]) >= counts[0]
+        return is_beyond or _FURTHER_TOKENS.search(name) is not None
+
+    return tuple(name for name in names if is_dropped(name))
+
+
 def lora_keys(path: str) -> tuple[str, str]:
     """Keys of A (r, in) and B (out, r) of a module in `adapter_model.safetensors`."""
     return f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+
+
+def expert_name(stack: str, expert: int) -> str:
+    """How one expert's module of a stack is called.
+
+    >>> expert_name("model.layers.0.mlp.experts.down_proj", 3)
+    'model.layers.0.mlp.experts.3.down_proj'
+    """
+    holder, _, leaf = stack.rpartition(".")
+    return f"{holder}.{expert}.{leaf}"
+
+
+def whole_key(name: str) -> str:
+    """Key of a tensor of the base that an adapter replaces whole."""
+    return f"{_PREFIX}{name}"
 
 
 # --- experts --------------------------------------------------------------------------------------

@@ -8,18 +8,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from geoscope.adapters.peft_names import module_paths
+from geoscope.analysis.adapter_changes import Changes, changes_of
+from geoscope.analysis.adapter_names import BasePaths, base_paths, named_as_base
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint, Change
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
+from geoscope.checkpoints.peft.config import drawn_start
 from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
-from geoscope.checkpoints.peft.lora import expert_parts
-from geoscope.checkpoints.peft.module import AdapterModule
-from geoscope.checkpoints.views import Blocks
-from geoscope.errors import OptionError, PairingError, first_names
-from geoscope.records import Skipped, TensorInfo
+from geoscope.checkpoints.views import Blocks, View
+from geoscope.errors import OptionError
+from geoscope.names import NameMap
+from geoscope.records import Rename, TensorInfo
 
-__all__ = ["adapted", "stacks_of_update", "started_from", "update_of"]
+__all__ = ["adapted", "adapter_notes", "stacks_of_update", "started_from", "update_of"]
 
 
 def started_from(
@@ -67,64 +68,134 @@ def stacks_of_update(base: Checkpoint, tuned: Checkpoint, name: str) -> int:
 
 
 def adapted(
-    base: Checkpoint, whole: Checkpoint, adapter: Adapter, start: Adapter | None
+    base: Checkpoint,
+    whole: Checkpoint,
+    adapter: Adapter,
+    start: Adapter | None,
+    names: NameMap = NameMap(),  # noqa: B008 - frozen
+    *,
+    is_difference: bool = False,
 ) -> AdaptedCheckpoint:
     """The base with the adapter over it.
 
-    whole: the base as stored; base: the same, or in parts (`split`). Raises PairingError where the
-    adapter belongs to another model.
+    whole: the base as stored; base: the same, or in parts (`split`). names: `--map-name`.
+    is_difference: see `AdaptedCheckpoint`. Raises PairingError where the adapter belongs to another
+    model.
     """
-    live = module_paths(list(whole.tensors), whole.config).paths
-    infos = {path: whole.tensors[name] for name, path in live.items()}
-    adapter = adapter.with_base(infos)
-    changes, uncompared = _changes(adapter, infos, whole.tied_to)
+    paths = base_paths(whole, base)
+    laid, found, renamed = _laid(adapter, paths, base, names)
+    by_name, before, notes = found.by_name, dict[str, Change](), _notes_of(base, start)
     if start is not None:
-        _check_start(adapter, start)
-    parts: dict[str, Change] = {}
-    tensors = dict(base.tensors)
-    for name, info in base.tensors.items():
-        view = base.views.get(name)
-        change = changes.get(name if view is None else view.stored)
-        if change is None:
-            continue
-        if view is not None:  # the blocks of a view are outputs, however it lies
-            change = replace(change, rows=view.blocks, expert=max(view.matrix, change.expert))
-        parts[name] = change
-        tensors[name] = _changed_info(info, change, adapter)
+        start, started, _ = _laid(start, paths, base, names)
+        before = started.by_name
+        if is_difference:
+            notes = _difference_notes(laid, by_name, start, before)
+            by_name, before = _with_zeros(by_name, before), _with_zeros(before, by_name)
+        _check_start(laid, by_name, start, before)
+    base = _with_tied(base, paths, by_name)
+    changes = {name: one for name, one in by_name.items() if name in base.tensors}
+    tensors = dict(base.tensors) | {
+        name: _changed_info(base.tensors[name], change, laid) for name, change in changes.items()
+    }
     return AdaptedCheckpoint(
         ref=adapter.ref,
         config=base.config,
         tensors=tensors,
-        notes=_notes_of(base, start),
+        notes=(*notes, *adapter_notes(laid, start), *found.notes),
         # what is changed is no copy any more
-        tied_to={name: kept for name, kept in base.tied_to.items() if name not in parts},
+        tied_to={name: kept for name, kept in base.tied_to.items() if name not in changes},
         source=base.source,
         views=base.views,
         scales=base.scales,
         base=base,
         whole=whole,
-        adapter=adapter,
-        changes=parts,
+        adapter=laid,
+        changes=changes,
         start=start,
+        start_changes=before,
+        is_difference=is_difference,
         is_doubled=adapter_folder(adapter.path).layout == "mirror",
-        uncompared=uncompared,
+        uncompared=found.lacking,
+        names=names,
+        renamed=renamed,
     )
 
 
-def _check_start(adapter: Adapter, start: Adapter) -> None:
+def _laid(
+    adapter: Adapter, paths: BasePaths, base: Checkpoint, names: NameMap
+) -> tuple[Adapter, Changes, tuple[Rename, ...]]:
+    """The adapter under the base's names and with what the base tells, and what it changes."""
+    named, renamed = named_as_base(adapter, paths, names)
+    known = named.with_base(paths.every, base.config)
+    return known, changes_of(known, paths, base), renamed
+
+
+def _with_tied(base: Checkpoint, paths: BasePaths, changes: Mapping[str, Change]) -> Checkpoint:
+    """The base with the copies that an adapter changes, as views of the tensor that they repeat."""
+    copies = {one.name: one for one in paths.tied.values() if one.name in changes}
+    copies = {name: one for name, one in copies.items() if name not in base.tensors}
+    if not copies:
+        return base
+    if isinstance(base, AdaptedCheckpoint):
+        base = replace(base, base=_with_tied(base.base, paths, changes))
+    views = {name: _whole_view(one, base.tied_to[name]) for name, one in copies.items()}
+    tensors = dict(sorted({**base.tensors, **copies}.items()))
+    return replace(base, tensors=tensors, views={**base.views, **views})
+
+
+def _whole_view(info: TensorInfo, stored: str) -> View:
+    rows, columns = info.shape[::-1] if info.transposed else info.shape
+    return View(stored, rows, columns, Blocks(0, rows))
+
+
+def _check_start(
+    adapter: Adapter,
+    changes: Mapping[str, Change],
+    start: Adapter,
+    before: Mapping[str, Change],
+) -> None:
     """Raises OptionError for a start that cannot be taken off this adapter."""
-    for name, module in adapter.modules.items():
-        if module.kind == "base":
+    for name, change in changes.items():
+        if change.module is not None and change.module.kind == "base":
             raise OptionError(
-                f"{adapter.given}: {module.called} with a start that is not zero is not read; "
-                "merge it into its base (PeftModel.merge_and_unload) and give the merged folder"
+                f"{adapter.given}: {change.module.called} with a start that is not zero is not "
+                "read; merge it into its base (PeftModel.merge_and_unload) and give that folder"
             )
-        other = start.modules.get(name)
-        if other is None or other.shape != module.shape or other.experts != module.experts:
+        if change.has_factors and not (name in before and before[name].has_factors):
             raise OptionError(
-                f"{start.given}: {name} is not adapted there, or in another shape; give the "
+                f"{start.given}: {change.key} is not adapted there, or in another shape; give the "
                 f"adapter that {adapter.given} began as"
             )
+
+
+def _with_zeros(changes: Mapping[str, Change], others: Mapping[str, Change]) -> dict[str, Change]:
+    """The changes, and one of zero for what the others change alone."""
+    zeros = {n: replace(one, is_zero=True) for n, one in others.items() if n not in changes}
+    return {**changes, **zeros}
+
+
+def _difference_notes(
+    adapter: Adapter,
+    changes: Mapping[str, Change],
+    other: Adapter,
+    others: Mapping[str, Change],
+) -> tuple[str, ...]:
+    notes = [f"an adapter of the same base as {other.given}: the update is their difference"]
+    for one, mine, two, theirs in (
+        (adapter, changes, other, others),
+        (other, others, adapter, changes),
+    ):
+        if alone := [name for name in mine if name not in theirs]:
+            notes.append(
+                f"{len(alone)} matrices are adapted by {one.given} alone; {two.given} is zero there"
+            )
+    return tuple(notes)
+
+
+def adapter_notes(adapter: Adapter, start: Adapter | None) -> tuple[str, ...]:
+    """What the adapter says of itself; how it began is told by a start that is given."""
+    drawn = None if start is None else drawn_start(adapter.config)
+    return tuple(note for note in adapter.notes if note != drawn)
 
 
 def _notes_of(base: Checkpoint, start: Adapter | None) -> tuple[str, ...]:
@@ -136,69 +207,6 @@ def _notes_of(base: Checkpoint, start: Adapter | None) -> tuple[str, ...]:
             "of one model give MODEL+ADAPTER twice",
         )
     return notes
-
-
-def _changes(
-    adapter: Adapter, infos: Mapping[str, TensorInfo], tied: Mapping[str, str]
-) -> tuple[dict[str, Change], tuple[Skipped, ...]]:
-    """Stored name of the base → how it is changed; and what the base has no counterpart of.
-
-    infos: live path → base tensor. tied: name → the tensor that it repeats.
-    """
-    changes: dict[str, Change] = {}
-    lacking: list[str] = []
-    uncompared: list[Skipped] = []
-    for name, module in adapter.modules.items():
-        found = _of_module(name, module, adapter, infos)
-        if found is not None:
-            changes |= found
-        elif (kept := tied.get(f"{name}.weight")) is not None:
-            reason = f"adapted, and the base stores it as {kept} alone"
-            uncompared.append(Skipped(f"{name}.weight", reason, missing=True))
-        else:
-            lacking.append(name)
-    if lacking:
-        raise PairingError(
-            f"{adapter.given}: the base lacks {len(lacking)} of {len(adapter.modules)} adapted "
-            f"modules: {first_names(lacking)}; give the model that it was trained on"
-        )
-    for key in (*adapter.replaced, *adapter.rows, *adapter.vectors):
-        info = infos.get(key.removesuffix(".weight"))
-        if info is None:
-            if key in adapter.vectors and adapter.vectors[key].multiplies:
-                continue  # IA3 scales a bias where there is one
-            stored = adapter.replaced.get(key)
-            is_vector = stored is None or len(adapter.tensors[stored].shape) < 2
-            reason = "replaced by the adapter, without a counterpart in the base"
-            uncompared.append(Skipped(key, reason, missing=not is_vector))
-        elif info.name not in changes:
-            changes[info.name] = Change(key, replaced=adapter.replaced.get(key))
-    return changes, tuple(uncompared)
-
-
-def _of_module(
-    name: str, module: AdapterModule, adapter: Adapter, infos: Mapping[str, TensorInfo]
-) -> dict[str, Change] | None:
-    """The tensors of one module; None where the base has no such, or in another shape."""
-    info = infos.get(name)
-    if info is not None:
-        replaced = adapter.replaced.get(f"{name}.weight")
-        turned = (*info.shape[:-2], *info.shape[:-3:-1])
-        fits = module.fits(info.shape) or (module.is_stack and module.fits(turned))
-        if replaced is None and not fits:
-            raise PairingError(
-                f"{adapter.given}: {name} is adapted as {module.shape}, and {info.shape} in the "
-                "base; give the model that it was trained on"
-            )
-        return {info.name: Change(name, module, replaced)}
-    found: dict[str, Change] = {}
-    for expert, paths in enumerate(expert_parts(module, infos)):
-        top = 0
-        for path in paths:
-            one = infos[path]
-            found[one.name] = Change(name, module, expert=expert, rows=Blocks(top, one.shape[0]))
-            top += one.shape[0]
-    return found or None
 
 
 def _changed_info(info: TensorInfo, change: Change, adapter: Adapter) -> TensorInfo:

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from geoscope.adapters.peft_names import dropped_names
+from geoscope.analysis.adapter_names import base_paths, named_as_base
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.peft.lora import expert_parts, is_targeted
 from geoscope.checkpoints.peft.module import AdapterModule
-from geoscope.names import in_natural_order
+from geoscope.checkpoints.peft.packing import Sides
+from geoscope.names import NameMap, in_natural_order
+from geoscope.records import Rename
 
 __all__ = ["AdapterMatch", "Piece"]
 
@@ -29,15 +33,18 @@ class Piece:
     expert: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
     inside: int | None = None  # which matrix of a 3-D tensor
+    is_turned: bool = False  # whether that lies there (in, out)
 
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor if self.inside is None else tensor[self.inside]
+        matrix = tensor if self.inside is None else tensor[self.inside]
+        return matrix.T if self.is_turned else matrix
 
 
 @dataclass(frozen=True)
 class AdapterMatch:
-    """adapter, and which base weights its modules adapt.
+    """adapter, under the names of the base, and which base weights its modules adapt.
 
+    renamed: what it calls otherwise. tied: modules whose weight is a copy of another one.
     pieces: of the modules whose shape fits. adapted: names of the base weights of all modules.
     unmatched: modules that are none of the base's; lacking: modules of the base that PEFT would
     adapt and that have no factors; untargeted: modules that `target_modules` does not name;
@@ -45,6 +52,8 @@ class AdapterMatch:
     """
 
     adapter: Adapter
+    renamed: tuple[Rename, ...]
+    tied: tuple[str, ...]
     pieces: tuple[Piece, ...]
     adapted: frozenset[str]
     unmatched: tuple[str, ...]
@@ -54,10 +63,22 @@ class AdapterMatch:
 
     @classmethod
     def of(cls, adapter: Adapter, base: Checkpoint, paths: Mapping[str, str]) -> AdapterMatch:
+        dropped = set(dropped_names(list(base.tensors), base.config))
         by_path = {
-            paths[name]: name for name, info in base.tensors.items() if len(info.shape) in (2, 3)
+            paths[name]: name
+            for name, info in base.tensors.items()
+            if len(info.shape) in (2, 3) and name not in dropped
         }
-        found = {name: _pieces(one, by_path, base) for name, one in adapter.modules.items()}
+        known = base_paths(base)
+        adapter, renamed = named_as_base(adapter, known, NameMap())
+        adapter = adapter.with_base(known.every, base.config)
+        tied = {path: base.tied_to[info.name] for path, info in known.tied.items()}
+        found = {
+            name: _pieces(
+                one, {**tied, **by_path}, base, adapter.sides_of(name, known.stored, base.config)
+            )
+            for name, one in adapter.modules.items()
+        }
         misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         pieces: list[Piece] = []
         for name, parts in found.items():
@@ -69,6 +90,8 @@ class AdapterMatch:
         matrices = {path for path, name in by_path.items() if len(base.tensors[name].shape) == 2}
         return cls(
             adapter,
+            renamed,
+            tuple(name for name in adapter.modules if name in tied),
             tuple(pieces),
             frozenset(piece.name for parts in found.values() for piece in parts),
             tuple(name for name, parts in found.items() if not parts),
@@ -83,7 +106,7 @@ class AdapterMatch:
 
 
 def _pieces(
-    module: AdapterModule, by_path: Mapping[str, str], base: Checkpoint
+    module: AdapterModule, by_path: Mapping[str, str], base: Checkpoint, sides: Sides | None
 ) -> tuple[Piece, ...]:
     """The weights of one module; () where the base has none of that path."""
     if module.name in by_path:
@@ -91,7 +114,8 @@ def _pieces(
         if not module.is_stack:
             return (Piece(module, name),)
         experts = min(module.experts, base.tensors[name].shape[0])
-        return tuple(Piece(module, name, e, inside=e) for e in range(experts))
+        is_turned = sides is not None and sides.is_turned
+        return tuple(Piece(module, name, e, inside=e, is_turned=is_turned) for e in range(experts))
     parts = expert_parts(module, by_path)
     return tuple(
         Piece(module, by_path[path], e, _share(module, k, len(row)))
@@ -112,7 +136,7 @@ def _misfit(
     """Shapes of the product and of the weight, where they differ."""
     for piece in parts:
         shape = base.tensors[piece.name].shape
-        matrix = shape[-2:]
+        matrix = shape[:-3:-1] if piece.is_turned else shape[-2:]
         rows = range(module.shape[0])[piece.rows]
         if (len(rows), module.shape[1]) != matrix:
             return module.shape, shape

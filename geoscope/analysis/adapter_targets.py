@@ -7,11 +7,11 @@ Every linear layer in a numbered block, as `compare` scopes them, without the ro
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from geoscope.adapters.peft_config import target_modules
-from geoscope.adapters.peft_names import expert_findings, module_paths
+from geoscope.adapters.peft_names import dropped_names, expert_findings, module_paths
 from geoscope.analysis.init_options import InitOptions
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.scope import MATRIX, Scope
@@ -21,6 +21,7 @@ from geoscope.records import Skipped, TensorInfo
 
 __all__ = ["Targets", "choose_targets"]
 
+_DROPPED = "of multi-token prediction: the live model has no such block"
 _ROUTER = re.compile(r"\.(?:gate|router|shared_expert_gate)\.weight$")
 
 
@@ -47,9 +48,12 @@ def choose_targets(checkpoint: Checkpoint, options: InitOptions) -> Targets:
     scope = Scope.of(options.selection, checkpoint.tensors.values())
     chosen: dict[str, TensorInfo] = {}
     skipped: list[Skipped] = []
+    dropped = set(dropped_names(list(checkpoint.tensors), checkpoint.config))
     for info in checkpoint.tensors.values():
         place = scope.place(info)
         reason = place.reason if isinstance(place, Skipped) else _left_out(info, options)
+        if info.name in dropped:
+            place, reason = "", _DROPPED
         if place == MATRIX and reason is None:
             chosen[info.name] = info
         elif len(info.shape) > 1:
@@ -60,7 +64,8 @@ def choose_targets(checkpoint: Checkpoint, options: InitOptions) -> Targets:
         _check_one(checkpoint, info, options)
     matrices = {name: chosen[name] for name in in_natural_order(chosen)}
     every = module_paths(
-        [name for name in checkpoint.tensors if name.endswith(".weight")], checkpoint.config
+        [name for name in checkpoint.tensors if name.endswith(".weight") and name not in dropped],
+        checkpoint.config,
     )
     paths = {name: every.paths[name] for name in matrices}
     if found := expert_findings([*paths.values()], [*every.paths.values()]):
@@ -70,7 +75,20 @@ def choose_targets(checkpoint: Checkpoint, options: InitOptions) -> Targets:
         paths=paths,
         modules=tuple(target_modules([*paths.values()], [*every.paths.values()])),
         skipped=tuple(skipped),
-        notes=every.notes,
+        notes=(*every.notes, *_dropped_notes(dropped, scope, checkpoint)),
+    )
+
+
+def _dropped_notes(
+    dropped: Collection[str], scope: Scope, checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    matrices = [name for name in dropped if scope.place(checkpoint.tensors[name]) == MATRIX]
+    if not matrices:
+        return ()
+    names = first_names(in_natural_order(matrices), 1)
+    return (
+        f"{len(matrices)} matrices are left out, first {names}: blocks of multi-token prediction, "
+        "which the live model does not have; they stay as they are",
     )
 
 

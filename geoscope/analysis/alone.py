@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from geoscope.analysis.adapted_model import started_from
+from geoscope.adapters.peft_names import expert_name
+from geoscope.analysis.adapted_model import adapter_notes, started_from
 from geoscope.analysis.assemble import assemble
 from geoscope.analysis.models import adapter_at
 from geoscope.analysis.options import Interrupted, Options, Progress
@@ -20,7 +21,7 @@ from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint, Change
 from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.peft.folder import adapter_folder
 from geoscope.engine import plan, resolve_devices, resolve_dtype
-from geoscope.errors import CheckpointError, PairingError
+from geoscope.errors import CheckpointError, OptionError, PairingError
 from geoscope.names import NameMap
 from geoscope.records import ModelRef, Report, Skipped, TensorInfo
 
@@ -86,6 +87,8 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
     tensors: dict[str, TensorInfo] = {}
     changes: dict[str, Change] = {}
     skipped: list[Skipped] = []
+    if start is not None:
+        _check_start(adapter, start)
     for name, module in adapter.modules.items():
         if module.kind != "factors":
             reason = f"the update of {module.called} is not told without the base"
@@ -110,7 +113,10 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         ref=adapter.ref,
         config={},
         tensors=tensors,
-        notes=() if start is None else (f"the start {start.given} is taken off",),
+        notes=(
+            *(() if start is None else (f"the start {start.given} is taken off",)),
+            *adapter_notes(adapter, start),
+        ),
         tied_to={},
         source=base.source,
         base=base,
@@ -118,9 +124,21 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         adapter=adapter,
         changes=changes,
         start=start,
+        start_changes={} if start is None else changes,
         is_doubled=adapter_folder(adapter.path).layout == "mirror",
     )
     return tuned, skipped
+
+
+def _check_start(adapter: Adapter, start: Adapter) -> None:
+    """Raises OptionError for a start that cannot be taken off this adapter."""
+    for name, module in adapter.modules.items():
+        other = start.modules.get(name)
+        if other is None or (other.shape, other.experts) != (module.shape, module.experts):
+            raise OptionError(
+                f"{start.given}: {name} is not adapted there, or in another shape; give the "
+                f"adapter that {adapter.given} began as"
+            )
 
 
 def _names(module: str, experts: int | None) -> Iterator[str]:
@@ -128,9 +146,8 @@ def _names(module: str, experts: int | None) -> Iterator[str]:
     if experts is None:
         yield f"{module}.weight"
         return
-    holder, _, leaf = module.rpartition(".")
     for expert in range(experts):
-        yield f"{holder}.{expert}.{leaf}.weight"
+        yield f"{expert_name(module, expert)}.weight"
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,13 @@ class Conversion:
         with matrix_boundary(module.name):
             if self.compress_to is None:
                 assert start is not None
-                return *unstacked(*concatenated(B, A, *start)), []
+                return *unstacked(*concatenated(B, A, *start), is_turned=module.is_turned), []
             update = Product.of(B, A, module.scaling)
             if start is not None:
                 update = update - Product.of(*start, module.scaling)
             made = compressed(update, self.compress_to, scaling_of_all(self.trained))
         energy = ModuleEnergy(module.name, made.energy, made.discarded)
-        return *unstacked(made.B, made.A), [energy]
+        return *unstacked(made.B, made.A, is_turned=module.is_turned), [energy]
 
     def _initial_factors(self, module: AdapterModule) -> tuple[Tensor, Tensor] | None:
         if self.initial is None:

@@ -15,9 +15,10 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from geoscope.adapters.conversion import compressed
+from geoscope.adapters.conversion import Compressed, compressed
 from geoscope.adapters.peft_config import config_bytes
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.analysis.plain_lora import carried, plain_config, plain_plan, scaling_of_all
@@ -64,13 +65,13 @@ def write_adapter(
     base: of the adapter; default what the last one names. rank: default twice that of the last
     adapter. record: goes into geoscope.json. Raises OptionError, CheckpointError, PairingError.
     """
-    last = found.series.points[-1].adapter
-    assert last is not None
+    last = _tensors(found)[0].adapters[-1]
     last.refuse_more_than_plain("extrapolate")
     reference = base or _named_base(last)
     if reference is None:
         raise OptionError(f"{last.given}: names no base; give it as --base")
-    if unfollowed := [name for name in last.modules if name not in found.tensors]:
+    followed = {one.module for one in _tensors(found)}
+    if unfollowed := [name for name in last.modules if name not in followed]:
         raise PairingError(
             f"{last.given}: {len(unfollowed)} modules are not followed "
             f"({first_names(unfollowed)}), so no whole adapter can be written; leave --include, "
@@ -106,18 +107,15 @@ def write_adapter(
             for name in plan.order:
                 if name in keys:
                     module = keys[name]
-                    tensor = found.tensors[module.name]
-                    assert isinstance(tensor, AdapterTensor)
-                    updates = tensor.updates()
-                    try:
-                        with matrix_boundary():
-                            made = compressed(predict(module.name, updates), chosen, scaling)
-                    except NumericsError as error:
-                        held[module.name] = f"{Status.NOT_CONVERGED.value}: {error}"
-                        with matrix_boundary(module.name):
-                            made = compressed(updates[-1], chosen, scaling)
-                    written.append(_Written(made.energy, made.discarded))
-                    waiting[lora_keys(module.path)[1]], A = unstacked(made.B, made.A)
+                    of_module = [one for one in _tensors(found) if one.module == module.name]
+                    made = [_compressed(one, predict, chosen, scaling, held) for one in of_module]
+                    written += [_Written(one.energy, one.discarded) for one in made]
+                    B, A = (
+                        torch.cat(side) for side in zip(*((x.B, x.A) for x in made), strict=True)
+                    )
+                    waiting[lora_keys(module.path)[1]], A = unstacked(
+                        B, A, is_turned=module.is_turned
+                    )
                     put(name, A)
                 else:
                     put(name, waiting.pop(name) if name in waiting else last.read(name))
@@ -140,6 +138,29 @@ def write_adapter(
         folder.write(RECORD, (text + "\n").encode())
         folder.write(ADAPTER_CONFIG, config)
     return chosen, discarded, held
+
+
+def _compressed(
+    tensor: AdapterTensor,
+    predict: Prediction,
+    rank: int,
+    scaling: float,
+    held: dict[str, str],
+) -> Compressed:
+    """The prediction of one matrix as factors; its last update, noted in `held`, where it fails."""
+    updates = tensor.updates()
+    try:
+        with matrix_boundary():
+            return compressed(predict(tensor.name, updates), rank, scaling)
+    except NumericsError as error:
+        held[tensor.name] = f"{Status.NOT_CONVERGED.value}: {error}"
+    with matrix_boundary(tensor.name):
+        return compressed(updates[-1], rank, scaling)
+
+
+def _tensors(found: Followed) -> list[AdapterTensor]:
+    """The matrices of the adapters, experts of a stack in their order."""
+    return [one for one in found.tensors.values() if isinstance(one, AdapterTensor)]
 
 
 def _named_base(last: Adapter) -> str | None:

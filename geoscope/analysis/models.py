@@ -9,7 +9,7 @@ from typing import Any
 from geoscope.analysis.adapted_model import adapted, started_from
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.layout import file_names
-from geoscope.checkpoints.model_or_adapter import open_model_or_adapter
+from geoscope.checkpoints.model_or_adapter import adapter_beside, open_model_or_adapter
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.peft.folder import record_beside
@@ -19,6 +19,7 @@ from geoscope.checkpoints.shards.folder import holds_shards, open_shard_base
 from geoscope.checkpoints.split import split
 from geoscope.checkpoints.ungathered import refuse_ungathered
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
+from geoscope.names import NameMap
 
 __all__ = ["OnProgress", "adapter_at", "in_parts", "open_model", "open_tuned", "over"]
 
@@ -30,21 +31,22 @@ def open_model(
     *,
     initial: str | None = None,
     alpha: float | None = None,
+    names: NameMap = NameMap(),  # noqa: B008 - frozen
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:
     """The weights that a reference names; of an adapter alone those of its own base with it.
 
-    initial, alpha: `--initial-adapter`, `--lora-alpha`. Raises GeoscopeError.
+    initial, alpha, names: `--initial-adapter`, `--lora-alpha`, `--map-name`. Raises GeoscopeError.
     """
     pair = base_and_adapter(reference)
     if pair is not None:
-        base = open_model(pair[0], alpha=alpha, on_progress=on_progress)
+        base = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
-        return _as_model(_over(base, adapter, initial, alpha), given=reference)
+        return _as_model(_over(base, adapter, initial, alpha, names), given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
-    whole = _over(_base_of(found, on_progress), found, initial, alpha)
+    whole = _over(_base_of(found, on_progress), found, initial, alpha, names)
     return _as_model(whole, given=found.given)
 
 
@@ -54,6 +56,7 @@ def open_tuned(
     *,
     initial: str | None = None,
     alpha: float | None = None,
+    names: NameMap = NameMap(),  # noqa: B008 - frozen
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:
     """A tuned model of `base`; an adapter, alone or as base+adapter of the same base, lies over it.
@@ -64,17 +67,17 @@ def open_tuned(
     """
     pair = base_and_adapter(reference)
     if pair is not None:
-        own = open_model(pair[0], alpha=alpha, on_progress=on_progress)
+        own = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
-        over_base = _over(base if same else own, adapter, initial, alpha)
+        over_base = _over(base if same else own, adapter, initial, alpha, names)
         return _as_model(over_base, given=reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
     if isinstance(base, AdaptedCheckpoint) and _are_siblings(base.adapter, found):
-        return _difference(base, found)
-    return _over(base, found, initial, alpha)
+        return _difference(base, found, names)
+    return _over(base, found, initial, alpha, names)
 
 
 def _are_siblings(one: Adapter, other: Adapter) -> bool:
@@ -87,20 +90,19 @@ def _are_siblings(one: Adapter, other: Adapter) -> bool:
     return (one.base, one.revision) == (other.base, other.revision)
 
 
-def _difference(base: AdaptedCheckpoint, adapter: Adapter) -> AdaptedCheckpoint:
+def _difference(base: AdaptedCheckpoint, adapter: Adapter, names: NameMap) -> AdaptedCheckpoint:
     """The adapter in place of the one that `base` has: the update is their difference.
 
-    Raises OptionError where they do not adapt the same matrices by products.
+    Raises OptionError where one of them changes a matrix by no product.
     """
-    found = adapted(base, base, adapter, base.adapter)
-    plain = all(one.has_factors for one in (*found.changes.values(), *base.changes.values()))
-    if not plain or set(found.changes) != set(base.changes):
+    found = adapted(base, base, adapter, base.adapter, names, is_difference=True)
+    if not all(one.has_factors for one in (*found.changes.values(), *base.changes.values())):
         raise OptionError(
             f"{adapter.given}: it and {base.adapter.given} are adapters of one base and do not "
-            "change the same matrices by products; merge them and compare the merged folders"
+            "both change it by products alone; give BASE+ADAPTER twice, or merge them and compare "
+            "the merged folders"
         )
-    note = f"an adapter of the same base as {base.adapter.given}: the update is their difference"
-    return replace(found, notes=(note,))
+    return found
 
 
 def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
@@ -112,18 +114,29 @@ def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
 
 def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:
     """The same adapter over the base in other parts."""
-    found = adapted(base, checkpoint.whole, checkpoint.adapter, checkpoint.start)
-    return replace(found, ref=checkpoint.ref, notes=checkpoint.notes)
+    found = adapted(
+        base,
+        checkpoint.whole,
+        checkpoint.adapter,
+        checkpoint.start,
+        checkpoint.names,
+        is_difference=checkpoint.is_difference,
+    )
+    return replace(found, ref=checkpoint.ref, renamed=checkpoint.renamed)
 
 
 def _over(
-    base: Checkpoint, adapter: Adapter, initial: str | None, alpha: float | None
+    base: Checkpoint,
+    adapter: Adapter,
+    initial: str | None,
+    alpha: float | None,
+    names: NameMap,
 ) -> AdaptedCheckpoint:
     """Of a base that `init-adapter` relieved of the start nothing more is taken off."""
     refuse_ungathered(base)
     is_relieved = record_beside(base.ref.resolved).get("layout") == "residual"
     start = None if is_relieved else started_from(adapter, initial, alpha=alpha)
-    return adapted(base, base, adapter, start)
+    return adapted(base, base, adapter, start, names)
 
 
 def _as_model(found: AdaptedCheckpoint, *, given: str) -> AdaptedCheckpoint:
@@ -141,9 +154,12 @@ def adapter_at(
             f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"
         )
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
-    if isinstance(found, Checkpoint):
+    if isinstance(found, Adapter):
+        return found
+    beside = adapter_beside(found, alpha=alpha)
+    if beside is None:
         raise OptionError(f"{reference}: a model and no adapter; give the folder of an adapter")
-    return found
+    return beside
 
 
 def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.reference import HubReference, parse_reference
-from geoscope.errors import CheckpointError, OptionError
+from geoscope.errors import CheckpointError, OptionError, first_names
 
 __all__ = ["LogitDifferences", "logit_differences"]
 
@@ -89,6 +89,8 @@ def _differences(
         try:
             model = peft.PeftModel.from_pretrained(original, str(adapter))
             tuner: Any = model.base_model
+            # the first call does not tell what is left over; the same again does
+            left = model.load_adapter(str(adapter), "default").unexpected_keys
             if anchor is not None:
                 model.load_adapter(str(anchor), "anchor")
                 tuner.set_adapter(["default", "anchor"])
@@ -103,6 +105,8 @@ def _differences(
     merged = _relative(_logits(model), said)
     texts = (" ".join(str(one.message).split()) for one in heard)
     complaints = tuple(text for text in texts if "adapter keys" in text or "nexpected" in text)
+    if left:
+        complaints += (f"{len(left)} keys are used by no module: {first_names(sorted(left))}",)
     return LogitDifferences(enabled, disabled, merged, complaints)
 
 

@@ -56,7 +56,9 @@ def plain_config(
         fan_in_fan_out=bool(was.get("fan_in_fan_out")),
         parameters=was.get("target_parameters") or (),
     )
-    kept = {key: was[key] for key in _KEPT if was.get(key)}
+    # the version tells how stacks of experts are packed
+    versions = ("peft_version",) if any(one.is_stack for one in end.modules.values()) else ()
+    kept = {key: was[key] for key in (*_KEPT, *versions) if was.get(key)}
     expression = {"target_modules": targets} if isinstance(targets, str) else {}
     changed = {"task_type": was.get("task_type"), "use_rslora": use_rslora, **patterns}
     return dict(sorted({**config, **kept, **expression, **changed}.items()))
@@ -91,8 +93,9 @@ def plain_plan(end: Adapter, rank: int | None, others: tuple[str, ...]) -> FileP
     for one in end.modules.values():
         r = (2 * one.rank if rank is None else rank) * one.experts
         key_A, key_B = lora_keys(one.path)
-        tensors[key_A] = TensorPlan("float32", (r, one.shape[1]))
-        tensors[key_B] = TensorPlan("float32", (one.shape[0], r))
+        m, n = one.shape[::-1] if one.is_turned else one.shape
+        tensors[key_A] = TensorPlan("float32", (r, n))
+        tensors[key_B] = TensorPlan("float32", (m, r))
     for name in others:
         tensors[name] = TensorPlan(end.tensors[name].dtype, end.tensors[name].shape)
     return FilePlan(tensors, {"geoscope_version": __version__})

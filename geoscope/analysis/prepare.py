@@ -16,6 +16,7 @@ from geoscope.checkpoints import Checkpoint, pair
 from geoscope.checkpoints.disk import free_bytes
 from geoscope.checkpoints.pairing import common_rows, is_resized
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
+from geoscope.checkpoints.scope import Scope
 from geoscope.checkpoints.split import common_config
 from geoscope.engine import (
     Batch,
@@ -98,9 +99,16 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
     progress = progress or Progress()
     devices = resolve_devices(options.device)
     resolve_dtype(options.dtype, devices[0])
-    given = {"initial": options.initial_adapter, "alpha": options.lora_alpha}
-    left = open_model(base, alpha=options.lora_alpha, on_progress=progress.on_download)
-    right = open_tuned(tuned, left, **given, on_progress=progress.on_download)
+    names, alpha = NameMap(options.map_name), options.lora_alpha
+    left = open_model(base, alpha=alpha, names=names, on_progress=progress.on_download)
+    right = open_tuned(
+        tuned,
+        left,
+        initial=options.initial_adapter,
+        alpha=alpha,
+        names=names,
+        on_progress=progress.on_download,
+    )
     left, right, pairing, notes = _matched(left, right, options)
     workers = workers_of(options, devices)
     memory = planned_memory(pairing, options, devices, workers)
@@ -146,16 +154,17 @@ def _matched(
     config = common_config(base, tuned)
     # What both were taken apart into is said once, of the pair.
     whole, base, told = base, *_apart(base, config)
-    if isinstance(tuned, AdaptedCheckpoint) and tuned.base is whole:
+    if isinstance(tuned, AdaptedCheckpoint) and tuned.whole is whole:
         tuned = over(tuned, base)
+        base = tuned.base
     else:
         tuned, more = _apart(tuned, config)
         told += more
     names = NameMap(options.map_name)
     notes = tuple(dict.fromkeys(told))
-    notes += names.notes([*base.tensors, *tuned.tensors])
-    if options.allow_vocab_resize and not isinstance(tuned, AdaptedCheckpoint):
-        base, tuned, resized = common_rows(base, tuned, names)
+    notes += names.notes([*base.tensors, *tuned.tensors, *_own_names(base), *_own_names(tuned)])
+    if options.allow_vocab_resize:
+        base, tuned, resized = _common_rows(base, tuned, names)
         notes += resized
     if isinstance(tuned, AdaptedCheckpoint) and tuned.base is base:
         # what the adapter changes is compared, though the base has it as a copy
@@ -167,11 +176,29 @@ def _matched(
         f"{one.name}: {one.base[0]} rows in base, {one.tuned[0]} in tuned; --allow-vocab-resize "
         "compares the rows that both have"
         for one in pairing.shape_mismatch
-        if one.name in pairing.missing
-        and is_resized(one.name, one.base, one.tuned)
-        and not isinstance(tuned, AdaptedCheckpoint)
+        if one.name in pairing.missing and is_resized(one.name, one.base, one.tuned)
     )
     return base, tuned, pairing, notes
+
+
+def _own_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the keys of an adapter call its modules, before they get the names of the base."""
+    if not isinstance(checkpoint, AdaptedCheckpoint):
+        return ()
+    return tuple(f"{one.path}.weight" for one in checkpoint.adapter.modules.values())
+
+
+def _common_rows(
+    base: Checkpoint, tuned: Checkpoint, names: NameMap
+) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:
+    """As `common_rows`, of an adapter over the base, too."""
+    before, (base, narrow, notes) = base, common_rows(base, tuned, names)
+    if isinstance(narrow, AdaptedCheckpoint) and narrow.base is before:
+        cut = {name: view.blocks for name, view in narrow.views.items() if name not in tuned.views}
+        changes = narrow.changes.items()
+        rows = {name: replace(one, rows=cut.get(name, one.rows)) for name, one in changes}
+        narrow = replace(narrow, base=base, changes=rows)
+    return base, narrow, notes
 
 
 def _apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -193,6 +220,8 @@ def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint, options: Options) 
     names = {one.name for one in left_out}
     matrices = tuple(one for one in pairing.matrices if one.name not in names)
     vectors = tuple(one for one in pairing.vectors if one.name not in names)
+    lacking = _lacking(tuned, options)
+    missing = (*pairing.missing, *(one.name for one in lacking if one.missing))
     if not matrices and not (options.include and vectors):
         found = first_names([*tuned.changes]) or "none"
         raise PairingError(
@@ -202,8 +231,18 @@ def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint, options: Options) 
         pairing,
         matrices=matrices,
         vectors=vectors,
-        skipped=(*pairing.skipped, *left_out, *tuned.uncompared),
-        missing=(*pairing.missing, *(one.name for one in tuned.uncompared if one.missing)),
+        skipped=(*pairing.skipped, *left_out, *lacking),
+        renamed=(*pairing.renamed, *tuned.renamed),
+        missing=missing,
+    )
+
+
+def _lacking(tuned: AdaptedCheckpoint, options: Options) -> tuple[Skipped, ...]:
+    """What the adapter brings and the base has no tensor of; missing where it is in scope."""
+    scope = Scope.of(options.selection, tuned.tensors.values())
+    return tuple(
+        Skipped(info.name, reason, missing=scope.wants_matrix(info))
+        for info, reason in tuned.uncompared
     )
 
 

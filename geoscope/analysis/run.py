@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from geoscope.analysis.adapted_model import update_of
+from geoscope.analysis.cut_factors import cut_factors
 from geoscope.analysis.matrices import Headers, Matrix, failed_matrix, two_sides, worker
 from geoscope.analysis.options import Options, Progress
 from geoscope.analysis.prepare import Prepared
@@ -80,6 +81,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     notes: tuple[str, ...] = ()
     if interrupted is None:
         matrices, notes = _with_start(prepared, kind, matrices)
+        notes += _cut(prepared)
     budget = None
     if options.budget is not None and matrices:
         budget, note = _within(options.budget, matrices)
@@ -96,6 +98,13 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         notes=notes,
         budget=budget,
     )
+
+
+def _cut(prepared: Prepared) -> tuple[str, ...]:
+    """What is to be said of an adapter whose factors were cut."""
+    tuned = prepared.tuned
+    note = cut_factors(tuned.adapter) if isinstance(tuned, AdaptedCheckpoint) else None
+    return () if note is None else (note,)
 
 
 def _with_start(

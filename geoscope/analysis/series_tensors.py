@@ -10,7 +10,9 @@ from typing import Protocol
 
 import torch
 
-from geoscope.adapters.peft_names import module_paths
+from geoscope.adapters.peft_names import expert_name
+from geoscope.analysis.adapter_changes import changes_of
+from geoscope.analysis.adapter_names import BasePaths, base_paths, named_as_base
 from geoscope.analysis.fetching import fetch
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.models import in_parts as parts_of
@@ -27,14 +29,14 @@ from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
 from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.series import Series, SeriesPoint, open_series
-from geoscope.checkpoints.split import common_config
+from geoscope.checkpoints.split import common_config, split
 from geoscope.checkpoints.steps import given_steps
 from geoscope.checkpoints.ungathered import refuse_ungathered
-from geoscope.errors import OptionError, PairingError, UnsupportedFormat, first_names
+from geoscope.errors import OptionError, PairingError, UnsupportedFormat
 from geoscope.linalg import Operand, Product
 from geoscope.linalg.factor_update import squared_noise
 from geoscope.linalg.grids import Grid, grid_of
-from geoscope.names import NameMap, in_natural_order
+from geoscope.names import NameMap, Selection, in_natural_order
 from geoscope.records import ModelRef, Skipped
 from geoscope.trajectory.factor_series import Factor, FactorSeries
 from geoscope.trajectory.increments import (
@@ -288,13 +290,19 @@ def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
 
 @dataclass(frozen=True)
 class AdapterTensor:
-    """Updates from factors; nothing is made dense."""
+    """Updates from factors; nothing is made dense.
+
+    module: of the adapters. expert: which matrix of it, of stacked experts. base: parts of the
+    weight in the base, whose squares add up.
+    """
 
     name: str
     shape: tuple[int, int]
+    module: str
+    expert: int
     adapters: tuple[Adapter, ...]
     initial: Adapter | None
-    base: tuple[Checkpoint, str] | None
+    base: tuple[tuple[Checkpoint, str], ...]
 
     def increments(self, steps: Sequence[float]) -> Increments:
         return increments_of_products(
@@ -304,19 +312,16 @@ class AdapterTensor:
     def rounding(self) -> tuple[float, ...]:
         """N_0 … N_T: what storing the factors rounded away of each product, 0 of no start."""
         every = [self.initial, *self.adapters]
-        return tuple(0.0 if one is None else _rounding(one, self.name) for one in every)
+        return tuple(0.0 if one is None else _rounding(self._factor(one)) for one in every)
 
     def base_energy(self) -> float:
         """‖W_0‖², 0 where the base is not known."""
-        if self.base is None:
-            return 0.0
-        checkpoint, name = self.base
-        return float(Operand(checkpoint.read(name)[None]).norm()) ** 2
+        return sum(float(Operand(one.read(name)[None]).norm()) ** 2 for one, name in self.base)
 
     def grams(self) -> FactorSeries | None:
         """All updates through the Gram matrices of their factors; None where ranks differ."""
-        start = None if self.initial is None else _factor(self.initial, self.name)
-        return FactorSeries.of([_factor(one, self.name) for one in self.adapters], start)
+        start = None if self.initial is None else self._factor(self.initial)
+        return FactorSeries.of([self._factor(one) for one in self.adapters], start)
 
     def changes(self) -> Iterator[tuple[Change, Change]]:
         before: Product | None = None
@@ -326,15 +331,13 @@ class AdapterTensor:
 
     def updates(self) -> list[Product]:
         """Δ_1 … Δ_T, each a stack of one."""
-        start = None if self.initial is None else _product(self.initial, self.name)
-        found = [_product(one, self.name) for one in self.adapters]
+        start = None if self.initial is None else _product(self._factor(self.initial))
+        found = [_product(self._factor(one)) for one in self.adapters]
         return found if start is None else [one - start for one in found]
 
-
-def _factor(adapter: Adapter, module: str) -> Factor:
-    """The module's factors as matrices; stacks are not followed."""
-    B, A = adapter.factors(module)
-    return B[0], A[0], adapter.modules[module].scaling
+    def _factor(self, adapter: Adapter) -> Factor:
+        B, A = adapter.factors(self.module)
+        return B[self.expert], A[self.expert], adapter.modules[self.module].scaling
 
 
 def _grid(checkpoint: Checkpoint, name: str) -> Grid | None:
@@ -350,20 +353,22 @@ def _rounding_of(storage: float, grid: Grid | None) -> float:
     return storage if grid is None else storage + grid.energy
 
 
-def _rounding(adapter: Adapter, module: str) -> float:
-    scaling = torch.tensor([[adapter.modules[module].scaling]], dtype=torch.float64)
-    return float(squared_noise(*adapter.factors(module), scaling))
+def _rounding(factor: Factor) -> float:
+    B, A, scaling = factor
+    whole = torch.tensor([[scaling]], dtype=torch.float64)
+    return float(squared_noise(B[None], A[None], whole))
 
 
-def _product(adapter: Adapter, module: str) -> Product:
-    return Product.of(*adapter.factors(module), adapter.modules[module].scaling)
+def _product(factor: Factor) -> Product:
+    B, A, scaling = factor
+    return Product.of(B[None], A[None], scaling)
 
 
 def _of_adapters(
     series: Series,
     options: FollowOptions,
     progress: Progress,
-    base: Checkpoint | None,
+    whole: Checkpoint | None,
     initial: Adapter | None,
 ) -> Followed:
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
@@ -378,44 +383,44 @@ def _of_adapters(
         _refuse_updates_of_a_base(one)
     series = _from_start(series, initial)
     adapters = adapters[-len(series.points) :]
-    selection = options.selection
-    names: list[str] = []
-    skipped = list(series.passed_over)
-    missing: list[str] = []
-    for name, module in adapters[0].modules.items():
-        shapes = {one.modules[name].shape for one in every if name in one.modules}
-        reason = selection.reason_against(f"{name}.weight", in_default_scope=True, scope_reason="")
-        if reason is not None:
-            skipped.append(Skipped(name, reason))
-        elif module.is_stack:
-            skipped.append(Skipped(name, "stacked experts are not followed yet", missing=True))
-            missing.append(name)
-        elif len(shapes) != 1 or not all(name in one.modules for one in every):
-            missing.append(name)
-        else:
-            names.append(name)
-    if not names:
-        raise PairingError(
-            f"{adapters[0].given}: no module is in all {len(adapters)} adapters with one shape"
-        )
-    weights = dict[str, tuple[Checkpoint, str]]()
-    if base is not None:
-        if isinstance(base, AdaptedCheckpoint):
+    base = None
+    if whole is not None:
+        base = split(whole)
+        if isinstance(whole, AdaptedCheckpoint):
             raise OptionError(
                 f"{options.base}: a model with an adapter over it; adapters are followed from the "
                 "model itself: give that as --base"
             )
-        weights = _weights_of(base, {name: adapters[0].modules[name] for name in names})
-        fetch([(base, [name for _, name in weights.values()])], progress)
-    tensors: dict[str, SeriesTensor] = {
-        name: AdapterTensor(
-            name, adapters[0].modules[name].shape, adapters, initial, weights.get(name)
-        )
-        for name in in_natural_order(names)
-    }
+    rules = NameMap(options.map_name)
+    paths = None if whole is None else base_paths(whole, base)
+    if base is not None and paths is not None:
+        adapters = tuple(_over_base(one, base, paths, rules) for one in adapters)
+        initial = None if initial is None else _over_base(initial, base, paths, rules)
+    every = (*adapters, *([] if initial is None else [initial]))
+    chosen = _chosen_modules(every, options.selection)
+    if not chosen.names:
+        raise PairingError(_no_common_module(adapters, chosen))
+    skipped, missing = [*series.passed_over, *chosen.skipped], chosen.missing
+    weights: dict[str, list[tuple[str, ...]]] = {}
+    if base is not None and paths is not None:
+        weights = {
+            name: _weights_of(adapters[0].modules[name], adapters[0], base, paths)
+            for name in chosen.names
+        }
+        fetch([(base, [name for one in weights.values() for row in one for name in row])], progress)
+    tensors: dict[str, SeriesTensor] = {}
+    for name in in_natural_order(chosen.names):
+        module = adapters[0].modules[name]
+        for expert in range(module.experts):
+            rows = weights[name][expert] if name in weights else ()
+            places = tuple((base, row) for row in rows if base is not None)
+            called = expert_name(name, expert) if module.is_stack and module.experts > 1 else name
+            tensors[called] = AdapterTensor(
+                called, module.shape, name, expert, adapters, initial, places
+            )
     last = adapters[-1]
     first = ModelRef.not_read(last.base) if base is None else base.ref
-    notes = list(series.notes)
+    notes = [*series.notes, *adapters[-1].notes]
     if base is None:
         notes.append("without --base the size of the base is not known: no relative update")
     return Followed(
@@ -465,23 +470,60 @@ def _refuse_unknown_start(adapter: Adapter) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Modules that all adapters have with one shape; what was left out; what only some have so.
+
+    reasons: of a missing one, why."""
+
+    names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    missing: tuple[str, ...]
+    reasons: Mapping[str, str]
+
+
+def _chosen_modules(every: Sequence[Adapter], selection: Selection) -> _Chosen:
+    names: list[str] = []
+    skipped: list[Skipped] = []
+    reasons: dict[str, str] = {}
+    for name in dict.fromkeys(name for one in every for name in one.modules):
+        reason = selection.reason_against(f"{name}.weight", in_default_scope=True, scope_reason="")
+        held = [one.modules[name] for one in every if name in one.modules]
+        if reason is not None:
+            skipped.append(Skipped(name, reason))
+        elif len(held) < len(every):
+            reasons[name] = f"in {len(held)} of {len(every)} adapters"
+        elif len(shapes := {(one.experts, one.shape) for one in held}) > 1:
+            reasons[name] = f"of {len(shapes)} shapes"
+        else:
+            names.append(name)
+    return _Chosen(tuple(names), tuple(skipped), tuple(reasons), reasons)
+
+
+def _no_common_module(adapters: Sequence[Adapter], chosen: _Chosen) -> str:
+    given = adapters[0].given
+    if not chosen.reasons:
+        return f"{given}: no module passes --include, --exclude and --layers"
+    name, reason = next(iter(chosen.reasons.items()))
+    return (
+        f"{given}: no module is in all {len(adapters)} adapters with one shape; first {name}, "
+        f"{reason}"
+    )
+
+
+def _over_base(adapter: Adapter, base: Checkpoint, paths: BasePaths, names: NameMap) -> Adapter:
+    """The adapter under the names of the base, with what the base tells."""
+    return named_as_base(adapter, paths, names)[0].with_base(paths.every, base.config)
+
+
 def _weights_of(
-    base: Checkpoint, modules: Mapping[str, AdapterModule]
-) -> dict[str, tuple[Checkpoint, str]]:
-    """Module → its weight in the base. Raises PairingError for one that the base lacks, or has in
-    another shape."""
-    live = module_paths(list(base.tensors), base.config).paths
-    by_path = {path: name for name, path in live.items()}
-    for name, module in modules.items():
-        info = base.tensors.get(by_path.get(name, ""))
-        if info is not None and not module.fits(info.shape):
-            raise PairingError(
-                f"{base.ref.given}: {name} is {info.shape}, and adapted as {module.shape}; give "
-                "the model that the adapters were trained on"
-            )
-    if lacking := [name for name in modules if name not in by_path]:
-        raise PairingError(
-            f"{base.ref.given}: lacks {len(lacking)} modules of the adapters: "
-            f"{first_names(lacking)}; give the model that they were trained on"
-        )
-    return {name: (base, by_path[name]) for name in modules}
+    module: AdapterModule, adapter: Adapter, base: Checkpoint, paths: BasePaths
+) -> list[tuple[str, ...]]:
+    """Of each expert (of a module: of the one) the tensors of the base in parts that it adapts.
+
+    Raises PairingError for a module that the base lacks, or has in another shape."""
+    alone = replace(adapter, modules={module.name: module}, replaced={}, rows={}, vectors={})
+    found: list[list[str]] = [[] for _ in range(module.experts)]
+    for name, change in changes_of(alone, paths, base).by_name.items():
+        found[change.expert].append(name if name in base.tensors else base.tied_to[name])
+    return [tuple(one) for one in found]

@@ -19,6 +19,15 @@ from torch import Tensor
 from geoscope.adapters.layouts import MIRROR_TOLERANCE, effective_error, largest_product
 from geoscope.adapters.peft_config import max_lora_rank, vllm_findings
 from geoscope.adapters.peft_names import module_paths
+from geoscope.analysis.adapter_keys import (
+    Check,
+    keys_check,
+    packing_checks,
+    renamed_notes,
+    shapes_check,
+    spelling_check,
+    tied_checks,
+)
 from geoscope.analysis.adapter_match import AdapterMatch, Piece
 from geoscope.analysis.peft_logits import LogitDifferences, logit_differences
 from geoscope.checkpoints import Checkpoint, open_checkpoint
@@ -42,22 +51,6 @@ __all__ = ["Check", "Verification", "verify_adapter"]
 
 # Relative error of a weight, and of the logits in fp32, above which a start is not the model.
 LOSSY = 1e-5
-
-
-@dataclass(frozen=True)
-class Check:
-    """One claim about the folder; `text` tells all of it.
-
-    worst: the number it stands on, None where there is none or it is not finite. name: where.
-    is_warning: what it says is worth knowing and is no failure; `ok` is true then.
-    """
-
-    id: str
-    ok: bool
-    text: str
-    worst: float | None = None
-    name: str | None = None
-    is_warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,8 +102,11 @@ def verify_adapter(
     tick = _Counter(len(match.pieces), on_module)
     checks = [
         _layout_check(origin, adapter, layout),
-        _keys_check(match),
-        _shapes_check(match),
+        spelling_check(adapter),
+        keys_check(match),
+        shapes_check(match),
+        *packing_checks(match),
+        *tied_checks(match),
         *([_config_check(adapter)] if layout else []),
         _vllm_check(origin, adapter),
     ]
@@ -130,7 +126,8 @@ def verify_adapter(
         rewritten = origin.residual if layout == "residual" else None
         found = logit_differences(original, origin.adapter, residual=rewritten, anchor=anchor)
         checks += _peft_checks(found, layout, allow_lossy=allow_lossy)
-    return Verification(folder, layout, reference, tuple(checks), live.notes)
+    notes = (*live.notes, *renamed_notes(match))
+    return Verification(folder, layout, reference, tuple(checks), notes)
 
 
 def _reference(
@@ -180,41 +177,6 @@ def _layout_check(origin: AdapterFolder, adapter: Adapter, layout: str | None) -
 
 def _ranks(adapter: Adapter) -> str:
     return ", ".join(str(rank) for rank in sorted({one.rank for one in adapter.modules.values()}))
-
-
-# --- keys and shapes ----------------------------------------------------------------------------
-
-
-def _keys_check(match: AdapterMatch) -> Check:
-    problems = {
-        "modules of the adapter are not in the base": match.unmatched,
-        "modules of the base are targeted and have no factors": match.lacking,
-        "modules have factors that target_modules does not name, so that PEFT would not use them": (
-            match.untargeted
-        ),
-    }
-    said = [
-        f"{len(names)} {what}: {first_names(names)}" for what, names in problems.items() if names
-    ]
-    if said:
-        first = next(names[0] for names in problems.values() if names)
-        text = "; ".join(said) + "; the adapter is of another model, or was cut: write it again"
-        return Check("keys", False, text, name=first)
-    count = len(match.adapter.modules)
-    return Check("keys", True, f"all {count} modules are in the base, and no targeted one lacks")
-
-
-def _shapes_check(match: AdapterMatch) -> Check:
-    if not match.misshapen:
-        return Check("shapes", True, "every product has the shape of its weight")
-    name, (product, weight) = next(iter(match.misshapen.items()))
-    return Check(
-        "shapes",
-        False,
-        f"{len(match.misshapen)} products differ in shape from their weight, first {name}: "
-        f"B·A {product}, weight {weight}; the adapter is of another model, or damaged",
-        name=name,
-    )
 
 
 # --- what the config says -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from geoscope.checkpoints.links import is_plain_name
 from geoscope.checkpoints.readers import SAFETENSORS, is_readable
-from geoscope.checkpoints.refused import is_adapter_file, is_never_opened
+from geoscope.checkpoints.refused import is_adapter_file, is_never_opened, refuse_mlx
 from geoscope.errors import CheckpointError, first_names
 
 __all__ = [
@@ -91,6 +91,8 @@ def choose_layout(names: Collection[str], label: str) -> Layout | None:
     )
     if indices:
         return _only_index(indices, others, label)
+    if others:
+        refuse_mlx(names, label)
     return _only_file(others, names, label) if others else None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.layout import choose_layout
@@ -10,9 +12,10 @@ from geoscope.checkpoints.local import as_chosen, open_local
 from geoscope.checkpoints.peft.adapter import ADAPTER_CONFIG, Adapter, open_adapter
 from geoscope.checkpoints.places import Kind, below, choose_below, find_places
 from geoscope.checkpoints.reference import HubReference, LocalReference, parse_reference
+from geoscope.checkpoints.refused import is_adapter_file
 from geoscope.checkpoints.shards.folder import open_shards_or_adapter
 
-__all__ = ["open_model_or_adapter"]
+__all__ = ["adapter_beside", "open_model_or_adapter"]
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -44,6 +47,18 @@ def open_model_or_adapter(
         is_adapter = isinstance(found, Adapter)
         return found if is_adapter else as_chosen(found, given, chosen, places)
     return open_local(parsed)
+
+
+def adapter_beside(model: Checkpoint, *, alpha: float | None = None) -> Adapter | None:
+    """The adapter in the folder of a model, as a merge in place leaves both; None without one."""
+    folder = Path(model.ref.resolved)
+    if not folder.is_dir() or not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    if not any(is_adapter_file(one.name) for one in folder.iterdir()):
+        return None
+    found = open_adapter(folder, given=model.ref.given, alpha=alpha)
+    note = "a model and an adapter lie in this folder: the adapter is taken"
+    return replace(found, beside=note)
 
 
 def _on_the_hub(

@@ -34,6 +34,7 @@ __all__ = [
     "odd_shards",
     "refusal",
     "refuse_kohya",
+    "refuse_mlx",
     "refuse_unwritable",
     "unmet_claim",
 ]
@@ -52,6 +53,14 @@ _CONVERT = "Convert it to safetensors."
 _BESIDE = "geoscope reads adapters by their folder."
 _ADAPTER = "Give the folder that holds adapter_config.json; where a model is wanted, base+adapter."
 _MERGE_LORA = "Merge it into its base and give the merged weights."
+_FUSE = (
+    "Fuse it with `mlx_lm.fuse --model BASE --adapter-path {ref} --save-path OUT` (with "
+    "--dequantize over a quantised base) and give OUT."
+)
+_SAVE_MERGED = (
+    "Save it merged (`save_adapters: False` in the training config), convert that to the names of "
+    "transformers, and give the result."
+)
 _MERGER = (
     "Run `python -m verl.model_merger merge --backend fsdp --local_dir {ref} --target_dir OUT` "
     "(it casts to bf16) and give OUT."
@@ -273,6 +282,10 @@ _ADAPTER_TENSOR = re.compile(
     r"(?:^|\.)(?:lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|vera_lambda_[bd]|ia3_l)"
     r"(?:\.|$)"
 )
+# Names of Mistral's own code, which no model of transformers has.
+_MISTRAL_TENSOR = re.compile(
+    r"layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.lora_[AB]\."
+)
 _KOHYA_TENSOR = re.compile(
     r"^lora_(?:unet|te\d?)_|(?:^|[._])lora(?:_linear_layer)?[._](?:down|up)\.weight$"
 )
@@ -284,6 +297,14 @@ def refuse_kohya(tensors: Mapping[str, TensorInfo], reference: str) -> None:
         raise refusal(reference, found)
 
 
+def refuse_mlx(names: Collection[str], reference: str) -> None:
+    """Raises UnsupportedFormat where the files of a folder are those of an mlx-lm adapter."""
+    if "adapters.safetensors" in names:
+        raise refusal(
+            reference, Refused("an mlx-lm adapter", "adapters.safetensors", _FUSE, _WHOLE)
+        )
+
+
 def _kohya(tensors: Mapping[str, TensorInfo], needs: str) -> Refused | None:
     name = _first(tensors, lambda name: _KOHYA_TENSOR.search(name) is not None)
     if name is None:
@@ -292,6 +313,11 @@ def _kohya(tensors: Mapping[str, TensorInfo], needs: str) -> Refused | None:
 
 
 def _adapter(tensors: Mapping[str, TensorInfo]) -> Refused | None:
+    if (mlx := _first(tensors, lambda name: name.endswith((".lora_a", ".lora_b")))) is not None:
+        return Refused("an mlx-lm adapter", f"tensor {mlx}", _FUSE, _WHOLE)
+    mistral = _first(tensors, lambda name: _MISTRAL_TENSOR.match(name) is not None)
+    if mistral is not None:
+        return Refused("a mistral-finetune LoRA", f"tensor {mistral}", _SAVE_MERGED, _WHOLE)
     if (kohya := _kohya(tensors, _WHOLE)) is not None:
         return kohya
     factor = _first(tensors, lambda name: _ADAPTER_TENSOR.search(name) is not None)

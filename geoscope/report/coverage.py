@@ -48,6 +48,7 @@ def compared_line(report: Report) -> str:
 def coverage_block(report: Report) -> Block:
     """Coverage, what was left out on purpose, and the notes of the matrices."""
     lines = [compared_line(report), _beside(report), *_left_out(report.coverage)]
+    lines += [_reshaped(report.coverage)]
     lines += [*_notes(report), _fallbacks(report)]
     status = report.coverage.status
     return Block("coverage", tuple(line for line in lines if line), code=status)
@@ -75,6 +76,19 @@ def _left_out(coverage: Coverage) -> list[str]:
     lines = [f"left out: {reasons[reason]}, {reason}" for reason in ordered[:_REASONS]]
     rest = sum(reasons[reason] for reason in ordered[_REASONS:])
     return [*lines, f"left out: {rest}, for other reasons"] if rest else lines
+
+
+def _reshaped(coverage: Coverage) -> str:
+    """Tensors out of scope that differ in shape, by name: those in scope are missing."""
+    missing = set(coverage.missing)
+    others = {one.name: one for one in coverage.shape_mismatch if one.name not in missing}
+    if not others:
+        return ""
+    first = next(iter(others.values()))
+    return (
+        f"left out: {len(others)} of another shape, {first_names(list(others))} (base "
+        f"{first.base}, tuned {first.tuned})"
+    )
 
 
 def _notes(report: Report) -> list[str]:

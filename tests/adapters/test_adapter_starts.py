@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from adapters import tiny_models
-from adapters.test_adapters_compared import CASES, Made, by_name, lora, made, moved
+from adapters.merged import Made, by_name, lora, made, tuned_weights
+from adapters.test_adapters_compared import CASES, moved
 from cli.running import run
 from safetensors.torch import load_file, save_file
 
@@ -169,11 +170,17 @@ def test_capacity_says_nothing_of_a_start_that_is_counted_twice(
 # --- what an adapter changes beside factors -----------------------------------------------------
 
 
-def test_an_adapted_head_of_a_tied_base_is_missing_and_not_forgotten(tmp_path: Path) -> None:
+def test_an_adapted_head_of_a_tied_base_is_compared_with_the_embedding(tmp_path: Path) -> None:
     case = made(tmp_path, tiny_models.qwen2_tied, lora(target_modules=["q_proj", "lm_head"]))
     report = geoscope.compare(case.base, case.adapter, kind="anisotropy", options=OPTIONS)
-    assert report.coverage.missing == ("lm_head.weight",)
+    assert report.coverage.missing == ()
     assert len(report.layers) == 2
+    found = tuned_weights(case.base, case.adapter, include=("lm_head",))
+    adapter = load_file(case.adapter / "adapter_model.safetensors")
+    A, B = (adapter[f"base_model.model.lm_head.lora_{side}.weight"].double() for side in "AB")
+    embedding = weights(case.base)["model.embed_tokens.weight"]
+    expected = embedding + 5 / 3 * B @ A
+    assert (found["lm_head.weight"] - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_replaced_parts_of_fused_tensors_are_compared(tmp_path: Path) -> None:

@@ -4,78 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapters import tiny_models
+from adapters.merged import LINEAR, Made, by_name, lora, made, peft
 from cli.running import run
 from safetensors.torch import load_file, save_file
 
 import geoscope
-from geoscope.records import LayerRecord, Report, Status
+from geoscope.records import LayerRecord, Status
 
-with warnings.catch_warnings():  # of packages that it imports
-    warnings.simplefilter("ignore")
-    peft = pytest.importorskip("peft")
-
-LINEAR = ["q_proj", "v_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 OPTIONS = geoscope.Options(ks=(2, 4))
 # What only stored entries tell, what counts their rounding, and ranks: those of a merged update are
 # of its rounding, too.
 ENTRIES = ("update_sparsity", "update_sparsity_abs", "update_sparsity_exact", "precision_ratio")
 RANKS = ("numerical_rank", "signal_rank")
-
-
-@dataclass(frozen=True)
-class Made:
-    """Folders: base, adapter, start (where it does not begin at zero), and the merged model."""
-
-    base: Path
-    adapter: Path
-    start: Path
-    merged: Path
-
-
-def made(
-    root: Path,
-    family: Callable[..., Path],
-    config: Any,
-    *,
-    train: Callable[[Any], None] | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Made:
-    """The adapter with random values, saved by PEFT, and what PEFT merges in fp64."""
-    found = Made(root / "base", root / "adapter", root / "start", root / "merged")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = tiny_models.live(family(found.base), dtype)
-        torch.manual_seed(0)
-        adapted = peft.get_peft_model(model, config)
-        adapted.save_pretrained(found.start)
-        (train or randomise)(adapted)
-        adapted.save_pretrained(found.adapter)
-        adapted.double().merge_and_unload().save_pretrained(found.merged)
-    return found
-
-
-def randomise(model: Any) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        # AdaLoRA's ranknum is in no file
-        if parameter.requires_grad and "ranknum" not in name:
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(0.3 * drawn + (parameter.data if parameter.dim() == 1 else 0))
-
-
-def lora(**settings: Any) -> Any:
-    given = {"r": 3, "lora_alpha": 5, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
-    return peft.LoraConfig(**{**given, **settings})
 
 
 CASES: dict[str, tuple[Callable[..., Path], Any]] = {
@@ -109,10 +57,6 @@ CASES: dict[str, tuple[Callable[..., Path], Any]] = {
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return made(tmp_path_factory.mktemp("adapter"), *CASES[request.param])
-
-
-def by_name(report: Report) -> dict[str, LayerRecord]:
-    return {one.name: one for one in report.layers}
 
 
 def assert_same_numbers(found: LayerRecord, expected: LayerRecord) -> None:

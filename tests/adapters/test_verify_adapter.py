@@ -78,7 +78,7 @@ def test_a_sound_residual_passes_every_check(sound: tuple[Path, Path]) -> None:
     found = verify_adapter(str(sound[1]), on_module=lambda done, of: seen.append((done, of)))
     assert failed(found) == {}
     assert [check.id for check in found.checks] == [
-        "layout", "keys", "shapes", "config", "vllm", "weights", "untouched", "sha256",
+        "layout", "spelling", "keys", "shapes", "config", "vllm", "weights", "untouched", "sha256",
     ]  # fmt: skip
     weights = {check.id: check for check in found.checks}["weights"]
     assert weights.worst is not None

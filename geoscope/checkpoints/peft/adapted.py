@@ -7,15 +7,15 @@ and a whole weight is made, in fp64, only where the tuned weight itself is asked
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geoscope.checkpoints.checkpoint import Checkpoint
 from geoscope.checkpoints.peft.adapter import Adapter
 from geoscope.checkpoints.peft.module import AdapterModule
 from geoscope.checkpoints.views import Blocks
-from geoscope.errors import CheckpointError
-from geoscope.records import Skipped
+from geoscope.names import NameMap
+from geoscope.records import Rename, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ class Change:
     key: what `Adapter.updated` takes: a module, or a base tensor by its live name. module: None for
     a whole replacement, new rows, a bias. replaced: the stored tensor that takes the base's place.
     expert: of a stack. rows: the outputs of the adapted matrix that this tensor is; None for all.
+    is_part: whether the adapter has the part itself as a module, and not the stored tensor.
+    is_zero: whether the adapter leaves it as it is, beside another one that does not.
     """
 
     key: str
@@ -39,6 +41,8 @@ class Change:
     replaced: str | None = None
     expert: int = 0
     rows: Blocks | None = None
+    is_part: bool = False
+    is_zero: bool = False
 
     @property
     def has_factors(self) -> bool:
@@ -51,9 +55,11 @@ class AdaptedCheckpoint(Checkpoint):
     """A base with an adapter over it.
 
     base: in the same parts as this one. whole: the base as it is stored. changes: name here → how.
-    start: the adapter before training, where its product was not zero; it is taken off again.
-    is_doubled: whether the layout has twice the rank that was asked for. uncompared: what the
-    adapter changes and the base has no tensor of.
+    start: the adapter before training, where its product was not zero; it is taken off again, by
+    start_changes. is_difference: whether the start is another adapter of the same model, so that a
+    module that one of both has not is zero there. is_doubled: whether the layout has twice the rank
+    that was asked for. uncompared: what the adapter changes and the base has no tensor of, with the
+    reason. names: the rules by which modules find their tensors. renamed: those of another name.
     """
 
     base: Checkpoint
@@ -61,8 +67,12 @@ class AdaptedCheckpoint(Checkpoint):
     adapter: Adapter
     changes: Mapping[str, Change]
     start: Adapter | None = None
+    start_changes: Mapping[str, Change] = field(default_factory=dict[str, Change])
+    is_difference: bool = False
     is_doubled: bool = False
-    uncompared: tuple[Skipped, ...] = ()
+    uncompared: tuple[tuple[TensorInfo, str], ...] = ()
+    names: NameMap = field(default_factory=NameMap)
+    renamed: tuple[Rename, ...] = ()
 
     def nominal_rank(self, name: str) -> int | None:
         """The rank that was asked for; None for a change that has no factors."""
@@ -77,8 +87,10 @@ class AdaptedCheckpoint(Checkpoint):
         change = self.changes.get(name)
         if change is None or not change.has_factors:
             return ()
-        adapters = [self.adapter] if self.start is None else [self.adapter, self.start]
-        return tuple(_factors(one, change) for one in adapters)
+        factors = _factors(self.adapter, change)
+        if self.start is None:
+            return (factors,)
+        return factors, _factors(self.start, self.start_changes[name])
 
     def read(self, name: str, *, buffer: Tensor | None = None) -> Tensor:
         """The tuned tensor: of one that is changed in fp64, else as the base has it."""
@@ -86,7 +98,9 @@ class AdaptedCheckpoint(Checkpoint):
         if change is None:
             return self.base.read(name, buffer=buffer)
         if not change.has_factors:
-            view = self.base.views.get(name)
+            view = None if change.is_part else self.base.views.get(name)
+            if change.is_part:
+                return _taken(self.adapter.updated(change.key, self.base.read(name)), change.rows)
             stored = name if view is None else view.stored
             tuned = self.adapter.updated(change.key, self.whole.read(stored))
             if view is not None and tuned.dim() == 3:  # one expert of a stack, as it is stored
@@ -111,14 +125,23 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def _factors(adapter: Adapter, change: Change) -> Factors:
-    module = adapter.modules.get(change.key)
-    if module is None or change.module is None or module.shape != change.module.shape:
-        raise CheckpointError(
-            f"{adapter.given}: {change.key} is not adapted there, or in another shape; give the "
-            "initial adapter of this very run"
-        )
+    assert change.module is not None
+    if change.is_zero:
+        return _zero(change, change.module.shape)
     B, A = adapter.factors(change.key)
-    return _taken(B[change.expert], change.rows), A[change.expert], module.scaling
+    return _taken(B[change.expert], change.rows), A[change.expert], change.module.scaling
+
+
+def _zero(change: Change, shape: tuple[int, int]) -> Factors:
+    """Factors of rank 1 whose product is zero."""
+    import torch
+
+    m = shape[0] if change.rows is None else change.rows.total
+    return (
+        torch.zeros(m, 1, dtype=torch.float32, device="cpu"),
+        torch.zeros(1, shape[1], dtype=torch.float32, device="cpu"),
+        1.0,
+    )
 
 
 def _taken(matrix: Tensor, rows: Blocks | None, axis: int = 0) -> Tensor:

@@ -19,14 +19,21 @@ from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.conv1d import is_conv1d
 from geoscope.checkpoints.opening import storage_dtype
 from geoscope.checkpoints.peft.adalora import adalora_modules
-from geoscope.checkpoints.peft.config import ADAPTER_CONFIG, check_type, read_config, start_of
+from geoscope.checkpoints.peft.config import (
+    ADAPTER_CONFIG,
+    check_type,
+    drawn_start,
+    read_config,
+    start_of,
+)
 from geoscope.checkpoints.peft.extras import Rows, Vector, replacements, token_rows
 from geoscope.checkpoints.peft.file import open_adapter_file
 from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
 from geoscope.checkpoints.peft.ia3 import ia3_modules
 from geoscope.checkpoints.peft.keys import MERGE
-from geoscope.checkpoints.peft.lora import LoraModule, lora_modules
+from geoscope.checkpoints.peft.lora import LoraModule, expert_parts, lora_modules
 from geoscope.checkpoints.peft.module import AdapterModule
+from geoscope.checkpoints.peft.packing import Sides, base_sides, packed_by_base
 from geoscope.checkpoints.peft.vera import vera_modules
 from geoscope.checkpoints.reference import HubReference, parse_reference
 from geoscope.checkpoints.refused import refuse_kohya
@@ -64,6 +71,7 @@ class Adapter:
     initial: why the product was not zero before training ("init_lora_weights is 'pissa'"), so
     that scaling · B·A is no update of the original base; None where nothing says so.
     Names of base tensors are those of the live model: `model.embed_tokens.weight`.
+    beside: a remark on what else lies in its folder.
     """
 
     given: str
@@ -79,6 +87,7 @@ class Adapter:
     container: Container = field(repr=False)
     at: str | None = None
     commit: str | None = None
+    beside: str | None = None
 
     @property
     def resolved(self) -> str:
@@ -158,12 +167,58 @@ class Adapter:
         )
         return stored.T if turned else stored
 
-    def with_base(self, base: Mapping[str, TensorInfo]) -> Adapter:
-        """The same with what only the base tells: the inner sides of IA3 and VeRA.
+    def with_base(
+        self, base: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None
+    ) -> Adapter:
+        """The same with what only the base tells: the inner sides of IA3 and VeRA, and how stacks
+        of experts are packed.
 
-        base: name of a module → its weight in the base, as read (out, in).
+        base: name of a module → its weight in the base, as read (out, in). config: config.json of
+        the base. Raises CheckpointError where a packing is not told.
         """
-        return replace(self, modules={n: one.with_base(base) for n, one in self.modules.items()})
+        known = {name: one.with_base(base) for name, one in self.modules.items()}
+        sides = {name: self.sides_of(name, base, config or {}) for name in known}
+        told = {name: one for name, one in sides.items() if one is not None}
+        packed = packed_by_base(known, told, self.config, config or {}, self.given)
+        return replace(self, modules=packed)
+
+    def renamed(self, names: Mapping[str, str]) -> Adapter:
+        """The same with other names of the modules and tensors of the base: here → there."""
+
+        def new(key: str) -> str:
+            path = key.removesuffix(".weight")
+            return f"{names[path]}{key[len(path) :]}" if path in names else key
+
+        return replace(
+            self,
+            modules={new(name): one.renamed(new) for name, one in self.modules.items()},
+            replaced={new(key): one for key, one in self.replaced.items()},
+            rows={new(key): one for key, one in self.rows.items()},
+            vectors={new(key): one for key, one in self.vectors.items()},
+        )
+
+    def sides_of(
+        self, name: str, base: Mapping[str, TensorInfo], config: Mapping[str, Any]
+    ) -> Sides | None:
+        """The sides of a stack of experts in the base, (out, in); None for what is no stack there,
+        or does not tell its sides."""
+        module = self.modules[name]
+        if not module.is_stack or module.experts == 1:
+            return None
+        return base_sides(module, base, config, expert_parts(module, base))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of how the factors are read."""
+        notes = [one for one in (self.beside, drawn_start(self.config)) if one is not None]
+        turned = sum(one.is_turned is True for one in self.modules.values())
+        if not turned:
+            return tuple(notes)
+        return (
+            *notes,
+            f"the factors of {turned} stacks of experts are those of the transposed update, as "
+            "PEFT up to 0.18 packed them; they are turned",
+        )
 
     @property
     def not_plain(self) -> str | None:

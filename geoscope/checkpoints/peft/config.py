@@ -10,7 +10,7 @@ from geoscope.checkpoints.layout import parse_object
 from geoscope.checkpoints.peft.keys import MERGE
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
 
-__all__ = ["ADAPTER_CONFIG", "check_type", "read_config", "start_of"]
+__all__ = ["ADAPTER_CONFIG", "check_type", "drawn_start", "read_config", "start_of"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -67,3 +67,14 @@ def start_of(config: Mapping[str, Any]) -> str | None:
     if isinstance(start, str) and start.lower().startswith(_NOT_FROM_ZERO):
         return f"init_lora_weights is {start!r}"
     return None
+
+
+def drawn_start(config: Mapping[str, Any]) -> str | None:
+    """What to say of factors that were both drawn at random, over a base that stayed as it was."""
+    if config.get("init_lora_weights") is not False:
+        return None
+    return (
+        "init_lora_weights is false: both factors were drawn at random, so the product was not "
+        "zero before training, and is counted with the update; give the adapter before training "
+        "as --initial-adapter"
+    )

@@ -22,12 +22,13 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Read", "Rows", "Vector", "base_name", "replacements", "token_rows"]
+__all__ = ["Read", "Rows", "Vector", "base_name", "replacements", "saved_name", "token_rows"]
 
 Read = Callable[[str], "Tensor"]  # stored name → the tensor as it is stored
 
 _OTHER_MODEL = "give the model that the adapter was trained on"
 _MARKS = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save\.[^.]+)(?=\.)")
+_SAVED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 # In a raw state dict: the base's own weight, buffers of PEFT, and scales of a quantised base.
 _PASSED_OVER = re.compile(
     r"(?:^|\.)(?:original_module|vera_[AB]|ranknum|SCB|weight_format)(?:\.|$)|\.weight\."
@@ -81,6 +82,11 @@ def base_name(stored: str) -> str:
     'lm_head.weight'
     """
     return _MARKS.sub("", without_wrappers(stored))
+
+
+def saved_name(stored: str) -> str:
+    """The name under which PEFT saves a whole tensor, without its prefix."""
+    return _SAVED_WHOLE.sub("", without_wrappers(stored))
 
 
 def replacements(

@@ -55,12 +55,24 @@ def by_module(
             f"{label}: holds {len(adapters)} adapters ({first_names(sorted(adapters))}); "
             "save one adapter in a file"
         )
+    if not found and (short := _without_its_name(tensors, wanted)):
+        raise CheckpointError(
+            f"{label}: keys such as {short} lack a part of {wanted[0]}, which PEFT cut out with "
+            "the name of the adapter, and no loader takes the rest; save it again under another "
+            "name that does not stand in its keys"
+        )
     if not found:
         raise CheckpointError(
             f"{label}: no {' or '.join(wanted[:2])} among its {len(tensors)} tensors; "
             "save the adapter again with PeftModel.save_pretrained"
         )
     return found
+
+
+def _without_its_name(tensors: Iterable[str], roles: Iterable[str]) -> str | None:
+    """The first key of an adapter that was called as its keys begin, `lora`: `q_proj_A.weight`."""
+    ends = tuple(f"{one[one.index('_') :]}.weight" for one in roles if "_" in one)
+    return next((name for name in tensors if name.endswith(ends)), None)
 
 
 def refuse_partial(
@@ -84,6 +96,12 @@ def refuse_flat(infos: Iterable[TensorInfo], label: str) -> None:
     """Raises CheckpointError for factors that were not gathered, UnsupportedFormat for kernels."""
     every = list(infos)
     kernels = [info for info in every if len(info.shape) > 2 and 0 not in info.shape]
+    if kernels and all(".experts." in info.name for info in kernels):
+        raise UnsupportedFormat(
+            f"{label}: {len(kernels)} factors are of all experts at once, first {kernels[0].name} "
+            f"{kernels[0].shape}, as Tinker writes them; geoscope reads the keys of PEFT. Merge it "
+            "with tinker_cookbook (weights.build_hf_model) and give the merged folder"
+        )
     if kernels:
         raise UnsupportedFormat(
             f"{label}: {len(kernels)} factors are of convolutions, first {kernels[0].name} "

@@ -6,7 +6,7 @@
     <module>.lora_B.bias                        `lora_bias`: b′ = b + s·(this)
     ….experts.base_layer.lora_{A,B}.weight, ….experts.lora_{A,B}.weight
         stacked experts (`target_parameters`), first and second parameter: A (E·r, in) with rows
-        e·r + j, B (out, r·E) with columns j·E + e
+        e·r + j, B (out, r·E) with columns j·E + e; or both of the transpose (`packing`)
 
 scaling = lora_alpha/r, with `use_rslora` lora_alpha/√r; r and alpha of a module are those of the
 first key of `rank_pattern` and `alpha_pattern` that matches `(.*\\.)?(key)$`, else the global ones.
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from geoscope.checkpoints.peft.extras import Vector
 from geoscope.checkpoints.peft.keys import MERGE, by_module, refuse_flat, refuse_partial
 from geoscope.checkpoints.peft.module import AdapterModule, Kind, Read
+from geoscope.checkpoints.peft.packing import packed_by_shapes
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.names import layer_index
 from geoscope.records import TensorInfo
@@ -132,7 +133,7 @@ def lora_modules(
             "factors and adapter_config.json are of different saves: copy both again"
         )
     modules = [_module(path, roles, config, label) for path, roles in found.items()]
-    return {one.name: one for one in modules}
+    return packed_by_shapes({one.name: one for one in modules})
 
 
 def _module(
@@ -168,6 +169,7 @@ def _module(
         alpha=alpha,
         experts=experts,
         is_stack=parameter is not None,
+        is_turned=None if parameter is not None and experts > 1 else False,
         A=A,
         B=B,
         is_embedding=is_embedding,
@@ -265,15 +267,17 @@ def expert_parts(module: AdapterModule, known: Collection[str]) -> tuple[tuple[s
 
 
 def stacked(module: AdapterModule, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """From the stored form to B (E, m, r), A (E, r, n)."""
-    m, n = module.shape
+    """From the stored form to B (E, m, r), A (E, r, n); those of ΔWᵀ are turned."""
     rank = A.shape[0] // module.experts
-    B = B.reshape(m, rank, module.experts).permute(2, 0, 1)
-    return B, A.reshape(module.experts, rank, n)
+    B = B.reshape(B.shape[0], rank, module.experts).permute(2, 0, 1)
+    A = A.reshape(module.experts, rank, A.shape[1])
+    return (A.mT, B.mT) if module.is_turned else (B, A)
 
 
-def unstacked(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def unstacked(B: Tensor, A: Tensor, *, is_turned: bool | None = False) -> tuple[Tensor, Tensor]:
     """From B (E, m, r), A (E, r, n) to the stored form, contiguous: the inverse of `stacked`."""
+    if is_turned:
+        B, A = A.mT, B.mT
     experts, m, rank = B.shape
     flat = B.permute(1, 2, 0).reshape(m, rank * experts)
     return flat.contiguous(), A.reshape(experts * rank, -1).contiguous()

@@ -8,7 +8,7 @@ kind is "factors", update = scaling · B·A; where it exists on a base weight al
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -33,7 +33,9 @@ class AdapterModule(ABC):
     as it stands in the keys. shape: of the weight (or of each expert's) as a base is read:
     (out, in), of an embedding (vocab, dim); a side that the adapter does not tell is 0. rank: of
     B·A, 0 where there is none. alpha: None where the type has none. stored: the tensors that the
-    update is made of. experts: how many matrices they hold, 1 but for stacks.
+    update is made of. experts: how many matrices they hold, 1 but for stacks. is_turned: of a
+    stack, whether the stored factors are those of ΔWᵀ; None where nothing has told it yet, and
+    `shape` is then as stored.
     """
 
     name: str
@@ -45,6 +47,7 @@ class AdapterModule(ABC):
     alpha: float | None = None
     experts: int = 1
     is_stack: bool = False
+    is_turned: bool | None = False
 
     @property
     @abstractmethod
@@ -84,6 +87,10 @@ class AdapterModule(ABC):
         self.check_fits(own.shape)
         m, n = own.shape[-2:]
         return replace(self, shape=(m, n))
+
+    def renamed(self, new: Callable[[str], str]) -> AdapterModule:
+        """The same under the name that `new` gives it; `path` stays."""
+        return replace(self, name=new(self.name))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a base weight of that shape, (m, n) or (E, m, n), can be the adapted one."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,9 @@ class VeraModule(AdapterModule):
         known = replace(self, shape=(m, n), drawn=self.drawn or self._drawn(base))
         known.check_inner()
         return known
+
+    def renamed(self, new: Callable[[str], str]) -> VeraModule:
+        return replace(self, name=new(self.name), every=tuple(new(one) for one in self.every))
 
     def check_inner(self) -> None:
         """Raises CheckpointError where the projection is too small for the module."""
