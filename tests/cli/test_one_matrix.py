@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from matrices import gaussian, save_model
+from numpy.linalg import LinAlgError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +31,7 @@ NAMES = [
 ]
 TALL = "model.layers.1.mlp.up_proj.weight"
 PATH = TALL.removesuffix(".weight")
-LINALG = torch.linalg.LinAlgError("linalg.eigh: failed to converge (error code: 2).\nC++ frames")
+LINALG = LinAlgError("linalg.eigh: failed to converge (error code: 2).\nC++ frames")
 ERRORS = {
     "linalg.eigh: failed to converge (error code: 2)": LINALG,
     "kernel launch failed": RuntimeError("kernel launch failed"),
