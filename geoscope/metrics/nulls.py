@@ -1,8 +1,8 @@
 """What would noise of the same shape and size give? The null beside every number.
 
 Two generic nulls: *iid*, the singular values of a Gaussian matrix, and the *isotropic update*, a
-Gaussian ΔW of the same norm stored in the same dtype (see linalg/perturbed.py). The draws of sampled nulls
-depend on the seed and the shape alone, so that order changes nothing.
+Gaussian ΔW of the same norm stored in the same dtype (see linalg/perturbed.py). The draws of
+sampled nulls depend on the seed and the shape alone, so that order changes nothing.
 """
 
 from __future__ import annotations
