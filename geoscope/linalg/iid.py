@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh_tridiagonal
+from torch import Tensor
 
+from geoscope.linalg import blas
 from geoscope.profile import stage
 
-__all__ = ["iid_draws", "iid_top_share", "iid_tridiagonals"]
+__all__ = ["iid_draws", "iid_spectra", "iid_top_share", "iid_tridiagonals"]
 
 
 def iid_draws(q: int) -> int:
@@ -38,6 +41,24 @@ def iid_tridiagonals(
         main = diagonal**2
         main[1:] += below**2
         yield main, diagonal[:-1] * below
+
+
+@stage("nulls")
+def iid_spectra(m: int, n: int, seed: int) -> Tensor:
+    """Singular values of max(4, ⌈4096/q⌉) Gaussian m×n matrices: (draws, q), descending.
+
+    Exact in distribution; see `iid_tridiagonals`.
+    """
+    return _iid_spectra(min(m, n), max(m, n), seed)
+
+
+@lru_cache(maxsize=64)
+def _iid_spectra(q: int, M: int, seed: int) -> Tensor:
+    spectra = torch.empty(iid_draws(q), q, dtype=torch.float64)
+    for draw, (main, side) in enumerate(iid_tridiagonals(q, M, seed)):
+        values = blas.eigenvalues(torch.from_numpy(main), torch.from_numpy(side))
+        spectra[draw] = values.clamp_min(0).sqrt()
+    return spectra
 
 
 @stage("nulls")

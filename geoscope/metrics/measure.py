@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
+from geoscope.linalg.perturbed import angle_bound, mean_angles, tuned_spectra
 from geoscope.metrics.factors import PairFactors
-from geoscope.metrics.isotropic import angle_bound, mean_angles, tuned_spectra
 from geoscope.metrics.metric import Instance
 from geoscope.metrics.nulls import iid_spectra
 from geoscope.metrics.precision import floor_status

@@ -1,8 +1,8 @@
 """What would noise of the same shape and size give? The null beside every number.
 
 Two generic nulls: *iid*, the singular values of a Gaussian matrix, and the *isotropic update*, a
-Gaussian ΔW of the same norm stored in the same dtype (see isotropic.py). The draws of sampled nulls
-depend on the seed and the shape alone, so that order changes nothing.
+Gaussian ΔW of the same norm stored in the same dtype (see linalg/perturbed.py). The draws of
+sampled nulls depend on the seed and the shape alone, so that order changes nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import Tensor
 
-from geoscope.linalg import blas
-from geoscope.linalg.iid import iid_draws, iid_tridiagonals
+from geoscope.linalg.iid import iid_spectra
 from geoscope.metrics import collapse
-from geoscope.profile import stage
 
 __all__ = [
     "captured_area",
@@ -38,24 +36,6 @@ __all__ = [
     "spectral_share",
     "zero",
 ]
-
-
-@stage("nulls")
-def iid_spectra(m: int, n: int, seed: int) -> Tensor:
-    """Singular values of max(4, ⌈4096/q⌉) Gaussian m×n matrices: (draws, q), descending.
-
-    Exact in distribution; see `geoscope.linalg.iid`.
-    """
-    return _iid_spectra(min(m, n), max(m, n), seed)
-
-
-@lru_cache(maxsize=64)
-def _iid_spectra(q: int, M: int, seed: int) -> Tensor:
-    spectra = torch.empty(iid_draws(q), q, dtype=torch.float64)
-    for draw, (main, side) in enumerate(iid_tridiagonals(q, M, seed)):
-        values = blas.eigenvalues(torch.from_numpy(main), torch.from_numpy(side))
-        spectra[draw] = values.clamp_min(0).sqrt()
-    return spectra
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from torch import Tensor
 from geoscope.engine import one_blas_thread
 from geoscope.linalg.changes import side
 from geoscope.linalg.isotropic import expected_energy, isotropic_spread
-from geoscope.metrics.isotropic import mean_angles, tuned_spectra
+from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.records import Status
 
 from .measuring import row

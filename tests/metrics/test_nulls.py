@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geoscope import Options, compare
 from geoscope.engine import one_blas_thread
-from geoscope.linalg import FORMATS, Operand, factorise
+from geoscope.linalg import FORMATS, Operand, factorise, iid
 from geoscope.linalg.changes import changed_mask, expected_unchanged, side, unchanged
 from geoscope.metrics import METRICS, Measured, nulls, spectrum
 from geoscope.metrics.masks import MaskOverlaps, mask_overlaps
@@ -137,7 +137,7 @@ def test_the_number_of_draws_grows_as_matrices_shrink() -> None:
 
 def test_a_null_depends_on_seed_and_shape_alone() -> None:
     first = nulls.iid_spectra(20, 30, 0).clone()
-    nulls._iid_spectra.cache_clear()
+    iid._iid_spectra.cache_clear()
     for other in ((7, 9), (30, 30), (20, 31)):
         nulls.iid_spectra(*other, 5)
     assert torch.equal(nulls.iid_spectra(20, 30, 0), first)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from geoscope import Options, compare
 from geoscope.engine import one_blas_thread
+from geoscope.linalg.perturbed import mean_angles
 from geoscope.metrics import (
     METRICS,
     Measured,
@@ -25,7 +26,6 @@ from geoscope.metrics import (
     measure,
     pair_factors,
 )
-from geoscope.metrics.isotropic import mean_angles
 from geoscope.metrics.precision import FLOORS, floor_status
 from geoscope.records import Status
 

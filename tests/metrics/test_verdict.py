@@ -661,7 +661,7 @@ def test_explain_of_numbers_that_are_missing() -> None:
 def test_explain_shows_the_angle_limit_of_the_rule() -> None:
     found = beside(row_with(left=1 * DEGREE), left=20 * DEGREE)
     entries = {one["condition"]: one for one in verdict([found], ["q"]).explain}
-    assert entries["mean angle >"]["threshold"] == pytest.approx(30 * DEGREE)
+    assert entries["mean angle >"]["threshold"] == pytest.approx(40 * DEGREE)
 
 
 @pytest.mark.parametrize(

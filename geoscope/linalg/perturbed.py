@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoscope.metrics.nulls import iid_spectra
+from geoscope.linalg.iid import iid_spectra
 from geoscope.profile import stage
 
 __all__ = ["angle_bound", "mean_angles", "tuned_spectra"]
