@@ -27,7 +27,7 @@ def test_the_rounding_of_each_checkpoint_is_that_of_its_grid(tmp_path: Path) -> 
     expected = [
         ((errors[i] + errors[i - 1]) / layer.gram[i - 1][i - 1]) ** 0.5 for i in range(1, 4)
     ]
-    measured = layer.series["step_precision_ratio"]
+    measured = layer.series["step_precision_ratio_by_step"]
     assert measured == pytest.approx(expected, rel=0.1)
     assert layer.notes == (
         f"{told}, coarser than its dtype, at steps 1, 2, 3; ν counts its rounding",
