@@ -53,13 +53,13 @@ def test_an_ungathered_save_is_named_on_either_side(tmp_path: Path, turned: bool
 def test_empty_matrices_are_missing_with_their_reason(tmp_path: Path, both: bool) -> None:
     whole = write_model(tmp_path / "whole", llama())
     empty = emptied(tmp_path / "empty", WEIGHT)
-    sides = [open_checkpoint(str(one)) for one in (empty if both else whole, empty)]
-    found = pair(*sides, Selection())
+    base, tuned = (open_checkpoint(str(one)) for one in (empty if both else whole, empty))
+    found = pair(base, tuned, Selection())
     assert found.missing == (WEIGHT,)
     (skipped,) = [one for one in found.skipped if one.name == WEIGHT]
     side = "base and tuned" if both else "tuned"
     assert skipped.reason == f"empty in {side}: {UNGATHERED}" and skipped.missing
-    assert any(UNGATHERED in note for note in sides[1].notes)
+    assert any(UNGATHERED in note for note in tuned.notes)
 
 
 def test_writing_commands_refuse_them(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_the_rule_that_is_proposed_joins_them(
                                            "cls.weight": torch.ones(4, 4)})  # fmt: skip
     tuned = write_model(tmp_path / "tuned", {f"{theirs}{n}": torch.ones(4, 4) for n in names})
     assert f"give --map-name '{rule}', under which 4 of them agree" in failure(base, tuned)
-    sides = [open_checkpoint(str(one)) for one in (base, tuned)]
-    assert len(pair(*sides, Selection(), NameMap((rule,))).matrices) == 4
+    one, other = open_checkpoint(str(base)), open_checkpoint(str(tuned))
+    assert len(pair(one, other, Selection(), NameMap((rule,))).matrices) == 4
 
 
 def test_no_rule_for_other_architectures() -> None:
