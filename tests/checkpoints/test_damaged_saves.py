@@ -53,7 +53,7 @@ def test_an_ungathered_save_is_named_on_either_side(tmp_path: Path, turned: bool
 def test_empty_matrices_are_missing_with_their_reason(tmp_path: Path, both: bool) -> None:
     whole = write_model(tmp_path / "whole", llama())
     empty = emptied(tmp_path / "empty", WEIGHT)
-    base, tuned = (open_checkpoint(str(path)) for path in (empty if both else whole, empty))
+    base, tuned = (open_checkpoint(str(one)) for one in (empty if both else whole, empty))
     found = pair(base, tuned, Selection())
     assert found.missing == (WEIGHT,)
     (skipped,) = [one for one in found.skipped if one.name == WEIGHT]
@@ -98,8 +98,8 @@ def test_the_rule_that_is_proposed_joins_them(
                                            "cls.weight": torch.ones(4, 4)})  # fmt: skip
     tuned = write_model(tmp_path / "tuned", {f"{theirs}{n}": torch.ones(4, 4) for n in names})
     assert f"give --map-name '{rule}', under which 4 of them agree" in failure(base, tuned)
-    left, right = (open_checkpoint(str(path)) for path in (base, tuned))
-    assert len(pair(left, right, Selection(), NameMap((rule,))).matrices) == 4
+    one, other = open_checkpoint(str(base)), open_checkpoint(str(tuned))
+    assert len(pair(one, other, Selection(), NameMap((rule,))).matrices) == 4
 
 
 def test_no_rule_for_other_architectures() -> None:

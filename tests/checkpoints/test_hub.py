@@ -188,12 +188,12 @@ def test_formats_are_refused_before_anything_large_is_fetched(
     hub: HubServer, client: Client
 ) -> None:
     quantised = {"config.json": b'{"quantization_config": {"quant_method": "gptq"}}'}
-    codes = {"layers.0.codes": torch.zeros(4, 4, dtype=torch.int32)}
+    codes = {"a.codes": torch.zeros(4, 4, dtype=torch.int32)}
     hub.repos["org/gptq"] = Repo({**single({**llama(), **codes}), **quantised})
     assert client("org/gptq")["error"] == (
-        "`org/gptq`: weights are GPTQ (quant_method 'gptq' in config.json, tensor layers.0.codes "
-        "is int32). geoscope reads fp32, fp16, bf16 and block-scaled FP8. Use the checkpoint it "
-        "was quantised from."
+        "`org/gptq`: weights are GPTQ (quant_method 'gptq' in config.json, tensor a.codes is "
+        "int32). geoscope reads fp32, fp16, bf16 and block-scaled FP8. Use the checkpoint it was "
+        "quantised from."
     )
     hub.repos["org/lora"] = Repo({"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
     assert "weights are a PEFT adapter" in client("org/lora")["error"]
