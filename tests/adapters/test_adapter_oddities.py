@@ -267,7 +267,7 @@ def stacks(folder: Path, seed: int) -> Path:
 def test_a_series_on_stacked_experts_is_followed_expert_by_expert(tmp_path: Path) -> None:
     folders = [stacks(tmp_path / f"checkpoint-{i}", i) for i in (1, 2, 3, 4)]
     base = tiny_models.qwen3_moe(tmp_path / "base", **WIDTH)
-    report = follow(*map(str, folders), options=FollowOptions(base=str(base)))
+    report = follow([str(one) for one in folders], options=FollowOptions(base=str(base)))
     assert len(report.layers) == 8
     weights = {n: t for one in base.glob("*.safetensors") for n, t in load_file(one).items()}
     tensors = load_file(folders[-1] / FACTORS)
