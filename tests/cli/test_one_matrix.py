@@ -30,7 +30,7 @@ NAMES = [
 ]
 TALL = "model.layers.1.mlp.up_proj.weight"
 PATH = TALL.removesuffix(".weight")
-LINALG = torch.linalg.LinAlgError("linalg.eigh: failed to converge (error code: 2).\nC++ frames")
+LINALG = torch.linalg.LinAlgError("linalg.eigh: failed to converge (error code: 2).\nC++ frames")  # pyright: ignore[reportPrivateImportUsage]
 ERRORS = {
     "linalg.eigh: failed to converge (error code: 2)": LINALG,
     "kernel launch failed": RuntimeError("kernel launch failed"),
