@@ -71,11 +71,9 @@ def compare(
             found = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
         except (KeyboardInterrupt, Stopped) as stop:
             raise Interrupted(report, getattr(stop, "signum", int(signal.SIGINT))) from None
-        report = replace(
-            report,
-            overlaps=tuple(one for one in found if isinstance(one, Overlap)),
-            coverage=lacking(report.coverage, [one for one in found if isinstance(one, Skipped)]),
-        )
+        overlaps = tuple(one for one in found if isinstance(one, Overlap))
+        failed = [one for one in found if isinstance(one, Skipped)]
+        report = replace(report, overlaps=overlaps, coverage=lacking(report.coverage, failed))
     if reference is not None:
         ratios = anchored(runs[0], reference, os.fspath(anchor or ""))
         report = replace(report, summary=replace(report.summary, anchor=ratios))

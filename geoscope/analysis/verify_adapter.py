@@ -43,8 +43,8 @@ from geoscope.checkpoints.peft.folder import (
     record_beside,
 )
 from geoscope.checkpoints.ungathered import refuse_ungathered
-from geoscope.engine import matrix_boundary
-from geoscope.errors import NumericsError, OptionError, first_names
+from geoscope.engine import told_failure
+from geoscope.errors import OptionError, first_names
 from geoscope.profile import stage
 
 __all__ = ["Check", "Verification", "verify_adapter"]
@@ -266,16 +266,13 @@ def _weights_check(
             continue  # told by `untouched`, which lists what lacks
         W, kept = (piece.of(read(piece.name)) for read in (read_base, read_residual))
         if W.shape == kept.shape:
-            try:
-                with matrix_boundary():
-                    found = effective_error(W, kept, A, B, piece.module.scaling)
-            except NumericsError as error:
-                found, failed[piece.name] = math.nan, str(error)
-            errors[piece.name] = max(found, errors.get(piece.name, 0.0), key=_badness)
-    if not errors:
-        return Check("weights", False, "no adapted weight could be compared with the base")
+            with told_failure(failed, piece.name):
+                found = effective_error(W, kept, A, B, piece.module.scaling)
+                errors[piece.name] = max(found, errors.get(piece.name, 0.0), key=_badness)
     if failed:
         return _not_computed("weights", failed)
+    if not errors:
+        return Check("weights", False, "no adapted weight could be compared with the base")
     name = max(errors, key=lambda name: _badness(errors[name]))
     worst, mean = errors[name], sum(errors.values()) / len(errors)
     exact = worst <= LOSSY
@@ -288,9 +285,8 @@ def _weights_check(
 
 def _not_computed(check: str, failed: Mapping[str, str]) -> Check:
     """A check that could not be made on some matrices; the first of them says why."""
-    name, reason = next(iter(failed.items()))
-    text = f"not computed for {len(failed)} matrices ({first_names([*failed])}), first: {reason}"
-    return Check(check, False, text, name=name)
+    text = f"not computed for {len(failed)} matrices ({first_names([*failed])}), first: "
+    return Check(check, False, text + next(iter(failed.values())), name=next(iter(failed)))
 
 
 def _badness(error: float) -> float:
@@ -354,15 +350,11 @@ def _product_check(match: AdapterMatch, base: Checkpoint, tick: _Counter) -> Che
     for piece, B, A in _factors_by_piece(match):
         tick()
         weight = piece.of(read(piece.name))
-        try:
-            with matrix_boundary():
-                largest = float(weight.abs().max())
-                product = largest_product(A, B, piece.module.scaling)
-        except NumericsError as error:
-            failed[piece.name] = str(error)
-            continue
-        share = product / largest if largest > 0 else product
-        shares[piece.name] = max(share, shares.get(piece.name, 0.0), key=_badness)
+        with told_failure(failed, piece.name):
+            largest = float(weight.abs().max())
+            product = largest_product(A, B, piece.module.scaling)
+            share = product / largest if largest > 0 else product
+            shares[piece.name] = max(share, shares.get(piece.name, 0.0), key=_badness)
     if failed:
         return _not_computed("product", failed)
     if not shares:

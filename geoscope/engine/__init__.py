@@ -1,6 +1,6 @@
 """How the work is done: device, plan, stream. Knows nothing of metrics or files."""
 
-from geoscope.engine.boundary import matrix_boundary
+from geoscope.engine.boundary import matrix_boundary, told_failure
 from geoscope.engine.device import available_memory, free_memory, resolve_devices, resolve_dtype
 from geoscope.engine.plan import (
     Batch,
@@ -29,4 +29,5 @@ __all__ = [
     "resolve_devices",
     "resolve_dtype",
     "stream",
+    "told_failure",
 ]

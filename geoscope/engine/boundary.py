@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from geoscope.errors import GeoscopeError, NumericsError
 
-__all__ = ["matrix_boundary"]
+__all__ = ["matrix_boundary", "told_failure"]
 
 
 @contextmanager
@@ -30,6 +30,16 @@ def matrix_boundary(name: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         raise NumericsError(f"{prefix}{_reason(error)}") from error
+
+
+@contextmanager
+def told_failure(failed: dict[str, str], name: str) -> Iterator[None]:
+    """`matrix_boundary` for a walk that goes on: the reason goes into `failed` by name."""
+    try:
+        with matrix_boundary():
+            yield
+    except NumericsError as error:
+        failed[name] = str(error)
 
 
 def _reason(error: Exception) -> str:
