@@ -25,8 +25,8 @@ class Measured:
     """Numbers of one matrix, and the weights by which it enters an aggregate.
 
     floors: id → the angle that rounding alone gives, where a measured angle is below it.
-    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `changed` |M|, and
-    `share@k` E_k of the base.
+    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `tuned` ‖W1‖², `noise` Σulp²/12,
+    `changed` |M|, and `share@k` E_k of the base.
     """
 
     values: dict[str, float | int | None] = field(default_factory=dict)
@@ -89,6 +89,7 @@ def _weights(
     }
     if "base.norm" in values:
         weights["base"] = float(values["base.norm"][i]) ** 2
+        weights["tuned"] = float(values["tuned.norm"][i]) ** 2
     if "rank.max" in values:
         weights["rank"] = float(values["rank.max"][i])
     if "masks.changed" in values:
