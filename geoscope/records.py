@@ -489,8 +489,8 @@ class Summary:
 
     `anchor`, with `--anchor`: {"ref": as in `provenance.refs`, "ratios": {id: ratio},
     "spectrum_preserving": bool|None}. `distance`, where matrices are far from the base: {"code": of
-    the whole model where most are, else None, "matrices": their names, "text"}. steps, of a trajectory: that of the base, then of each
-    checkpoint; series: id → one number a step.
+    the whole model where most are, else None, "matrices": their names, "text"}. steps, of a
+    trajectory: that of the base, then of each checkpoint; series: id → one number a step.
     """
 
     model: Values

@@ -24,8 +24,8 @@ from geoscope.metrics.verdict import CODES, VERDICT_IDS, judge, judge_model
 __all__ = [
     "CAPACITY_CODES",
     "CODES",
-    "FAR",
     "FAMILIES",
+    "FAR",
     "METRICS",
     "THRESHOLDS",
     "VERDICT_IDS",

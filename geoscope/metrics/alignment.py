@@ -18,8 +18,8 @@ from geoscope.metrics.spectrum import top_share
 
 __all__ = [
     "captured_area",
-    "energy_of_base",
     "energy_left",
+    "energy_of_base",
     "energy_right",
     "energy_two_sided",
     "gap",

@@ -18,7 +18,6 @@ from torch import Tensor
 from geoscope.linalg import blas
 from geoscope.linalg.iid import iid_draws, iid_tridiagonals
 from geoscope.metrics.size import relative_update
-from geoscope.metrics.spectrum import top_share
 from geoscope.profile import stage
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "captured_area",
     "condition_number",
     "energy_left",
-    "energy_of_base",
     "energy_right",
     "energy_two_sided",
     "full_rank",
@@ -122,13 +120,6 @@ def energy_two_sided(*, k: int, shape: tuple[int, int]) -> Tensor:
 def base_share(*, shape: tuple[int, int]) -> Tensor:
     """1/(mn): an isotropic update has as much energy along W0 as along any other matrix."""
     return torch.tensor(1 / (shape[0] * shape[1]), dtype=torch.float64)
-
-
-def energy_of_base(
-    base_top: Tensor, base_norm: Tensor, *, k: int, shape: tuple[int, int]
-) -> Tensor:
-    """E_k/(mn)."""
-    return top_share(base_top, base_norm, k=k) * base_share(shape=shape)
 
 
 def outside_span(*, shape: tuple[int, int]) -> Tensor:

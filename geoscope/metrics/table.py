@@ -455,12 +455,7 @@ METRICS: tuple[Metric, ...] = (
         reading="near C_LR: that the update lies on principal directions is the base inside it",
         caution="a sum with the rest: the two parts can share directions",
         source="ours",
-        null=Null(
-            "E_k/(mn), of an isotropic update",
-            nulls.energy_of_base,
-            ("base.top@k", "base.norm"),
-            wants=("k", "shape"),
-        ),
+        null=Null("k²/(mn), of C_LR as a whole", nulls.energy_two_sided, wants=("k", "shape")),
         wants=("k",),
         aggregate="energy",
         of_update=True,

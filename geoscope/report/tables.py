@@ -476,7 +476,10 @@ KINDS["capacity"] = Kind(
 KINDS["trajectory"] = Kind(
     title="Trajectory",
     model=(
-        ("size and storage", ("relative_update", "path_length", "step_precision_ratio")),
+        (
+            "size and storage",
+            ("relative_update", "path_length", "step_precision_ratio", "base_cosine"),
+        ),
         (
             "drift or diffusion",
             (
