@@ -403,7 +403,8 @@ class Verdict:
     shares: code → share of Σ‖ΔW‖². flagged: names of the matrices whose code asks for attention,
     worst first. counts: code → number of matrices. thresholds: the limits in force. explain: one
     entry per condition of the rules, {"code", "condition", "threshold", "standing", "holds" (number
-    of matrices), "of", "least", "largest"} (the range of the values it met).
+    of matrices), "of", "least", "largest"} (the range of the values it met). apart: matrices that
+    are far from the base in a model that is not; `share` is of the energy of the others.
     """
 
     code: str
@@ -414,9 +415,10 @@ class Verdict:
     text: str
     thresholds: Mapping[str, float]
     explain: tuple[Mapping[str, Any], ...] = ()
+    apart: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
-        return {
+        data: Json = {
             "code": self.code,
             "share": self.share,
             "shares": dict(self.shares),
@@ -426,6 +428,9 @@ class Verdict:
             "thresholds": dict(self.thresholds),
             "explain": [dict(entry) for entry in self.explain],
         }
+        if self.apart:
+            data["apart"] = list(self.apart)
+        return data
 
     @classmethod
     def from_json(cls, data: Json) -> Verdict:
@@ -438,6 +443,7 @@ class Verdict:
             text=data["text"],
             thresholds=data["thresholds"],
             explain=tuple(data.get("explain", ())),
+            apart=tuple(data.get("apart", ())),
         )
 
 
@@ -451,9 +457,10 @@ class Run:
     modules: Mapping[str, Values]
     module_nulls: Mapping[str, Mapping[str, float]]
     verdict: Verdict | None
+    distance: Mapping[str, Any] | None = None
 
     def to_json(self) -> Json:
-        return {
+        data: Json = {
             "tuned": self.tuned,
             "model": dict(self.model),
             "nulls": dict(self.nulls),
@@ -461,6 +468,9 @@ class Run:
             "module_nulls": {key: dict(value) for key, value in self.module_nulls.items()},
             "verdict": None if self.verdict is None else self.verdict.to_json(),
         }
+        if self.distance is not None:
+            data["distance"] = dict(self.distance)
+        return data
 
     @classmethod
     def from_json(cls, data: Json) -> Run:
@@ -472,6 +482,7 @@ class Run:
             modules=data["modules"],
             module_nulls=data["module_nulls"],
             verdict=None if verdict is None else Verdict.from_json(verdict),
+            distance=data.get("distance"),
         )
 
 
@@ -480,8 +491,10 @@ class Summary:
     """Aggregates over the model and over each module kind, with their nulls.
 
     See docs/methods.md#aggregation. `anchor`, with `--anchor`: {"ref": as in `provenance.refs`,
-    "ratios": {id: ratio}, "spectrum_preserving": bool|None}. steps, of a trajectory: that of the
-    base, then of each checkpoint; series: id → one number a step.
+    "ratios": {id: ratio}, "spectrum_preserving": bool|None}. `distance`, where matrices are far
+    from the base: {"code": of the whole model where most are, else None, "matrices": their names,
+    "text"}. steps, of a trajectory: that of the base, then of each checkpoint; series: id → one
+    number a step.
     """
 
     model: Values
@@ -491,6 +504,7 @@ class Summary:
     verdict: Verdict | None = None
     runs: tuple[Run, ...] = ()
     anchor: Mapping[str, Any] | None = None
+    distance: Mapping[str, Any] | None = None
     steps: tuple[int, ...] = ()
     series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
 
@@ -509,6 +523,8 @@ class Summary:
             data["runs"] = [run.to_json() for run in self.runs]
         if self.anchor is not None:
             data["anchor"] = dict(self.anchor)
+        if self.distance is not None:
+            data["distance"] = dict(self.distance)
         return data
 
     @classmethod
@@ -522,6 +538,7 @@ class Summary:
             verdict=Verdict.from_json(data["verdict"]) if "verdict" in data else None,
             runs=tuple(Run.from_json(run) for run in data.get("runs", ())),
             anchor=data.get("anchor"),
+            distance=data.get("distance"),
             steps=tuple(data.get("steps", ())),
             series=series,
         )

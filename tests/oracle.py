@@ -47,11 +47,20 @@ SIMULATED = SPECTRUM[2:12]
 SIZES = (
     "relative_update",
     "precision_ratio",
+    "base_cosine",
+    "base_share",
     "update_sparsity",
     "update_sparsity_abs",
     "update_sparsity_exact",
 )
-ENERGIES = ("energy_right", "energy_left", "energy_two_sided", "lift", "versus_base")
+ENERGIES = (
+    "energy_right",
+    "energy_left",
+    "energy_two_sided",
+    "lift",
+    "versus_base",
+    "energy_of_base",
+)
 ANGLES = ("angle_left_mean", "angle_left_max", "angle_right_mean", "angle_right_max")
 CURVES = ("outside_span", "auc_right", "auc_left")
 SHIFTS = ("nss", "spectral_share", "spectral_lift")
@@ -234,6 +243,10 @@ class _Pair:
         self.noise = {**noise, "update": noise["tuned"]}
         self.turned: dict[int, Turns] = {}
         self.nu = np.inf if self.is_zero["update"] else noise["tuned"] / self.norm["update"]
+        norms = self.norm["base"] * self.norm["tuned"]
+        self.cosine = np.sum(base * tuned) / norms if norms else np.nan
+        inner, norms = np.sum(base * self.W["update"]), self.norm["base"] * self.norm["update"]
+        self.base_share = (inner / norms) ** 2 if norms else np.nan
         self.rho = np.nan if self.is_zero["base"] else self.norm["update"] / self.norm["base"]
 
     def floor(self, side: str, k: int) -> float:
@@ -284,6 +297,14 @@ def _put_sizes(sheet: _Sheet, pair: _Pair) -> None:
         sheet.put("precision_ratio", np.nan, "ZERO_UPDATE")
     else:
         sheet.put("precision_ratio", pair.nu)
+    if pair.is_zero["base"] or pair.is_zero["tuned"]:
+        sheet.put("base_cosine", np.nan, "NOT_APPLICABLE")
+    else:
+        sheet.put("base_cosine", pair.cosine)
+    if reason := _base_reason(pair):
+        sheet.put("base_share", np.nan, reason)
+    else:
+        sheet.put("base_share", pair.base_share)
     for key, share in sparsities(pair.W["base"], pair.W["tuned"]).items():
         sheet.put(key, share)
 
@@ -428,8 +449,9 @@ def _put_energies(sheet: _Sheet, pair: _Pair, k: int) -> None:
     S = pair.S["base"]
     share = np.sum(S[:k] ** 2) / np.sum(S**2)
     lift = both / (k**2 / (pair.m * pair.n))
-    for name, number in zip(ENERGIES, (right, left, both, lift, both / share), strict=True):
+    for name, number in zip(ENERGIES, (right, left, both, lift, both / share), strict=False):
         sheet.put(f"{name}@{k}", number, pair.precision("top"))
+    sheet.put(f"energy_of_base@{k}", pair.base_share * share)
 
 
 def _put_gap(sheet: _Sheet, pair: _Pair, k: int) -> None:
@@ -609,12 +631,13 @@ def _nulls_of_shape(m: int, n: int, ks: tuple[int, ...], curves: bool) -> dict[s
             nulls[f"energy_right@{k}"] = k / n
             nulls[f"energy_left@{k}"] = k / m
             nulls[f"energy_two_sided@{k}"] = k**2 / (m * n)
+            nulls[f"energy_of_base@{k}"] = nulls[f"energy_two_sided@{k}"]
             nulls[f"lift@{k}"] = 1.0
     if curves:
         nulls["outside_span"] = 1 - q / M
         nulls["auc_right"] = (q + 1) / (2 * n)
         nulls["auc_left"] = (q + 1) / (2 * m)
-    nulls["stable_rank_ratio"] = 1.0
+    nulls |= {"base_cosine": 0.0, "base_share": 1 / (m * n), "stable_rank_ratio": 1.0}
     return nulls
 
 
@@ -706,6 +729,11 @@ def _verdict(sheet: _Sheet, nulls: dict[str, float], pair: _Pair, k: int) -> str
     two_sided, versus = f"energy_two_sided@{k}", f"versus_base@{k}"
     if pair.is_zero["update"]:
         return "NO_UPDATE"
+    if pair.is_zero["base"] or pair.is_zero["tuned"]:
+        return "TOO_FAR"
+    if pair.cosine < 0.6:
+        deviation = min(3 / np.sqrt(pair.m * pair.n), 0.3)
+        return "UNRELATED" if abs(pair.cosine) <= max(0.05, deviation) else "TOO_FAR"
     if every(
         holds("relative_update", lambda x: x > 0.2),
         holds("spectral_share", lambda x: x > 0.9),

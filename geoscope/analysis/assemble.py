@@ -156,7 +156,7 @@ def _summary(runs: Sequence[TunedRun], *, several: bool) -> Summary:
     parts = [_aggregates(run) for run in runs]
     model, nulls, modules, module_nulls = parts[0]
     numbered = tuple(
-        Run(i + 1, *part, verdict=run.verdict)
+        Run(i + 1, *part, verdict=run.verdict, distance=_told(run))
         for i, (run, part) in enumerate(zip(runs, parts, strict=True))
     )
     return Summary(
@@ -165,8 +165,13 @@ def _summary(runs: Sequence[TunedRun], *, several: bool) -> Summary:
         modules=modules,
         module_nulls=module_nulls,
         verdict=runs[0].verdict,
+        distance=_told(runs[0]),
         runs=numbered if several else (),
     )
+
+
+def _told(run: TunedRun) -> dict[str, Any] | None:
+    return None if run.distance is None else run.distance.to_json()
 
 
 _Values = dict[str, float | int | None]

@@ -6,6 +6,7 @@ module (`geoscope.adapters.conversion`). No model is opened; nothing is written 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from geoscope.linalg import Product
 
 __all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
 
+# What a trained adapter has of a start that is not its own: nothing, and what chance gives.
+_NOTHING, _DEVIATIONS, _TELLING = 0.05, 3.0, 0.5
 # Methods whose adapters stand on the original base as they are.
 _PLAIN = {"lora": "method lora", CONVERTED: "converted adapter"}
 
@@ -101,6 +104,33 @@ class Conversion:
                 put(name, self.trained.read(name))
         return tuple(found)
 
+    def refuse_unrelated(self) -> None:
+        """Raises PairingError where training cannot have begun at the initial adapter.
+
+        ΔW = P − P_0 with P_0 the initial product: trained from it, P holds b = ⟨P, P_0⟩/‖P_0‖² ≈ 1
+        of it, and from another start 0 ± ‖P‖/(‖P_0‖√N) (ours). Nothing is said where that
+        deviation is too large to tell.
+        """
+        inner = start = variance = 0.0
+        for module in self.trained.modules.values():
+            initial = self._initial_factors(module)
+            if initial is None:
+                return
+            own, trained = _energy(*initial, *initial), self.trained.factors(module.name)
+            start += own
+            inner += _energy(*trained, *initial)
+            variance += own * _energy(*trained, *trained) / math.prod(module.shape)
+        if not start:
+            return
+        kept, chance = inner / start, _DEVIATIONS * math.sqrt(variance) / start
+        if chance < _TELLING and abs(kept) <= max(_NOTHING, chance):
+            assert self.initial is not None
+            raise PairingError(
+                f"{self.trained.given} has {kept:.2g} of the start of {self.initial.given}, where "
+                "an adapter trained from it has about 1: taking that start off would add it to the "
+                "model with a minus; give the initial adapter of this very run, or --force"
+            )
+
     def _convert(self, module: AdapterModule) -> tuple[Tensor, Tensor, list[ModuleEnergy]]:
         """B and A of one module as they are stored."""
         B, A = self.trained.factors(module.name)
@@ -125,6 +155,11 @@ class Conversion:
         return _fused(self.initial, parts, module.experts)
 
 
+def _energy(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor) -> float:
+    """⟨B·A, B_0·A_0⟩ of all experts."""
+    return float(((B0.mT.double() @ B.double()) * (A0.double() @ A.mT.double())).sum())
+
+
 def _fused(initial: Adapter, parts: tuple[str, ...], experts: int) -> tuple[Tensor, Tensor]:
     """The stack that PEFT makes of per-expert factors; parts expert by expert."""
     each = len(parts) // experts
@@ -136,13 +171,19 @@ def _fused(initial: Adapter, parts: tuple[str, ...], experts: int) -> tuple[Tens
 
 
 def convert_adapter(
-    initial: str, trained: str, *, rank: int | None = None, base: str | None = None
+    initial: str,
+    trained: str,
+    *,
+    rank: int | None = None,
+    base: str | None = None,
+    force: bool = False,
 ) -> Conversion:
     """The trained adapter as a plain LoRA on the model it started from.
 
     initial: the output folder of `init-adapter`, or an adapter folder saved before training.
     trained: the adapter after training. rank: compress to it; the exact form has twice the rank.
-    base: reference of the original model, where neither folder tells it.
+    base: reference of the original model, where neither folder tells it. force: also where the
+    trained adapter has nothing of the initial one.
     Raises OptionError, PairingError (the two do not belong together) or CheckpointError.
 
     >>> conversion = convert_adapter("OUT/", "checkpoint-500/")  # doctest: +SKIP
@@ -161,7 +202,7 @@ def convert_adapter(
     reference, revision = _original(origin, start, end, starts_at_zero, base)
     config = plain_config(end, rank, reference, revision)
     others = carried(end)
-    return Conversion(
+    made = Conversion(
         config=config,
         plan=plain_plan(end, rank, others),
         notes=_notes(start, end, others, parts),
@@ -171,6 +212,9 @@ def convert_adapter(
         parts=parts,
         compress_to=rank,
     )
+    if not force:
+        made.refuse_unrelated()
+    return made
 
 
 # --- do the two belong together? ----------------------------------------------------------------

@@ -19,6 +19,7 @@ from geoscope.analysis.follow import measure_series
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.next_series import NEXT, NextForecast, next_forecast
 from geoscope.analysis.options import Progress
+from geoscope.analysis.series_distance import series_distance
 from geoscope.analysis.series_tensors import Followed, ModelTensor, open_followed
 from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
 from geoscope.checkpoints import Checkpoint
@@ -98,8 +99,8 @@ def extrapolate(
     holds where none has any; it leaves out `next`, whose networks take minutes. extend: of `next`,
     the published family W_T + c·Ẑ, a model in `out`/c… for each c. training: steps of its networks,
     1000 as published. device: where they train. rank: of a predicted adapter; default twice that
-    of the series. force: beyond the credible horizon, too, and over
-    an earlier output. Tensors that are not followed are copied from the last checkpoint.
+    of the series. force: beyond the credible horizon, too, of a series that is far from its base,
+    and over an earlier output. Tensors that are not followed are copied from the last checkpoint.
     Raises GeoscopeError.
     """
     options = options or FollowOptions()
@@ -127,6 +128,9 @@ def extrapolate(
     if target <= last:
         raise OptionError(f"--to-step {target}: the series ends at step {last}; give a later step")
     made = measure_series(found, options, progress)
+    far = series_distance(found, made.increments)
+    if far is not None and not force:
+        raise OptionError(f"{far.text}, or --force to go on")
     forecast = None
     if (undamped(method) or method) == NEXT:
         forecast = next_forecast(
@@ -141,7 +145,8 @@ def extrapolate(
         raise OptionError(_beyond(method, target - last, horizon, skill))
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
     traps = traps_of(found, made, base_exact=options.base is not None)
-    notes = (*found.notes, *traps, *_not_followed(found, made))
+    told = () if far is None else (far.text,)
+    notes = (*told, *found.notes, *traps, *_not_followed(found, made))
     folders = tuple(out / f"c{factor:g}" for factor in extend) or (out,)
     result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes, folders)
     if of_adapters:

@@ -16,6 +16,7 @@ import torch
 from geoscope.analysis.follow_metric import metric_curve
 from geoscope.analysis.follow_options import FollowOptions
 from geoscope.analysis.options import Progress
+from geoscope.analysis.series_distance import series_distance
 from geoscope.analysis.series_pass import Kept, measured
 from geoscope.analysis.series_tensors import Followed, open_followed
 from geoscope.analysis.series_vectors import write_vectors
@@ -55,6 +56,7 @@ def follow(
         made,
         options,
         curve=curve,
+        distance=series_distance(found, made.increments),
         argv=tuple(sys.argv),
         seconds=time.perf_counter() - started,
     )

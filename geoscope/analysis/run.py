@@ -24,7 +24,16 @@ from geoscope.engine.cache import ResultCache
 from geoscope.errors import NumericsError, Stopped
 from geoscope.linalg.changes import nonfinite_entries, unchanged
 from geoscope.linalg.operand import Operand
-from geoscope.metrics import Instance, Judged, judge_capacity_model, judge_model
+from geoscope.metrics import (
+    Distance,
+    Instance,
+    Judged,
+    distance,
+    judge_capacity_model,
+    judge_distance,
+    judge_model,
+    limits_in_force,
+)
 from geoscope.metrics.budget import ranks_within
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
 
@@ -48,6 +57,7 @@ class TunedRun:
     vectors: tuple[LayerRecord, ...]
     selected: tuple[Instance, ...]
     verdict: Verdict | None
+    distance: Distance | None  # what of it is far from the base
     interrupted: int | None  # the signal, when one stopped it
     notes: tuple[str, ...] = ()  # what came out on the way
     budget: Mapping[str, Any] | None = None  # ranks within a budget, as reports hold them
@@ -94,6 +104,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         vectors=vectors,
         selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
         verdict=_verdict(kind, matrices, options) if kind in VERDICT_KINDS and matrices else None,
+        distance=_distance(matrices, options),
         interrupted=interrupted,
         notes=notes,
         budget=budget,
@@ -222,6 +233,14 @@ def _vector_values(before: Tensor, after: Tensor) -> dict[str, float | int | Non
     shares = unchanged(before, after)
     numbers = (size / base_norm if base_norm else None, size, shares.relative, shares.exact)
     return dict(zip(_VECTOR_IDS, numbers, strict=True))
+
+
+def _distance(matrices: Sequence[Matrix], options: Options) -> Distance | None:
+    rows = [one.row for one in matrices]
+    limits = limits_in_force(options.limits)
+    near = Judged("", None, "", "", ())
+    judged = [judge_distance(row, None, limits)[0] or near for row in rows]
+    return distance([one.pair.name for one in matrices], rows, judged, limits)
 
 
 def _verdict(kind: str, matrices: Sequence[Matrix], options: Options) -> Verdict:

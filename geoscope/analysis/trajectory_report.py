@@ -20,9 +20,11 @@ from torch import Tensor
 from geoscope._version import __version__
 from geoscope.analysis.follow_metric import MetricCurve, MetricLink, metric_link
 from geoscope.analysis.follow_options import FollowOptions
+from geoscope.analysis.series_distance import SeriesDistance
 from geoscope.analysis.series_tensors import Followed
 from geoscope.analysis.series_traps import series_traps
 from geoscope.linalg.small import gram_eigen
+from geoscope.metrics import FAR
 from geoscope.names import layer_index, module_kind
 from geoscope.records import (
     Coverage,
@@ -35,7 +37,8 @@ from geoscope.records import (
     Verdict,
 )
 from geoscope.trajectory.backtest import Backtest, Moves, backtest
-from geoscope.trajectory.headline import CODES, THRESHOLDS, drift_or_diffusion
+from geoscope.trajectory.headline import CODES as MOTIONS
+from geoscope.trajectory.headline import THRESHOLDS, drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.metric_relation import METRIC_RELATIONS
@@ -53,9 +56,11 @@ KIND = "trajectory"
 METHODS = ("two_point", "linear", "linear_origin", "relex", "relex_pinned")
 _PLAIN = (*METHODS, *SPATIAL)
 _SKILLS = ("hold", *_PLAIN, *(f"damped({name})" for name in _PLAIN), "auto")
+CODES = (*FAR, *MOTIONS)
 # Ids of the model's numbers.
 IDS = (
     *STATISTICS,
+    "base_cosine",
     "rank1_share_last",
     "norm_fraction",
     "scalar_r2_median",
@@ -118,10 +123,13 @@ def trajectory_report(
     options: FollowOptions,
     *,
     curve: MetricCurve | None = None,
+    distance: SeriesDistance | None = None,
     argv: tuple[str, ...],
     seconds: float,
 ) -> Report:
-    """The report of one series. curve: of a metric, to relate it to."""
+    """The report of one series. curve: of a metric, to relate it to. distance: of it from its
+    base, which is told before all else.
+    """
     base_exact = options.base is not None
     test = made.backtest()
     link = None
@@ -129,6 +137,8 @@ def trajectory_report(
         link = metric_link(curve, made.increments, made.paths, seed=options.seed)
         found = replace(found, notes=(*found.notes, link.note))
     traps = traps_of(found, made, base_exact=base_exact)
+    if distance is not None:
+        traps = (distance.text, *traps)
     skills = {one: test.tensor_skill(one) for one in test.methods}
     layers = tuple(
         _record(name, found, made, skills, link, base_exact=base_exact) for name in made.increments
@@ -154,7 +164,9 @@ def trajectory_report(
             missing=missing,
         ),
         layers=(*layers, *failed),
-        summary=_summary(found, made, test, options, link, layers, traps, base_exact=base_exact),
+        summary=_summary(
+            found, made, test, options, link, layers, traps, distance, base_exact=base_exact
+        ),
     )
 
 
@@ -169,6 +181,7 @@ def _record(
 ) -> LayerRecord:
     inc = made.increments[name]
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
+    _add_cosine(numbers, inc)
     if name in made.paths:
         _add_rank1(numbers, name, inc, made, base_exact=base_exact)
     for one, skill in skills.items():
@@ -228,6 +241,14 @@ def _of_statistics(found: Statistics) -> _Numbers:
     )
 
 
+def _add_cosine(numbers: _Numbers, inc: Increments) -> None:
+    """Cosine of the base and each checkpoint, where both were read."""
+    if inc.along is not None:
+        numbers.series["base_cosine_by_step"] = inc.base_cosines
+        _put(numbers, "base_cosine", inc.base_cosines[-1])
+        numbers.nulls["base_cosine"] = 0.0
+
+
 def _add_rank1(
     numbers: _Numbers, name: str, inc: Increments, made: Trajectory, *, base_exact: bool
 ) -> None:
@@ -264,12 +285,14 @@ def _summary(
     link: MetricLink | None,
     layers: Sequence[LayerRecord],
     traps: Sequence[str],
+    distance: SeriesDistance | None,
     *,
     base_exact: bool,
 ) -> Summary:
     total = made.total
     whole = statistics(total, base_exact=base_exact)
     numbers = _of_statistics(whole)
+    _add_cosine(numbers, total)
     if made.paths:
         _add_totals(numbers, [*made.paths.values()], total, base_exact=base_exact)
     _add_scalar_r2(numbers, made, [*made.increments], base_exact=base_exact)
@@ -298,19 +321,22 @@ def _summary(
         for module in modules
     }
     motion = drift_or_diffusion(whole)
-    jumps = [one for one in traps if "jump in" in one]
+    first = [one for one in traps if "jump in" in one]
+    code = motion.code
+    if distance is not None and distance.first and options.base is not None:
+        code, first = distance.code, [distance.text, *first]
     return Summary(
         model=numbers.values,
         nulls=numbers.nulls,
         modules={key: one.values for key, one in by_module.items()},
         module_nulls={key: one.nulls for key, one in by_module.items()},
         verdict=Verdict(
-            code=motion.code,
+            code=code,
             share=None,
             shares={},
             flagged=(),
             counts={},
-            text=". ".join([*jumps, motion.text, _foretold(test, best, numbers.values["horizon"])]),
+            text=". ".join([*first, motion.text, _foretold(test, best, numbers.values["horizon"])]),
             thresholds=dict(THRESHOLDS),
         ),
         steps=found.steps,
@@ -342,6 +368,7 @@ def _module(
 ) -> _Numbers:
     inc = reduce(add, (made.increments[name] for name in names))
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
+    _add_cosine(numbers, inc)
     if paths := [made.paths[name] for name in names if name in made.paths]:
         _add_totals(numbers, paths, inc, base_exact=base_exact)
     _add_scalar_r2(numbers, made, names, base_exact=base_exact)

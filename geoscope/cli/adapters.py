@@ -296,7 +296,9 @@ def _mark(check: Check) -> str:
             "R",
         ),
         **_BASE,
-        "force": opt.Spec(bool, False, ("--force",), "Replace files of an earlier run in OUT."),
+        "force": opt.Spec(
+            bool, False, ("--force",), "Another run's start, and over an earlier output."
+        ),
     },
     _QUIET,
 )
@@ -318,7 +320,13 @@ def convert_adapter(
     from geoscope.analysis.convert_adapter import discarded_share
     from geoscope.report.numbers import number
 
-    conversion = convert(initial, trained, rank=options["rank"], base=options["base"])
+    conversion = convert(
+        initial,
+        trained,
+        rank=options["rank"],
+        base=options["base"],
+        force=options["force"],
+    )
     out = options["out_folder"]
     words = ["geoscope", "convert-adapter", initial, trained, "-o", out.as_posix()]
     for name in ("rank", "base"):

@@ -178,7 +178,10 @@ def _options(options: dict[str, Any]) -> FollowOptions:
             Path, ..., ("--out", "-o"), "Folder to write the predicted model or adapter to.", "OUT"
         ),
         "force": opt.Spec(
-            bool, False, ("--force",), "Beyond the credible horizon, and over an earlier output."
+            bool,
+            False,
+            ("--force",),
+            "Beyond the credible horizon, far from the base, over an earlier output.",
         ),
     },
     {name: _SERIES[name] for name in ("base", "initial_adapter", "lora_alpha", "steps")},

@@ -6,6 +6,7 @@ from geoscope.metrics.capacity_verdict import (
     judge_capacity,
     judge_capacity_model,
 )
+from geoscope.metrics.distance import FAR, Distance, distance, far_code, judge_distance
 from geoscope.metrics.factors import (
     PairFactors,
     Rounding,
@@ -17,16 +18,18 @@ from geoscope.metrics.judging import Judged
 from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict_dimension
 from geoscope.metrics.metric import Instance, Metric, Null, instances
 from geoscope.metrics.table import FAMILIES, METRICS
-from geoscope.metrics.thresholds import THRESHOLDS
+from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.metrics.verdict import CODES, VERDICT_IDS, judge, judge_model
 
 __all__ = [
     "CAPACITY_CODES",
     "CODES",
     "FAMILIES",
+    "FAR",
     "METRICS",
     "THRESHOLDS",
     "VERDICT_IDS",
+    "Distance",
     "Instance",
     "Judged",
     "Measured",
@@ -36,11 +39,15 @@ __all__ = [
     "Rounding",
     "Settings",
     "aggregate",
+    "distance",
+    "far_code",
     "instances",
     "judge",
     "judge_capacity",
     "judge_capacity_model",
+    "judge_distance",
     "judge_model",
+    "limits_in_force",
     "measure",
     "measure_nothing",
     "pair_factors",

@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
+
 from geoscope.metrics.measure import Measured
 from geoscope.metrics.metric import Instance
+from geoscope.metrics.size import base_cosine
 
 __all__ = ["aggregate"]
 
@@ -48,10 +51,10 @@ def _combine(instance: Instance, terms: Terms) -> float | int | None:
 
 
 def _combine_nulls(instance: Instance, terms: Terms) -> float | None:
-    """Ratios have null 1 whatever their parts; the rest combines like the values."""
+    """Ratios have null 1 and cosines 0 whatever their parts; the rest combines like the values."""
     if not terms:
         return None
-    if instance.metric.aggregate in ("lift", "versus_base"):
+    if instance.metric.aggregate in ("base_cosine", "lift", "versus_base"):
         return terms[0][0]
     value = _RULES[instance.metric.aggregate](instance, terms)
     return value if math.isfinite(value) else None
@@ -94,6 +97,15 @@ def _relative_update(_: Instance, terms: Terms) -> float:
 def _precision_ratio(_: Instance, terms: Terms) -> float:
     noise = math.fsum(row.weights["noise"] for _, row in terms)
     return math.sqrt(_over(noise, math.fsum(row.weights["update"] for _, row in terms)))
+
+
+def _base_cosine(_: Instance, terms: Terms) -> float:
+    """Σ⟨W0, W1⟩/√(Σ‖W0‖²·Σ‖W1‖²): the cosine of all matrices as one vector."""
+    base, tuned, update = (
+        math.sqrt(math.fsum(row.weights[side] for _, row in terms))
+        for side in ("base", "tuned", "update")
+    )
+    return float(base_cosine(*torch.tensor([base, tuned, update], dtype=torch.float64)))
 
 
 def _lift(instance: Instance, terms: Terms) -> float:
@@ -141,6 +153,7 @@ _RULES: dict[str, Callable[[Instance, Terms], float]] = {
     "changed": _weighted("changed"),
     "relative_update": _relative_update,
     "precision_ratio": _precision_ratio,
+    "base_cosine": _base_cosine,
     "lift": _lift,
     "versus_base": _versus_base,
 }

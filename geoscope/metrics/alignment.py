@@ -14,11 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoscope.metrics.size import base_share
 from geoscope.metrics.spectrum import top_share
 
 __all__ = [
     "captured_area",
     "energy_left",
+    "energy_of_base",
     "energy_right",
     "energy_two_sided",
     "gap",
@@ -58,6 +60,18 @@ def versus_base(
 ) -> Tensor:
     """C_LR(k) over the base's own share E_k = Σ_{i≤k}σ²/Σσ²."""
     return energy_two_sided(core, update_norm, cut, k=k) / top_share(base_top, base_norm, k=k)
+
+
+def energy_of_base(
+    base_norm: Tensor, tuned_norm: Tensor, update_norm: Tensor, base_top: Tensor, *, k: int
+) -> Tensor:
+    """s·E_k: what the part of ΔW along W0 alone gives to C_L(k), C_R(k) and C_LR(k), in [0, 1].
+
+    That part is a·W0 with a = ⟨ΔW, W0⟩/‖W0‖²; it holds the share s of the update's energy
+    (`base_share`), and the share E_k of it lies on the base's leading k directions.
+    """
+    share = base_share(base_norm, tuned_norm, update_norm)
+    return share * top_share(base_top, base_norm, k=k)
 
 
 def outside_span(

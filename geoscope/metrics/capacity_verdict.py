@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from geoscope.metrics.capacity import servable
+from geoscope.metrics.distance import FAR, distance, judge_distance
 from geoscope.metrics.judging import Check, Judged, clause, explained, flagged_names, shares_of
 from geoscope.metrics.measure import Measured
 from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
@@ -19,6 +20,7 @@ from geoscope.records import Status, Verdict
 __all__ = ["CAPACITY_CODES", "judge_capacity", "judge_capacity_model"]
 
 CAPACITY_CODES = (
+    *FAR,
     "NO_UPDATE",
     "UNDETERMINED",
     "SATURATED",
@@ -28,7 +30,8 @@ CAPACITY_CODES = (
     "USED",
     "FULL_UPDATE",
 )
-_FLAGGED = ("SATURATED", "RANK_COLLAPSE", "CONCENTRATED", "IDLE")
+_FLAGGED = (*FAR, "SATURATED", "RANK_COLLAPSE", "CONCENTRATED", "IDLE")
+_OF_CAPACITY = ("capacity.", "unrelated.", "too_far.")
 # From this rank on, concentration has the name of a collapse.
 _COLLAPSE_FROM = 16
 
@@ -52,13 +55,16 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
     values = row.values
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
         return Judged("NO_UPDATE", None, "", "", ())
+    limit = limits_in_force(limits)
+    far, first = judge_distance(row, None, limit)
+    if far is not None:
+        return far
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
         if status in row.status.values():
             return Judged("UNDETERMINED", None, status.value, "", ())
     rank = values.get("nominal_rank")
     if rank is None:
-        return Judged("FULL_UPDATE", None, "", "", ())
-    limit = limits_in_force(limits)
+        return Judged("FULL_UPDATE", None, "", "", first)
 
     def check(code: str, name: str, value: float | None, sign: str, key: str) -> Check:
         return Check(code, name, value, sign, limit[key], THRESHOLDS[key].standing)
@@ -80,7 +86,7 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
         (few, [check(few, "effective rank/r_max", effective, "<", "capacity.concentrated")]),
         ("IDLE", [check("IDLE", "k99/r", of_nominal, "≤", "capacity.idle_k99")]),
     )
-    seen: list[Check] = []
+    seen = [*first]
     for code, checks in rules:
         seen += checks
         if all(one.holds for one in checks):
@@ -110,7 +116,15 @@ def judge_capacity_model(
     limits = limits_in_force(limits)
     changed = [one for one in judged if one.code != "NO_UPDATE"]
     shares = shares_of([1.0] * len(changed), changed, CAPACITY_CODES)
-    code, share = _model_code(shares, is_zero=len(changed) < len(judged))
+    far = distance(names, rows, judged, limits)
+    if far is not None and far.code is not None:
+        code, sentence = far.code, far.text
+        share = math.fsum(shares.get(one, 0.0) for one in FAR)
+    else:
+        rest = [one for one in changed if one.code not in FAR]
+        own = shares_of([1.0] * len(rest), rest, CAPACITY_CODES)
+        code, share = _model_code(own, is_zero=len(changed) < len(judged))
+        sentence = _SENTENCES[code] if far is None else f"{far.text}: {_SENTENCES[code]}"
     energy = [row.weights.get("update", 0.0) for row in rows]
     flagged = flagged_names(names, energy, judged, _FLAGGED)
     counts = {one: sum(each.code == one for each in judged) for one in CAPACITY_CODES}
@@ -120,9 +134,10 @@ def judge_capacity_model(
         shares=shares,
         flagged=flagged,
         counts={one: number for one, number in counts.items() if number},
-        text=f"{_SENTENCES[code]}.{_advice(rows)}",
-        thresholds={key: value for key, value in limits.items() if key.startswith("capacity.")},
+        text=f"{sentence}.{_advice(rows)}",
+        thresholds={key: limits[key] for key in limits if key.startswith(_OF_CAPACITY)},
         explain=explained(judged),
+        apart=() if far is None or far.code is not None else far.names,
     )
 
 

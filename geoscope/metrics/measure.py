@@ -34,8 +34,8 @@ class Measured:
     """Numbers of one matrix, and the weights by which it enters an aggregate.
 
     floors: id → the angle that rounding alone may give, where a measured angle is below it.
-    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `noise` Σulp²/12, `grid` what of it is
-    the rounding of grids, `changed` |M|, and `share@k` E_k of the base.
+    weights: `parameters` mn, `update` ‖ΔW‖², `base` ‖W0‖², `tuned` ‖W1‖², `noise` Σulp²/12, `grid`
+    what of it is the rounding of grids, `changed` |M|, and `share@k` E_k of the base.
     """
 
     values: dict[str, float | int | None] = field(default_factory=dict)
@@ -126,6 +126,7 @@ def _weights(
     }
     if "base.norm" in values:
         weights["base"] = _squared(values["base.norm"][i])
+        weights["tuned"] = _squared(values["tuned.norm"][i])
     if "rank.max" in values:
         weights["rank"] = float(values["rank.max"][i])
     if "masks.changed" in values:

@@ -19,6 +19,7 @@ from geoscope.linalg.iid import iid_spectra
 from geoscope.metrics import collapse
 
 __all__ = [
+    "base_share",
     "captured_area",
     "condition_number",
     "energy_left",
@@ -71,6 +72,11 @@ def energy_left(*, k: int, shape: tuple[int, int]) -> Tensor:
 def energy_two_sided(*, k: int, shape: tuple[int, int]) -> Tensor:
     """k²/(mn)."""
     return _constant(k * k / (shape[0] * shape[1]))
+
+
+def base_share(*, shape: tuple[int, int]) -> Tensor:
+    """1/(mn): an isotropic update has as much energy along W0 as along any other matrix."""
+    return torch.tensor(1 / (shape[0] * shape[1]), dtype=torch.float64)
 
 
 def outside_span(*, shape: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from geoscope.metrics.distance import FAR, distance, judge_distance
 from geoscope.metrics.judging import (
     Check,
     Judged,
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 CODES = (
+    *FAR,
     "NO_UPDATE",
     "INIT_MISMATCH",
     "UNDETERMINED",
@@ -41,12 +43,14 @@ CODES = (
     "MIXED",
 )
 # Codes that ask for attention; the others are either benign or without a number.
-FLAGGED = ("INIT_MISMATCH", "RANK_COLLAPSE", "ON_PRINCIPAL", "SPECTRUM_DISTORTED")
+FLAGGED = (*FAR, "INIT_MISMATCH", "RANK_COLLAPSE", "ON_PRINCIPAL", "SPECTRUM_DISTORTED")
 
 # What the rules take, so that a report with a verdict holds every number behind it.
 VERDICT_IDS = (
     "relative_update",
     "precision_ratio",
+    "base_cosine",
+    "base_share",
     "update.stable_rank",
     "update.top_share@1",
     "energy_right@k",
@@ -54,6 +58,7 @@ VERDICT_IDS = (
     "energy_two_sided@k",
     "lift@k",
     "versus_base@k",
+    "energy_of_base@k",
     "angle_left_mean@k",
     "angle_right_mean@k",
     "gap@k",
@@ -112,10 +117,13 @@ def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> J
     numbers = _Numbers(row, k, limits_in_force(limits))
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
         return Judged("NO_UPDATE", k, "", "", ())
+    far, first = judge_distance(row, k, numbers.limits)
+    if far is not None:
+        return far
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
         if status in row.status.values():
             return Judged("UNDETERMINED", k, status.value, "", ())
-    seen: list[Check] = []
+    seen = [*first]
     for code, alternatives in _rules(numbers):
         fired = None
         for conditions in alternatives:
@@ -266,15 +274,27 @@ def judge_model(
     judged: Sequence[Judged],
     limits: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """The verdict on a model: the code with at least half of Σ‖ΔW‖², else MIXED."""
+    """The verdict on a model: the code with at least half of Σ‖ΔW‖², else MIXED.
+
+    Where most matrices are far from the base, how far they are together; fewer are set apart, and
+    the rest decides.
+    """
     limits = limits_in_force(limits)
     energy = [row.weights.get("update", 0.0) for row in rows]
-    total = math.fsum(energy)
     counts = {code: sum(one.code == code for one in judged) for code in CODES}
-    shares = shares_of(energy, judged, CODES) if total > 0 else {}
-    code, share = _model_code(judged, shares)
+    shares = _shares(energy, judged)
     flagged = flagged_names(names, energy, judged, FLAGGED)
-    text = _sentence(code, judged, rows, limits) + _flag_text(names, modules, judged, flagged)
+    far = distance(names, rows, judged, limits)
+    if far is not None and far.code is not None:
+        code, sentence = far.code, far.text
+        share = math.fsum(shares.get(one, 0.0) for one in FAR)
+    else:
+        rest = [i for i, one in enumerate(judged) if one.code not in FAR]
+        own, own_rows = [judged[i] for i in rest], [rows[i] for i in rest]
+        code, share = _model_code(own, _shares([energy[i] for i in rest], own))
+        sentence = _sentence(code, own, own_rows, limits)
+        sentence = sentence if far is None else f"{far.text}: {sentence}"
+    text = sentence + _flag_text(names, modules, judged, flagged)
     if rows and all(row.status.get("nss") is Status.NOT_APPLICABLE for row in rows):
         text += " Judged on leading directions alone: NSS, rank ratio and angles are left out."
     return Verdict(
@@ -286,7 +306,13 @@ def judge_model(
         text=text,
         thresholds={k: v for k, v in limits.items() if not k.startswith("capacity.")},
         explain=explained(judged),
+        apart=() if far is None or far.code is not None else far.names,
     )
+
+
+def _shares(energy: Sequence[float], judged: Sequence[Judged]) -> dict[str, float]:
+    """Share of each code; none without any energy."""
+    return shares_of(energy, judged, CODES) if math.fsum(energy) > 0 else {}
 
 
 def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[str, float | None]:
@@ -307,12 +333,31 @@ def _sentence(
     if code in ("OFF_PRINCIPAL", "MIXED"):
         words = _model_words(judged, rows, limits)
         sentence = _joined(sentence, words)
-    sentence = _joined(sentence, quantised)
+    sentence = _joined(sentence, quantised) + _of_base(judged, rows, limits)
     intruders = sum(row.values.get("intruders") or 0 for row in rows)
     if intruders:
         dimensions = "dimension" if intruders == 1 else "dimensions"
         sentence += f"; {intruders} intruder {dimensions} (the count is not causal)"
     return sentence
+
+
+def _of_base(
+    judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+) -> str:
+    """What W0 itself, as part of the update, gives to C_LR; said where it is half of it or more."""
+    own = captured = energy = 0.0
+    for row, one in zip(rows, judged, strict=True):
+        base = row.values.get(f"energy_of_base@{one.k}")
+        both = row.values.get(f"energy_two_sided@{one.k}")
+        if base is not None and both is not None:
+            weight = row.weights["update"]
+            own, captured, energy = own + base * weight, captured + both * weight, energy + weight
+    if own <= limits["off_principal.energy_two_sided"] * energy or own < captured / 2:
+        return ""
+    return (
+        f"; W0 itself is part of the update, as where it is scaled: of C_LR {captured / energy:.2g}"
+        f" that alone gives {own / energy:.2g}"
+    )
 
 
 def _model_words(

@@ -74,9 +74,21 @@ def headline(kind: Kind, section: Section) -> tuple[str, str]:
     """The verdict's code with its share, and a sentence; without a verdict a sentence alone."""
     verdict = section.verdict
     if verdict is None:
-        return "", _sentence(kind, section.whole)
+        return _without_verdict(kind, section)
     share = "" if verdict.share is None else f" · {percent(verdict.share)} {kind.share[0]}"
+    share += f" without {len(verdict.apart)} set apart" if share and verdict.apart else ""
     return f"{verdict.code}{share}", verdict.text
+
+
+def _without_verdict(kind: Kind, section: Section) -> tuple[str, str]:
+    """How far the model is from the base, before the sentence of the kind."""
+    sentence, far = _sentence(kind, section.whole), section.distance
+    if far is None:
+        return "", sentence
+    text = str(far["text"])
+    if far["code"] is None:
+        return "", f"{text[:1].upper()}{text[1:]}. With them: {sentence}"
+    return str(far["code"]), f"{text}. {sentence}"
 
 
 def _sentence(kind: Kind, whole: Subject) -> str:

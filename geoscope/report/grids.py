@@ -51,7 +51,14 @@ def _model_rows(
     found = [k for k in dimensions(whole.values, stem) if k in wanted]
     ks = [None] if quantity.id == stem else found
     keys = [(with_dimension(quantity.id, k), k) for k in ks]
-    return [_model_row(whole, quantity, key, k) for key, k in keys if key in whole.values]
+    return [_model_row(whole, quantity, key, k) for key, k in keys if _counts(whole, quantity, key)]
+
+
+def _counts(whole: Subject, quantity: Quantity, key: str) -> bool:
+    """Whether there is a row for this id: one that is only of note above a value, from there on."""
+    if quantity.above is None:
+        return key in whole.values
+    return (whole.values.get(key) or 0) > quantity.above
 
 
 def _model_row(whole: Subject, quantity: Quantity, key: str, k: int | None) -> tuple[Cell, ...]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from geoscope.records import LayerRecord, ModelRef, Report, Status, Steps, Values, Verdict
 from geoscope.report.numbers import shorten
@@ -77,6 +78,7 @@ class Section:
     whole: Subject
     modules: Mapping[str, Subject]
     verdict: Verdict | None
+    distance: Mapping[str, Any] | None = None
     steps: tuple[int, ...] = ()
     series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
 
@@ -92,14 +94,18 @@ def sections(report: Report) -> tuple[Section, ...]:
         whole = Subject(summary.model, summary.nulls, report.layers)
         modules = _modules(report.layers, summary.modules, summary.module_nulls)
         label, verdict = _tuned_label(report, 1), summary.verdict
-        return (Section(1, label, whole, modules, verdict, summary.steps, summary.series),)
+        return (
+            Section(
+                1, label, whole, modules, verdict, summary.distance, summary.steps, summary.series
+            ),
+        )
     found: list[Section] = []
     for run in summary.runs:
         layers = tuple(layer for layer in report.layers if layer.tuned == run.tuned)
         modules = _modules(layers, run.modules, run.module_nulls)
         whole = Subject(run.model, run.nulls, layers)
         label = _tuned_label(report, run.tuned)
-        found.append(Section(run.tuned, label, whole, modules, run.verdict))
+        found.append(Section(run.tuned, label, whole, modules, run.verdict, run.distance))
     return tuple(found)
 
 

@@ -16,7 +16,10 @@ __all__ = ["KINDS", "OVERLAPS", "QUANTITIES", "Kind", "Quantity", "kind_of"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """How one id is shown. `ratio` is the id that holds value over null, where there is one."""
+    """How one id is shown. `ratio` is the id that holds value over null, where there is one.
+
+    above: a row of the model is left out where its value is not larger.
+    """
 
     id: str
     head: str
@@ -24,6 +27,7 @@ class Quantity:
     reading: str
     unit: str = ""
     ratio: str | None = None
+    above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Kind:
 _TABLE = (
     Quantity("relative_update", "ρ", "relative update ρ", "size of the update over the base's"),
     Quantity("precision_ratio", "ν", "rounding noise ν", "storage rounding over the update's size"),
+    Quantity("base_cosine", "cosine", "cosine of base and tuned", "unrelated: 0 ± 1/√N"),
     Quantity("update_sparsity", "unchanged", "unchanged entries", "share of entries equal in bf16"),
     Quantity("nominal_rank", "r", "nominal rank r", "of the adapter's config"),
     Quantity("effective_rank_share", "eff./r_max", "effective rank/r_max", "amplitudes; 1: flat"),
@@ -92,6 +97,13 @@ _TABLE = (
     Quantity("lift@k", "lift({k})", "lift of C_LR({k})", "C_LR over its isotropic value"),
     Quantity(
         "versus_base@k", "C_LR/E_{k}", "C_LR({k}) over base's E_{k}", "1: as the base's own energy"
+    ),
+    Quantity(
+        "energy_of_base@k",
+        "of W0({k})",
+        "C_LR({k}) of W0 alone",
+        "of the part of ΔW along W0",
+        above=0.05,
     ),
     Quantity("outside_span", "outside", "outside the base's span", "share of energy"),
     Quantity("auc_right", "AUC right", "area under C_R", "mean of C_R over all k"),
@@ -228,7 +240,10 @@ OVERLAPS = (
     Quantity("update_angle_right_mean@k", "angle R({k})", "", "", unit="rad"),
 )
 
-_SIZE = ("size and storage", ("relative_update", "precision_ratio", "update_sparsity"))
+_SIZE = (
+    "size and storage",
+    ("relative_update", "precision_ratio", "base_cosine", "update_sparsity"),
+)
 _SPECTRUM = (
     "spectrum of the update",
     (
@@ -251,6 +266,7 @@ _ALIGNMENT = (
     "alignment with the base",
     (
         "energy_two_sided@k",
+        "energy_of_base@k",
         "versus_base@k",
         "energy_right@k",
         "energy_left@k",
@@ -264,7 +280,13 @@ _ALIGNMENT = (
 )
 _ALIGNMENT_BRIEF = (
     "alignment with the base",
-    ("energy_two_sided@k", "versus_base@k", "angle_left_mean@k", "angle_right_mean@k"),
+    (
+        "energy_two_sided@k",
+        "energy_of_base@k",
+        "versus_base@k",
+        "angle_left_mean@k",
+        "angle_right_mean@k",
+    ),
 )
 _COLLAPSE = (
     "collapse of the spectrum",
@@ -454,7 +476,10 @@ KINDS["capacity"] = Kind(
 KINDS["trajectory"] = Kind(
     title="Trajectory",
     model=(
-        ("size and storage", ("relative_update", "path_length", "step_precision_ratio")),
+        (
+            "size and storage",
+            ("relative_update", "path_length", "step_precision_ratio", "base_cosine"),
+        ),
         (
             "drift or diffusion",
             (

@@ -30,6 +30,8 @@ _CODE_STYLES = {
     "NO_UPDATE": "dim",
     "UNDETERMINED": "magenta",
     "MIXED": "yellow",
+    "UNRELATED": "red",
+    "TOO_FAR": "red",
     "SPECTRUM_DISTORTED": "yellow",
     "ON_PRINCIPAL": "red",
     "RANK_COLLAPSE": "red",

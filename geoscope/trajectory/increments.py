@@ -32,14 +32,16 @@ class Increments:
     """What one pass over a series keeps of one tensor, or of a sum of tensors.
 
     steps: t_0 (base) < t_1 < … < t_T. H: (T, T) fp64, ⟨δ_i, δ_j⟩. rounding: N_0 … N_T, Σulp²/12 of
-    each checkpoint as stored. base_energy: ‖W_0‖². grids: of one tensor the grid that each
-    checkpoint lies on, "" for none; N holds its rounding.
+    each checkpoint as stored. base_energy: ‖W_0‖². along: ⟨W_0, δ_i⟩, (T,), where the base was read
+    beside the checkpoints. grids: of one tensor the grid that each checkpoint lies on, "" for none;
+    N holds its rounding.
     """
 
     steps: tuple[float, ...]
     H: Tensor
     rounding: tuple[float, ...]
     base_energy: float
+    along: Tensor | None = None
     grids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,12 +74,23 @@ class Increments:
             self.H + other.H,
             tuple(one + two for one, two in zip(self.rounding, other.rounding, strict=True)),
             self.base_energy + other.base_energy,
+            None if self.along is None or other.along is None else self.along + other.along,
         )
 
     @property
     def G(self) -> Tensor:
         """⟨Δ_i, Δ_j⟩ = L·H·Lᵀ, (T, T)."""
         return self.H.cumsum(0).cumsum(1)
+
+    @property
+    def base_cosines(self) -> tuple[float | None, ...]:
+        """⟨W_0, W_i⟩/(‖W_0‖‖W_i‖), i = 1 … T; None where a side is zero, or not known."""
+        if self.along is None:
+            return (None,) * len(self)
+        inner = self.base_energy + self.along.cumsum(0)
+        energy = (inner + self.along.cumsum(0) + self.G.diagonal()).clamp_min(0)
+        cosines = inner / (self.base_energy * energy).sqrt()
+        return tuple(one if math.isfinite(one) else None for one in cosines.clamp(-1, 1).tolist())
 
     @property
     def elapsed(self) -> Tensor:
@@ -98,6 +111,7 @@ class Increments:
             self.H[:count, :count],
             self.rounding[: count + 1],
             self.base_energy,
+            None if self.along is None else self.along[:count],
         )
 
 
@@ -122,6 +136,7 @@ def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> 
         )
     T = len(weights) - 1
     H = torch.zeros(T, T, dtype=torch.float64)
+    along = torch.zeros(T, dtype=torch.float64)
     base_energy = 0.0
     rounding = [0.0] * (T + 1)
     flat = [W.reshape(-1) for W in weights]
@@ -136,6 +151,7 @@ def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> 
             row.copy_(W[start : start + count])
         torch.sub(block[1:], block[:-1], out=taken)
         H += (taken @ taken.T).cpu()
+        along += (taken @ block[0]).cpu()
         base_energy += float(block[0].dot(block[0]))
         for i, (row, fmt) in enumerate(zip(block, formats, strict=True)):
             rounding[i] += float(rounding_energy(row, fmt))
@@ -144,7 +160,7 @@ def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> 
         if bool(torch.isfinite(flat[broken]).all()):
             raise NumericsError(f"step {steps[broken]:g}: squares of the entries overflow fp64")
         raise NonFiniteError(f"step {steps[broken]:g} holds NaN or infinity")
-    return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy)
+    return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy, along)
 
 
 def _first_broken(H: Tensor, base_energy: float) -> int:

@@ -20,6 +20,7 @@ INSTANCES = {one.id: one for one in all_instances(KS)}
 PARAMETERS = (100.0, 600.0, 200.0)
 UPDATE = (1.0, 4.0, 16.0)  # ‖ΔW‖²
 BASE = (100.0, 200.0, 400.0)
+TUNED = (99.0, 210.0, 390.0)
 NOISE = (0.01, 0.03, 0.05)
 CHANGED = (10.0, 60.0, 130.0)
 SHARES = (0.5, 0.25, 0.2)  # E_k of the base
@@ -34,12 +35,12 @@ BY_PARAMETERS = {"update_sparsity", "update_sparsity_abs", "update_sparsity_exac
     f"mask_density_{mask}" for mask in ("low", "principal", "control")
 }
 BY_CHANGED = {f"mask_overlap_{mask}" for mask in ("low", "principal", "control")}
-BY_ENERGY = {"outside_span", "auc_left", "auc_right"} | {
-    f"energy_{which}@{k}" for which in ("left", "right", "two_sided") for k in KS
+BY_ENERGY = {"outside_span", "auc_left", "auc_right", "base_share"} | {
+    f"energy_{which}@{k}" for which in ("left", "right", "two_sided", "of_base") for k in KS
 }
 LIFTS = {f"lift@{k}" for k in KS}
 OVER_BASE = {f"versus_base@{k}" for k in KS}
-OWN_RULE = {"relative_update", "precision_ratio"}
+OWN_RULE = {"relative_update", "precision_ratio", "base_cosine"}
 MEANS = set(INSTANCES) - SUMMED - LARGEST - ROOT_SUM_SQUARE - BY_PARAMETERS - BY_CHANGED
 MEANS -= BY_ENERGY | LIFTS | OVER_BASE | OWN_RULE
 
@@ -57,6 +58,7 @@ def matrix(
             "parameters": PARAMETERS[i],
             "update": UPDATE[i],
             "base": BASE[i],
+            "tuned": TUNED[i],
             "noise": NOISE[i],
             "changed": CHANGED[i],
             **{f"share@{k}": SHARES[i] for k in KS},
@@ -177,6 +179,14 @@ def test_versus_base_is_the_ratio_of_what_is_captured_to_the_bases_own_share() -
     assert combined("versus_base@8", three("versus_base@8")) == pytest.approx(ratio)
 
 
+def test_the_cosine_of_a_model_is_that_of_all_its_entries() -> None:
+    """⟨W0, W1⟩ = (‖W0‖² + ‖W1‖² − ‖ΔW‖²)/2 adds up, and so do the norms; cosines do not."""
+    inner = (700 + 699 - 21) / 2
+    expected = inner / math.sqrt(700 * 699)
+    assert combined("base_cosine", three("base_cosine")) == pytest.approx(expected, rel=1e-14)
+    assert combined_null("base_cosine", three("base_cosine", nulls=(0, 0, 0))) == 0
+
+
 def test_every_id_has_a_rule_of_methods() -> None:
     """The sets above and the table of metrics say the same."""
     rules: dict[str, set[str]] = {}
@@ -194,6 +204,7 @@ def test_every_id_has_a_rule_of_methods() -> None:
         "versus_base": OVER_BASE,
         "relative_update": {"relative_update"},
         "precision_ratio": {"precision_ratio"},
+        "base_cosine": {"base_cosine"},
     }
 
 

@@ -17,7 +17,8 @@ from geoscope.metrics import (
 )
 from geoscope.records import Status, Verdict
 
-LIMITS = {key: one.value for key, one in THRESHOLDS.items() if key.startswith("capacity.")}
+OWN = ("capacity.", "unrelated.", "too_far.")
+LIMITS = {key: one.value for key, one in THRESHOLDS.items() if key.startswith(OWN)}
 UP, DOWN = math.inf, -math.inf
 KEYS = {
     "k90": "k90_share",
@@ -76,6 +77,9 @@ def test_the_limits_are_those_of_methods() -> None:
         "capacity.saturated_tail": 0.1,
         "capacity.concentrated": 0.1,
         "capacity.idle_k99": 0.5,
+        "unrelated.cosine": 0.05,
+        "unrelated.deviations": 3.0,
+        "too_far.cosine": 0.6,
     }
 
 
@@ -258,8 +262,16 @@ def test_no_matrix_at_all_is_undetermined() -> None:
     assert (found.code, found.share, found.shares, found.counts) == ("UNDETERMINED", None, {}, {})
 
 
+def far(cosine: float) -> Measured:
+    """An update from a base of which the tuned matrix has this cosine."""
+    sides = {"parameters": 1e6, "base": 1.0, "tuned": 1.0, "update": 2 - 2 * cosine}
+    return Measured(values={"base_cosine": cosine}, weights=sides)
+
+
 def test_every_code_has_its_sentence() -> None:
     rows = {
+        "UNRELATED": far(0.0),
+        "TOO_FAR": far(0.4),
         "NO_UPDATE": failed(Status.ZERO_UPDATE),
         "UNDETERMINED": failed(Status.NON_FINITE),
         "SATURATED": row_with(**SATURATED),

@@ -279,6 +279,7 @@ def test_quick_keeps_what_the_leading_directions_tell() -> None:
 # docs/methods.md#statuses, ZERO_UPDATE: what stays a number.
 OF_IDENTICAL = {
     "relative_update": 0.0,
+    "base_cosine": 1.0,
     "update_sparsity": 1.0,
     "update_sparsity_abs": 1.0,
     "update_sparsity_exact": 1.0,
@@ -326,7 +327,7 @@ def test_a_zero_base_leaves_nothing_to_compare_with(metric: Metric) -> None:
     found = on_a_zero_base()
     for one in instances(metric, KS):
         value, status = found.values[one.id], found.status.get(one.id, Status.OK)
-        on_entries = metric.family == "size" and metric.id != "relative_update"
+        on_entries = metric.family == "size" and "base.norm" not in metric.takes
         if metric.id == "suggested_rank":  # here an isotropic update, which is noise
             assert (value, status) == (None, Status.BELOW_RESOLUTION)
         elif on_entries or one.role in ("tuned", "update"):
@@ -361,6 +362,7 @@ RANGES: dict[str, Bounds] = {
     "> 0": lambda q, rho: (5e-324, math.inf),
     "≥ 1": lambda q, rho: (1, math.inf),
     "0…1": lambda q, rho: (0, 1),
+    "−1…1": lambda q, rho: (-1, 1),
     "0…10": lambda q, rho: (0, 10),
     "0…q": lambda q, rho: (0, q),
     "1…q": lambda q, rho: (1, q),
