@@ -33,6 +33,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A locale that cannot show a letter is no reason to lose the report.
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Also where a script's `geoscope … &` had SIGINT ignored: `kill -INT` gives the partial report.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     try:
