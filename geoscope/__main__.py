@@ -28,7 +28,7 @@ _M_MMAP_THRESHOLD = -3
 def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
     steer_process()
-    from geoscope.cli import app
+    from geoscope.cli import app, told
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A locale that cannot show a letter is no reason to lose the report.
@@ -44,7 +44,7 @@ def main() -> None:
     except GeoscopeError as error:
         if "--debug" in sys.argv or os.environ.get("GEOSCOPE_DEBUG") == "1":
             traceback.print_exc()
-        sys.stderr.write(f"geoscope: {error}\n")
+        sys.stderr.write(f"geoscope: {told(error)}\n")
         sys.exit(2 if isinstance(error, OptionError) else 1)
 
 

@@ -62,13 +62,14 @@ def wing(module: str) -> str:
 
 # What each wing may import of the others (docs/architecture.md). `` is geoscope/__init__.py, of
 # which only the version is taken.
-FLOOR = {"errors", "folders", "records", "names", "profile"}
+FLOOR = {"arguments", "errors", "folders", "records", "names", "profile"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "profile": set(),
     "folders": set(),
-    "names": {"errors"},
-    "records": {"errors", "names"},
+    "arguments": {"errors"},
+    "names": {"arguments", "errors"},
+    "records": {"arguments", "errors", "names"},
     "linalg": FLOOR,
     "engine": {"linalg", *FLOOR},
     "metrics": {"linalg", *FLOOR},

@@ -66,12 +66,12 @@ def write_adapter(
     last.refuse_more_than_plain("extrapolate")
     reference = base or _named_base(last)
     if reference is None:
-        raise OptionError(f"{last.given}: names no base; give it as --base")
+        raise OptionError(f"{last.given}: names no base; give it as `base`")
     if unfollowed := [name for name in last.modules if name not in found.tensors]:
         raise PairingError(
             f"{last.given}: {len(unfollowed)} modules are not followed "
-            f"({first_names(unfollowed)}), so no whole adapter can be written; leave --include, "
-            "--exclude and --layers out"
+            f"({first_names(unfollowed)}), so no whole adapter can be written; leave `include`, "
+            "`exclude` and `layers` out"
         )
     least = min(min(one.shape) for one in last.modules.values())
     chosen = min(2 * int(last.config["r"]), least) if rank is None else rank
@@ -140,7 +140,7 @@ def _named_base(last: Adapter) -> str | None:
 def _check_rank(rank: int, least: int, last: Adapter) -> None:
     if not 1 <= rank <= least:
         raise OptionError(
-            f"--rank {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "
+            f"`rank` {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "
             f"give a rank from 1 to {least}"
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from geoscope.arguments import joined, normalise, path_text, texts
 from geoscope.errors import OptionError
-from geoscope.names import NameMap, Selection
+from geoscope.names import NameMap, Selection, chosen_layers
 
 __all__ = ["FollowOptions"]
 
@@ -33,19 +35,26 @@ class FollowOptions:
     scalar_r2: str | None = None
     metrics: str | None = None
     metric: str | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     layers: frozenset[int] | None = None
-    map_name: tuple[str, ...] = ()
+    map_name: Sequence[str] = ()
     jobs: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        normalise(
+            self,
+            **dict.fromkeys(("base", "initial_adapter", "metrics"), path_text),
+            **dict.fromkeys(("include", "exclude", "map_name"), texts),
+            steps=joined,
+            layers=chosen_layers,
+        )
         if self.scalar_r2 not in (None, "all", "published"):
-            raise OptionError(f"--scalar-r2 {self.scalar_r2!r} is neither all nor published")
+            raise OptionError(f"`scalar_r2` {self.scalar_r2!r} is neither all nor published")
         NameMap(self.map_name)  # refuses what is no rule
         if self.jobs is not None and self.jobs < 1:
-            raise OptionError(f"--jobs {self.jobs}: at least one worker is needed")
+            raise OptionError(f"`jobs` {self.jobs}: at least one worker is needed")
 
     @property
     def selection(self) -> Selection:

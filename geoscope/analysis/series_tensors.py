@@ -99,9 +99,9 @@ def open_followed(
     if series.kind == "adapter":
         return _of_adapters(series, options, progress)
     if options.initial_adapter is not None:
-        raise OptionError("--initial-adapter is for series of adapters; these are whole models")
+        raise OptionError("`initial_adapter` is for series of adapters; these are whole models")
     if options.lora_alpha is not None:
-        raise OptionError("--lora-alpha is for series of adapters; these are whole models")
+        raise OptionError("`lora_alpha` is for series of adapters; these are whole models")
     return _of_models(series, options, progress, in_parts=in_parts)
 
 
@@ -179,7 +179,7 @@ def _of_models(
         base = open_model(options.base, on_progress=progress.on_download)
         if steps[0] <= 0:
             raise OptionError(
-                f"{series.points[0].given}: step {steps[0]} stands beside --base, which is step 0; "
+                f"{series.points[0].given}: step {steps[0]} stands beside `base`, which is step 0; "
                 "leave one of them out"
             )
         steps = [0, *steps]
@@ -187,7 +187,7 @@ def _of_models(
         base, checkpoints = checkpoints[0], checkpoints[1:]
     if not checkpoints:
         raise OptionError(
-            f"{series.points[0].given}: one checkpoint makes no series; give more, or --base"
+            f"{series.points[0].given}: one checkpoint makes no series; give more, or `base`"
         )
     notes: tuple[str, ...] = ()
     if in_parts:
@@ -313,7 +313,7 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     if options.scalar_r2 is not None:
         raise OptionError(
-            "--scalar-r2 is of the entries of whole models; an adapter's update is never made dense"
+            "`scalar_r2` is of the entries of whole models; an adapter's update is never made dense"
         )
     initial = None
     if options.initial_adapter is not None:
@@ -325,7 +325,7 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
     if series.steps[0] <= 0:
         raise OptionError(
             f"{series.points[0].given}: step {series.steps[0]} is that of the base; leave it out, "
-            "or give it as --initial-adapter"
+            "or give it as `initial_adapter`"
         )
     every = [*adapters, *([] if initial is None else [initial])]
     for one in every:
@@ -356,7 +356,7 @@ def _of_adapters(series: Series, options: FollowOptions, progress: Progress) -> 
         if isinstance(base, AdaptedCheckpoint):
             raise OptionError(
                 f"{options.base}: a model with an adapter over it; adapters are followed from the "
-                "model itself: give that as --base"
+                "model itself: give that as `base`"
             )
         weights = _weights_of(base, {name: adapters[0].modules[name] for name in names})
         fetch([(base, [name for _, name in weights.values()])], progress)
@@ -399,7 +399,7 @@ def _refuse_unknown_start(adapter: Adapter) -> None:
     if adapter.initial is not None:
         raise OptionError(
             f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give "
-            "the adapter before training as --initial-adapter"
+            "the adapter before training as `initial_adapter`"
         )
 
 

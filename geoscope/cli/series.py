@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +105,9 @@ def trajectory(points: Points, **options: Any) -> None:
             raise OptionError("--vectors are leading pairs, which --no-directions leaves out")
         output.check_file(options["vectors"], ".safetensors", force=options["force"])
     with output.matrices(quiet=options["quiet"]) as progress:
-        report = follow(points, options=chosen, vectors=options["vectors"], progress=progress)
+        report = follow(
+            points, options=chosen, vectors=options["vectors"], progress=progress, argv=sys.argv
+        )
     output.emit(report, options)
     for note in report.provenance.parameters["notes"]:
         output.say(f"note: {note}", quiet=options["quiet"])

@@ -64,7 +64,7 @@ def parse_memory(text: str) -> int:
     except (KeyError, ValueError, OverflowError):
         size = -1
     if size < 0:
-        raise OptionError(f"--max-memory {text!r}: write a size such as 8GB or 500M")
+        raise OptionError(f"`max_memory` {text!r}: write a size such as 8GB or 500M")
     return size
 
 
