@@ -166,7 +166,7 @@ def test_a_rewritten_base_needs_the_start_of_its_adapters(tmp_path: Path) -> Non
     for config in folder.glob("*/adapter_config.json"):
         settings = json.loads(config.read_text())
         config.write_text(json.dumps({**settings, "base_model_name_or_path": str(residual)}))
-    with pytest.raises(OptionError, match=r"residual is a rewritten one.* --initial-adapter"):
+    with pytest.raises(OptionError, match=r"residual is a rewritten one.* `initial_adapter`"):
         follow([str(folder)])
     follow([str(folder)], options=FollowOptions(initial_adapter=str(initial), jobs=1))
 
@@ -229,7 +229,7 @@ def test_a_first_step_of_zero_is_the_base(tmp_path: Path) -> None:
                  follow(steps_of(run.points), options=FollowOptions(
                      base=str(run.base), jobs=1, include=("layers",))), rel=0,
                  skip=("drift", "increment", "precision", "step_precision"))  # fmt: skip
-    with pytest.raises(OptionError, match=r"checkpoint-0: step 0 stands beside --base"):
+    with pytest.raises(OptionError, match=r"checkpoint-0: step 0 stands beside `base`"):
         report(run)
 
 

@@ -70,6 +70,6 @@ def test_what_next_cannot_take_is_one_line(tmp_path: Path) -> None:
         extrapolate(points, tmp_path / "out", 100, method="next", options=options, training=2)
     with pytest.raises(OptionError, match="needs 4"):
         extrapolate(points[:3], tmp_path / "out", 100, method="next", options=options, training=2)
-    with pytest.raises(OptionError, match="--method next"):
+    with pytest.raises(OptionError, match="`method` next"):
         extrapolate(points, tmp_path / "out", 100, options=options, extend=(1.0,))
     assert not (tmp_path / "out").exists()

@@ -108,7 +108,7 @@ def test_cpu_and_cuda_compute_in_either_precision(device: torch.device, dtype: s
 
 def test_mps_wants_float32_said_aloud() -> None:
     assert resolve_dtype("float32", MPS) == "float32"
-    with pytest.raises(OptionError, match="--dtype float32") as caught:
+    with pytest.raises(OptionError, match="`dtype` float32") as caught:
         resolve_dtype("float64", MPS)
     assert "\n" not in str(caught.value)
 
