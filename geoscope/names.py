@@ -19,6 +19,7 @@ __all__ = [
     "NameMap",
     "Selection",
     "canonical",
+    "chosen_layers",
     "in_natural_order",
     "is_embedding",
     "is_output_head",

@@ -86,7 +86,7 @@ def test_layers_are_a_text_a_number_or_several(options: Callable[..., Any]) -> N
     assert options(layers=range(2)).layers == {0, 1}
     assert options(layers=None).layers is None
     for wrong in (1.5, b"0", [0, "1"], True):
-        with pytest.raises(OptionError, match="^`layers` "):
+        with pytest.raises(OptionError, match=r"^`layers` "):
             options(layers=wrong)
 
 
@@ -200,7 +200,7 @@ def test_errors_name_parameters_and_the_command_line_its_options(pair: tuple[Pat
     with pytest.raises(OptionError, match=r"^`ks` \[0\]: "):
         geoscope.Options(ks=(0,))
     assert run("collapse", *pair, "--k", "0").err.startswith("geoscope: --k [0]: ")
-    with pytest.raises(OptionError, match="^`max_memory` 'much': "):
+    with pytest.raises(OptionError, match=r"^`max_memory` 'much': "):
         geoscope.compare(*pair, options=geoscope.Options(max_memory="much"))
     told = run("collapse", *pair, "--max-memory", "much").err
     assert "geoscope: --max-memory 'much': " in told

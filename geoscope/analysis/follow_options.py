@@ -16,12 +16,13 @@ __all__ = ["FollowOptions"]
 class FollowOptions:
     """Every field is an option of `geoscope trajectory`.
 
+    Paths are strings or `os.PathLike`; one string is one pattern; layers as in `Options`.
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     initial_adapter: the adapter before training, where that does not start at zero. lora_alpha: in
-    place of the one in adapter_config.json. steps: such as "10,20,50", one for each checkpoint
-    given, in place of those in the names. directions: also the leading pair of every update and of
-    every step. scalar_r2: R² of every single entry on a line in t, of "all" entries or by the
-    "published" filter; None leaves it out. metrics: a file of metric curves; default is
+    place of the one in adapter_config.json. steps: such as "10,20,50", or numbers, one for each
+    checkpoint given, in place of those in the names. directions: also the leading pair of every
+    update and of every step. scalar_r2: R² of every single entry on a line in t, of "all" entries
+    or by the "published" filter; None leaves it out. metrics: a file of metric curves; default is
     trainer_state.json of the last checkpoint. metric: the curve in it; default the only one.
     map_name: REGEX=REPL each, applied to all names before they are matched. jobs: worker threads;
     default one a core.

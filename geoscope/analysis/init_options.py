@@ -24,6 +24,7 @@ class InitOptions:
     """Every field is an option of `geoscope init-adapter`.
 
     alpha: default 2·rank. rho, spec_rank, scale_convention: of GeoRA alone; None takes its default.
+    include, exclude, targets: one string is one; layers as in `Options`.
     targets: last parts of module names, such as q_proj; empty: every linear layer in a block.
     layout: default residual, none for a method that leaves the base as it is. residual_dtype: of
     the rewritten matrices, default float32. jobs: worker threads on the CPU; default one a core.

@@ -135,11 +135,11 @@ def _trained(
     ]
     jobs.sort(key=lambda one: -one[1].work)
     tell, stop = (progress or Progress()).on_network, Event()
-    tell(0, len(jobs))
     running = {
         pool.submit(copy_context().run, job.run, stop.is_set): origin for origin, job in jobs
     }
     try:
+        tell(0, len(jobs))
         for done, _ in enumerate(as_completed(running), start=1):
             tell(done, len(jobs))
     finally:  # on Ctrl-C those at work end with their next step

@@ -24,15 +24,17 @@ __all__ = ["Interrupted", "Options", "Progress"]
 class Options:
     """What may be chosen; every field is an option of the command line.
 
+    include, exclude: patterns; one string is one. layers: block indices, a number or "0-3,7" too.
     map_name: REGEX=REPL each, applied to the names of both sides before they are matched.
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     initial_adapter: the adapter before training, where that does not start at zero. lora_alpha: in
     place of the one in adapter_config.json. budget: parameters of an adapter, for which `capacity`
     looks for ranks; nothing is recalled from the cache then.
-    ks: subspace dimensions of the @k columns. quick: leading triplets only; what needs a whole
-    spectrum is then not applicable. solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
-    max_memory: such as `8GB`; default 4 × the largest pair in fp32 + 500 MB. jobs: worker threads
-    on the CPU; default one a core. limits: thresholds of the verdict, by their names.
+    ks: subspace dimensions of the @k columns, one or several. quick: leading triplets only; what
+    needs a whole spectrum is then not applicable. solver: `auto`, or `exact` for LAPACK's SVD of
+    every matrix. max_memory: such as `8GB`, or bytes; default 4 × the largest pair in fp32 + 500
+    MB. jobs: worker threads on the CPU; default one a core. limits: thresholds of the verdict, by
+    their names.
     cache: folder in which results are kept and found again; None keeps nothing.
     """
 

@@ -153,7 +153,7 @@ def _options(options: dict[str, Any]) -> FollowOptions:
             ("--method",),
             "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, "
             "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, next (trains "
-            "networks: minutes), damped (of linear), or "
+            "networks: a minute or more), damped (of linear), or "
             "damped(…) of one.",
             "NAME",
         ),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from geoscope.errors import OptionError
 from geoscope.profile import stage
+from geoscope.trajectory.next_network import Predictor
 from geoscope.trajectory.rank1 import Rank1Path, align_signs
 from geoscope.trajectory.spatial_rank1 import Pair
 
@@ -128,50 +129,6 @@ class NextModel:
     options: NextOptions
     networks: Mapping[str, nn.Module]
     fits: tuple[Fit, ...]
-
-
-class _Predictor(nn.Module):
-    """out(far, near) of length d, ≈ 15·width·d parameters."""
-
-    def __init__(self, length: int, width: int, generator: torch.Generator) -> None:
-        super().__init__()
-
-        def bottleneck(a: int, b: int, c: int) -> nn.Sequential:
-            first, last = _Narrow(a, width, b, generator), _Narrow(b, width, c, generator)
-            return nn.Sequential(first, nn.ReLU(), last)
-
-        self.far = bottleneck(length, length, length)
-        self.near = bottleneck(length, length, length)
-        self.out = bottleneck(2 * length, 2 * length, length)
-
-    def forward(self, far: Tensor, near: Tensor) -> Tensor:
-        return self.out(torch.cat([self.far(far), self.near(near)], -1))
-
-
-class _Narrow(nn.Module):
-    """Lin(a → width), then Lin(width → b): one affine map, made whole where that is less work."""
-
-    def __init__(self, a: int, width: int, b: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.first, self.second = _linear(a, width, generator), _linear(width, b, generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = self.first, self.second
-        a, width, b = first.in_features, first.out_features, second.out_features
-        if (width + len(x)) * a * b >= len(x) * width * (a + b):
-            return second(first(x))
-        bias = second.weight @ first.bias + second.bias
-        return nn.functional.linear(x, second.weight @ first.weight, bias)
-
-
-def _linear(a: int, b: int, generator: torch.Generator) -> nn.Linear:
-    """torch's usual start, U(±1/√a) for weights and biases, from a seed of its own."""
-    layer = nn.Linear(a, b, device="meta").to_empty(device="cpu")
-    bound = 1 / math.sqrt(a)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -344,7 +301,7 @@ def _fit(
     generator: torch.Generator,
     stopped: Callable[[], bool],
 ) -> tuple[nn.Module, Fit]:
-    start = _Predictor(length, options.width, generator).state_dict()
+    start = Predictor(length, options.width, generator).state_dict()
     everything = torch.ones(times, rows.far.shape[1], dtype=torch.bool)
     held = _held_out(everything, options, generator)
     taken, best = options.steps, None
@@ -412,7 +369,7 @@ class _Training:
         options: NextOptions,
     ) -> None:
         blank = torch.Generator().manual_seed(0)  # overwritten by `start`
-        self.network = _Predictor(length, options.width, blank)
+        self.network = Predictor(length, options.width, blank)
         self.network.load_state_dict(start)
         self.network.to(options.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=options.rate, fused=True)

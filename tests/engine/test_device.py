@@ -29,7 +29,7 @@ def refusal(given: str) -> str:
         resolve_devices(given)
     message = str(caught.value)
     assert "\n" not in message
-    assert "--device" in message
+    assert "`device`" in message
     return message
 
 
@@ -69,7 +69,7 @@ def test_cuda_that_is_not_there_is_refused_with_the_count(machine, given, presen
     machine(cuda=present)
     message = refusal(given)
     assert f"{present} CUDA devices" in message
-    assert "--device cpu" in message  # what to do
+    assert "`device` cpu" in message  # what to do
 
 
 def test_mps_that_is_not_there_is_refused(machine) -> None:
