@@ -27,9 +27,10 @@ _M_MMAP_THRESHOLD = -3
 def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
     steer_process()
-    from geoscope.cli import app
+    from geoscope.cli import app, told
     from geoscope.cli.output import take_streams
 
+    # Also where a script's `geoscope … &` had SIGINT ignored: `kill -INT` gives the partial report.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     try:
@@ -41,7 +42,7 @@ def main() -> None:
     except GeoscopeError as error:
         if "--debug" in sys.argv or os.environ.get("GEOSCOPE_DEBUG") == "1":
             traceback.print_exc()
-        sys.stderr.write(f"geoscope: {error}\n")
+        sys.stderr.write(f"geoscope: {told(error)}\n")
         sys.exit(2 if isinstance(error, OptionError) else 1)
 
 

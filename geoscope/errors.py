@@ -11,7 +11,8 @@ GeoscopeError
   + ReportError            a report cannot be read, written or rendered
 Stopped                    not an error: a signal asks to stop (Ctrl-C, SIGTERM)
 
-Every message is one line: what was found, what was needed, what to do.
+Every message is one line: what was found, what was needed, what to do. Parameters stand in
+backticks, by their names in Python; the command line shows the options in their place.
 """
 
 from __future__ import annotations

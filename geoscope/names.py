@@ -9,15 +9,17 @@ did it, so that a report can list each rename. Everything here works on strings 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from geoscope.arguments import normalise, numbers, texts
 from geoscope.errors import OptionError
 
 __all__ = [
     "NameMap",
     "Selection",
     "canonical",
+    "chosen_layers",
     "in_natural_order",
     "is_embedding",
     "is_output_head",
@@ -103,18 +105,19 @@ class NameMap:
     'layers.0.mlp.up_proj.weight'
     """
 
-    given: tuple[str, ...] = ()
+    given: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "given", texts(self.given, "map_name"))
         for text in self.given:
             pattern, equals, replacement = text.rpartition("=")
             if not equals or not pattern:
-                raise OptionError(f"--map-name {text!r}: write REGEX=REPL, such as '^policy\\.='")
+                raise OptionError(f"`map_name` {text!r}: write REGEX=REPL, such as '^policy\\.='")
             try:
                 # A replacement is parsed, and refused, whether or not anything matches.
                 re.compile(pattern).sub(replacement, "")
             except (re.error, IndexError) as error:
-                raise OptionError(f"--map-name {text!r} cannot be used: {error}") from None
+                raise OptionError(f"`map_name` {text!r} cannot be used: {error}") from None
 
     def canonical(self, name: str) -> tuple[str, tuple[str, ...]]:
         """As the function `canonical`, after these rules."""
@@ -124,7 +127,7 @@ class NameMap:
             pattern, _, replacement = text.rpartition("=")
             changed = re.sub(pattern, replacement, mapped)
             if not changed:
-                raise OptionError(f"--map-name {text!r}: nothing is left of {name}")
+                raise OptionError(f"`map_name` {text!r}: nothing is left of {name}")
             if changed != mapped:
                 rules.append(f"--map-name {text}")
                 mapped = changed
@@ -211,31 +214,41 @@ def parse_layers(text: str) -> frozenset[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None:
-            raise OptionError(f"--layers {text!r}: {part!r} is no index or range; write 0-3,7")
+            raise OptionError(f"`layers` {text!r}: {part!r} is no index or range; write 0-3,7")
         first = int(match.group(1))
         last = int(match.group(2) or first)
         if last < first:
-            raise OptionError(f"--layers {text!r}: range {part.strip()} runs backwards")
+            raise OptionError(f"`layers` {text!r}: range {part.strip()} runs backwards")
         chosen.update(range(first, last + 1))
     return frozenset(chosen)
+
+
+def chosen_layers(
+    value: str | int | Iterable[int] | None, name: str = "layers"
+) -> frozenset[int] | None:
+    """Block indices as one text (`0-3,7`), one index or several. Raises OptionError."""
+    if value is None:
+        return None
+    return parse_layers(value) if isinstance(value, str) else frozenset(numbers(value, name))
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which names are looked at: `--include`, `--exclude` (`re.search`), `--layers`."""
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     layers: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+        normalise(self, include=texts, exclude=texts, layers=chosen_layers)
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 try:
                     re.compile(pattern)
                 except re.error as error:
                     raise OptionError(
-                        f"{option} {pattern!r} is no regular expression: {error}"
+                        f"`{name}` {pattern!r} is no regular expression: {error}"
                     ) from None
 
     def reason_against(self, name: str, *, in_default_scope: bool, scope_reason: str) -> str | None:

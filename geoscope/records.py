@@ -571,7 +571,7 @@ class Overlap:
         return cls(data["name"], data["a"], data["b"], data["values"], data["nulls"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Everything a command found. `to_json` and `from_json` are inverse to each other."""
 
@@ -582,6 +582,12 @@ class Report:
     summary: Summary
     vectors: tuple[LayerRecord, ...] = ()
     overlaps: tuple[Overlap, ...] = ()
+
+    def __repr__(self) -> str:
+        models = " → ".join(ref.given for ref in self.provenance.refs)
+        verdict = None if self.summary.verdict is None else self.summary.verdict.code
+        count = f"{len(self.layers)} matrices, {len(self.coverage.missing)} missing"
+        return f"<geoscope.Report {self.kind}: {models}; {count}; verdict {verdict}>"
 
     def to_json(self) -> Json:
         data: Json = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,3 +31,22 @@ def _own_environment(
     monkeypatch.setenv("GEOSCOPE_CACHE", str(folder / "geoscope-cache"))
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+# What the starting process may have had ignored, as a script's `command &` has SIGINT.
+_OFTEN_IGNORED = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGALRM: signal.SIG_DFL,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """Signals reach a test and its children, whatever the process that started pytest ignores."""
+    ignored = [one for one in _OFTEN_IGNORED if signal.getsignal(one) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, _OFTEN_IGNORED[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)

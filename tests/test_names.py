@@ -209,7 +209,7 @@ def test_embeddings_and_heads_are_known_and_told_apart(case: Case) -> None:
 def test_what_is_no_rule_is_refused_before_any_name(rule: str, said: str) -> None:
     with pytest.raises(OptionError) as caught:
         NameMap((rule,))
-    assert str(caught.value).startswith("--map-name ") and said in str(caught.value)
+    assert str(caught.value).startswith("`map_name` ") and said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -472,7 +472,7 @@ def test_layers_are_a_list_of_indices_and_ranges(text: str, expected: set[int]) 
 def test_what_is_no_index_or_range_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(OptionError, match="write 0-3,7") as caught:
         parse_layers(text)
-    assert f"--layers {text!r}" in str(caught.value)
+    assert f"`layers` {text!r}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -59,23 +59,23 @@ def checked(W: Tensor, rank: int, *, zero: bool = False) -> float:
     if W.ndim != 2 or W.dtype not in _DTYPES:
         raise NumericsError(
             f"a {W.dtype} tensor of shape {tuple(W.shape)} is no matrix of 16-, 32- or 64-bit "
-            "floats; dequantise it, or leave it out with --exclude"
+            "floats; dequantise it, or leave it out with `exclude`"
         )
     m, n = W.shape
     if not 1 <= rank <= min(m, n):
         raise OptionError(
             f"rank {rank} does not fit a {m}×{n} matrix, whose rank is at most {min(m, n)}; "
-            "use a smaller --rank, or leave the matrix out with --exclude"
+            "use a smaller `rank`, or leave the matrix out with `exclude`"
         )
     norm = float(Operand(W[None]).norm())
     if norm == float("inf") or norm != norm:
         bad = W.numel() - int(torch.isfinite(W).sum())
         found = f"{bad} of {W.numel()} entries are NaN or infinite" if bad else "its norm overflows"
-        raise NumericsError(f"{found} in a {m}×{n} matrix; repair the checkpoint, or --exclude it")
+        raise NumericsError(f"{found} in a {m}×{n} matrix; repair the checkpoint, or `exclude` it")
     if norm == 0 and not zero:
         raise NumericsError(
             f"every entry of a {m}×{n} matrix is zero, so it has no directions to start from; "
-            "leave it out with --exclude, or use --method lora"
+            "leave it out with `exclude`, or use `method` lora"
         )
     return norm
 

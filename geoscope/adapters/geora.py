@@ -52,7 +52,7 @@ def geora(
     if mask.energy == 0:
         raise NumericsError(
             f"the entries that rho = {rho:g} keeps of a {W.shape[0]}×{W.shape[1]} matrix are all "
-            "zero; use a larger --rho or --method pissa, or leave it out with --exclude"
+            "zero; use a larger `rho` or `method` pissa, or leave it out with `exclude`"
         )
     geo = head_triplets(mask.kept, rank, solver=solver)  # 6
     size = geo.S[:-1] if scale_convention == "geora" else geo.S[:-1] / s

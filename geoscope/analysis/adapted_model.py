@@ -43,7 +43,7 @@ def started_from(
             return open_adapter(beside)
     raise OptionError(
         f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give the adapter before "
-        "training as --initial-adapter"
+        "training as `initial_adapter`"
     )
 
 

@@ -111,7 +111,7 @@ def _kind(name: str) -> str:
 def _refuse_stack(place: str | Skipped, info: TensorInfo) -> None:
     if isinstance(place, Skipped) and place.missing:
         raise CheckpointError(
-            f"{info.name}: {place.reason}; leave it out with --exclude, or give a checkpoint that "
+            f"{info.name}: {place.reason}; leave it out with `exclude`, or give a checkpoint that "
             "stores each expert by itself"
         )
 
@@ -122,7 +122,7 @@ def _check_named(
     if unknown := sorted(set(options.targets) - {_kind(name) for name in chosen}):
         present = sorted({_kind(info.name) for info in checkpoint.tensors.values() if _two(info)})
         raise OptionError(
-            f"--targets {','.join(unknown)}: no matrix in scope has that name; "
+            f"`targets` {','.join(unknown)}: no matrix in scope has that name; "
             f"there are {first_names(present, 12)}"
         )
     if chosen:
@@ -132,11 +132,11 @@ def _check_named(
         if name not in checkpoint.tensors and reason is None:
             raise CheckpointError(
                 f"{checkpoint.ref.given}: {name} is tied to {kept} and has no matrix of its own; "
-                "leave it out of --include"
+                "leave it out of `include`"
             )
     raise CheckpointError(
         f"{checkpoint.ref.given}: holds no matrix to adapt under these options; "
-        "see `geoscope inspect`, and --include"
+        "see `geoscope inspect`, and `include`"
     )
 
 
@@ -146,11 +146,11 @@ def _two(info: TensorInfo) -> bool:
 
 def _check_one(checkpoint: Checkpoint, info: TensorInfo, options: InitOptions) -> None:
     m, n = info.shape[0], info.shape[1]
-    for option, rank in (("--rank", options.rank), ("--spec-rank", options.spec_rank or 1)):
+    for option, rank in (("rank", options.rank), ("spec_rank", options.spec_rank or 1)):
         if rank > min(m, n):
             raise OptionError(
-                f"{info.name}: {option} {rank} is above the {min(m, n)} that a {m}×{n} matrix "
-                "has; use a smaller rank, or --exclude it"
+                f"{info.name}: `{option}` {rank} is above the {min(m, n)} that a {m}×{n} matrix "
+                "has; use a smaller rank, or `exclude` it"
             )
     partner = next(
         (a if b == info.name else b for a, b in checkpoint.tied_to.items() if info.name in (a, b)),
@@ -159,5 +159,5 @@ def _check_one(checkpoint: Checkpoint, info: TensorInfo, options: InitOptions) -
     if partner is not None and options.chosen_layout == "residual":
         raise CheckpointError(
             f"{info.name}: is tied to {partner}, so a residual would change both; "
-            "use --layout mirror, or --exclude it"
+            "use `layout` mirror, or `exclude` it"
         )

@@ -14,6 +14,7 @@ from geoscope.analysis.models import adapter_at
 from geoscope.analysis.options import Interrupted, Options, Progress
 from geoscope.analysis.prepare import Prepared, planned_memory, workers_of
 from geoscope.analysis.run import run_one
+from geoscope.arguments import Place, path_text
 from geoscope.checkpoints import Checkpoint, pair
 from geoscope.checkpoints.container import Container
 from geoscope.checkpoints.disk import Room
@@ -29,7 +30,7 @@ __all__ = ["measure_adapter", "prepare_alone"]
 
 
 def measure_adapter(
-    reference: str,
+    reference: Place,
     kind: str,
     *,
     options: Options | None = None,
@@ -42,7 +43,7 @@ def measure_adapter(
     """
     options, progress = options or Options(), progress or Progress()
     started = time.perf_counter()
-    prepared = prepare_alone(reference, options, progress)
+    prepared = prepare_alone(path_text(reference, "reference"), options, progress)
     progress.on_plan(prepared)
     run = run_one(prepared, kind, options, progress)
     report = assemble([prepared], [run], kind, options, argv, time.perf_counter() - started)

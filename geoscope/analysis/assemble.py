@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -69,7 +68,7 @@ def assemble(
         kind=kind,
         provenance=Provenance(
             tool_version=__version__,
-            argv=tuple(argv or sys.argv),
+            argv=tuple(argv),
             refs=refs,
             device=prepared[0].device,
             compute_dtype=options.dtype,

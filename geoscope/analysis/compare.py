@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from geoscope.analysis.prepare import Prepared, prepare
 from geoscope.analysis.run import TunedRun, run_one
 from geoscope.analysis.selection import KINDS, OVERLAP_KINDS
 from geoscope.analysis.several import overlaps_of
+from geoscope.arguments import Place, path_text, paths_of
 from geoscope.checkpoints.peft.adapted import AdaptedCheckpoint
 from geoscope.errors import OptionError, Stopped
 from geoscope.records import Overlap, Report, Skipped
@@ -23,11 +23,11 @@ __all__ = ["compare"]
 
 
 def compare(
-    base: str | os.PathLike[str],
-    *tuned: str | os.PathLike[str],
+    base: Place,
+    *tuned: Place,
     kind: str = "compare",
     options: Options | None = None,
-    anchor: str | os.PathLike[str] | None = None,
+    anchor: Place | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
 ) -> Report:
@@ -47,13 +47,15 @@ def compare(
         raise OptionError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if not tuned:
         raise OptionError("one tuned model is needed beside the base")
+    first = path_text(base, "base")
     started = time.perf_counter()
-    prepared = [prepare(os.fspath(base), os.fspath(one), options, progress) for one in tuned]
+    prepared = [prepare(first, one, options, progress) for one in paths_of(tuned, "tuned")]
     _check_initial(prepared, options)
     beside = None
-    if anchor:
+    given = None if anchor is None else path_text(anchor, "anchor")
+    if given is not None:
         alone = replace(options, initial_adapter=None)  # which is of the tuned model
-        beside = prepare(os.fspath(base), os.fspath(anchor), alone, progress)
+        beside = prepare(first, given, alone, progress)
     runs: list[TunedRun] = []
     for one in prepared:
         progress.on_plan(one)
@@ -75,7 +77,7 @@ def compare(
         failed = [one for one in found if isinstance(one, Skipped)]
         report = replace(report, overlaps=overlaps, coverage=lacking(report.coverage, failed))
     if reference is not None:
-        ratios = anchored(runs[0], reference, os.fspath(anchor or ""))
+        ratios = anchored(runs[0], reference, given or "")
         report = replace(report, summary=replace(report.summary, anchor=ratios))
     for run in (*runs, reference):
         if run is not None and run.interrupted is not None:
@@ -91,5 +93,5 @@ def _check_initial(prepared: Sequence[Prepared], options: Options) -> None:
     if len(adapters) != 1:
         found = f"{len(adapters)} of the tuned models are adapters" if adapters else "none is one"
         raise OptionError(
-            f"--initial-adapter is of one adapter, and {found}; compare them one by one"
+            f"`initial_adapter` is of one adapter, and {found}; compare them one by one"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from geoscope.adapters.conversion import compressed, concatenated, fused_experts
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.analysis.plain_lora import carried, plain_config, plain_plan, scaling_of_all
+from geoscope.arguments import Place, path_text
 from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
 from geoscope.checkpoints.peft.folder import (
     CONVERTED,
@@ -171,11 +172,11 @@ def _fused(initial: Adapter, parts: tuple[str, ...], experts: int) -> tuple[Tens
 
 
 def convert_adapter(
-    initial: str,
-    trained: str,
+    initial: Place,
+    trained: Place,
     *,
     rank: int | None = None,
-    base: str | None = None,
+    base: Place | None = None,
     force: bool = False,
 ) -> Conversion:
     """The trained adapter as a plain LoRA on the model it started from.
@@ -190,7 +191,11 @@ def convert_adapter(
     >>> conversion.config["r"]  # doctest: +SKIP
     64
     """
-    origin, last = adapter_folder(initial), adapter_folder(trained)
+    origin, last = (
+        adapter_folder(path_text(folder, name))
+        for folder, name in ((initial, "initial"), (trained, "trained"))
+    )
+    base = None if base is None else path_text(base, "base")
     start = open_adapter(origin.adapter, given=origin.label)
     end = open_adapter(last.adapter, given=last.label)
     for one in (start, end):
@@ -272,14 +277,14 @@ def _refuse_rank(
         what = "mirror layout" if origin.layout == "mirror" else _PLAIN[origin.record["method"]]
         raise OptionError(
             f"{end.given}: trained from the {what}, it is a plain LoRA on the original base "
-            "already; use it as it is, or compress it with --rank"
+            "already; use it as it is, or compress it with `rank`"
         )
     # At the largest rank nothing is left out; it is of use where it makes different ranks one.
     limit = largest - (len({one.rank for one in end.modules.values()}) == 1)
     if rank is not None and not 1 <= rank <= limit:
         raise OptionError(
-            f"--rank {rank}: takes 1 … {limit}; rank {largest} is exact: "
-            + ("use the adapter as it is" if starts_at_zero else "leave --rank out")
+            f"`rank` {rank}: takes 1 … {limit}; rank {largest} is exact: "
+            + ("use the adapter as it is" if starts_at_zero else "leave `rank` out")
         )
 
 
@@ -355,7 +360,7 @@ def _original(
             return name, end.config.get("revision")
     raise OptionError(
         f"{start.given} does not tell the original model ({end.base} may be the rewritten one), "
-        "which the converted adapter names as its base; give it with --base"
+        "which the converted adapter names as its base; give it with `base`"
     )
 
 

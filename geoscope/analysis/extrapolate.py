@@ -22,6 +22,7 @@ from geoscope.analysis.options import Progress
 from geoscope.analysis.series_distance import series_distance
 from geoscope.analysis.series_tensors import Followed, ModelTensor, open_followed
 from geoscope.analysis.trajectory_report import METHODS, Trajectory, traps_of
+from geoscope.arguments import Place, path_of, paths_of
 from geoscope.checkpoints import Checkpoint
 from geoscope.checkpoints.output_folder import OutputFolder
 from geoscope.checkpoints.peft.folder import EXTRAPOLATION, RECORD
@@ -80,8 +81,8 @@ def methods() -> tuple[str, ...]:
 
 
 def extrapolate(
-    references: Sequence[str],
-    out: Path,
+    references: Place | Sequence[Place],
+    out: Place,
     target: int,
     *,
     method: str = "auto",
@@ -103,30 +104,30 @@ def extrapolate(
     and over an earlier output. Tensors that are not followed are copied from the last checkpoint.
     Raises GeoscopeError.
     """
-    options = options or FollowOptions()
+    options, out = options or FollowOptions(), path_of(out, "out")
     if not all(map(math.isfinite, extend)) or len({f"{c:g}" for c in extend}) < len(extend):
         given = ",".join(map(repr, extend))
-        raise OptionError(f"--predict-extend {given}: finite numbers, each once, are needed")
+        raise OptionError(f"`extend` {given}: finite numbers, each once, are needed")
     method = _ALIASES.get(method, method.replace("-", "_"))
     if method not in methods():
-        raise OptionError(f"--method {method!r} is not one of {', '.join(methods())}")
+        raise OptionError(f"`method` {method!r} is not one of {', '.join(methods())}")
     progress = progress or Progress()
-    found = open_followed(references, options, progress, in_parts=False)
+    found = open_followed(paths_of(references, "references"), options, progress, in_parts=False)
     of_adapters = found.series.kind == "adapter"
     if of_adapters and (undamped(method) or method) == NEXT:
-        raise OptionError("--method next reads whole models; of adapters take another")
+        raise OptionError("`method` next reads whole models; of adapters take another")
     if of_adapters and options.initial_adapter is not None and options.base is None:
         raise OptionError(
-            "--initial-adapter: the prediction lies on the original model; give it as --base"
+            "`initial_adapter`: the prediction lies on the original model; give it as `base`"
         )
     if rank is not None and not of_adapters:
-        raise OptionError("--rank is of a predicted adapter; these are whole models")
+        raise OptionError("`rank` is of a predicted adapter; these are whole models")
     for point in found.series.points:
         if point.checkpoint is not None:
             refuse_unwritable(point.checkpoint, "extrapolate")
     last = found.steps[-1]
     if target <= last:
-        raise OptionError(f"--to-step {target}: the series ends at step {last}; give a later step")
+        raise OptionError(f"`target` {target}: the series ends at step {last}; give a later step")
     made = measure_series(found, options, progress)
     far = series_distance(found, made.increments)
     if far is not None and not force:
@@ -134,11 +135,20 @@ def extrapolate(
     forecast = None
     if (undamped(method) or method) == NEXT:
         forecast = next_forecast(
-            found, made, target, seed=options.seed, device=device, training=training
+            found,
+            made,
+            target,
+            seed=options.seed,
+            device=device,
+            training=training,
+            jobs=options.jobs,
+            progress=progress,
         )
     elif extend:
-        raise OptionError("--predict-extend is the family of --method next; leave it out")
+        raise OptionError("`extend` is the family of `method` next; leave it out")
     test = made.backtest(None if forecast is None else {NEXT: forecast.moves})
+    if forecast is not None:
+        test = test.at(forecast.origins)
     horizon = 0.0 if method == "hold" else credible_horizon(test, method, seed=options.seed).steps
     skill = test.skill(method)
     if method != "hold" and target - last > horizon and not force:
@@ -146,7 +156,8 @@ def extrapolate(
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
     traps = traps_of(found, made, base_exact=options.base is not None)
     told = () if far is None else (far.text,)
-    notes = (*told, *found.notes, *traps, *_not_followed(found, made))
+    tried = () if forecast is None else (_tried(found, forecast),)
+    notes = (*told, *found.notes, *traps, *tried, *_not_followed(found, made))
     folders = tuple(out / f"c{factor:g}" for factor in extend) or (out,)
     result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes, folders)
     if of_adapters:
@@ -161,12 +172,20 @@ def extrapolate(
     return result
 
 
+def _tried(found: Followed, forecast: NextForecast) -> str:
+    at = ", ".join(f"{found.steps[origin]:g}" for origin in forecast.origins)
+    return (
+        f"next: its held-out skill is that of networks trained again at steps {at} on what was "
+        "known there; norms and biases are as in the last checkpoint"
+    )
+
+
 def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str:
     known = "unknown" if skill is None else f"{skill:.2f}"
     credible = f"up to {horizon:g} steps" if horizon else "at no distance"
     return (
         f"{ahead} steps ahead: {method} is credible {credible} ahead (held-out skill {known}); "
-        "give a nearer --to-step, or --force"
+        "give a nearer `target`, or `force`"
     )
 
 

@@ -69,13 +69,13 @@ def write_adapter(
     last.refuse_more_than_plain("extrapolate")
     reference = base or _named_base(last)
     if reference is None:
-        raise OptionError(f"{last.given}: names no base; give it as --base")
+        raise OptionError(f"{last.given}: names no base; give it as `base`")
     followed = {one.module for one in _tensors(found)}
     if unfollowed := [name for name in last.modules if name not in followed]:
         raise PairingError(
             f"{last.given}: {len(unfollowed)} modules are not followed "
-            f"({first_names(unfollowed)}), so no whole adapter can be written; leave --include, "
-            "--exclude and --layers out"
+            f"({first_names(unfollowed)}), so no whole adapter can be written; leave `include`, "
+            "`exclude` and `layers` out"
         )
     least = min(min(one.shape) for one in last.modules.values())
     chosen = min(2 * int(last.config["r"]), least) if rank is None else rank
@@ -174,7 +174,7 @@ def _named_base(last: Adapter) -> str | None:
 def _check_rank(rank: int, least: int, last: Adapter) -> None:
     if not 1 <= rank <= least:
         raise OptionError(
-            f"--rank {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "
+            f"`rank` {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "
             f"give a rank from 1 to {least}"
         )
 

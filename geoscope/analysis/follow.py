@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -21,6 +19,7 @@ from geoscope.analysis.series_pass import Kept, measured
 from geoscope.analysis.series_tensors import Followed, open_followed
 from geoscope.analysis.series_vectors import write_vectors
 from geoscope.analysis.trajectory_report import Trajectory, trajectory_report
+from geoscope.arguments import Place, path_of, paths_of
 from geoscope.engine import one_blas_thread
 from geoscope.errors import NonFiniteError, NumericsError
 from geoscope.records import Report, Skipped, Status
@@ -29,35 +28,38 @@ __all__ = ["follow", "measure_series"]
 
 
 def follow(
-    references: Sequence[str],
+    references: Place | Sequence[Place],
     *,
     options: FollowOptions | None = None,
-    vectors: Path | None = None,
+    vectors: Place | None = None,
     progress: Progress | None = None,
+    argv: Sequence[str] = (),
 ) -> Report:
     """The trajectory of a series of checkpoints: statistics, rank-1 paths, held-out skill.
 
-    references: folders in any order, one run folder, globs, `repo@step_*`. vectors: a safetensors
-    file to write the leading pairs into, see `write_vectors`. Raises GeoscopeError.
+    references: one, or several: folders in any order, one run folder, globs, `repo@step_*`.
+    vectors: a safetensors file to write the leading pairs into, see `write_vectors`. argv: the
+    words of the command, for the report. Raises GeoscopeError.
 
     >>> follow(["runs/grpo"], options=FollowOptions(base="base/"))  # doctest: +SKIP
     """
     options = options or FollowOptions()
     started = time.perf_counter()
     progress = progress or Progress()
-    found = open_followed(references, options, progress)
+    file = None if vectors is None else path_of(vectors, "vectors")
+    found = open_followed(paths_of(references, "references"), options, progress)
     curve, notes = metric_curve(found.series, options)
     found = replace(found, notes=(*found.notes, *notes))
     made = measure_series(found, options, progress)
-    if vectors is not None:
-        write_vectors(vectors, made, found.steps)
+    if file is not None:
+        write_vectors(file, made, found.steps)
     return trajectory_report(
         found,
         made,
         options,
         curve=curve,
         distance=series_distance(found, made.increments),
-        argv=tuple(sys.argv),
+        argv=tuple(argv),
         seconds=time.perf_counter() - started,
     )
 

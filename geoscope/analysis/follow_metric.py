@@ -44,7 +44,7 @@ def metric_curve(
         if options.metrics is not None or options.metric is not None:
             raise OptionError(
                 f"{series.points[0].given}: counts {series.unit}s, and metric curves steps; give "
-                "the steps of the checkpoints with --steps"
+                "the steps of the checkpoints with `steps`"
             )
         return None, ()
     if options.metrics is not None:
@@ -53,8 +53,8 @@ def metric_curve(
     if state is None:
         if options.metric is not None:
             raise OptionError(
-                f"--metric {options.metric}: the last checkpoint has no {TRAINER_STATE}; give "
-                "--metrics FILE"
+                f"`metric` {options.metric}: the last checkpoint has no {TRAINER_STATE}; give "
+                "`metrics` FILE"
             )
         return None, ()
     if options.metric is not None:
@@ -70,7 +70,7 @@ def _chosen(file: str, name: str | None) -> MetricCurve:
     if name is None:
         if len(curves) > 1:
             raise OptionError(
-                f"{file}: holds {len(curves)} curves; choose one with --metric: {', '.join(curves)}"
+                f"{file}: holds {len(curves)} curves; choose one with `metric`: {', '.join(curves)}"
             )
         name = next(iter(curves))
     if name not in curves:

@@ -7,7 +7,6 @@ far as the memory allows.
 from __future__ import annotations
 
 import math
-import sys
 import time
 import zlib
 from collections import deque
@@ -38,6 +37,7 @@ from geoscope.analysis.adapter_targets import Targets, choose_targets
 from geoscope.analysis.fetching import fetch
 from geoscope.analysis.init_options import InitOptions
 from geoscope.analysis.options import Progress
+from geoscope.arguments import Place, path_of, path_text
 from geoscope.checkpoints import Checkpoint, open_checkpoint
 from geoscope.checkpoints.container import files_of
 from geoscope.checkpoints.hashes import file_sha256
@@ -90,28 +90,31 @@ def model_here() -> str:
     return str(Path.cwd())
 
 
-def default_output(model: str, options: InitOptions) -> Path:
+def default_output(model: Place, options: InitOptions) -> Path:
     """A name made of model, method and rank, in the current folder."""
+    model = path_text(model, "model")
     last = model.rstrip("/").partition("@")[0].rpartition("/")[2]
     name = last if last not in ("", ".", "..") else Path(model).resolve().name
     return Path(f"{name}-{options.method}-r{options.rank}")
 
 
 def initialise(
-    model: str,
-    out: Path,
-    options: InitOptions,
+    model: Place,
+    out: Place,
+    options: InitOptions | None = None,
     *,
     command: Sequence[str] = (),
+    argv: Sequence[str] = (),
     progress: Progress | None = None,
     on_start: Callable[[int], None] | None = None,
 ) -> Initialised:
     """Writes the initial adapter of a model into the folder `out`, and reports on it.
 
-    model: folder or Hub id. command: the words to repeat it with, for the card. on_start(matrices)
-    is called once everything is checked. Raises GeoscopeError; then nothing loadable is left in
-    `out`.
+    model: folder or Hub id. command: the words to repeat it with, for the card. argv: those of
+    this call, for the report. on_start(matrices) is called once everything is checked. Raises
+    GeoscopeError; then nothing loadable is left in `out`.
     """
+    model, out, options = path_text(model, "model"), path_of(out, "out"), options or InitOptions()
     progress = progress or Progress()
     started = time.perf_counter()
     device = resolve_devices(options.device)[0]
@@ -169,7 +172,7 @@ def initialise(
     report = adapter_report(
         checkpoint.ref, _written(out, files), targets, options,
         {name: (one.factors, one.errors) for name, one in kept.items()},
-        device=str(device), notes=notes, argv=tuple(sys.argv),
+        device=str(device), notes=notes, argv=tuple(argv),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
     return Initialised(report, out, card, out / files.card)

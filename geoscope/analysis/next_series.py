@@ -1,27 +1,42 @@
 """NExt on a series: its inputs from the files, its held-out moves, its prediction.
 
-Its networks are trained again at every origin of the backtest on what was known there, so that its
-skill stands in the same table as that of a line. That takes minutes where a line takes none.
+Its networks are trained again at origins of the backtest, in full, on what was known there, and its
+skill is that from these origins. There are three, as few as a credible horizon takes: each is a
+training of its own. The networks of all origins train beside each other, a thread each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass
+from threading import Event
 
 import torch
 from torch import Tensor
 
+from geoscope.analysis.options import Progress
 from geoscope.analysis.series_tensors import Followed, ModelTensor
 from geoscope.analysis.trajectory_report import Trajectory
+from geoscope.engine import one_blas_thread
 from geoscope.errors import OptionError
 from geoscope.linalg import Factors, Operand, factorise_leading
 from geoscope.trajectory.backtest import Moves
-from geoscope.trajectory.next_predictor import Example, NextOptions, next_guesses, predict, train
+from geoscope.trajectory.next_predictor import (
+    Example,
+    NextModel,
+    NextOptions,
+    joined_model,
+    observed,
+    predict,
+    trainings,
+)
 from geoscope.trajectory.rank1 import Rank1Path
 from geoscope.trajectory.spatial_rank1 import Pair, outer_moves
 
-__all__ = ["NEXT", "NextForecast", "next_forecast"]
+__all__ = ["NEXT", "NextForecast", "next_forecast", "origins_of"]
 
 NEXT = "next"
 
@@ -29,13 +44,15 @@ NEXT = "next"
 @dataclass(frozen=True)
 class NextForecast:
     """horizon: H, in checkpoints; scale: of the pair, for a target that is not H ahead. pairs:
-    tensor → predicted step. moves: for `backtest(others=)`.
+    tensor → predicted step. moves: for `backtest(others=)`, zeros but from `origins`, where the
+    networks were trained, too.
     """
 
     horizon: int
     scale: float
     pairs: Mapping[str, Pair]
     moves: Moves
+    origins: tuple[int, ...]
 
 
 def next_forecast(
@@ -46,8 +63,11 @@ def next_forecast(
     seed: int = 0,
     device: str = "cpu",
     training: int = 1000,
+    jobs: int | None = None,
+    progress: Progress | None = None,
 ) -> NextForecast:
-    """Train and backtest NExt for a target step. training: steps of each network.
+    """Train and backtest NExt for a target step. training: steps of each network. jobs: networks
+    that train at once, default one a core.
 
     Raises OptionError for a series it cannot take.
     """
@@ -57,16 +77,79 @@ def next_forecast(
     gap = (found.steps[-1] - found.steps[0]) / T
     horizon = min(max(1, round((target - found.steps[-1]) / gap)), T - 2)
     options = NextOptions(horizon=horizon, steps=training, seed=seed, device=device)
-    examples = {
-        name: Example(made.paths[name], made.local[name], _spans(tensor, horizon, seed))
+    workers = (jobs or torch.get_num_threads()) if device == "cpu" else 1
+    with one_blas_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
+        examples = _examples(found, made, horizon, seed, pool)
+        origins = origins_of(T, horizon)
+        seen = {origin: observed(examples, origin, options) for origin in origins}
+        models = _trained({**seen, T: examples}, found.steps, options, pool, progress)
+    guesses = {
+        origin: predict(model, seen[origin]) for origin, model in models.items() if origin < T
+    }
+    pairs = predict(models[T], examples)
+    rows = [_moves(found, made, name, guesses, horizon) for name in made.increments]
+    moves = Moves(*(torch.stack([row[i] for row in rows]) for i in range(2)))
+    return NextForecast(
+        horizon, (target - found.steps[-1]) / (horizon * gap), pairs, moves, origins
+    )
+
+
+def origins_of(T: int, horizon: int) -> tuple[int, ...]:
+    """Origins at which the networks train again: of those that a backtest reports and that have
+    seen a target, the first, the middle one of those up to two thirds of T, and the last of these.
+
+    Late origins have the most to learn from, and cost as much as the prediction itself.
+    """
+    first = max(3, math.ceil(T / 3), horizon + 1)
+    last = max(min(first + 2, T - 1), 2 * T // 3)
+    return tuple(sorted({first, (first + last) // 2, last} & set(range(first, T))))
+
+
+def _examples(
+    found: Followed, made: Trajectory, horizon: int, seed: int, pool: ThreadPoolExecutor
+) -> dict[str, Example]:
+    tensors = {
+        name: tensor
         for name in made.paths
         if isinstance(tensor := found.tensors[name], ModelTensor)
     }
-    pairs = predict(train(examples, found.steps, options), examples)
-    guesses = next_guesses(examples, found.steps, range(2, T), options)
-    rows = [_moves(found, made, name, guesses, horizon) for name in made.increments]
-    moves = Moves(*(torch.stack([row[i] for row in rows]) for i in range(2)))
-    return NextForecast(horizon, (target - found.steps[-1]) / (horizon * gap), pairs, moves)
+    targets = pool.map(lambda tensor: _spans(tensor, horizon, seed), tensors.values())
+    return {
+        name: Example(made.paths[name], made.local[name], target)
+        for name, target in zip(tensors, targets, strict=True)
+    }
+
+
+def _trained(
+    examples: Mapping[int, Mapping[str, Example]],
+    steps: Sequence[float],
+    options: NextOptions,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> dict[int, NextModel]:
+    """origin → its networks, all trained beside each other, the largest first."""
+    jobs = [
+        (origin, job)
+        for origin, known in examples.items()
+        for job in trainings(known, steps[: origin + 1], options)
+    ]
+    jobs.sort(key=lambda one: -one[1].work)
+    tell, stop = (progress or Progress()).on_network, Event()
+    running = {
+        pool.submit(copy_context().run, job.run, stop.is_set): origin for origin, job in jobs
+    }
+    try:
+        tell(0, len(jobs))
+        for done, _ in enumerate(as_completed(running), start=1):
+            tell(done, len(jobs))
+    finally:  # on Ctrl-C those at work end with their next step
+        stop.set()
+        for future in running:
+            future.cancel()
+    return {
+        origin: joined_model(options, [one.result() for one in running if running[one] == origin])
+        for origin in examples
+    }
 
 
 def _spans(tensor: ModelTensor, horizon: int, seed: int) -> Rank1Path:

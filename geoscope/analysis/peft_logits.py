@@ -50,7 +50,7 @@ def logit_differences(
         import transformers
     except ImportError as error:
         raise OptionError(
-            f"--with-peft loads the model with transformers and peft, and {error.name} is not "
+            f"`with_peft` loads the model with transformers and peft, and {error.name} is not "
             "installed; run `pip install 'geoscope[peft]'`"
         ) from None
     with _without_bars(transformers):

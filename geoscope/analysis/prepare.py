@@ -225,7 +225,7 @@ def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint, options: Options) 
     if not matrices and not (options.include and vectors):
         found = first_names([*tuned.changes]) or "none"
         raise PairingError(
-            f"{tuned.ref.given}: changes no matrix in scope; it changes {found}; see --include"
+            f"{tuned.ref.given}: changes no matrix in scope; it changes {found}; see `include`"
         )
     return replace(
         pairing,

@@ -121,9 +121,9 @@ def open_followed(
     if series.kind == "adapter":
         return _of_adapters(series, options, progress, base, initial)
     if options.initial_adapter is not None:
-        raise OptionError("--initial-adapter is for series of adapters; these are whole models")
+        raise OptionError("`initial_adapter` is for series of adapters; these are whole models")
     if options.lora_alpha is not None:
-        raise OptionError("--lora-alpha is for series of adapters; these are whole models")
+        raise OptionError("`lora_alpha` is for series of adapters; these are whole models")
     return _of_models(series, options, progress, base, in_parts=in_parts)
 
 
@@ -374,7 +374,7 @@ def _of_adapters(
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     if options.scalar_r2 is not None:
         raise OptionError(
-            "--scalar-r2 is of the entries of whole models; an adapter's update is never made dense"
+            "`scalar_r2` is of the entries of whole models; an adapter's update is never made dense"
         )
     if initial is None:
         _refuse_unknown_start(adapters[0])
@@ -389,7 +389,7 @@ def _of_adapters(
         if isinstance(whole, AdaptedCheckpoint):
             raise OptionError(
                 f"{options.base}: a model with an adapter over it; adapters are followed from the "
-                "model itself: give that as --base"
+                "model itself: give that as `base`"
             )
     rules = NameMap(options.map_name)
     paths = None if whole is None else base_paths(whole, base)
@@ -466,7 +466,7 @@ def _refuse_unknown_start(adapter: Adapter) -> None:
     if adapter.initial is not None:
         raise OptionError(
             f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give "
-            "the adapter before training as --initial-adapter"
+            "the adapter before training as `initial_adapter`"
         )
 
 

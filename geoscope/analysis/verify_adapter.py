@@ -30,6 +30,7 @@ from geoscope.analysis.adapter_keys import (
 )
 from geoscope.analysis.adapter_match import AdapterMatch, Piece
 from geoscope.analysis.peft_logits import LogitDifferences, logit_differences
+from geoscope.arguments import Place, path_text
 from geoscope.checkpoints import Checkpoint, open_checkpoint
 from geoscope.checkpoints.container import files_of
 from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
@@ -69,9 +70,9 @@ class Verification:
 
 
 def verify_adapter(
-    folder: str,
+    folder: Place,
     *,
-    base: str | None = None,
+    base: Place | None = None,
     allow_lossy: bool = False,
     with_peft: bool = False,
     on_module: Callable[[int, int], None] | None = None,
@@ -87,6 +88,8 @@ def verify_adapter(
     >>> verify_adapter("OUT/").ok  # doctest: +SKIP
     True
     """
+    folder = path_text(folder, "folder")
+    base = None if base is None else path_text(base, "base")
     origin = adapter_folder(folder)
     adapter = open_adapter(origin.adapter, given=origin.label)
     adapter.refuse_more_than_plain("verify-adapter")
@@ -141,7 +144,7 @@ def _reference(
     if found is None:
         raise OptionError(
             f"{origin.given}: nothing here tells the original model, which the checks compare "
-            "with; give it with --base"
+            "with; give it with `base`"
         )
     return found
 

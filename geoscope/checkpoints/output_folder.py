@@ -213,7 +213,7 @@ def _refuse_filled(path: Path, force: bool) -> None:
     if found:
         raise CheckpointError(
             f"{path}: is not empty ({first_names(found)}); give another output folder, "
-            "or --force to replace the files that are written anew"
+            "or `force` to replace the files that are written anew"
         )
 
 
@@ -233,7 +233,7 @@ def _refuse_foreign_weights(path: Path, planned: Collection[str]) -> None:
     if foreign:
         raise CheckpointError(
             f"{path}: {first_names(foreign)} would be read with the files written now, or in "
-            "their place, and --force removes nothing; remove them, or give another output folder"
+            "their place, and `force` removes nothing; remove them, or give another output folder"
         )
 
 

@@ -266,7 +266,7 @@ def _nothing(
             f"{first.name}: base {first.base}, tuned {first.tuned}. geoscope compares tensors of "
             "equal shape; "
             + (
-                "--allow-vocab-resize compares the rows that both have"
+                "`allow_vocab_resize` compares the rows that both have"
                 if all(is_resized(one.name, one.base, one.tuned) for one in reshaped)
                 else "give the base that was trained"
             )
@@ -301,8 +301,8 @@ def _examples(names: Iterable[str]) -> str:
 
 
 def _selected(selection: Selection) -> str:
-    options = [f"--include {pattern!r}" for pattern in selection.include]
-    options += [f"--exclude {pattern!r}" for pattern in selection.exclude]
+    options = [f"`include` {pattern!r}" for pattern in selection.include]
+    options += [f"`exclude` {pattern!r}" for pattern in selection.exclude]
     if selection.layers is not None:
-        options.append("--layers " + ",".join(str(layer) for layer in sorted(selection.layers)))
+        options.append("`layers` " + ",".join(str(layer) for layer in sorted(selection.layers)))
     return " ".join(options) or "the default scope (2-D weights but embeddings and output head)"

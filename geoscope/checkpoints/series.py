@@ -147,11 +147,11 @@ def open_series(
 def _by_hand(found: Sequence[Candidate], steps: Sequence[int]) -> tuple[Candidate, ...]:
     if len(found) != len(steps):
         raise OptionError(
-            f"--steps has {len(steps)} numbers for {len(found)} checkpoints; "
+            f"`steps` has {len(steps)} numbers for {len(found)} checkpoints; "
             "name each checkpoint and give one number for each, in their order"
         )
     if any(step < 0 for step in steps):
-        raise OptionError(f"--steps has {min(steps)}; steps are whole numbers from 0 on")
+        raise OptionError(f"`steps` has {min(steps)}; steps are whole numbers from 0 on")
     return tuple(replace(one, step=Step(int(step))) for one, step in zip(found, steps, strict=True))
 
 
@@ -334,7 +334,7 @@ def _one_unit(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> str:
     if len(by_unit) > 1:
         raise OptionError(
             f"{by_unit['epoch']} counts epochs and {by_unit['step']} steps; give those of one "
-            "kind, or set the steps by hand with --steps"
+            "kind, or set the steps by hand with `steps`"
         )
     return next(iter(by_unit))
 

@@ -79,6 +79,6 @@ def given_steps(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(rf"[0-9]{{1,{_MAX_DIGITS}}}", part) for part in parts):
         raise OptionError(
-            f"--steps {text!r}: needs whole numbers with commas between them, as 10,20,50"
+            f"`steps` {text!r}: needs whole numbers with commas between them, as 10,20,50"
         )
     return tuple(int(part) for part in parts)

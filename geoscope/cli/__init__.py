@@ -8,8 +8,10 @@ import typer
 
 from geoscope._version import __version__
 from geoscope.cli import adapters, cache, demo, output, pairs, reading, series
+from geoscope.cli.wording import in_options, option_names
+from geoscope.errors import GeoscopeError
 
-__all__ = ["app"]
+__all__ = ["app", "told"]
 
 _EPILOG = (
     "Exit codes: 0 done, findings included; 1 error, nothing compared, or incomplete under "
@@ -62,3 +64,8 @@ for _command in (
 ):
     app.command(epilog=_EPILOG)(_command)
 app.add_typer(cache.app, name="cache")
+
+
+def told(error: GeoscopeError) -> str:
+    """The error's line with options where the library names parameters."""
+    return in_options(str(error), option_names(typer.main.get_command(app)))

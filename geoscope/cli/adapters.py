@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,6 +136,7 @@ def init_adapter(
             out,
             chosen,
             command=_command(given, out, options),
+            argv=sys.argv,
             progress=progress,
             on_start=lambda count: output.say_in_pipe(
                 f"{chosen.method} of rank {chosen.rank} for {count} matrices of {given}, to {out}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,8 @@ def demo(
     output.say(f"{'unpacked' if fresh else 'using'} the demo run in {folder}", quiet=quiet)
     steps = sorted((folder / "grpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     with output.progress(quiet=quiet) as progress:
-        report = compare(folder / "base", steps[-1], kind="collapse", progress=progress)
+        report = compare(
+            folder / "base", steps[-1], kind="collapse", progress=progress, argv=sys.argv
+        )
     output.emit(report, {**options, "as_json": False, "out": None, "verbose": False})
     output.data(story(folder, steps, report))

@@ -235,8 +235,12 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
     def fetching(nbytes: int, free: int) -> None:
         say(_fetching(nbytes, free), quiet=quiet)
 
+    def training(done: int, total: int) -> None:
+        if done == 0:
+            say(f"training {total} networks", quiet=quiet)
+
     if quiet or not sys.stderr.isatty():
-        yield Progress(on_fetch=fetching)
+        yield Progress(on_fetch=fetching, on_network=training)
         return
     with _bar() as bar:
         task = bar.add_task("matrices", total=None)
@@ -249,7 +253,15 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
         def paired(done: int, total: int, _name: str) -> None:
             bar.update(task, completed=done, total=total)
 
-        yield Progress(on_fetch=between_bars, on_download=_downloads(bar), on_pair=paired)
+        def trained(done: int, total: int) -> None:
+            bar.update(task, description="networks", completed=done, total=total)
+
+        yield Progress(
+            on_fetch=between_bars,
+            on_download=_downloads(bar),
+            on_pair=paired,
+            on_network=trained,
+        )
 
 
 def _downloads(bar: Bar) -> Callable[[str, int, int], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -170,7 +171,9 @@ def _run(kind: str, base: str | None, tuned: list[str], options: dict[str, Any])
     try:
         with profiling(profile), output.progress(quiet=options["quiet"]) as progress:
             if base is None:
-                report = measure_adapter(tuned[0], kind, options=chosen, progress=progress)
+                report = measure_adapter(
+                    tuned[0], kind, options=chosen, progress=progress, argv=sys.argv
+                )
             else:
                 report = run(
                     base,
@@ -179,6 +182,7 @@ def _run(kind: str, base: str | None, tuned: list[str], options: dict[str, Any])
                     options=chosen,
                     anchor=options.get("anchor"),
                     progress=progress,
+                    argv=sys.argv,
                 )
     except Interrupted as stop:
         if stop.report is not None:

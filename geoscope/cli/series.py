@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +105,9 @@ def trajectory(points: Points, **options: Any) -> None:
             raise OptionError("--vectors are leading pairs, which --no-directions leaves out")
         output.check_file(options["vectors"], ".safetensors", force=options["force"])
     with output.matrices(quiet=options["quiet"]) as progress:
-        report = follow(points, options=chosen, vectors=options["vectors"], progress=progress)
+        report = follow(
+            points, options=chosen, vectors=options["vectors"], progress=progress, argv=sys.argv
+        )
     output.emit(report, options)
     for note in report.provenance.parameters["notes"]:
         output.say(f"note: {note}", quiet=options["quiet"])
@@ -150,7 +153,7 @@ def _options(options: dict[str, Any]) -> FollowOptions:
             ("--method",),
             "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, "
             "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, next (trains "
-            "networks: minutes), damped (of linear), or "
+            "networks: a minute or more), damped (of linear), or "
             "damped(…) of one.",
             "NAME",
         ),

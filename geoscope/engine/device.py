@@ -28,15 +28,15 @@ def resolve_devices(given: str) -> tuple[torch.device, ...]:
         return every or (torch.device("cpu"),)
     match = _DEVICE.fullmatch(given)
     if match is None:
-        raise OptionError(f"--device {given!r} is not one of auto, cpu, cuda, cuda:N, mps")
+        raise OptionError(f"`device` {given!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if given.startswith("cuda"):
         if int(match["index"] or 0) >= present:
             raise OptionError(
-                f"--device {given}: this machine has {present} CUDA devices; use --device cpu"
+                f"`device` {given}: this machine has {present} CUDA devices; use `device` cpu"
             )
         return every if match["index"] is None else (every[int(match["index"])],)
     if given == "mps" and not torch.backends.mps.is_available():
-        raise OptionError("--device mps: no MPS device on this machine; use --device cpu")
+        raise OptionError("`device` mps: no MPS device on this machine; use `device` cpu")
     return (torch.device(given),)
 
 
@@ -85,7 +85,7 @@ def free_memory(device: torch.device) -> int:
 def resolve_dtype(given: str, device: torch.device) -> str:
     """The compute dtype of `--dtype`. MPS has no fp64, so it needs float32 said aloud."""
     if given not in ("float64", "float32"):
-        raise OptionError(f"--dtype {given!r} is not one of float64, float32")
+        raise OptionError(f"`dtype` {given!r} is not one of float64, float32")
     if device.type == "mps" and given == "float64":
-        raise OptionError("--device mps has no float64; add --dtype float32 (wider tolerance)")
+        raise OptionError("`device` mps has no float64; add `dtype` float32 (wider tolerance)")
     return given

@@ -78,7 +78,7 @@ def parse_memory(text: str) -> int:
     except (KeyError, ValueError, OverflowError):
         size = -1
     if size < 0:
-        raise OptionError(f"--max-memory {text!r}: write a size such as 8GB or 500M, or min")
+        raise OptionError(f"`max_memory` {text!r}: write a size such as 8GB or 500M, or min")
     return size
 
 

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from geoscope.arguments import Place, path_of
 from geoscope.errors import OptionError, ReportError
 from geoscope.records import Report
 
@@ -32,7 +33,7 @@ def check_output(path: Path, *, force: bool, suffixes: Sequence[str] = SUFFIXES)
     if path.is_dir():
         raise OptionError(f"{path} is a folder; name a file in it")
     if path.exists() and not force:
-        raise OptionError(f"{path} exists; use --force to overwrite it, or another name")
+        raise OptionError(f"{path} exists; use `force` to overwrite it, or another name")
 
 
 def _check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
@@ -42,8 +43,9 @@ def _check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     raise OptionError(f"{path}: suffix {path.suffix!r} is {what}{', '.join(suffixes)}")
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: Report, path: Place) -> None:
     """Write a report in the format of the suffix. Nothing half-written stays behind."""
+    path = path_of(path, "path")
     _check_suffix(path)
     content = _rendered(report, path.suffix.lower())
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -87,8 +89,9 @@ def _json(report: Report) -> str:
     return report.dumps() + "\n"
 
 
-def read(path: Path) -> Report:
+def read(path: Place) -> Report:
     """Read a JSON report. Raises ReportError, one line, on anything else."""
+    path = path_of(path, "path")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -120,6 +120,21 @@ class Backtest:
         """t_τ − t_o of each pair, (P,)."""
         steps = torch.tensor(self.steps, dtype=torch.float64)
         return steps[self.targets] - steps[self.origins]
+
+    def at(self, origins: Collection[int]) -> Backtest:
+        """The same from these origins alone, for a method that was not tried at every one."""
+        kept = torch.tensor([o in origins for o, _ in self.pairs])
+        return replace(
+            self,
+            pairs=tuple(pair for pair in self.pairs if pair[0] in origins),
+            held=self.held[:, kept],
+            size=self.size[:, kept],
+            rounding=self.rounding[:, kept],
+            moves={
+                name: Moves(one.ahead[:, kept], one.energy[:, kept])
+                for name, one in self.moves.items()
+            },
+        )
 
     def past(self, origin: int) -> Tensor:
         """The pairs that may be learned from at an origin, (P,) bool: τ ≤ o.

@@ -6,9 +6,9 @@ One network for all u of a length m (with the 1-D differences of that length), o
 length n, one for all σ. Architecture, loss and schedule are as published.
 
 Not as published: signs are aligned (far from last to first and the last by its largest entry, near
-to far, target to near); weights start from a seed; the number of training steps is the one of the
-least loss on held-out checkpoints, after which all data are taken for as many steps. Left as it
-was: σ of 1e-5 and unit vectors in losses of one form, no step and no scale among the inputs.
+to far, target to near); weights start from a seed; on request (`validation`) the number of training
+steps is the one of the least loss on held-out checkpoints. Left as it was: σ of 1e-5 and unit
+vectors in losses of one form, no step and no scale among the inputs.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from torch import Tensor, nn
 
 from geoscope.errors import OptionError
 from geoscope.profile import stage
+from geoscope.trajectory.next_network import Predictor
 from geoscope.trajectory.rank1 import Rank1Path, align_signs
 from geoscope.trajectory.spatial_rank1 import Pair
 
 __all__ = [
     "Example",
     "Fit",
+    "NetworkJob",
     "NextModel",
     "NextOptions",
     "VectorExample",
-    "next_guesses",
+    "joined_model",
+    "observed",
     "predict",
     "predict_vectors",
     "train",
+    "trainings",
 ]
 
 # Entries of the widest layer (2d) that are held at once; sums of gradients over parts are exact.
@@ -50,7 +54,8 @@ class NextOptions:
     rate 2e-5 falling to 2e-6 by a cosine, L1 loss, layers of 256.
 
     validation: share of the training checkpoints, the latest, that are held out to choose the
-    number of steps; 0 trains for all `steps`. With one training checkpoint tensors are held out.
+    number of steps, which is not as published; 0 trains for all `steps`. With one training
+    checkpoint tensors are held out.
     """
 
     horizon: int
@@ -59,7 +64,7 @@ class NextOptions:
     last_rate: float = 2e-6
     loss: str = "l1"
     width: int = 256
-    validation: float = 0.2
+    validation: float = 0.0
     seed: int = 0
     device: str = "cpu"
 
@@ -124,39 +129,6 @@ class NextModel:
     options: NextOptions
     networks: Mapping[str, nn.Module]
     fits: tuple[Fit, ...]
-
-
-class _Predictor(nn.Module):
-    """out(far, near) of length d, ≈ 15·width·d parameters."""
-
-    def __init__(self, length: int, width: int, generator: torch.Generator) -> None:
-        super().__init__()
-
-        def bottleneck(a: int, b: int, c: int) -> nn.Sequential:
-            return nn.Sequential(
-                _linear(a, width, generator),
-                _linear(width, b, generator),
-                nn.ReLU(),
-                _linear(b, width, generator),
-                _linear(width, c, generator),
-            )
-
-        self.far = bottleneck(length, length, length)
-        self.near = bottleneck(length, length, length)
-        self.out = bottleneck(2 * length, 2 * length, length)
-
-    def forward(self, far: Tensor, near: Tensor) -> Tensor:
-        return self.out(torch.cat([self.far(far), self.near(near)], -1))
-
-
-def _linear(a: int, b: int, generator: torch.Generator) -> nn.Linear:
-    """torch's usual start, U(±1/√a) for weights and biases, from a seed of its own."""
-    layer = nn.Linear(a, b, device="meta").to_empty(device="cpu")
-    bound = 1 / math.sqrt(a)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -238,7 +210,7 @@ def _checked(entries: Sequence[_Entry], steps: Sequence[float], horizon: int) ->
     if max(gaps) - min(gaps) > 1e-6 * max(gaps):
         raise OptionError(
             f"next: steps are {min(gaps):g} to {max(gaps):g} apart, and its networks know no "
-            "steps; give equally spaced checkpoints (--steps), or take another method"
+            "steps; give equally spaced checkpoints (`steps`), or take another method"
         )
     T = len(gaps)
     for _, name, far, near, target in entries:
@@ -254,7 +226,6 @@ def _checked(entries: Sequence[_Entry], steps: Sequence[float], horizon: int) ->
 # --- training -----------------------------------------------------------------------------------
 
 
-@stage("train next")
 def train(
     examples: Mapping[str, Example],
     steps: Sequence[float],
@@ -266,23 +237,71 @@ def train(
 
     Same seed, same device: same networks. Raises OptionError for data that do not fit.
     """
+    jobs = trainings(examples, steps, options, vectors=vectors)
+    return joined_model(options, [job.run() for job in jobs])
+
+
+def joined_model(options: NextOptions, done: Sequence[tuple[nn.Module, Fit]]) -> NextModel:
+    """The model of what `trainings` have given."""
+    fits = tuple(fit for _, fit in done)
+    return NextModel(options, {fit.key: network for network, fit in done}, fits)
+
+
+@dataclass(frozen=True)
+class NetworkJob:
+    """The training of one network, on its own: jobs may run beside each other in threads."""
+
+    key: str
+    rows: _Rows
+    times: int
+    options: NextOptions
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return int(self.key.partition(":")[2])
+
+    @property
+    def work(self) -> int:
+        """In proportion to the products of one step."""
+        return self.times * self.rows.far.shape[1] * self.length
+
+    @stage("train next")
+    def run(self, stopped: Callable[[], bool] = lambda: False) -> tuple[nn.Module, Fit]:
+        """The network, on the CPU. Raises InterruptedError once `stopped()`, asked every step."""
+        generator = torch.Generator().manual_seed(self.seed)
+        network, fit = _fit(
+            self.key, self.length, self.rows, self.times, self.options, generator, stopped
+        )
+        return network.cpu(), fit
+
+
+def trainings(
+    examples: Mapping[str, Example],
+    steps: Sequence[float],
+    options: NextOptions,
+    *,
+    vectors: Mapping[str, VectorExample] | None = None,
+) -> list[NetworkJob]:
+    """The networks that `train` trains, each for itself. Raises OptionError."""
     entries = _entries(examples, vectors or {})
     times = _checked(entries, steps, options.horizon)
-    networks: dict[str, nn.Module] = {}
-    fits = []
-    for place, key in enumerate(sorted({entry[0] for entry in entries})):
-        generator = torch.Generator().manual_seed(options.seed + place)
-        length = int(key.partition(":")[2])
-        network, fit = _fit(key, length, _rows(entries, key), times, options, generator)
-        networks[key] = network.cpu()
-        fits.append(fit)
-    return NextModel(options, networks, tuple(fits))
+    return [
+        NetworkJob(key, _rows(entries, key), times, options, options.seed + i)
+        for i, key in enumerate(sorted({entry[0] for entry in entries}))
+    ]
 
 
 def _fit(
-    key: str, length: int, rows: _Rows, times: int, options: NextOptions, generator: torch.Generator
+    key: str,
+    length: int,
+    rows: _Rows,
+    times: int,
+    options: NextOptions,
+    generator: torch.Generator,
+    stopped: Callable[[], bool],
 ) -> tuple[nn.Module, Fit]:
-    start = _Predictor(length, options.width, generator).state_dict()
+    start = Predictor(length, options.width, generator).state_dict()
     everything = torch.ones(times, rows.far.shape[1], dtype=torch.bool)
     held = _held_out(everything, options, generator)
     taken, best = options.steps, None
@@ -292,13 +311,13 @@ def _fit(
         looks = sorted({max(1, round(options.steps * i / _LOOKS)) for i in range(1, _LOOKS + 1)})
         losses = []
         for look in looks:
-            tried.advance(look)
+            tried.advance(look, stopped)
             losses.append(_loss_on(tried.network, rows, kept, options))
         best = min(losses)
         taken = looks[losses.index(best)]
     training = _Training(length, start, rows, everything, options)
     first = _loss_on(training.network, rows, everything, options)
-    training.advance(taken)
+    training.advance(taken, stopped)
     fit = Fit(
         key=key,
         parameters=sum(one.numel() for one in training.network.parameters()),
@@ -350,10 +369,10 @@ class _Training:
         options: NextOptions,
     ) -> None:
         blank = torch.Generator().manual_seed(0)  # overwritten by `start`
-        self.network = _Predictor(length, options.width, blank)
+        self.network = Predictor(length, options.width, blank)
         self.network.load_state_dict(start)
         self.network.to(options.device)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=options.rate)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=options.rate, fused=True)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, T_max=options.steps, eta_min=options.last_rate
         )
@@ -361,9 +380,11 @@ class _Training:
         self.options = options
         self.done = 0
 
-    def advance(self, until: int) -> None:
-        """Train up to this many steps in all."""
+    def advance(self, until: int, stopped: Callable[[], bool]) -> None:
+        """Train up to this many steps in all. Raises InterruptedError once `stopped()`."""
         while self.done < until:
+            if stopped():
+                raise InterruptedError
             self.optimizer.zero_grad()
             for loss in _losses(self.network, self.data, self.options):
                 loss.backward()
@@ -448,19 +469,11 @@ def _unit(x: Tensor) -> Tensor:
     return nn.functional.normalize(x, dim=0)
 
 
-def next_guesses(
-    examples: Mapping[str, Example],
-    steps: Sequence[float],
-    origins: Sequence[int],
-    options: NextOptions,
-) -> dict[int, dict[str, Pair]]:
-    """origin → tensor → pair, from networks trained at each origin on what was known there.
+def observed(
+    examples: Mapping[str, Example], origin: int, options: NextOptions
+) -> dict[str, Example]:
+    """What was known of every tensor at an origin beyond H, for training as it was possible there.
 
-    For the backtest, with `outer_moves`. Origins that have seen no target, o ≤ H, are left out.
+    Predictions from it are held out for the backtest, with `outer_moves`.
     """
-    found = {}
-    for o in origins:
-        if o > options.horizon:
-            seen = {name: one.observed(o, options.horizon) for name, one in examples.items()}
-            found[o] = predict(train(seen, steps[: o + 1], options), seen)
-    return found
+    return {name: one.observed(origin, options.horizon) for name, one in examples.items()}

@@ -222,7 +222,7 @@ def test_pissa_beside_its_residual_base_needs_the_original_by_name(tmp_path: Pat
     again = peft.PeftModel.from_pretrained(live(tmp_path / "residual"), str(initial),
                                            is_trainable=True)  # fmt: skip
     trained = saved(train(again), tmp_path / "trained")
-    with pytest.raises(OptionError, match=r"does not tell the original model .* --base"):
+    with pytest.raises(OptionError, match=r"does not tell the original model .* `base`"):
         convert_adapter(str(initial), str(trained))
     written(convert_adapter(str(initial), str(trained), base=str(base)), tmp_path / "ours")
     assert relative(logits(loaded(base, tmp_path / "ours")), logits(again)) < SAME
@@ -237,7 +237,7 @@ def test_mirror_is_a_plain_lora_already_and_compresses_as_stored(tmp_path: Path)
     out = saved(model, tmp_path / "out")
     record(out, base, layout="mirror")
     trained = saved(train(model, lr=0.1), tmp_path / "trained")  # far from any symmetry
-    with pytest.raises(OptionError, match=r"mirror layout, it is a plain LoRA .* --rank"):
+    with pytest.raises(OptionError, match=r"mirror layout, it is a plain LoRA .* `rank`"):
         convert_adapter(str(out), str(trained))
     energies = written(convert_adapter(str(out), str(trained), rank=5), tmp_path / "lora")
     made, was = (
@@ -248,7 +248,7 @@ def test_mirror_is_a_plain_lora_already_and_compresses_as_stored(tmp_path: Path)
     S = torch.linalg.svdvals(was)
     assert float((made - was).norm()) == pytest.approx(float(S[5:].norm()), rel=1e-4)
     assert 0 < discarded_share(energies) < 0.5
-    with pytest.raises(OptionError, match=r"--rank 6: .* 1 … 5; rank 6 is exact"):
+    with pytest.raises(OptionError, match=r"`rank` 6: .* 1 … 5; rank 6 is exact"):
         convert_adapter(str(out), str(trained), rank=6)
 
 
@@ -435,7 +435,7 @@ def test_a_rank_that_does_not_compress_is_refused(
     run: tuple[Path, Path, Path, Tensor], rank: int
 ) -> None:
     _, out, trained, _ = run
-    with pytest.raises(OptionError, match=rf"--rank {rank}: takes 1 … 7; rank 8 is exact"):
+    with pytest.raises(OptionError, match=rf"`rank` {rank}: takes 1 … 7; rank 8 is exact"):
         convert_adapter(str(out), str(trained), rank=rank)
 
 

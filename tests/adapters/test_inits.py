@@ -67,12 +67,11 @@ def test_lora_starts_from_nothing() -> None:
 
 def by_peft(W: Tensor, how: str, r: int, alpha: int) -> tuple[Tensor, Tensor, Tensor]:
     """lora_B, lora_A and the base weight after PEFT has initialised them."""
-    from peft import LoraConfig, get_peft_model
-
+    peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False))
     model[0].weight.data = W.clone()  # pyright: ignore
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=["0"], init_lora_weights=how)  # pyright: ignore
-    layer = get_peft_model(model, config).base_model.model[0]  # pyright: ignore
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=["0"], init_lora_weights=how)
+    layer = peft.get_peft_model(model, config).base_model.model[0]  # pyright: ignore
     return (
         layer.lora_B["default"].weight.data,  # pyright: ignore
         layer.lora_A["default"].weight.data,  # pyright: ignore

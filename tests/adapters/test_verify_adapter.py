@@ -221,7 +221,7 @@ def test_vllm_is_promised_by_starts_alone(out: Path, sound: tuple[Path, Path]) -
 
 def test_a_base_that_has_moved_is_asked_for(out: Path, sound: tuple[Path, Path]) -> None:
     record(out, out.parent / "gone", layout="residual")
-    with pytest.raises(CheckpointNotFound, match=r"gone: .* is not there; give it with --base"):
+    with pytest.raises(CheckpointNotFound, match=r"gone: .* is not there; give it with `base`"):
         verify_adapter(str(out))
     assert failed(verify_adapter(str(out), base=str(sound[0]))) == {}
 
@@ -258,7 +258,7 @@ def test_a_residual_without_its_folder_says_so(out: Path) -> None:
 
 def test_the_original_has_to_be_known(out: Path, sound: tuple[Path, Path]) -> None:
     (out / "geoscope.json").unlink()
-    with pytest.raises(OptionError, match=r"tells the original model.*--base"):
+    with pytest.raises(OptionError, match=r"tells the original model.*`base`"):
         verify_adapter(str(out))
     assert failed(verify_adapter(str(out), base=str(sound[0]))) == {}
     with pytest.raises(CheckpointNotFound, match=r"nowhere"):

@@ -277,7 +277,7 @@ def test_few_checkpoints_are_never_credible(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [100, 40])
 def test_the_past_is_not_predicted(tmp_path: Path, target: int) -> None:
     run = Run.write(tmp_path, STEPS)
-    with pytest.raises(OptionError, match=f"--to-step {target}: the series ends at step 100"):
+    with pytest.raises(OptionError, match=f"`target` {target}: the series ends at step 100"):
         predicted(run, tmp_path / "out", "hold", to=target)
 
 

@@ -150,7 +150,7 @@ def test_what_cannot_be_written_is_refused(
     start = None if initial is None else str(initial)
     options = FollowOptions(base=str(models.base), initial_adapter=start)
     for method, rank in (("next", None), ("linear", 65), ("linear", 0)):
-        with pytest.raises(OptionError, match=r"--method next|--rank"):
+        with pytest.raises(OptionError, match=r"`method` next|`rank`"):
             extrapolate(
                 [str(series)], tmp_path / "out", 100, method=method, rank=rank, force=True,
                 options=options,
@@ -161,7 +161,7 @@ def test_what_cannot_be_written_is_refused(
             options=FollowOptions(base=str(models.base)),
         )  # fmt: skip
     if initial is not None:
-        with pytest.raises(OptionError, match="give it as --base"):
+        with pytest.raises(OptionError, match="give it as `base`"):
             extrapolate(
                 [str(series)], tmp_path / "out", 100, force=True,
                 options=FollowOptions(initial_adapter=start),

@@ -166,7 +166,7 @@ def test_a_rewritten_base_needs_the_start_of_its_adapters(tmp_path: Path) -> Non
     for config in folder.glob("*/adapter_config.json"):
         settings = json.loads(config.read_text())
         config.write_text(json.dumps({**settings, "base_model_name_or_path": str(residual)}))
-    with pytest.raises(OptionError, match=r"residual is a rewritten one.* --initial-adapter"):
+    with pytest.raises(OptionError, match=r"residual is a rewritten one.* `initial_adapter`"):
         follow([str(folder)])
     follow([str(folder)], options=FollowOptions(initial_adapter=str(initial), jobs=1))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,13 @@ from matrices import gaussian, save_model
 from safetensors.torch import load_file
 
 from geoscope.analysis.extrapolate import extrapolate
+from geoscope.analysis.follow import measure_series
 from geoscope.analysis.follow_options import FollowOptions
-from geoscope.errors import OptionError
+from geoscope.analysis.next_series import next_forecast, origins_of
+from geoscope.analysis.options import Progress
+from geoscope.analysis.series_tensors import Followed, open_followed
+from geoscope.analysis.trajectory_report import Trajectory
+from geoscope.errors import OptionError, Stopped
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 
@@ -70,6 +78,70 @@ def test_what_next_cannot_take_is_one_line(tmp_path: Path) -> None:
         extrapolate(points, tmp_path / "out", 100, method="next", options=options, training=2)
     with pytest.raises(OptionError, match="needs 4"):
         extrapolate(points[:3], tmp_path / "out", 100, method="next", options=options, training=2)
-    with pytest.raises(OptionError, match="--method next"):
+    with pytest.raises(OptionError, match="`method` next"):
         extrapolate(points, tmp_path / "out", 100, options=options, extend=(1.0,))
     assert not (tmp_path / "out").exists()
+
+
+def series_of(tmp_path: Path, count: int) -> tuple[Followed, Trajectory]:
+    points = run_of(tmp_path, tuple(range(10, 10 * count + 1, 10)))
+    options = FollowOptions(base=str(tmp_path / "base"))
+    found = open_followed(points, options, Progress(), in_parts=False)
+    return found, measure_series(found, options, Progress())
+
+
+def test_the_backtest_trains_at_three_origins_and_says_so(tmp_path: Path) -> None:
+    points = run_of(tmp_path, tuple(range(10, 130, 10)))
+    counts: list[tuple[int, int]] = []
+    progress = Progress(on_network=lambda done, total: counts.append((done, total)))
+    made = extrapolate(
+        points, tmp_path / "out", 130, method="next", training=3, force=True, progress=progress,
+        options=FollowOptions(base=str(tmp_path / "base")),
+    )  # fmt: skip
+    assert any("trained again at steps 40, 60, 80 on" in note for note in made.notes)
+    # u, v and sigma at each origin and at the end
+    assert counts == [(done, 12) for done in range(13)]
+
+
+@pytest.mark.parametrize("T", range(4, 30))
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_origins_are_reported_ones_that_have_seen_a_target(T: int, horizon: int) -> None:
+    horizon = min(horizon, T - 2)
+    origins = origins_of(T, horizon)
+    reported = [o for o in range(max(3, math.ceil(T / 3)), T) if o > horizon]
+    assert set(origins) <= set(reported)
+    assert len(origins) == min(3, len(reported))
+
+
+def test_its_skill_is_that_from_these_origins_alone(tmp_path: Path) -> None:
+    """A method that holds elsewhere would show the skill of holding there."""
+    found, made = series_of(tmp_path, 9)
+    forecast = next_forecast(found, made, 100, training=3)
+    test = made.backtest({"next": forecast.moves}).at(forecast.origins)
+    assert {o for o, _ in test.pairs} == set(forecast.origins)
+    whole = made.backtest({"next": forecast.moves})
+    here = torch.tensor([o in forecast.origins for o, _ in whole.pairs])
+    error, held = whole.error("next")[:, here].sum(), whole.held[:, here].sum()
+    assert test.skill("next") == pytest.approx(1 - float(error) / float(held))
+    elsewhere = whole.error("next")[:, ~here]
+    assert torch.equal(elsewhere, whole.held[:, ~here])
+
+
+def test_threads_change_no_number(tmp_path: Path) -> None:
+    found, made = series_of(tmp_path, 6)
+    one, two = (next_forecast(found, made, 70, training=20, jobs=jobs) for jobs in (1, 3))
+    for name, pair in one.pairs.items():
+        assert torch.equal(pair.dense(), two.pairs[name].dense())
+    assert torch.equal(one.moves.ahead, two.moves.ahead)
+
+
+def test_a_stop_ends_training_at_the_next_step(tmp_path: Path) -> None:
+    found, made = series_of(tmp_path, 6)
+
+    def stop(done: int, _total: int) -> None:
+        raise Stopped(signal.SIGINT)
+
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        next_forecast(found, made, 70, training=10**7, progress=Progress(on_network=stop))
+    assert time.monotonic() - started < 30  # all steps take hours

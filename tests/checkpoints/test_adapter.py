@@ -430,7 +430,7 @@ def test_a_base_folder_that_has_moved_is_no_hub_id(tmp_path: Path) -> None:
         {"reference": "models/gone", "commit": None, "sha256": {"model.safetensors": "0"}},
     ):
         record(folder(tmp_path), layout="mirror", base=base)
-        with pytest.raises(CheckpointNotFound, match=r"gone: the base .* not there; .* --base$"):
+        with pytest.raises(CheckpointNotFound, match=r"gone: the base .* not there; .* `base`$"):
             _ = adapter_folder(tmp_path).original
 
 

@@ -234,7 +234,7 @@ def test_vera_tells_nothing_without_the_base(tmp_path: Path) -> None:
     adapter = open_adapter(tmp_path)
     name, one = next(iter(adapter.modules.items()))
     assert (one.kind, one.shape[1]) == ("base", 0)
-    with pytest.raises(UnsupportedFormat, match=r"does not store how wide .* --base$"):
+    with pytest.raises(UnsupportedFormat, match=r"does not store how wide .* `base`$"):
         adapter.factors(name)
     base = infos(made.base)
     del base["model.layers.1.mlp.down_proj"]

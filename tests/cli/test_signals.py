@@ -143,6 +143,36 @@ def _handles(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
+# Runs the rest of `sys.argv` with Ctrl-C ignored, as it is in a script's `command &`.
+IGNORING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_a_command_in_the_background_can_be_interrupted(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """A script's `geoscope … &` inherits an ignored SIGINT; `kill -INT` stops it all the same."""
+    process = started("-c", IGNORING, "-m", "geoscope", "collapse", tmp_path, tmp_path)
+    wait_for(lambda: _handles(process.pid, signal.SIGTERM), process)  # both stand then
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+
+
+def test_the_suite_in_the_background_tests_ctrl_c(
+    started: Callable[..., subprocess.Popen[str]],
+) -> None:
+    """As `nohup python -m pytest &` in a script: a test of Ctrl-C finds it at work."""
+    tests = Path(__file__).parents[1]
+    test = "engine/test_stream.py::test_ctrl_c_while_waiting_for_a_result_ends_the_pipeline"
+    words = ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", tests / test]
+    process = started("-c", IGNORING, *words)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+
+
 # Stops for good where the file is written but not yet renamed into place.
 STUCK = """
 import os, sys, time

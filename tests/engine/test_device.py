@@ -29,7 +29,7 @@ def refusal(given: str) -> str:
         resolve_devices(given)
     message = str(caught.value)
     assert "\n" not in message
-    assert "--device" in message
+    assert "`device`" in message
     return message
 
 
@@ -69,7 +69,7 @@ def test_cuda_that_is_not_there_is_refused_with_the_count(machine, given, presen
     machine(cuda=present)
     message = refusal(given)
     assert f"{present} CUDA devices" in message
-    assert "--device cpu" in message  # what to do
+    assert "`device` cpu" in message  # what to do
 
 
 def test_mps_that_is_not_there_is_refused(machine) -> None:
@@ -108,7 +108,7 @@ def test_cpu_and_cuda_compute_in_either_precision(device: torch.device, dtype: s
 
 def test_mps_wants_float32_said_aloud() -> None:
     assert resolve_dtype("float32", MPS) == "float32"
-    with pytest.raises(OptionError, match="--dtype float32") as caught:
+    with pytest.raises(OptionError, match="`dtype` float32") as caught:
         resolve_dtype("float64", MPS)
     assert "\n" not in str(caught.value)
 

@@ -222,7 +222,7 @@ def test_what_is_no_size_is_refused_in_one_line(text: str) -> None:
         parse_memory(text)
     message = str(caught.value)
     assert "\n" not in message
-    assert f"--max-memory {text!r}" in message
+    assert f"`max_memory` {text!r}" in message
     assert "8GB" in message  # what to write instead
 
 

@@ -97,14 +97,14 @@ def test_a_log_that_nobody_asked_for_stops_nothing(run: Path, series: Series) ->
 
 
 def test_a_name_without_a_file_is_an_error(series: Series) -> None:
-    with pytest.raises(OptionError, match=r"--metric reward.*no trainer_state\.json.*--metrics"):
+    with pytest.raises(OptionError, match=r"`metric` reward.*no trainer_state\.json.*`metrics`"):
         metric_curve(series, FollowOptions(metric="reward"))
 
 
 def test_epochs_are_not_taken_for_steps(series: Series, tmp_path: Path) -> None:
     epochs = replace(series, unit="epoch")
     assert metric_curve(epochs, FollowOptions()) == (None, ())
-    with pytest.raises(OptionError, match=r"counts epochs.*--steps"):
+    with pytest.raises(OptionError, match=r"counts epochs.*`steps`"):
         metric_curve(epochs, FollowOptions(metrics=csv_of(tmp_path), metric="reward"))
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geoscope.errors import OptionError
+from geoscope.trajectory import next_predictor
 from geoscope.trajectory.backtest import Moves, backtest
 from geoscope.trajectory.increments import increments_of_weights
 from geoscope.trajectory.next_predictor import (
@@ -17,13 +18,13 @@ from geoscope.trajectory.next_predictor import (
     NextModel,
     NextOptions,
     VectorExample,
-    next_guesses,
+    observed,
     predict,
     predict_vectors,
     train,
 )
 from geoscope.trajectory.rank1 import Rank1Path
-from geoscope.trajectory.spatial_rank1 import outer_moves, pair_products
+from geoscope.trajectory.spatial_rank1 import Pair, outer_moves, pair_products
 
 T, H = 7, 2
 STEPS = tuple(10.0 * i for i in range(T + 1))
@@ -90,7 +91,7 @@ def test_the_network_is_the_published_one() -> None:
 def test_the_schedule_is_the_published_one() -> None:
     options = NextOptions(horizon=H)
     assert (options.steps, options.rate, options.last_rate) == (1000, 2e-5, 2e-6)
-    assert (options.width, options.loss) == (256, "l1")
+    assert (options.width, options.loss, options.validation) == (256, "l1", 0)
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
@@ -119,6 +120,55 @@ def test_training_is_full_batch_adamw_under_a_cosine(loss: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+class Published(nn.Module):
+    """The network as the paper writes it, layer by layer."""
+
+    def __init__(self, d: int, width: int = 256) -> None:
+        super().__init__()
+
+        def branch(a: int, b: int, c: int) -> nn.Sequential:
+            shapes = [(a, width), (width, b), (b, width), (width, c)]
+            one, two, three, four = (nn.Linear(*shape) for shape in shapes)
+            return nn.Sequential(one, two, nn.ReLU(), three, four)
+
+        self.far, self.near, self.out = branch(d, d, d), branch(d, d, d), branch(2 * d, 2 * d, d)
+
+    def forward(self, far: Tensor, near: Tensor) -> Tensor:
+        return self.out(torch.cat([self.far(far), self.near(near)], -1))
+
+
+@pytest.mark.parametrize("key", ["u:6", "v:5", "sigma:1"])
+def test_trained_networks_are_those_of_the_published_loop(key: str) -> None:
+    """Width 256; pairs of layers without a ReLU between them are taken as one where that pays."""
+    data = examples()
+    options = NextOptions(horizon=H, steps=40)
+
+    def part(path: Rank1Path) -> Tensor:
+        return {"u": path.u, "v": path.v, "s": path.sigma[:, None]}[key[0]]
+
+    start = train(data, STEPS, replace(options, steps=1, rate=1e-30, last_rate=1e-30))
+    network = Published(int(key.partition(":")[2]))
+    with torch.no_grad():
+        begun = start.networks[key].parameters()
+        for mine, theirs in zip(network.parameters(), begun, strict=True):
+            mine.copy_(theirs)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40, eta_min=2e-6)
+    aligned = [next_predictor._aligned(one) for _, one in sorted(data.items())]
+    far, near, target = (
+        torch.cat([part(getattr(one, name))[: T - H] for one in aligned]).float()
+        for name in ("far", "near", "target")
+    )
+    for _ in range(40):
+        optimizer.zero_grad()
+        ((network(far, near) - target).abs().sum() / (T - H)).backward()
+        optimizer.step()
+        schedule.step()
+    out = train(data, STEPS, options).networks[key](far, near)
+    torch.testing.assert_close(out, network(far, near), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(out, start.networks[key](far, near), rtol=1e-3, atol=1e-4)
+
+
 def test_same_seed_same_bytes_and_another_seed_others() -> None:
     torch.rand(3)  # whatever was drawn before
     one, two = (states(train(examples(), STEPS, QUICK)) for _ in range(2))
@@ -141,7 +191,7 @@ def test_signs_and_order_change_nothing() -> None:
 
 
 def test_held_out_checkpoints_choose_the_number_of_steps() -> None:
-    model = train(examples(), STEPS, replace(QUICK, steps=60))
+    model = train(examples(), STEPS, replace(QUICK, steps=60, validation=0.2))
     for fit in model.fits:
         assert 1 <= fit.steps <= 60
         assert fit.held_out is not None and fit.zero is not None
@@ -154,9 +204,10 @@ def test_held_out_checkpoints_choose_the_number_of_steps() -> None:
 def test_with_one_checkpoint_tensors_are_held_out() -> None:
     steps = STEPS[: H + 2]
     data = {name: e.observed(H + 1, H) for name, e in examples(count=6).items()}
-    model = train(data, steps, QUICK)
+    held = replace(QUICK, validation=0.2)
+    model = train(data, steps, held)
     assert all(fit.held_out is not None for fit in model.fits)
-    alone = train({"layers.0": data["layers.0"]}, steps, QUICK)
+    alone = train({"layers.0": data["layers.0"]}, steps, held)
     assert all(fit.held_out is None for fit in alone.fits)
 
 
@@ -185,12 +236,17 @@ def test_vectors_share_the_network_of_their_length() -> None:
         predict_vectors(model, {"long": VectorExample(*(torch.zeros(n, 9) for n in (T, T, T - H)))})
 
 
+def guess_at(origin: int, data: dict[str, Example]) -> dict[str, Pair]:
+    """What networks say that were trained on what was known at an origin."""
+    seen = observed(data, origin, QUICK)
+    return predict(train(seen, STEPS[: origin + 1], QUICK), seen)
+
+
 def test_it_stands_in_the_backtest_and_sees_no_future() -> None:
     paths = weights_of()
     data = {name: example(path) for name, path in paths.items()}
     inc = {name: increments_of_weights(STEPS, list(path)) for name, path in paths.items()}
-    guesses = next_guesses(data, STEPS, range(2, T), QUICK)
-    assert sorted(guesses) == list(range(H + 1, T))
+    guesses = {o: guess_at(o, data) for o in range(H + 1, T)}
     rows = []
     for name, path in paths.items():
         updates = path[1:] - path[0]
@@ -206,8 +262,8 @@ def test_it_stands_in_the_backtest_and_sees_no_future() -> None:
     direct = float((predicted - paths[name][7]).square().sum())
     assert float(test.error("next")[1, place]) == pytest.approx(direct)
     changed = {name: torch.cat([path[:6], path[6:] + 9]) for name, path in paths.items()}
-    later = next_guesses({name: example(path) for name, path in changed.items()}, STEPS, [5], QUICK)
-    assert torch.equal(later[5][name].dense(), guesses[5][name].dense())
+    later = guess_at(5, {name: example(path) for name, path in changed.items()})
+    assert torch.equal(later[name].dense(), guesses[5][name].dense())
 
 
 @pytest.mark.gpu

@@ -112,7 +112,7 @@ def original_of(record: Mapping[str, Any]) -> str | None:
     is_folder = not commit and (path.is_absolute() or bool(base.get("sha256")))
     if is_folder and not path.exists():
         raise CheckpointNotFound(
-            f"{reference}: the base that {RECORD} names is not there; give it with --base"
+            f"{reference}: the base that {RECORD} names is not there; give it with `base`"
         )
     if not commit or "@" in reference:
         return reference

@@ -114,5 +114,5 @@ class AdapterModule(ABC):
         """The error of `factors` for kind "base"."""
         return UnsupportedFormat(
             f"{self.name}: {self.called} changes a weight by no product of two factors; "
-            "give the base weight with --base"
+            "give the base weight with `base`"
         )

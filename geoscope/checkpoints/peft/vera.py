@@ -74,7 +74,7 @@ class VeraModule(AdapterModule):
         if self.kind == "base":
             raise UnsupportedFormat(
                 f"{self.name}: VeRA does not store how wide its modules are; give the base with "
-                "--base"
+                "`base`"
             )
         B, A = self._projections(read)
         m, n = self.shape
