@@ -48,6 +48,7 @@ _RULE_WORDS = {
     "changed": "weighted by changed entries",
     "relative_update": "√(Σ‖ΔW‖²/Σ‖W0‖²) over changed matrices",
     "precision_ratio": "√(Σnoise²/Σ‖ΔW‖²)",
+    "base_cosine": "cosine of all matrices as one vector",
     "lift": "ratio of the aggregated energies to their aggregated nulls",
     "versus_base": "ratio of the aggregated energies to the aggregated E_k",
 }

@@ -21,8 +21,8 @@ class Threshold:
 
 THRESHOLDS: Mapping[str, Threshold] = {
     "unrelated.cosine": Threshold(0.05, "ours"),
-    "unrelated.deviations": Threshold(3.0, "ours; of 1/√(mn), up to too_far.cosine/2"),
-    "too_far.cosine": Threshold(0.6, "ours, algebra: −W0 alone gives C_LR/E_k of .2"),
+    "unrelated.deviations": Threshold(3.0, "ours"),
+    "too_far.cosine": Threshold(0.6, "ours, algebra"),
     "init_mismatch.relative_update": Threshold(0.2, "ours, algebra"),
     "init_mismatch.spectral_share": Threshold(0.9, "ours, algebra"),
     "init_mismatch.versus_base": Threshold(1.2, "ours, algebra"),
