@@ -535,7 +535,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused(option: str) -> None
     patterns: Any = ("fine", "layers.(")
     with pytest.raises(OptionError, match="is no regular expression") as caught:
         Selection(**{option: patterns})
-    assert str(caught.value).startswith(f"--{option} 'layers.('")
+    assert str(caught.value).startswith(f"`{option}` 'layers.('")
     assert "\n" not in str(caught.value)
 
 

@@ -220,21 +220,21 @@ def test_a_card_names_base_command_and_rule(models: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"rank": 17}, OptionError, ("_proj.weight", "--rank 17", "16")),
-        ({"rank": 0}, OptionError, ("--rank 0",)),
-        ({"rho": 1.0}, OptionError, ("--rho", "between 0 and 1")),
-        ({"rho": 0.2, "method": "pissa"}, OptionError, ("--rho", "pissa")),
-        ({"method": "lora", "layout": "mirror"}, OptionError, ("--layout",)),
-        ({"layout": "sideways"}, OptionError, ("--layout",)),
-        ({"layout": "mirror", "residual_dtype": "bfloat16"}, OptionError, ("--residual-dtype",)),
+        ({"rank": 17}, OptionError, ("_proj.weight", "`rank` 17", "16")),
+        ({"rank": 0}, OptionError, ("`rank` 0",)),
+        ({"rho": 1.0}, OptionError, ("`rho`", "between 0 and 1")),
+        ({"rho": 0.2, "method": "pissa"}, OptionError, ("`rho`", "pissa")),
+        ({"method": "lora", "layout": "mirror"}, OptionError, ("`layout`",)),
+        ({"layout": "sideways"}, OptionError, ("`layout`",)),
+        ({"layout": "mirror", "residual_dtype": "bfloat16"}, OptionError, ("`residual_dtype`",)),
         ({"targets": ("z_proj",)}, OptionError, ("z_proj", "q_proj")),
         ({"alpha": -1.0}, OptionError, ("alpha",)),
-        ({"alpha": 0.0}, OptionError, ("--alpha 0",)),
-        ({"alpha": float("nan")}, OptionError, ("--alpha nan",)),
-        ({"scale_convention": "peft"}, OptionError, ("--scale-convention", "geora, pissa")),
-        ({"spec_rank": 0}, OptionError, ("--spec-rank 0",)),
-        ({"spec_rank": 17}, OptionError, ("_proj.weight", "--spec-rank 17", "16")),
-        ({"include": ("(",)}, OptionError, ("--include", "regular expression")),
+        ({"alpha": 0.0}, OptionError, ("`alpha` 0",)),
+        ({"alpha": float("nan")}, OptionError, ("`alpha` nan",)),
+        ({"scale_convention": "peft"}, OptionError, ("`scale_convention`", "geora, pissa")),
+        ({"spec_rank": 0}, OptionError, ("`spec_rank` 0",)),
+        ({"spec_rank": 17}, OptionError, ("_proj.weight", "`spec_rank` 17", "16")),
+        ({"include": ("(",)}, OptionError, ("`include`", "regular expression")),
         ({"exclude": ("proj",)}, CheckpointError, ("no matrix",)),
     ],
 )
@@ -339,7 +339,7 @@ def test_a_full_folder_needs_force_and_inputs_are_never_written_to(
     out = tmp_path / "out"
     options = InitOptions(rank=2, layout="mirror")
     initialise(str(models["llama"]), out, options)
-    with pytest.raises(CheckpointError, match="--force"):
+    with pytest.raises(CheckpointError, match="`force`"):
         initialise(str(models["llama"]), out, options)
     initialise(str(models["llama"]), out, InitOptions(rank=2, layout="mirror", force=True))
     with pytest.raises(CheckpointError, match="input"):

@@ -152,7 +152,7 @@ def test_an_initialisation_that_says_so_needs_its_start(tmp_path: Path) -> None:
     _, folder, _ = lora_run(tmp_path, (0, 10, 20), from_zero=False)
     config = folder / "checkpoint-10/adapter_config.json"
     config.write_text(config.read_text().replace("true", '"pissa_niter_4"'))
-    with pytest.raises(OptionError, match="--initial-adapter"):
+    with pytest.raises(OptionError, match="`initial_adapter`"):
         follow([str(folder)])
 
 

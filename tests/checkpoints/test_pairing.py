@@ -378,7 +378,7 @@ def nothing(sides: Sides, base: Tensors, tuned: Tensors, selection: Selection = 
 def test_a_selection_that_takes_nothing_is_an_error_with_example_names(sides: Sides) -> None:
     selection = Selection(include=("qproj",), exclude=("mlp",), layers=frozenset({0, 7}))
     message = nothing(sides, llama(), llama(), selection)
-    assert "no matrix passes --include 'qproj' --exclude 'mlp' --layers 0,7; names look like" in (
+    assert "no matrix passes `include` 'qproj' `exclude` 'mlp' `layers` 0,7; names look like" in (
         message
     )
     assert "model.layers.0.mlp.down_proj.weight" in message

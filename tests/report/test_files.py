@@ -173,7 +173,7 @@ def test_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(OptionError) as error:
         check_output(path, force=False)
-    assert_one_line(error, str(path), "--force")
+    assert_one_line(error, str(path), "`force`")
     check_output(path, force=True)
     assert path.read_text() == "mine"
 
