@@ -129,7 +129,7 @@ class Conversion:
             raise PairingError(
                 f"{self.trained.given} has {kept:.2g} of the start of {self.initial.given}, where "
                 "an adapter trained from it has about 1: taking that start off would add it to the "
-                "model with a minus; give the initial adapter of this very run, or --force"
+                "model with a minus; give the initial adapter of this very run, or `force`"
             )
 
     def _convert(self, module: AdapterModule) -> tuple[Tensor, Tensor, list[ModuleEnergy]]:

@@ -131,7 +131,7 @@ def extrapolate(
     made = measure_series(found, options, progress)
     far = series_distance(found, made.increments)
     if far is not None and not force:
-        raise OptionError(f"{far.text}, or --force to go on")
+        raise OptionError(f"{far.text}, or `force` to go on")
     forecast = None
     if (undamped(method) or method) == NEXT:
         forecast = next_forecast(

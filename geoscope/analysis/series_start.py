@@ -42,7 +42,7 @@ def after_start(series: Series, is_start: Callable[[SeriesPoint], bool], start: 
         raise OptionError(
             f"{before[0].given}: {unit} {before[0].step} is not after {start}, which is {unit} "
             f"{begin}, and holds other weights; leave one of them out, or set the steps by hand "
-            "with --steps"
+            "with `steps`"
         )
     return series
 

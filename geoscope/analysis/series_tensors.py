@@ -271,7 +271,7 @@ def _from_base(
         return series, found[0], found[1:]
     if base is None or not found:
         given = [point.given for point in series.points] or [one.name for one in series.passed_over]
-        raise OptionError(f"{given[-1]}: one checkpoint makes no series; give more, or --base")
+        raise OptionError(f"{given[-1]}: one checkpoint makes no series; give more, or `base`")
     return series, base, found
 
 
@@ -503,7 +503,7 @@ def _chosen_modules(every: Sequence[Adapter], selection: Selection) -> _Chosen:
 def _no_common_module(adapters: Sequence[Adapter], chosen: _Chosen) -> str:
     given = adapters[0].given
     if not chosen.reasons:
-        return f"{given}: no module passes --include, --exclude and --layers"
+        return f"{given}: no module passes `include`, `exclude` and `layers`"
     name, reason = next(iter(chosen.reasons.items()))
     return (
         f"{given}: no module is in all {len(adapters)} adapters with one shape; first {name}, "

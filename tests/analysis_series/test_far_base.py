@@ -69,7 +69,7 @@ def test_nothing_is_predicted_from_a_base_that_is_far(series: Path, tmp_path: Pa
     points = [str(series / f"checkpoint-{step}") for step in STEPS]
     options = FollowOptions(base=str(series / "other"))
     out = tmp_path / "out"
-    with pytest.raises(OptionError, match=r"UNRELATED: step 10 .*--force"):
+    with pytest.raises(OptionError, match=r"UNRELATED: step 10 .*`force`"):
         extrapolate(points, out, 50, method="hold", options=options)
     assert not out.exists()
     made = extrapolate(points, out, 50, method="hold", options=options, force=True)

@@ -82,7 +82,7 @@ def test_a_copy_of_the_base_at_step_0_is_known_by_its_weights(run: Run) -> None:
 def test_other_weights_at_step_0_are_refused_with_the_way_out(run: Run) -> None:
     path = run.points[0].with_name("checkpoint-0") / "model-00001-of-00002.safetensors"
     save_file({k: 1.01 * v for k, v in load_file(path).items()}, path)
-    with pytest.raises(OptionError, match=r"checkpoint-0: step 0 is not after .*--steps$"):
+    with pytest.raises(OptionError, match=r"checkpoint-0: step 0 is not after .*`steps`$"):
         followed([run.folder], base=str(run.base))
 
 
