@@ -126,7 +126,7 @@ def test_the_adapter_before_training_among_the_checkpoints(tmp_path: Path, from_
 
 def test_whole_models_have_no_adapter_before_training(tmp_path: Path) -> None:
     run, _, initial = lora_run(tmp_path, STEPS, from_zero=True)
-    with pytest.raises(OptionError, match="--initial-adapter is for series of adapters"):
+    with pytest.raises(OptionError, match="`initial_adapter` is for series of adapters"):
         followed([run.folder], base=str(run.base), initial_adapter=str(initial))
 
 
