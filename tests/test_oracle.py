@@ -584,7 +584,7 @@ def test_zero_base_and_zero_tuned():
     assert_null(from_zero, against + ratios, "NOT_APPLICABLE")
     assert_numbers(from_zero, {"base.spectral_norm": 0, "update_sparsity": 0}, 0)
     assert resolved(from_zero, "update.k90") == resolved(from_zero, "tuned.k90") > 1
-    assert from_zero.verdict == "MIXED"
+    assert from_zero.verdict == "TOO_FAR"
 
     to_zero = oracle_row(W, zero, storage="fp64", ks=(8,))
     assert_null(to_zero, [*ratios, "tuned.k99", "tuned.signal_rank"], "NOT_APPLICABLE")
@@ -736,7 +736,6 @@ def test_sampled_nulls_are_seeded_and_know_their_error():
         assert error > 0
     shrinkage = np.mean([few[key][1] / many[key][1] for key in few])
     assert shrinkage == pytest.approx(math.sqrt(10), rel=0.3)
-    assert oracle_row(base, tuned, storage="bf16").sampled_nulls == {}
     with pytest.raises(ValueError, match="simulate"):
         oracle_row(base, tuned, storage="bf16", simulate=1)
 

@@ -67,11 +67,12 @@ def checked(W: Tensor, rank: int, *, zero: bool = False) -> float:
             f"rank {rank} does not fit a {m}×{n} matrix, whose rank is at most {min(m, n)}; "
             "use a smaller `rank`, or leave the matrix out with `exclude`"
         )
+    if bad := W.numel() - int(torch.isfinite(W).sum()):
+        raise NumericsError(
+            f"{bad} of {W.numel()} entries are NaN or infinite in a {m}×{n} matrix; repair the "
+            "checkpoint, or `exclude` it"
+        )
     norm = float(Operand(W[None]).norm())
-    if norm == float("inf") or norm != norm:
-        bad = W.numel() - int(torch.isfinite(W).sum())
-        found = f"{bad} of {W.numel()} entries are NaN or infinite" if bad else "its norm overflows"
-        raise NumericsError(f"{found} in a {m}×{n} matrix; repair the checkpoint, or `exclude` it")
     if norm == 0 and not zero:
         raise NumericsError(
             f"every entry of a {m}×{n} matrix is zero, so it has no directions to start from; "

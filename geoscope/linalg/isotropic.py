@@ -56,7 +56,9 @@ def isotropic_spread(base: Side, tuned: Side, rms: float) -> float:
     ends = [math.log(rms)]
     while excess(ends[-1]) * excess(ends[0]) > 0 and len(ends) < _STEPS:
         ends.append(ends[-1] - 0.6 * max(-5.0, min(excess(ends[-1]), 5.0)))
-    found = brentq(excess, ends[-2], ends[-1], xtol=_PRECISION) if len(ends) > 1 else ends[0]
+    if len(ends) == 1 or excess(ends[-1]) * excess(ends[0]) > 0:
+        return rms  # right already, or so few entries moved that no isotropic update explains them
+    found = brentq(excess, ends[-2], ends[-1], xtol=_PRECISION)
     return math.exp(found)  # pyright: ignore[reportArgumentType]
 
 

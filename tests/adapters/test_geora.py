@@ -222,11 +222,10 @@ def test_an_ill_conditioned_subspace_is_noted() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e25])
-def test_extreme_sizes_fall_back_and_agree(size: float) -> None:
-    """fp32 Gram matrices under- and overflow; the answer does not change."""
+def test_extreme_sizes_agree(size: float) -> None:
+    """fp32 Gram matrices would under- and overflow; the answer does not change."""
     W = realistic(600, 520)
     found, plain = geora(size * W, 6), geora(W, 6)
-    assert found.method["masked"]["fallback"] is not None
     assert plain.method["masked"]["fallback"] is None
     assert_close(product(found) / size, product(plain), 1e-6)
     assert found.facts["density_union"] == plain.facts["density_union"]

@@ -200,6 +200,6 @@ def test_bases_that_are_none_of_the_run(tmp_path: Path) -> None:
     for path in other.base.glob("*.safetensors"):
         save_file({k: v[:8].contiguous() for k, v in load_file(path).items()}, path)
     done = command("trajectory", series, "--base", other.base)
-    assert done.code == 1 and "give the model that the adapters were trained on" in done.err
+    assert done.code == 1 and "give the model that it was trained on" in done.err
     for words in (("--scalar-r2", "all"),):
         assert command("trajectory", series, *words).code == 2

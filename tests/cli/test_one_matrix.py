@@ -320,7 +320,7 @@ def test_a_conversion_is_refused_whole_with_the_module(
 ) -> None:
     broken(LINALG)
     initial, trained = (made["loras"] / f"checkpoint-{t}" for t in (1, 2))
-    words = ("convert-adapter", initial, trained, "--rank", "2", "--base", made["base"])
+    words = ("convert-adapter", initial, trained, "--rank", "2", "--base", made["base"], "--force")
     refused = run(*words, "-o", tmp_path / "out")
     assert refused.code == 1
     assert f"geoscope: {PATH}: linalg.eigh" in refused.err

@@ -412,6 +412,8 @@ def test_every_null_is_looked_at() -> None:
         "update_sparsity_abs", "update_sparsity_exact",
         # of a flat spectrum of the adapter's rank (test_capacity); a full update has none
         "effective_rank_share", "entropy_rank_share", "k90_share", "k99_share", "tail_ratio",
+        # of unrelated weights, and not of an isotropic update (test_distance)
+        "base_cosine", "base_share", "energy_of_base",
     }  # fmt: skip
     assert named | apart == {one.id.partition("@")[0] for one in METRICS if one.null is not None}
 

@@ -89,8 +89,8 @@ AMPLITUDE = {
 ANGLES = {f"angle_{side}_{kind}@k" for side in ("left", "right") for kind in ("mean", "max")}
 NONE = {
     "relative_update", "precision_ratio", "update_sparsity", "update_sparsity_abs",
-    "update_sparsity_exact", "frobenius_norm", "signal_rank", "gap@k", "rank_ratio",
-    "stable_rank_ratio", "nominal_rank",
+    "update_sparsity_exact", "frobenius_norm", "signal_rank", "rank_ratio",
+    "stable_rank_ratio", "nominal_rank", "base_cosine", "base_share", "energy_of_base@k",
     *(f"mask_{kind}_{mask}" for kind in ("overlap", "lift", "density") for mask in
       ("low", "principal", "control")),
 }  # fmt: skip
@@ -106,6 +106,7 @@ def test_every_metric_is_in_the_class_of_methods() -> None:
         "amplitude": AMPLITUDE,
         "angle": ANGLES,
         "edge": {"suggested_rank"},
+        "gap": {"gap@k"},
         None: NONE,
     }
 
@@ -405,7 +406,7 @@ def test_every_status_follows_from_the_noise_ratio_and_the_class(rho: float) -> 
     found, without = stored_small(rho), stored_small(rho, wide=True)
     nu, spread = number(found, "precision_ratio"), number(without, "update.participation_ratio")
     for one in COMPARED:
-        if without.values[one.id] is None or one.floor == "angle":
+        if without.values[one.id] is None or one.floor in ("angle", "gap"):
             continue
         expected = OK if one.floor is None else floor_status(one.floor, nu, spread, 80)
         assert found.status.get(one.id, OK) is expected, one.id

@@ -126,7 +126,9 @@ def test_bf16_hides_all_four_at_one_in_a_thousand(base: str, kind: str) -> None:
 
 def test_a_rotation_that_turns_the_leading_directions_far_distorts() -> None:
     base = with_spectrum(128, 128, torch.cat([torch.full((16,), 3.0), torch.ones(112)]), seed=4)
-    _, one = judged(base.float(), turned(base, 1.2).float())
+    found, one = judged(base.float(), turned(base, 1.2).float())
+    assert one.code == "TOO_FAR"  # which stands before it
+    one = judge(found, 16, {"too_far.cosine": -1.0})
     assert one.code == "SPECTRUM_DISTORTED"
     assert one.clause.startswith("mean angle")
 
@@ -159,6 +161,9 @@ def test_the_last_triplets_are_off_principal_though_they_move_singular_values() 
 ORDINARY = {
     "relative_update": 1e-3,
     "precision_ratio": 0.01,
+    "base_cosine": 1.0,
+    "base_share": 2.5e-7,
+    f"energy_of_base@{K}": 1e-7,
     "update.stable_rank": 30.0,
     "update.top_share@1": 0.03,
     f"energy_right@{K}": 0.06,

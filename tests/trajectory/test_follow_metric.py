@@ -65,7 +65,7 @@ def test_a_curve_is_taken_by_name(series: Series, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [(None, "holds 2 curves.*--metric: loss, reward"), ("kl", "no curve 'kl'.*loss, reward")],
+    [(None, "holds 2 curves.*`metric`: loss, reward"), ("kl", "no curve 'kl'.*loss, reward")],
 )
 def test_a_curve_that_is_not_clear_is_an_error_with_the_names(
     series: Series, tmp_path: Path, name: str | None, said: str
