@@ -31,7 +31,7 @@ NAMES = [
 TALL = "model.layers.1.mlp.up_proj.weight"
 PATH = TALL.removesuffix(".weight")
 TOLD = "linalg.eigh: failed to converge (error code: 2)"
-LINALG = torch._C._LinAlgError(f"{TOLD}.\nC++ frames")  # torch.linalg.LinAlgError
+LINALG = vars(torch.linalg)["LinAlgError"](f"{TOLD}.\nC++ frames")
 ERRORS = {
     TOLD: LINALG,
     "kernel launch failed": RuntimeError("kernel launch failed"),
