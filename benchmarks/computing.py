@@ -16,8 +16,9 @@ from geoscope.__main__ import steer_process
 
 steer_process()  # before torch is imported, as the command does
 
-from geoscope.analysis import Options, compare  # noqa: E402
 from geoscope.profile import Profile, profiling  # noqa: E402
+from geoscope.verbs.options import Options  # noqa: E402
+from geoscope.verbs.pairs.compare import compare  # noqa: E402
 
 
 def main() -> None:

@@ -27,10 +27,11 @@ from agreement import KS, Check, factorise_checks, leading_checks, metric_checks
 from machine import child, facts, set_aside_variables
 from stacks import UPDATE_PAIR, Peaks, Stage, peaks, stages
 
-from geoscope.analysis import Options, compare
 from geoscope.metrics import METRICS, Measured, instances
 from geoscope.metrics.measure import verdict_dimension
 from geoscope.records import LayerRecord, Report
+from geoscope.verbs.options import Options
+from geoscope.verbs.pairs.compare import compare
 
 HERE = Path(__file__).resolve().parent
 

@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from synthetic import FAMILIES, weight
 from torch import Tensor
 
-from geoscope.analysis.follow import follow, measure_series
-from geoscope.analysis.follow_options import FollowOptions
-from geoscope.analysis.options import Progress
-from geoscope.analysis.series_tensors import Followed, open_followed
-from geoscope.analysis.trajectory_report import Trajectory
+from geoscope.verbs.options import Progress
+from geoscope.verbs.series.follow import follow, measure_series
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.report import Trajectory
+from geoscope.verbs.series.tensors import Followed, open_followed
 
 # Matrices of one layer that are followed, by family, and drift of size RHO·‖W_0‖ a step. Two of
 # each shape, so that two workers are busy, as they are on a whole model. Full SVDs of the MLP of an

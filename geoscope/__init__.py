@@ -17,17 +17,18 @@ from geoscope._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from geoscope.adapters import LoraFactors, geora
-    from geoscope.analysis import Interrupted, Options, Progress, compare
-    from geoscope.analysis.follow import follow
-    from geoscope.analysis.follow_options import FollowOptions
-    from geoscope.analysis.init_options import InitOptions
-    from geoscope.analysis.initialise import initialise
-    from geoscope.analysis.verify_adapter import verify_adapter
     from geoscope.errors import GeoscopeError
     from geoscope.metrics import METRICS
     from geoscope.records import LayerRecord, Report, Status
     from geoscope.report import read as read_report
     from geoscope.report import write as write_report
+    from geoscope.verbs.adapters.initialise import initialise
+    from geoscope.verbs.adapters.options import InitOptions
+    from geoscope.verbs.adapters.verify import verify_adapter
+    from geoscope.verbs.options import Interrupted, Options, Progress
+    from geoscope.verbs.pairs.compare import compare
+    from geoscope.verbs.series.follow import follow
+    from geoscope.verbs.series.options import FollowOptions
 
 __all__ = [
     "METRICS",
@@ -53,22 +54,22 @@ __all__ = [
 # public name → where it lives
 _HOMES = {
     "METRICS": ("geoscope.metrics", "METRICS"),
-    "FollowOptions": ("geoscope.analysis.follow_options", "FollowOptions"),
+    "FollowOptions": ("geoscope.verbs.series.options", "FollowOptions"),
     "GeoscopeError": ("geoscope.errors", "GeoscopeError"),
-    "InitOptions": ("geoscope.analysis.init_options", "InitOptions"),
-    "Interrupted": ("geoscope.analysis", "Interrupted"),
+    "InitOptions": ("geoscope.verbs.adapters.options", "InitOptions"),
+    "Interrupted": ("geoscope.verbs.options", "Interrupted"),
     "LayerRecord": ("geoscope.records", "LayerRecord"),
     "LoraFactors": ("geoscope.adapters", "LoraFactors"),
-    "Options": ("geoscope.analysis", "Options"),
-    "Progress": ("geoscope.analysis", "Progress"),
+    "Options": ("geoscope.verbs.options", "Options"),
+    "Progress": ("geoscope.verbs.options", "Progress"),
     "Report": ("geoscope.records", "Report"),
     "Status": ("geoscope.records", "Status"),
-    "compare": ("geoscope.analysis", "compare"),
-    "follow": ("geoscope.analysis.follow", "follow"),
+    "compare": ("geoscope.verbs.pairs.compare", "compare"),
+    "follow": ("geoscope.verbs.series.follow", "follow"),
     "geora": ("geoscope.adapters", "geora"),
-    "initialise": ("geoscope.analysis.initialise", "initialise"),
+    "initialise": ("geoscope.verbs.adapters.initialise", "initialise"),
     "read_report": ("geoscope.report", "read"),
-    "verify_adapter": ("geoscope.analysis.verify_adapter", "verify_adapter"),
+    "verify_adapter": ("geoscope.verbs.adapters.verify", "verify_adapter"),
     "write_report": ("geoscope.report", "write"),
 }
 

@@ -76,7 +76,7 @@ def _by_the_route_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("geoscope.linalg.svd_leading", "geoscope.metrics.factors"):
         monkeypatch.setattr(sys.modules[module], "factorise", factorise)
     monkeypatch.setattr(svd_leading, "_leading", as_stack)
-    monkeypatch.setattr(sys.modules["geoscope.analysis.prepare"], "plan", in_stacks)
+    monkeypatch.setattr(sys.modules["geoscope.verbs.pairs.prepare"], "plan", in_stacks)
 
 
 def report(models: tuple[Path, Path], options: Options, device: str) -> Report:

@@ -17,12 +17,12 @@ from cli.running import run, write_pair
 from matrices import save_model
 
 import geoscope
-from geoscope.analysis.convert_adapter import convert_adapter
-from geoscope.analysis.extrapolate import extrapolate
 from geoscope.cli import app
 from geoscope.cli.wording import in_options, option_names
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection
+from geoscope.verbs.adapters.convert import convert_adapter
+from geoscope.verbs.series.extrapolate import extrapolate
 
 PACKAGE = Path(geoscope.__file__).parent
 

@@ -15,9 +15,9 @@ from geoscope.cli import options as opt
 from geoscope.cli import output
 
 if TYPE_CHECKING:
-    from geoscope.analysis.init_options import InitOptions
-    from geoscope.analysis.initialise import Initialised
-    from geoscope.analysis.verify_adapter import Check, Verification
+    from geoscope.verbs.adapters.initialise import Initialised
+    from geoscope.verbs.adapters.options import InitOptions
+    from geoscope.verbs.adapters.verify import Check, Verification
 
 __all__ = ["convert_adapter", "init_adapter", "verify_adapter"]
 
@@ -124,7 +124,7 @@ def init_adapter(
     **options: Any,
 ) -> None:
     """GeoRA, PiSSA, MiLoRA, OLoRA or LoRA initial weights."""
-    from geoscope.analysis.initialise import default_output, initialise
+    from geoscope.verbs.adapters.initialise import default_output, initialise
 
     chosen = _options(options)
     given = _model(model)
@@ -151,14 +151,14 @@ def _model(given: str | None) -> str:
     """MODEL, or the current folder where it holds one."""
     if given is not None:
         return given
-    from geoscope.analysis.initialise import model_here
+    from geoscope.verbs.adapters.initialise import model_here
 
     return model_here()
 
 
 def _options(options: dict[str, Any]) -> InitOptions:
-    from geoscope.analysis.init_options import InitOptions
     from geoscope.names import parse_layers
+    from geoscope.verbs.adapters.options import InitOptions
 
     same = (
         *("method", "rank", "alpha", "rho", "spec_rank", "scale_convention", "layout"),
@@ -247,7 +247,7 @@ def verify_adapter(
     **options: Any,
 ) -> None:
     """Is an adapter folder what it says it is?"""
-    from geoscope.analysis.verify_adapter import verify_adapter as verify
+    from geoscope.verbs.adapters.verify import verify_adapter as verify
 
     with output.matrices(quiet=options["quiet"]) as progress:
         found = verify(
@@ -317,10 +317,10 @@ def convert_adapter(
     **options: Any,
 ) -> None:
     """A trained adapter as a plain LoRA on its original base."""
-    from geoscope.analysis.adapter_output import write_conversion
-    from geoscope.analysis.convert_adapter import convert_adapter as convert
-    from geoscope.analysis.convert_adapter import discarded_share
     from geoscope.report.numbers import number
+    from geoscope.verbs.adapters.convert import convert_adapter as convert
+    from geoscope.verbs.adapters.convert import discarded_share
+    from geoscope.verbs.adapters.output import write_conversion
 
     conversion = convert(
         initial,

@@ -26,8 +26,8 @@ def results_folder() -> Path:
 @app.command("list")
 def show() -> None:
     """Where results and tensors are kept, how many, and their size."""
-    from geoscope.checkpoints.hub.range_cache import kept_tensors, tensors_folder
     from geoscope.engine.cache import ResultCache
+    from geoscope.sources.hub.range_cache import kept_tensors, tensors_folder
 
     cache = ResultCache(results_folder())
     for folder, what, files in (
@@ -41,8 +41,8 @@ def show() -> None:
 @app.command()
 def clear() -> None:
     """Remove every kept result and tensor."""
-    from geoscope.checkpoints.hub.range_cache import clear_tensors, tensors_folder
     from geoscope.engine.cache import ResultCache
+    from geoscope.sources.hub.range_cache import clear_tensors, tensors_folder
 
     cache = ResultCache(results_folder())
     output.data(f"removed {cache.clear()} results from {cache.folder}")

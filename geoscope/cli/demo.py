@@ -22,9 +22,9 @@ def demo(
     **options: Any,
 ) -> None:
     """The five-minute tour, on a small real run."""
-    from geoscope.analysis import compare
     from geoscope.demo import unpack
     from geoscope.demo.story import story
+    from geoscope.verbs.pairs.compare import compare
 
     quiet = options["quiet"]
     fresh = unpack(folder)

@@ -20,7 +20,8 @@ from geoscope.records import Report
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from geoscope.analysis import Prepared, Progress
+    from geoscope.verbs.options import Progress
+    from geoscope.verbs.pairs.prepare import Prepared
 
 __all__ = [
     "check_outputs",
@@ -184,7 +185,7 @@ def _colour() -> bool:
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Progress]:
     """A progress bar with the time left, on a terminal only; elsewhere one line a model."""
-    from geoscope.analysis import Progress
+    from geoscope.verbs.options import Progress
 
     noted: set[str] = set()
 
@@ -230,7 +231,7 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 @contextmanager
 def matrices(*, quiet: bool) -> Iterator[Progress]:
     """A progress bar over matrices, on a terminal only; elsewhere what is to be fetched."""
-    from geoscope.analysis import Progress
+    from geoscope.verbs.options import Progress
 
     def fetching(nbytes: int, free: int) -> None:
         say(_fetching(nbytes, free), quiet=quiet)

@@ -16,8 +16,8 @@ from geoscope.errors import OptionError, first_names
 from geoscope.profile import Profile, profiling, stage
 
 if TYPE_CHECKING:
-    from geoscope.analysis import Options
     from geoscope.records import Report
+    from geoscope.verbs.options import Options
 
 __all__ = ["alignment", "anisotropy", "capacity", "collapse", "compare", "inspect"]
 
@@ -149,7 +149,7 @@ def inspect(
     **options: Any,
 ) -> None:
     """Tensors, pairing and plan, from headers alone."""
-    from geoscope.analysis import Options
+    from geoscope.verbs.options import Options
 
     chosen = Options(**_selection(options), device="cpu")
     _survey(model, tuned, chosen, options)
@@ -157,8 +157,9 @@ def inspect(
 
 def _run(kind: str, base: str | None, tuned: list[str], options: dict[str, Any]) -> None:
     """One comparison, or without a base one adapter: refuse early, compute, show, exit."""
-    from geoscope.analysis import Interrupted, measure_adapter
-    from geoscope.analysis import compare as run
+    from geoscope.verbs.options import Interrupted
+    from geoscope.verbs.pairs.alone import measure_adapter
+    from geoscope.verbs.pairs.compare import compare as run
 
     chosen = _options(options)
     conditions = _conditions(kind, chosen, options.get("fail_on"))
@@ -221,8 +222,8 @@ def _exit_code(report: Report, conditions: tuple[Condition, ...], options: dict[
 
 
 def _conditions(kind: str, chosen: Options, text: str | None) -> tuple[Condition, ...]:
-    from geoscope.analysis import VERDICT_KINDS, ids_of
     from geoscope.metrics import CAPACITY_CODES, CODES
+    from geoscope.verbs.pairs.selection import VERDICT_KINDS, ids_of
 
     codes = () if kind not in VERDICT_KINDS else CAPACITY_CODES if kind == "capacity" else CODES
     return parse_fail_on(text, kind=kind, codes=codes, ids=ids_of(kind, chosen))
@@ -230,8 +231,9 @@ def _conditions(kind: str, chosen: Options, text: str | None) -> tuple[Condition
 
 def _survey(base: str | None, tuned: str | None, chosen: Options, options: dict[str, Any]) -> None:
     """Headers, pairing and plan on standard output."""
-    from geoscope.analysis import prepare, prepare_alone, survey
     from geoscope.report.survey import render_survey
+    from geoscope.verbs.pairs.alone import prepare_alone
+    from geoscope.verbs.pairs.prepare import prepare, survey
 
     if base is None:
         assert tuned is not None
@@ -260,7 +262,7 @@ def _selection(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(options: dict[str, Any]) -> Options:
-    from geoscope.analysis import Options
+    from geoscope.verbs.options import Options
 
     same = ("device", "dtype", "solver", "max_memory", "jobs", "seed")
     return Options(

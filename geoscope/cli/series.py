@@ -15,7 +15,7 @@ from geoscope.cli.fail_on import holding, parse_fail_on
 from geoscope.errors import OptionError, first_names
 
 if TYPE_CHECKING:
-    from geoscope.analysis.follow_options import FollowOptions
+    from geoscope.verbs.series.options import FollowOptions
 
 __all__ = ["extrapolate", "trajectory"]
 
@@ -94,8 +94,8 @@ _TRAJECTORY: dict[str, opt.Spec] = {
 @opt.with_options(_SERIES, _TRAJECTORY, _SHOW, opt.SELECT, opt.MAP_NAME, opt.FAIL_ON)
 def trajectory(points: Points, **options: Any) -> None:
     """Drift or diffusion? A run step by step, and how far it can be foretold."""
-    from geoscope.analysis.follow import follow
-    from geoscope.analysis.trajectory_report import CODES, IDS
+    from geoscope.verbs.series.follow import follow
+    from geoscope.verbs.series.report import CODES, IDS
 
     chosen = _options(options)
     conditions = parse_fail_on(options["fail_on"], kind="trajectory", codes=CODES, ids=IDS)
@@ -123,8 +123,8 @@ def trajectory(points: Points, **options: Any) -> None:
 
 
 def _options(options: dict[str, Any]) -> FollowOptions:
-    from geoscope.analysis.follow_options import FollowOptions
     from geoscope.names import parse_layers
+    from geoscope.verbs.series.options import FollowOptions
 
     return FollowOptions(
         base=options["base"],
@@ -195,8 +195,8 @@ def _options(options: dict[str, Any]) -> FollowOptions:
 )
 def extrapolate(points: Points, **options: Any) -> None:
     """Predicted weights of a later step, as far as held-out checkpoints justify them."""
-    from geoscope.analysis.extrapolate import extrapolate as run
     from geoscope.report.numbers import number
+    from geoscope.verbs.series.extrapolate import extrapolate as run
 
     chosen = _options({**options, "directions": True})
     with output.matrices(quiet=options["quiet"]) as progress:

@@ -13,9 +13,9 @@ import torch
 from adapters import tiny_models
 from torch import Tensor
 
-from geoscope.analysis.options import Options
-from geoscope.analysis.prepare import prepare
 from geoscope.records import LayerRecord, Report
+from geoscope.verbs.options import Options
+from geoscope.verbs.pairs.prepare import prepare
 
 with warnings.catch_warnings():  # of packages that it imports
     warnings.simplefilter("ignore")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import geoscope
 from geoscope.adapters.peft_names import dropped_names
-from geoscope.analysis.follow import follow
-from geoscope.analysis.follow_options import FollowOptions
-from geoscope.analysis.verify_adapter import verify_adapter
-from geoscope.checkpoints.peft.adapter import open_adapter
+from geoscope.peft.adapter import open_adapter
+from geoscope.verbs.adapters.verify import verify_adapter
+from geoscope.verbs.series.follow import follow
+from geoscope.verbs.series.options import FollowOptions
 
 FACTORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import geoscope
-from geoscope.analysis.verify_adapter import verify_adapter
-from geoscope.checkpoints.peft.adapter import open_adapter
 from geoscope.errors import CheckpointError, OptionError
+from geoscope.peft.adapter import open_adapter
+from geoscope.verbs.adapters.verify import verify_adapter
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PREFIX = "base_model.model."

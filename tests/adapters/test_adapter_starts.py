@@ -16,7 +16,7 @@ from cli.running import run
 from safetensors.torch import load_file, save_file
 
 import geoscope
-from geoscope.checkpoints import open_checkpoint
+from geoscope.sources.open import open_checkpoint
 
 OPTIONS = geoscope.Options(ks=(2, 4))
 NORM = "update.frobenius_norm"

@@ -31,15 +31,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geoscope.adapters.peft_config import adapter_config
-from geoscope.analysis.adapter_output import write_conversion
-from geoscope.analysis.convert_adapter import (
-    Conversion,
-    ModuleEnergy,
-    convert_adapter,
-    discarded_share,
-)
-from geoscope.analysis.verify_adapter import verify_adapter
-from geoscope.checkpoints.hashes import file_sha256
 from geoscope.errors import (
     CheckpointError,
     NumericsError,
@@ -47,6 +38,15 @@ from geoscope.errors import (
     PairingError,
     UnsupportedFormat,
 )
+from geoscope.formats.hashes import file_sha256
+from geoscope.verbs.adapters.convert import (
+    Conversion,
+    ModuleEnergy,
+    convert_adapter,
+    discarded_share,
+)
+from geoscope.verbs.adapters.output import write_conversion
+from geoscope.verbs.adapters.verify import verify_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning"),

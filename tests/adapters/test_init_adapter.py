@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from geoscope import report as reports
-from geoscope.analysis.init_options import InitOptions
-from geoscope.analysis.initialise import default_output, initialise
-from geoscope.analysis.verify_adapter import verify_adapter
 from geoscope.cli import app
 from geoscope.errors import CheckpointError, GeoscopeError, NumericsError, OptionError
+from geoscope.verbs.adapters.initialise import default_output, initialise
+from geoscope.verbs.adapters.options import InitOptions
+from geoscope.verbs.adapters.verify import verify_adapter
 
 MODELS = ("llama", "qwen2_tied", "gpt2", "qwen3_moe")
 LAYOUTS = ("residual", "mirror", "anchor")
@@ -322,7 +322,7 @@ def test_the_factors_on_their_way_count_for_the_disk(
     def measured(path: Path, needed: int, meanwhile: int) -> None:
         seen.update(needed=needed, meanwhile=meanwhile)
 
-    monkeypatch.setattr("geoscope.checkpoints.output_folder._refuse_full_disk", measured)
+    monkeypatch.setattr("geoscope.outputs.output_folder._refuse_full_disk", measured)
     for layout in LAYOUTS:
         out = tmp_path / layout
         initialise(str(models["llama"]), out, InitOptions(rank=2, layout=layout))

@@ -28,13 +28,13 @@ from geoscope.adapters.peft_names import (
     parameter_keys,
     stack_experts,
 )
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.checkpoint import Checkpoint
-from geoscope.checkpoints.output_folder import OutputFolder, travelling_files
-from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
-from geoscope.checkpoints.scope import MATRIX, Scope
-from geoscope.checkpoints.writing import plan_model, write_model
+from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.scope import MATRIX, Scope
 from geoscope.names import Selection
+from geoscope.outputs.model_folder import plan_model, write_model
+from geoscope.outputs.output_folder import OutputFolder, travelling_files
+from geoscope.sources.open import open_checkpoint
 
 with warnings.catch_warnings():  # of packages that peft imports
     warnings.simplefilter("ignore")

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geoscope.adapters.peft_names import lora_keys
-from geoscope.analysis.adapter_output import write_conversion
-from geoscope.analysis.convert_adapter import convert_adapter, discarded_share
-from geoscope.analysis.init_options import InitOptions
-from geoscope.analysis.initialise import initialise
-from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
+from geoscope.formats.hashes import file_sha256, tensor_sha256
+from geoscope.verbs.adapters.convert import convert_adapter, discarded_share
+from geoscope.verbs.adapters.initialise import initialise
+from geoscope.verbs.adapters.options import InitOptions
+from geoscope.verbs.adapters.output import write_conversion
 
 with warnings.catch_warnings():  # of packages that these import
     warnings.simplefilter("ignore")

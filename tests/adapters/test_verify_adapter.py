@@ -29,9 +29,9 @@ from adapters.trained import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from geoscope.analysis.convert_adapter import convert_adapter
-from geoscope.analysis.verify_adapter import Check, Verification, verify_adapter
 from geoscope.errors import CheckpointNotFound, OptionError
+from geoscope.verbs.adapters.convert import convert_adapter
+from geoscope.verbs.adapters.verify import Check, Verification, verify_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:FutureWarning"),

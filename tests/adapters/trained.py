@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geoscope.adapters.peft_config import adapter_config
-from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
+from geoscope.formats.hashes import file_sha256, tensor_sha256
 
 with warnings.catch_warnings():  # of packages that peft imports
     warnings.simplefilter("ignore")

@@ -11,9 +11,9 @@ import torch
 from analysis_series.runs import GPT2, LLAMA, Run, stored
 from safetensors.torch import load_file, save_file
 
-from geoscope.analysis.extrapolate import Extrapolation, extrapolate, methods
-from geoscope.analysis.follow_options import FollowOptions
 from geoscope.errors import CheckpointError, OptionError
+from geoscope.verbs.series.extrapolate import Extrapolation, extrapolate, methods
+from geoscope.verbs.series.options import FollowOptions
 
 STEPS = (0, 10, 20, 30, 50, 60, 100)
 TARGET = 130

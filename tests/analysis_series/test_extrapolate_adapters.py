@@ -14,9 +14,9 @@ from cli.running import run as command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from geoscope.analysis.extrapolate import extrapolate
-from geoscope.analysis.follow_options import FollowOptions
 from geoscope.errors import OptionError, PairingError
+from geoscope.verbs.series.extrapolate import extrapolate
+from geoscope.verbs.series.options import FollowOptions
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"

@@ -10,8 +10,8 @@ import torch
 from adapters import tiny_models
 from safetensors.torch import load_file, save_file
 
-from geoscope.analysis.extrapolate import extrapolate
-from geoscope.analysis.follow_options import FollowOptions
+from geoscope.verbs.series.extrapolate import extrapolate
+from geoscope.verbs.series.options import FollowOptions
 
 STEPS = (10, 20, 30, 40, 60)
 

@@ -9,12 +9,12 @@ from matrices import gaussian, save_model, updated
 from torch import Tensor
 
 from geoscope import compare
-from geoscope.analysis.extrapolate import extrapolate
-from geoscope.analysis.follow import follow
-from geoscope.analysis.follow_options import FollowOptions
 from geoscope.errors import OptionError
 from geoscope.records import Report
 from geoscope.report.text import render_text
+from geoscope.verbs.series.extrapolate import extrapolate
+from geoscope.verbs.series.follow import follow
+from geoscope.verbs.series.options import FollowOptions
 
 NAMES = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
 STEPS = (10, 20, 30, 40)

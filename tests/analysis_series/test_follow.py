@@ -13,13 +13,13 @@ import torch
 from analysis_series.runs import GPT2, LLAMA, Run, lora_run, same_numbers, steps_of
 from safetensors.torch import load_file, save_file
 
-from geoscope.analysis.follow import follow
-from geoscope.analysis.follow_options import FollowOptions
 from geoscope.errors import NumericsError, OptionError, UnsupportedFormat
 from geoscope.records import Report
 from geoscope.trajectory.backtest import backtest
 from geoscope.trajectory.extrapolators import extrapolator
 from geoscope.trajectory.increments import Increments
+from geoscope.verbs.series.follow import follow
+from geoscope.verbs.series.options import FollowOptions
 
 Q, DOWN = list(LLAMA)[:2]
 IRREGULAR = (0, 5, 10, 40, 50, 120, 300, 1000)

@@ -13,12 +13,12 @@ from matrices import gaussian, save_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from geoscope.analysis.extrapolate import extrapolate
-from geoscope.analysis.follow import follow
-from geoscope.analysis.follow_options import FollowOptions
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.split import split
 from geoscope.errors import UnsupportedFormat
+from geoscope.models.split import split
+from geoscope.sources.open import open_checkpoint
+from geoscope.verbs.series.extrapolate import extrapolate
+from geoscope.verbs.series.follow import follow
+from geoscope.verbs.series.options import FollowOptions
 
 Weights = dict[str, Tensor]
 QKV = "model.layers.0.self_attn.qkv_proj.weight"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from analysis_series.runs import Run, lora_run, steps_of
 
-from geoscope.analysis.follow import follow
-from geoscope.analysis.follow_options import FollowOptions
-from geoscope.analysis.series_traps import series_traps
 from geoscope.trajectory.increments import Increments
+from geoscope.verbs.series.follow import follow
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.traps import series_traps
 
 STEPS = (0, 10, 20, 30, 40, 50)
 

@@ -12,14 +12,14 @@ import torch
 from matrices import gaussian, save_model
 from safetensors.torch import load_file
 
-from geoscope.analysis.extrapolate import extrapolate
-from geoscope.analysis.follow import measure_series
-from geoscope.analysis.follow_options import FollowOptions
-from geoscope.analysis.next_series import next_forecast, origins_of
-from geoscope.analysis.options import Progress
-from geoscope.analysis.series_tensors import Followed, open_followed
-from geoscope.analysis.trajectory_report import Trajectory
 from geoscope.errors import OptionError, Stopped
+from geoscope.verbs.options import Progress
+from geoscope.verbs.series.extrapolate import extrapolate
+from geoscope.verbs.series.follow import measure_series
+from geoscope.verbs.series.next_series import next_forecast, origins_of
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.report import Trajectory
+from geoscope.verbs.series.tensors import Followed, open_followed
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 

@@ -13,11 +13,11 @@ from analysis_series.runs import Run, lora_run, same_numbers
 from matrices import save_model
 from safetensors.torch import load_file, save_file
 
-from geoscope.analysis.extrapolate import extrapolate
-from geoscope.analysis.follow import follow
-from geoscope.analysis.follow_options import FollowOptions
 from geoscope.errors import OptionError
 from geoscope.records import Report
+from geoscope.verbs.series.extrapolate import extrapolate
+from geoscope.verbs.series.follow import follow
+from geoscope.verbs.series.options import FollowOptions
 
 STEPS = (0, 10, 20, 30, 40)
 

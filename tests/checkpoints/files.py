@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from geoscope.checkpoints import Checkpoint, open_checkpoint
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.sources.open import open_checkpoint
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
 

@@ -15,9 +15,11 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from geoscope.checkpoints import Checkpoint, disk, open_checkpoint
-from geoscope.checkpoints.hub import ranges
 from geoscope.errors import GeoscopeError
+from geoscope.formats import disk
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.sources.hub import ranges
+from geoscope.sources.open import open_checkpoint
 
 
 def main(reference: str, wanted: str, how: str) -> dict[str, Any]:

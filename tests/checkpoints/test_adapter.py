@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from geoscope.checkpoints.hashes import file_sha256, tensor_sha256
-from geoscope.checkpoints.peft.adapter import open_adapter
-from geoscope.checkpoints.peft.folder import adapter_folder, record_beside
-from geoscope.checkpoints.peft.lora import is_targeted, stacked, unstacked
-from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat
+from geoscope.formats.hashes import file_sha256, tensor_sha256
+from geoscope.formats.safetensors_file import SafetensorsFile
+from geoscope.peft.adapter import open_adapter
+from geoscope.peft.folder import adapter_folder, record_beside
+from geoscope.peft.lora import is_targeted, stacked, unstacked
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.v_proj"
 CONFIG = {

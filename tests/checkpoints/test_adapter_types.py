@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints.peft_adapters import infos, merged, peft, quietly
-from geoscope.checkpoints.peft.adapter import Adapter, open_adapter
-from geoscope.checkpoints.step_folder import open_step_folder
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError, UnsupportedFormat
+from geoscope.peft.adapter import Adapter, open_adapter
+from geoscope.sources.step_folder import open_step_folder
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}

@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.files import assert_equal_bits, write_config, write_model, write_sharded
-from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
-from geoscope.checkpoints.block_fp8 import spacings
-from geoscope.checkpoints.disk import Room
-from geoscope.checkpoints.split import split
 from geoscope.errors import UnsupportedFormat
+from geoscope.formats.block_fp8 import spacings
+from geoscope.formats.disk import Room
 from geoscope.linalg.storage import FP8
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.pairing import pair
+from geoscope.models.split import split
 from geoscope.names import Selection
+from geoscope.sources.open import open_checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geoscope.checkpoints.hub.byte_ranges import Piece, Run, Span, runs
-from geoscope.checkpoints.hub.range_cache import RangeCache
+from geoscope.sources.hub.byte_ranges import Piece, Run, Span, runs
+from geoscope.sources.hub.range_cache import RangeCache
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 400)), max_size=30)
 

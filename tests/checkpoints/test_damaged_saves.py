@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from checkpoints.files import assert_equal_bits, llama, write_config, write_model
 from checkpoints.test_series import Q
-from geoscope.checkpoints import open_checkpoint, pair
-from geoscope.checkpoints.prefixes import joining_rule
-from geoscope.checkpoints.series import open_series
 from geoscope.errors import CheckpointError, PairingError
+from geoscope.models.pairing import pair
+from geoscope.models.prefixes import joining_rule
 from geoscope.names import NameMap, Selection
+from geoscope.sources.open import open_checkpoint
+from geoscope.sources.series import open_series
 
 WEIGHT = f"{Q}.weight"
 UNGATHERED = (

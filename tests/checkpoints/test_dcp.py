@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from checkpoints.files import Exploit, assert_equal_bits
 from checkpoints.test_fsdp_shards import assert_reads, refusal
 from checkpoints.write_shards import CONFIG, SHAPES, stack, whole
-from geoscope.checkpoints import open_checkpoint
 from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.sources.open import open_checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 HUGE = 1 << 62
@@ -123,7 +123,7 @@ def test_a_tensor_costs_its_own_memory(tmp_path: Path) -> None:
         save({"layers.0.up.weight": big}, checkpoint_id=tmp_path / "big", no_dist=True)
     code = (
         "import resource, sys, torch\n"
-        "from geoscope.checkpoints import open_checkpoint\n"
+        "from geoscope.sources.open import open_checkpoint\n"
         "checkpoint = open_checkpoint(sys.argv[1])\n"
         "buffer = torch.ones(96 << 20, dtype=torch.uint8)\n"
         "name = 'layers.0.up.weight'\n"

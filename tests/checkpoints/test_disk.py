@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from geoscope.checkpoints.disk import check_room, free_bytes, in_units
 from geoscope.errors import CheckpointError
+from geoscope.formats.disk import check_room, free_bytes, in_units
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from checkpoints.files import (
     write_sharded,
     zeros,
 )
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.reference import HubReference, base_and_adapter, parse_reference
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError
+from geoscope.sources.open import open_checkpoint
+from geoscope.sources.reference import HubReference, base_and_adapter, parse_reference
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -459,7 +459,8 @@ import json, socket, sys
 def refuse(*args, **kwargs):
     raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
-from geoscope.checkpoints import open_checkpoint, pair
+from geoscope.models.pairing import pair
+from geoscope.sources.open import open_checkpoint
 from geoscope.names import Selection
 one = open_checkpoint(sys.argv[1])
 pairing = pair(one, one, Selection())

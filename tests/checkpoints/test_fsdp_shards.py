@@ -16,10 +16,12 @@ import torch
 
 from checkpoints.files import Exploit, assert_equal_bits, write_model
 from checkpoints.write_shards import CONFIG, SHAPES, Q, lora, stack, whole
-from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
-from geoscope.checkpoints.shards.folder import open_shard_adapter, open_shard_base
 from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.pairing import pair
 from geoscope.names import Selection
+from geoscope.sources.open import open_checkpoint
+from geoscope.sources.shard_folder import open_shard_adapter, open_shard_base
 
 UP = "model.layers.0.mlp.up_proj.weight"
 MERGER = "Run `python -m verl.model_merger merge --backend fsdp --local_dir {} --target_dir OUT`"
@@ -159,7 +161,7 @@ def test_a_checkpoint_of_shards_travels_to_another_process(shards: Path) -> None
 def test_mappings_are_renewed_and_the_numbers_stay(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geoscope.checkpoints.shards import fsdp
+    from geoscope.formats import fsdp
 
     checkpoint = open_checkpoint(str(actor(shards)))
     loads: list[Path] = []
@@ -186,7 +188,8 @@ def test_shards_pair_with_the_model_folder_they_came_from(shards: Path, tmp_path
 
 def test_no_word_about_process_groups_reaches_the_user(shards: Path) -> None:
     code = (
-        "import sys; from geoscope.checkpoints import open_checkpoint; open_checkpoint(sys.argv[1])"
+        "import sys; from geoscope.sources.open import open_checkpoint; "
+        "open_checkpoint(sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(shards / "grid")],
@@ -213,7 +216,7 @@ def test_mapped_files_do_not_fill_the_memory(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from geoscope.checkpoints import open_checkpoint\n"
+        "from geoscope.sources.open import open_checkpoint\n"
         "def held():\n"
         "    lines = Path('/proc/self/status').read_text().splitlines()\n"
         "    return next(int(one.split()[1]) for one in lines if one.startswith('VmRSS'))\n"
@@ -371,7 +374,7 @@ def test_one_rank_alone_is_no_file_of_weights(shards: Path, tmp_path: Path, impo
     shutil.copy(actor(shards) / rank_file(0), path)
     code = "import torch.distributed.tensor\n" if imported else ""
     code += (
-        "import sys\nfrom geoscope.checkpoints import open_checkpoint\n"
+        "import sys\nfrom geoscope.sources.open import open_checkpoint\n"
         "try: open_checkpoint(sys.argv[1])\nexcept Exception as error: print(error)\n"
     )
     done = subprocess.run(

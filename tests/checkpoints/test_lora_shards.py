@@ -12,11 +12,11 @@ import pytest
 from cli.running import run as run_command
 
 from checkpoints.files import assert_equal_bits
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.peft.adapter import open_adapter
-from geoscope.checkpoints.series import open_series
-from geoscope.checkpoints.shards.folder import open_shard_adapter, open_shard_base
-from geoscope.checkpoints.shards.names import lora_names, trained_biases
+from geoscope.formats.shard_names import lora_names, trained_biases
+from geoscope.peft.adapter import open_adapter
+from geoscope.sources.open import open_checkpoint
+from geoscope.sources.series import open_series
+from geoscope.sources.shard_folder import open_shard_adapter, open_shard_base
 
 WRITER = Path(__file__).with_name("write_lora_shards.py")
 

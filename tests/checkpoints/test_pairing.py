@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from checkpoints.files import llama, model_of, write_model, zeros
-from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
 from geoscope.errors import PairingError
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.pairing import pair
 from geoscope.names import NameMap, Selection
 from geoscope.records import Pairing, Rename, ShapeMismatch, Skipped
+from geoscope.sources.open import open_checkpoint
 
 ALL = Selection()
 REACH = "outside the default scope; --include reaches it"

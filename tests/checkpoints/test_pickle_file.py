@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from checkpoints.files import Exploit, assert_equal_bits, llama, write_config, write_index
-from geoscope.checkpoints import open_checkpoint
 from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.sources.open import open_checkpoint
 
 
 def test_a_single_file_reads_back_equal_with_and_without_a_buffer(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from geoscope.checkpoints.shards.pieces import Piece, Pieced, flaw, read_part, read_whole
+from geoscope.formats.pieces import Piece, Pieced, flaw, read_part, read_whole
 
 SHAPES = [(), (1,), (7,), (5, 4), (1, 9), (6, 1), (4, 3, 5), (3, 2, 2, 3)]
 

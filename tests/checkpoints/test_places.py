@@ -13,10 +13,10 @@ from checkpoints.files import assert_equal_bits, llama, write_config, write_mode
 from checkpoints.test_fsdp_shards import assert_reads
 from checkpoints.test_series import Q, adapter
 from checkpoints.write_shards import CONFIG, whole
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.places import Kind, Place, choose, find_places, where
-from geoscope.checkpoints.series import open_series
 from geoscope.errors import CheckpointError, GeoscopeError
+from geoscope.sources.open import open_checkpoint
+from geoscope.sources.places import Kind, Place, choose, find_places, where
+from geoscope.sources.series import open_series
 
 WEIGHT = f"{Q}.weight"
 

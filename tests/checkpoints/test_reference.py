@@ -14,14 +14,14 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from geoscope.checkpoints.reference import (
+from geoscope.errors import CheckpointError, GeoscopeError, OptionError
+from geoscope.sources.reference import (
     GRAMMAR,
     HubReference,
     LocalReference,
     base_and_adapter,
     parse_reference,
 )
-from geoscope.errors import CheckpointError, GeoscopeError, OptionError
 
 HEAD = string.ascii_letters + string.digits + "_"
 PART = st.builds(str.__add__, st.sampled_from(HEAD), st.text(HEAD + ".-", max_size=12))

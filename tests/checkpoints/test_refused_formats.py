@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.files import llama, write_config, write_model
-from geoscope.checkpoints import open_checkpoint
 from geoscope.errors import UnsupportedFormat
+from geoscope.sources.open import open_checkpoint
 
 READS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
 SOURCE = "Use the checkpoint it was quantised from."

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoints.files import assert_equal_bits, llama, raw_safetensors, write_model
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.safetensors_file import SafetensorsFile
 from geoscope.errors import CheckpointError, GeoscopeError
+from geoscope.formats.safetensors_file import SafetensorsFile
+from geoscope.sources.open import open_checkpoint
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
@@ -213,7 +213,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
 PEAK = """
 import sys, torch
 from pathlib import Path
-from geoscope.checkpoints import open_checkpoint
+from geoscope.sources.open import open_checkpoint
 
 def peak():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)

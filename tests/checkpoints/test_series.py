@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.files import CONFIG, llama, write_config, write_model, write_sharded
-from geoscope.checkpoints.series import Series, open_series
 from geoscope.errors import CheckpointError, CheckpointNotFound, GeoscopeError, OptionError
+from geoscope.sources.series import Series, open_series
 
 Q = "model.layers.0.self_attn.q_proj"
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}

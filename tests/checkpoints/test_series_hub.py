@@ -22,8 +22,8 @@ from checkpoints.files import CONFIG, llama
 
 SCRIPT = """
 import json, os, sys
-from geoscope.checkpoints.metric_file import trainer_state_of
-from geoscope.checkpoints.series import open_series
+from geoscope.sources.metric_file import trainer_state_of
+from geoscope.sources.series import open_series
 from geoscope.errors import GeoscopeError
 try:
     found = open_series(sys.argv[1:])

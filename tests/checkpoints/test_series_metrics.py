@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.files import llama, write_model
-from geoscope.checkpoints.metric_file import read_metrics, trainer_state_of
-from geoscope.checkpoints.series import open_series
 from geoscope.errors import CheckpointError, CheckpointNotFound, GeoscopeError, OptionError
+from geoscope.sources.metric_file import read_metrics, trainer_state_of
+from geoscope.sources.series import open_series
 
 
 def write(path: Path, text: str) -> Path:

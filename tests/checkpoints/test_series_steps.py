@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geoscope.checkpoints.steps import Step, given_steps, parse_step, step_of_part
 from geoscope.errors import OptionError
+from geoscope.sources.steps import Step, given_steps, parse_step, step_of_part
 
 NUMBERS = st.integers(0, 10**9)
 SPELLINGS = (

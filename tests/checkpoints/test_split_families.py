@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from geoscope.checkpoints import Checkpoint, open_checkpoint, pair
-from geoscope.checkpoints.split import split
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.pairing import pair
+from geoscope.models.split import split
 from geoscope.names import Selection
+from geoscope.sources.open import open_checkpoint
 
 with warnings.catch_warnings():  # of packages that transformers imports
     warnings.simplefilter("ignore")
@@ -354,7 +356,8 @@ def test_a_known_family_whose_sides_do_not_fit_stays_whole(tmp_path: Path) -> No
 
 
 def test_a_side_without_config_is_split_by_that_of_the_other(tmp_path: Path) -> None:
-    from geoscope.analysis import Options, prepare
+    from geoscope.verbs.options import Options
+    from geoscope.verbs.pairs.prepare import prepare
 
     model = EAGER["phi3"][0]()
     model.save_pretrained(tmp_path / "base")

@@ -9,10 +9,10 @@ import pytest
 
 from checkpoints.files import assert_equal_bits, llama, write_model
 from checkpoints.test_series import Q, adapter
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.series import open_series
-from geoscope.checkpoints.trainers import FOLDERS
 from geoscope.errors import CheckpointError, OptionError
+from geoscope.sources.open import open_checkpoint
+from geoscope.sources.series import open_series
+from geoscope.sources.trainers import FOLDERS
 
 WEIGHT = f"{Q}.weight"
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from geoscope.checkpoints import open_checkpoint, pair
+from geoscope.models.pairing import pair
 from geoscope.names import Selection
+from geoscope.sources.open import open_checkpoint
 
 with warnings.catch_warnings():  # of packages that transformers imports
     warnings.simplefilter("ignore")

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from geoscope.checkpoints import Checkpoint, open_checkpoint, safetensors_file
-from geoscope.checkpoints.split import split
-from geoscope.checkpoints.views import Blocks, View, gather
+from geoscope.formats import safetensors_file
+from geoscope.formats.views import Blocks, View, gather
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.split import split
+from geoscope.sources.open import open_checkpoint
 
 MATRICES, ROWS, COLUMNS = 3, 12, 10
 STACK = torch.arange(MATRICES * ROWS * COLUMNS)

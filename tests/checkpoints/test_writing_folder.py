@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from checkpoints.files import llama, write_model, write_sharded
-from geoscope.checkpoints import open_checkpoint
-from geoscope.checkpoints.output_folder import OutputFolder, travelling_files, travels
-from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
-from geoscope.checkpoints.writing import INDEX, plan_model
-from geoscope.checkpoints.writing import write_model as write_again
 from geoscope.errors import CheckpointError
+from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
+from geoscope.outputs.model_folder import INDEX, plan_model
+from geoscope.outputs.model_folder import write_model as write_again
+from geoscope.outputs.output_folder import OutputFolder, travelling_files, travels
+from geoscope.sources.open import open_checkpoint
 
 PLAN = FilePlan({"a": TensorPlan("float32", (4,))})
 SIZES = {"model.safetensors": PLAN.nbytes, "config.json": 2, "README.md": 5}
@@ -173,9 +173,9 @@ def test_parts_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 WRITER = """
 import collections, json, os, shutil, signal, sys, torch
 from pathlib import Path
-from geoscope.checkpoints.output_folder import OutputFolder
-from geoscope.checkpoints.safetensors_file import SafetensorsFile
-from geoscope.checkpoints.safetensors_writer import FilePlan, TensorPlan
+from geoscope.outputs.output_folder import OutputFolder
+from geoscope.formats.safetensors_file import SafetensorsFile
+from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
 
 plan = FilePlan({"a": TensorPlan("float32", (8,)), "b": TensorPlan("bfloat16", (3,))})
 names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]

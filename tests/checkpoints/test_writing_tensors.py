@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.files import assert_equal_bits
-from geoscope.checkpoints import safetensors_writer
-from geoscope.checkpoints.safetensors_file import SafetensorsFile
-from geoscope.checkpoints.safetensors_writer import (
+from geoscope.errors import CheckpointError
+from geoscope.formats import safetensors_writer
+from geoscope.formats.safetensors_file import SafetensorsFile
+from geoscope.formats.safetensors_writer import (
     FilePlan,
     TensorPlan,
     replacing,
     write_tensors,
 )
-from geoscope.errors import CheckpointError
 
 
 def plan_of(tensors: dict[str, Tensor], **metadata: str) -> FilePlan:

@@ -212,7 +212,7 @@ def test_results_of_fp8_and_of_the_same_numbers_in_fp32_are_kept_apart(
     quantised: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers read are equal; the rounding behind them is not."""
-    from geoscope.checkpoints import open_checkpoint
+    from geoscope.sources.open import open_checkpoint
 
     monkeypatch.setenv("GEOSCOPE_CACHE", str(tmp_path / "cache"))
     model = open_checkpoint(str(quantised["tuned fp8"]))

@@ -218,7 +218,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("geoscope.analysis.compare", compare)
+    monkeypatch.setattr("geoscope.verbs.pairs.compare", compare)
 
 
 def refuse(done: Done, code: int, words: str) -> None:

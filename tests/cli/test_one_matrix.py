@@ -186,7 +186,7 @@ def test_the_text_says_which_and_why(made: dict[str, Path], broken: Break) -> No
 def test_a_failed_overlap_makes_the_coverage_partial(
     made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geoscope.analysis import several
+    from geoscope.verbs.pairs import several
 
     inner = several.overlap
 
@@ -228,7 +228,7 @@ def test_a_model_holds_what_could_not_be_followed(
 def test_a_prediction_that_fails_is_held_and_told(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overflows: bool
 ) -> None:
-    from geoscope.analysis import extrapolate
+    from geoscope.verbs.series import extrapolate
 
     inner = extrapolate._combination
 
@@ -254,7 +254,7 @@ def test_a_prediction_that_fails_is_held_and_told(
 def test_a_predicted_adapter_holds_a_module_that_fails(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geoscope.analysis import extrapolate
+    from geoscope.verbs.series import extrapolate
 
     inner = extrapolate.combination
 
@@ -294,7 +294,7 @@ def test_a_start_is_refused_whole_with_the_matrix_and_a_way_out(
 def test_a_check_that_cannot_be_made_fails_by_name(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geoscope.analysis import verify_adapter
+    from geoscope.verbs.adapters import verify as verify_adapter
 
     out = tmp_path / "out"
     assert run("init-adapter", made["base"], "--method", "pissa", "-r", "2", "-o", out).code == 0

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import geoscope.engine.cache as cache_module
 from geoscope import Options, Report, compare
-from geoscope.analysis import Interrupted, Progress
 from geoscope.engine.cache import ResultCache, code_version, content_of
 from geoscope.errors import NumericsError
+from geoscope.verbs.options import Interrupted, Progress
 
 Weights = dict[str, Tensor]
 NAMES = [
@@ -211,7 +211,7 @@ def test_a_matrix_that_did_not_converge_is_not_kept_and_tried_again(
         raise NumericsError(f"no SVD driver converged on a matrix of {base.shape}")
 
     with monkeypatch.context() as patch:
-        patch.setattr("geoscope.analysis.matrices.pair_factors", hopeless)
+        patch.setattr("geoscope.verbs.pairs.matrices.pair_factors", hopeless)
         assert models.run().coverage.missing == tuple(sorted(NAMES))
     assert models.files == []
     assert models.run() == models.run(cached=False)

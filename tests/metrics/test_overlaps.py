@@ -19,10 +19,10 @@ from matrices import DTYPES, gaussian, orthonormal, save_model, updated, with_sp
 from torch import Tensor
 
 from geoscope import Options, Report, compare
-from geoscope.analysis import Interrupted
 from geoscope.engine import one_blas_thread
 from geoscope.errors import Stopped
 from geoscope.metrics.overlaps import PHI_DIMENSIONS, overlap
+from geoscope.verbs.options import Interrupted
 
 SHAPES = {"square": (40, 40), "tall": (60, 30), "wide": (30, 60)}
 KS = (2, 8, 30)
@@ -463,7 +463,7 @@ def test_a_signal_during_the_overlaps_keeps_what_was_measured(
     def stopped(*_: object, **__: object) -> Found:
         raise stop
 
-    monkeypatch.setattr("geoscope.analysis.several.overlap", stopped)
+    monkeypatch.setattr("geoscope.verbs.pairs.several.overlap", stopped)
     with pytest.raises(Interrupted) as caught:
         report_of(tmp_path, 2)
     assert caught.value.signum == getattr(stop, "signum", signal.SIGINT)

@@ -35,4 +35,4 @@ def test_import_is_light(name: str) -> None:
 def test_rendering_needs_no_torch_and_no_pyplot() -> None:
     loaded = modules_after(DRAWN)
     assert {"rich", "matplotlib"} <= loaded
-    assert not {"torch", "matplotlib.pyplot", "geoscope.metrics", "geoscope.checkpoints"} & loaded
+    assert not {"torch", "matplotlib.pyplot", "geoscope.metrics", "geoscope.sources"} & loaded

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from geoscope.analysis.follow import follow
-from geoscope.analysis.follow_metric import MetricCurve, metric_curve, metric_link
-from geoscope.analysis.follow_options import FollowOptions
-from geoscope.analysis.trajectory_report import IDS
-from geoscope.checkpoints.metric_file import TRAINER_STATE
-from geoscope.checkpoints.series import Series, open_series
 from geoscope.demo import unpack
 from geoscope.errors import OptionError
 from geoscope.records import Report
 from geoscope.report.text import render_text
+from geoscope.sources.metric_file import TRAINER_STATE
+from geoscope.sources.series import Series, open_series
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.metric_relation import METRIC_RELATIONS
 from geoscope.trajectory.rank1 import Rank1Path
+from geoscope.verbs.series.follow import follow
+from geoscope.verbs.series.metric import MetricCurve, metric_curve, metric_link
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.report import IDS
 
 STEPS = (40, 80, 120, 160, 200, 240, 280, 320)
 REWARD = (0.2, 0.4, 0.5, 0.55, 0.7, 0.72, 0.73, 0.8)

@@ -1,1 +1,0 @@
-"""Adapters as PEFT writes them."""

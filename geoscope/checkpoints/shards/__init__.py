@@ -1,1 +1,0 @@
-"""Shards of trainers: verl's FSDP and torch DCP."""

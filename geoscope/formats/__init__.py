@@ -1,0 +1,1 @@
+"""Bytes on disk become tensors, and tensors bytes; nothing here knows what a path means."""

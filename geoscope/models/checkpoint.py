@@ -1,0 +1,196 @@
+"""What is a checkpoint to the rest of geoscope? Headers now, one tensor at a time on demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from geoscope.errors import CheckpointError
+from geoscope.formats.block_fp8 import BlockScale, scaled, spacings
+from geoscope.formats.container import Container, byte_view
+from geoscope.formats.disk import Room, check_room
+from geoscope.formats.views import View, gather
+from geoscope.records import ModelRef, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "Source", "fetch_all"]
+
+# Entries whose rounding is summed at a time.
+_PART = 1 << 22
+
+
+class Source(Protocol):
+    """Where the weight files come from: a folder of this disk, or the Hub and its cache."""
+
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        """What fetching these tensors (file → names) would bring, and into which folders."""
+        ...
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None: ...
+
+    def open(self, file: str) -> Container:
+        """The file, opened; it is fetched first when it is not here yet."""
+        ...
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        """Name → file of the configuration and tokenizer beside the weights, and remarks."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A set of weights, known by its headers. Made by `open_checkpoint`.
+
+    tensors: every tensor, sorted by name; shapes are (out, in). They are those of the files, but
+    where `views` says of which stored tensor a name is a part. scales: stored FP8 weight → the
+    scales of its blocks, with which it is read.
+    tied_to: name → the tensor that it repeats (tied embeddings, shared storage); a name that is not
+    stored at all may stand there, too. notes: one-line remarks for the user.
+    """
+
+    ref: ModelRef
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...]
+    tied_to: Mapping[str, str]
+    source: Source = field(repr=False)
+    views: Mapping[str, View] = field(default_factory=dict[str, View], repr=False)
+    scales: Mapping[str, BlockScale] = field(default_factory=dict[str, BlockScale], repr=False)
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Names that only repeat another tensor."""
+        return tuple(self.tied_to)
+
+    @property
+    def stored(self) -> int:
+        """How many tensors the files hold."""
+        return len({self._stored(name) for name in self.tensors})
+
+    def bytes_to_fetch(self, names: Iterable[str]) -> int:
+        """Bytes that `fetch` would bring onto this disk."""
+        return sum(self.room(names).values())
+
+    def room(self, names: Iterable[str]) -> Room:
+        """Folder → bytes that `fetch` would write there."""
+        return self.source.room(self._by_file(names))
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Bring these tensors onto this disk; raises CheckpointError when they do not fit."""
+        fetch_all([(self, names)])
+
+    def read(self, name: str, *, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor in its storage dtype, shape (out, in); FP8 with its scales, as fp32.
+
+        With `buffer` (1-D uint8, at least `memory_bytes` long) the bytes are read into it and the
+        result is a view of it; without one, memory of its own. A weight that is stored (in, out)
+        comes back as a strided view.
+        """
+        info = self._info(name)
+        if name not in self.views and name not in self.scales:
+            tensor = self.source.open(info.source).read(name, buffer)
+        else:
+            flat = self.read_part(name, 0, math.prod(info.shape))
+            if buffer is not None:
+                room = byte_view(flat.nbytes, buffer)
+                flat = room.view(flat.dtype).copy_(flat)
+            tensor = flat.reshape(info.shape[::-1] if info.transposed else info.shape)
+        return tensor.T if info.transposed else tensor
+
+    def read_part(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Entries begin … end − 1 in the order of the file, 1-D, in the dtype of `read`.
+
+        The order is that of (in, out) for a weight that is stored so; of a part of a stored tensor
+        it is the order in which its entries stand there.
+        """
+        stored = self._stored(name)
+        scale = self.scales.get(stored)
+        if scale is None:
+            return self._gathered(name, begin, end, self._open(name).read_part)
+        values = self._scale(scale)
+
+        def entries(first: int, last: int) -> torch.Tensor:
+            codes = self._open(name).read_part(stored, first, last)
+            return scaled(codes.float(), first, values, scale)
+
+        return self._gathered(name, begin, end, lambda _, first, last: entries(first, last))
+
+    def rounding(self, name: str) -> float | None:
+        """√(Σ(spacing·scale)²/12), the size of what storing a weight in FP8 blocks rounded away.
+
+        None for a weight that is stored otherwise: its entries tell their rounding themselves.
+        """
+        stored = self._stored(name)
+        scale = self.scales.get(stored)
+        if scale is None:
+            return None
+        values = self._scale(scale)
+
+        def entries(_: str, first: int, last: int) -> torch.Tensor:
+            codes = self._open(name).read_part(stored, first, last)
+            return scaled(spacings(codes), first, values, scale)
+
+        count = math.prod(self._info(name).shape)
+        squares = (
+            float(
+                self._gathered(name, begin, min(begin + _PART, count), entries)
+                .double()
+                .square()
+                .sum()
+            )
+            for begin in range(0, count, _PART)
+        )
+        return math.sqrt(math.fsum(squares) / 12)
+
+    def _gathered(
+        self, name: str, begin: int, end: int, read: Callable[[str, int, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """Entries of a tensor by those of the stored one: read(stored name, begin, end)."""
+        view = self.views.get(name)
+        if view is None:
+            return read(name, begin, end)
+        info = self._info(name)
+        itemsize = info.nbytes // max(1, math.prod(info.shape))
+        return gather(view, begin, end, partial(read, view.stored), itemsize=itemsize)
+
+    def _open(self, name: str) -> Container:
+        return self.source.open(self._info(name).source)
+
+    def _scale(self, scale: BlockScale) -> torch.Tensor:
+        return self.source.open(scale.stored.source).read(scale.stored.name, None)
+
+    def _stored(self, name: str) -> str:
+        return self.views[name].stored if name in self.views else name
+
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """File → stored tensors that these are read from, with the scales of FP8."""
+        found: dict[str, set[str]] = {}
+        for name in names:
+            stored = self._stored(name)
+            found.setdefault(self._info(name).source, set()).add(stored)
+            if scale := self.scales.get(stored):
+                found.setdefault(scale.stored.source, set()).add(scale.stored.name)
+        return {file: sorted(found[file]) for file in sorted(found)}
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.ref.given}: holds no tensor {name}")
+        return info
+
+
+def fetch_all(wanted: Iterable[tuple[Checkpoint, Iterable[str]]]) -> None:
+    """Brings tensors of several checkpoints onto this disk, if there is room for all of them.
+
+    Raises CheckpointError, for a full disk before the first byte.
+    """
+    chosen = [(one, one._by_file(names)) for one, names in wanted]
+    check_room(one.source.room(files) for one, files in chosen)
+    for one, files in chosen:
+        one.source.fetch(files)

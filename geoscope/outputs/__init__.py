@@ -1,0 +1,1 @@
+"""Folders are written so that they are complete or cannot be loaded."""

@@ -1,0 +1,170 @@
+"""Which files around an adapter belong to it? The output of our commands, or a folder of PEFT.
+
+    OUT/residual/ · OUT/adapter/ · OUT/geoscope.json       layout residual
+    OUT/anchor/ · OUT/adapter/ · OUT/geoscope.json         layout anchor
+    OUT/ with adapter_config.json, geoscope.json           layout mirror, method lora or converted
+    BASE/pissa_init/                                       as PEFT saves it: inside the residual
+
+OUT and OUT/adapter name the same thing. What geoscope.json says wins over what is seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geoscope.errors import CheckpointError, CheckpointNotFound
+from geoscope.formats.layout import choose_layout, parse_object
+from geoscope.models.opening import CONFIG
+from geoscope.peft.config import ADAPTER_CONFIG
+
+__all__ = [
+    "CONVERTED",
+    "EXTRAPOLATION",
+    "RECORD",
+    "RECORD_SCHEMA",
+    "AdapterFolder",
+    "adapter_folder",
+    "original_of",
+    "record_beside",
+    "refuse_as_base",
+]
+
+RECORD = "geoscope.json"
+RECORD_SCHEMA = "geoscope.adapter/1"
+# The schema of the geoscope.json beside a model that `extrapolate` wrote.
+EXTRAPOLATION = "geoscope.extrapolation/1"
+# The method that geoscope.json names for a plain LoRA that convert-adapter wrote.
+CONVERTED = "converted"
+# A Hub model at the head of a reference: a commit goes right behind it.
+_REPO = re.compile(r"^(?:hf://)?[^/]+/[^/]+")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter folder and what lies beside it.
+
+    given: as the user named it. adapter: the folder with adapter_config.json. residual, anchor: the
+    rewritten base and the frozen second adapter, where there are any. record: geoscope.json, empty
+    without one.
+    """
+
+    given: str
+    adapter: Path
+    residual: Path | None
+    anchor: Path | None
+    record: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The folder with adapter_config.json, in the words of the user."""
+        inside = self.adapter.name == "adapter" and Path(self.given).name != "adapter"
+        return f"{self.given.rstrip('/')}/adapter" if inside else self.given
+
+    @property
+    def layout(self) -> str | None:
+        """`residual`, `mirror` or `anchor`: as recorded, else by the folders; None if unknown."""
+        if "layout" in self.record:
+            return self.record["layout"]
+        return "residual" if self.residual else "anchor" if self.anchor else None
+
+    @property
+    def original(self) -> str | None:
+        """Reference of the original model, with its commit, from the record."""
+        return original_of(self.record)
+
+
+def adapter_folder(path: str | Path) -> AdapterFolder:
+    """The adapter in a folder, OUT or OUT/adapter, and its neighbours. Raises CheckpointError."""
+    given, folder = str(path), Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
+    adapter = folder
+    if not (folder / ADAPTER_CONFIG).is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
+        adapter = folder / "adapter"
+    is_part = adapter.name == "adapter" and not (adapter / RECORD).is_file()
+    out = adapter.parent if is_part else adapter
+    saved_inside = adapter.name.endswith("_init")  # PEFT's names: pissa_init, olora_init, …
+    residual = adapter.parent if saved_inside else out / "residual"
+    anchor = out / "anchor"
+    return AdapterFolder(
+        given=given,
+        adapter=adapter,
+        residual=residual if _holds_model(residual) else None,
+        anchor=anchor if (anchor / ADAPTER_CONFIG).is_file() else None,
+        record=_record(out),
+    )
+
+
+def original_of(record: Mapping[str, Any]) -> str | None:
+    """Reference of the original model of a geoscope.json, with its commit; None without one.
+
+    A folder is given by its path. Raises CheckpointNotFound where it is no longer there.
+    """
+    base = record.get("base") or {}
+    reference, commit = base.get("reference"), base.get("commit")
+    if not reference:
+        return None
+    path = Path(reference).expanduser()
+    is_folder = not commit and (path.is_absolute() or bool(base.get("sha256")))
+    if is_folder and not path.exists():
+        raise CheckpointNotFound(
+            f"{reference}: the base that {RECORD} names is not there; give it with `base`"
+        )
+    if not commit or "@" in reference:
+        return reference
+    return _REPO.sub(rf"\g<0>@{commit}", reference, count=1)
+
+
+def refuse_as_base(model: str) -> None:
+    """Raises CheckpointError for a folder that is no original model: an adapter, or our output."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return
+    is_model = _holds_model(folder)
+    record = record_beside(model) if is_model else adapter_folder(folder).record
+    original = (record.get("base") or {}).get("reference")
+    if is_model and record.get("layout") == "residual" and original:
+        raise CheckpointError(
+            f"{model}: is the rewritten base of an adapter, relieved of its initial product; "
+            f"give the original model, {original}"
+        )
+    if not is_model and (record or (folder / ADAPTER_CONFIG).is_file()):
+        raise CheckpointError(
+            f"{model}: holds an adapter, and a new one is made from a whole model; give "
+            + (f"the original model, {original}" if original else "its base")
+        )
+
+
+def record_beside(model: str | None) -> Mapping[str, Any]:
+    """geoscope.json of the run that wrote a residual model, {} when `model` is no such folder."""
+    if not model:
+        return {}
+    folder = Path(model).expanduser().resolve()
+    return _record(folder.parent) if folder.name == "residual" and folder.is_dir() else {}
+
+
+def _holds_model(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file():
+        return False
+    names = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    return choose_layout(names, str(folder)) is not None
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        text = (folder / RECORD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / RECORD}: cannot be read: {error}") from None
+    record = parse_object(text, str(folder / RECORD))
+    if record.get("schema") != RECORD_SCHEMA:
+        raise CheckpointError(
+            f"{folder / RECORD}: schema is {record.get('schema')!r}, needs {RECORD_SCHEMA!r}; "
+            "it is of another command or version: write the folder again with init-adapter"
+        )
+    return record

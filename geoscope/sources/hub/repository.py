@@ -1,0 +1,213 @@
+"""How is a model on the Hub opened without downloading it?
+
+The revision is resolved to a commit once; every later call names that commit. One listing gives
+files and sizes, a range request per shard gives its header. Wanted tensors come as ranges of their
+own (shard.py) or, where they are most of a shard, with the whole shard in huggingface_hub's own
+cache. Offline, the commit comes from the cached refs and everything else from what was kept.
+
+All of it goes through huggingface_hub, which is imported only in the hub_* files and only when
+needed. A token comes from its environment or login; it is never an argument and never printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from geoscope.errors import CheckpointError, first_names
+from geoscope.formats.container import Container, FileHeader
+from geoscope.formats.disk import Room, check_room
+from geoscope.formats.readers import SAFETENSORS, open_container
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.opening import Folder, Identity, open_folder
+from geoscope.outputs.output_folder import travels
+from geoscope.sources.hub.cache import (
+    cache_of,
+    cached_commit,
+    download,
+    in_cache,
+    is_commit,
+    remember,
+)
+from geoscope.sources.hub.errors import hub_errors, not_cached
+from geoscope.sources.hub.progress import Report
+from geoscope.sources.hub.range_cache import cached_listing, keep_listing
+from geoscope.sources.hub.ranges import RemoteFile
+from geoscope.sources.hub.shard import HubShard
+from geoscope.sources.local import LocalFolder
+from geoscope.sources.reference import HubReference
+
+__all__ = ["HubFolder", "hub_folder", "open_hub", "open_hub_folder"]
+
+_TIMEOUT = 30.0
+_HEADER_REQUESTS = 8
+
+
+def open_hub(reference: HubReference, on_progress: Report | None) -> Checkpoint:
+    """The checkpoint of a Hub model. Raises CheckpointError."""
+    return open_hub_folder(*hub_folder(reference, on_progress), given=reference.given)
+
+
+def open_hub_folder(folder: Folder, commit: str, *, given: str) -> Checkpoint:
+    """The checkpoint in a folder of `hub_folder`."""
+    return open_folder(folder, Identity(given, folder.label, commit))
+
+
+def hub_folder(reference: HubReference, on_progress: Report | None) -> tuple[Folder, str]:
+    """The folder that a reference names, and its commit. Raises CheckpointError."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached_folder(reference)
+    commit, sizes = _resolve(reference)
+    return HubFolder(reference.repo, commit, reference.folder, sizes, on_progress), commit
+
+
+def _resolve(reference: HubReference) -> tuple[str, dict[str, int]]:
+    """The commit of the revision, and the size of every file of the repository."""
+    from huggingface_hub import HfApi
+
+    repo, revision = reference.repo, reference.revision
+    with hub_errors(repo, revision or "main", branches=lambda: _branches(repo)):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    if info.sha is None or not is_commit(info.sha):
+        raise CheckpointError(f"{repo}: the Hub names no commit; set HF_ENDPOINT to a real one")
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    remember(repo, revision or "main", info.sha)
+    keep_listing(repo, info.sha, sizes)
+    return info.sha, sizes
+
+
+def _branches(repo: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        return first_names([branch.name for branch in HfApi().list_repo_refs(repo).branches], 8)
+    except Exception:  # only decorates an error that is raised anyway
+        return ""
+
+
+def _cached_folder(reference: HubReference) -> tuple[Folder, str]:
+    """Offline: by the listing that was kept, or a snapshot that another program fetched."""
+    repo, revision = reference.repo, reference.revision or "main"
+    commit = cached_commit(repo, revision)
+    sizes = None if commit is None else cached_listing(repo, commit)
+    if commit is not None and sizes is not None:
+        return HubFolder(repo, commit, reference.folder, sizes), commit
+    if commit is None or not (cache_of(repo) / "snapshots" / commit).is_dir():
+        raise not_cached(f"{repo}@{revision}")
+    label = _label(repo, commit, reference.folder)
+    path = cache_of(repo) / "snapshots" / commit / reference.folder
+    if not path.is_dir():
+        raise not_cached(label, reference.folder)
+    return LocalFolder(path, reference.given, label), commit
+
+
+def _label(repo: str, commit: str, folder: str) -> str:
+    return f"{repo}@{commit}/{folder}" if folder else f"{repo}@{commit}"
+
+
+# --- a repository as a folder -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A folder of a Hub repository at one commit. `sizes` lists the whole repository."""
+
+    repo: str
+    commit: str
+    folder: str
+    sizes: Mapping[str, int] = field(repr=False)
+    on_progress: Report | None = field(default=None, repr=False)
+    opened: dict[str, Container] = field(default_factory=dict[str, Container], repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process reads on, but it does not report to this one."""
+        return {**self.__dict__, "on_progress": None}
+
+    @property
+    def label(self) -> str:
+        return _label(self.repo, self.commit, self.folder)
+
+    def names(self) -> Collection[str]:
+        prefix = f"{self.folder}/" if self.folder else ""
+        inside = (path[len(prefix) :] for path in self.sizes if path.startswith(prefix))
+        return frozenset(name for name in inside if "/" not in name)
+
+    def text(self, name: str) -> str:
+        try:
+            return self._download(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.label}/{name}: cannot be read: {error}") from None
+
+    def headers(self, names: Sequence[str]) -> Mapping[str, FileHeader]:
+        with ThreadPoolExecutor(max_workers=_HEADER_REQUESTS) as pool:
+            return dict(zip(names, pool.map(self._header, names), strict=True))
+
+    def _header(self, name: str) -> FileHeader:
+        # A pickle has its header inside: there is no other way than to download it.
+        return self.open(name).header
+
+    def open(self, file: str) -> Container:
+        known = self.opened.get(file)
+        if known is None or (isinstance(known, HubShard) and known.path is not None):
+            known = self.opened[file] = self._opened(file)
+        return known
+
+    def _opened(self, file: str) -> Container:
+        label, path = f"{self.label}/{file}", self._path(file)
+        if not file.endswith(SAFETENSORS) or in_cache(self.repo, self.commit, path) is not None:
+            return open_container(self._download(file), label)
+        return HubShard.open(RemoteFile(self.repo, self.commit, path, self.sizes[path]), label)
+
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        total: dict[Path, int] = {}
+        for file, names in wanted.items():
+            container = self.open(file)
+            if isinstance(container, HubShard):
+                for folder, nbytes in container.room(names).items():
+                    total[folder] = total.get(folder, 0) + nbytes
+        return total
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
+        for file, names in wanted.items():
+            container = self.open(file)
+            if isinstance(container, HubShard):
+                container.fetch(names, self.on_progress)
+
+    def files(self, names: Sequence[str]) -> list[Path]:
+        """Whole files on this disk, fetched if there is room for all of them."""
+        paths = [self._path(name) for name in names]
+        missing = [one for one in paths if in_cache(self.repo, self.commit, one) is None]
+        check_room([{cache_of(self.repo): sum(self.sizes[one] for one in missing)}])
+        return [self._download(name) for name in names]
+
+    def folders_with(self, name: str) -> list[str]:
+        """References to the folders of the repository right below with a file of that name."""
+        prefix = f"{self.folder}/" if self.folder else ""
+        below = (path[len(prefix) :] for path in sorted(self.sizes) if path.startswith(prefix))
+        found = [one.removesuffix(f"/{name}") for one in below if one.endswith(f"/{name}")]
+        return [f"hf://{_label(self.repo, self.commit, prefix + one)}" for one in found]
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        return {name: self._download(name) for name in sorted(self.names()) if travels(name)}, ()
+
+    def absent(self, shard: str, count: int) -> CheckpointError:
+        return CheckpointError(
+            f"`{self.label}`: the index names {shard}, which is not in the repository "
+            f"({count} tensors); ask its owner, or give another revision"
+        )
+
+    def no_weights(self) -> CheckpointError:
+        found = first_names(sorted(self.names())) or "no files"
+        return CheckpointError(f"no weights geoscope can read in {self.label}; found: {found}")
+
+    def _path(self, name: str) -> str:
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def _download(self, name: str) -> Path:
+        path = self._path(name)
+        return download(self.repo, self.commit, path, self.sizes[path], self.on_progress)

@@ -1,0 +1,178 @@
+"""Where below a folder are the weights, and which of them are meant? Looked up in a fixed order.
+
+The folder itself, then the rows of trainers.py and what verl's manifest names. Of a model in a Hub
+cache the snapshot of its main branch stands for the folder.
+
+Chosen by kind: an adapter comes first, because a merged output of a LoRA run may equal the base;
+then the shards of a trainer, which are often fp32 masters; then the model folder. An adapter folder
+without factors is not replaced by what lies beside it. Naming the sub-folder overrides the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+from geoscope.errors import CheckpointError, first_names
+from geoscope.formats.layout import choose_layout, file_names
+from geoscope.formats.refused import by_files, is_adapter_file
+from geoscope.models.opening import CONFIG
+from geoscope.peft.adapter import ADAPTER_CONFIG
+from geoscope.sources.cached_repository import snapshot
+from geoscope.sources.shard_folder import holds_shards
+from geoscope.sources.trainers import FOLDERS, MANIFEST, Manifest, manifests
+
+__all__ = [
+    "WEIGHTS",
+    "Kind",
+    "Place",
+    "below",
+    "choose",
+    "choose_below",
+    "find_places",
+    "kinds_at",
+    "roots_below",
+    "where",
+    "without_factors",
+]
+
+_PLACES = ("", *(row.folder for row in FOLDERS if row.is_read))
+_WITH_MANIFEST = frozenset(row.folder for row in FOLDERS if row.has_manifest)
+# How far below a folder weights are looked for that lie in no usual place.
+_DEPTH = 3
+_EMPTY_ADAPTER = "lora_adapter"
+
+
+class Kind(Enum):
+    """What a place holds, in the order of choice.
+
+    UNREAD is weights in a format that is refused, CONFIG a config.json without weights.
+    """
+
+    ADAPTER = "adapter"
+    NO_FACTORS = "adapter folder without factors"
+    SHARDS = "shards"
+    MODEL = "model folder"
+    UNREAD = "weights that are not read"
+    CONFIG = "configuration"
+
+
+# Kinds that are opened as a whole model.
+WEIGHTS = (Kind.SHARDS, Kind.MODEL)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder below the one that was given; `folder` "" is that one itself. remark: on it."""
+
+    folder: str
+    kind: Kind
+    remark: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.folder or '.'}/"
+
+
+def find_places(folder: Path) -> tuple[Place, ...]:
+    """Every place with weights, in the order of search; empty when there is none."""
+    snap = snapshot(folder)
+    if snap is not None:
+        found = find_places(folder / snap)
+        return tuple(replace(one, folder=f"{snap}/{one.folder}".rstrip("/")) for one in found)
+    written = manifests(folder)
+    named = [one.folder for one in written if one.folder is not None]
+    places = kinds_at(folder, tuple(dict.fromkeys([*_PLACES, *named])))
+    return tuple(_with_manifest(places, {one.root: one for one in written}))
+
+
+def _with_manifest(places: Sequence[Place], written: Mapping[str, Manifest]) -> Iterator[Place]:
+    """Without the base of an adapter; with a remark where the manifest of a save is not there."""
+    for place in places:
+        root = place.folder.removesuffix("model/huggingface").rstrip("/")
+        if place.folder not in _WITH_MANIFEST:
+            yield place
+        elif root not in written:
+            remark = f"without {MANIFEST}, which verl writes last: is the save complete?"
+            yield replace(place, remark=remark)
+        elif written[root].folder is not None:
+            yield place
+
+
+def roots_below(folder: Path, depth: int = _DEPTH) -> Iterator[str]:
+    """Sub-folders that weights are found in, or usually below, but no folder inside of these."""
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_dir() or entry.name.startswith("."):
+            continue
+        if choose(find_places(entry)) is not None:
+            yield entry.name
+        elif depth > 1:
+            yield from (f"{entry.name}/{one}" for one in roots_below(entry, depth - 1))
+
+
+def kinds_at(folder: Path, folders: Sequence[str]) -> list[Place]:
+    """What these folders below it hold. One with an adapter and a model counts as two places."""
+    found: list[Place] = []
+    for one in folders:
+        path = folder / one
+        if path.is_dir():
+            found.extend(Place(one, kind) for kind in _kinds(path, one, file_names(path)))
+    return found
+
+
+def _kinds(path: Path, folder: str, names: Collection[str]) -> list[Kind]:
+    kinds: list[Kind] = []
+    if any(is_adapter_file(name) for name in names):
+        kinds.append(Kind.ADAPTER)
+    elif ADAPTER_CONFIG in names or (folder or path.name).rpartition("/")[2] == _EMPTY_ADAPTER:
+        kinds.append(Kind.NO_FACTORS)
+    if holds_shards(names):
+        kinds.append(Kind.SHARDS)
+    if _has_layout(names):
+        kinds.append(Kind.MODEL)
+    if not kinds and by_files(names) is not None:
+        kinds.append(Kind.UNREAD)
+    return kinds or ([Kind.CONFIG] if CONFIG in names else [])
+
+
+def _has_layout(names: Collection[str]) -> bool:
+    try:
+        return choose_layout(names, "") is not None
+    except CheckpointError:  # weights that are not told apart: opening them says so
+        return True
+
+
+def choose(places: Sequence[Place]) -> Place | None:
+    """The place that is meant by the folder above it; None when none holds what is read."""
+    readable = (Kind.ADAPTER, Kind.NO_FACTORS, *WEIGHTS)
+    return next((one for kind in readable for one in places if one.kind is kind), None)
+
+
+def choose_below(places: Sequence[Place]) -> Place | None:
+    """The same for a folder that was named itself: weights right there come before all others."""
+    here = (one for one in places if not one.folder and one.kind in WEIGHTS)
+    return next(here, choose(places))
+
+
+def where(chosen: Place, places: Sequence[Place]) -> str:
+    """ "actor/lora_adapter/: adapter, chosen over the model folder in actor/huggingface/"."""
+    others = [one for one in places if one is not chosen and one.kind is not Kind.CONFIG]
+    rest = [f"the {one.kind.value} in {one}" for one in others]
+    taken = f"{chosen}: {chosen.kind.value}"
+    taken += f", chosen over {first_names(rest)}" if rest else ""
+    return f"{taken}, {chosen.remark}" if chosen.remark else taken
+
+
+def below(given: str, folder: str) -> str:
+    """How messages name a folder below the one that was given."""
+    return f"{given.rstrip('/')}/{folder}" if folder else given
+
+
+def without_factors(given: str, chosen: Place, places: Sequence[Place]) -> CheckpointError:
+    """The error for an adapter folder without factors, and what to give in its place."""
+    label = below(given, chosen.folder)
+    models = [below(given, one.folder) for one in places if one.kind in WEIGHTS]
+    instead = [one for one in models if one != label]
+    hint = f"; give {first_names(instead)} to take the full weights" if instead else ""
+    return CheckpointError(f"adapter folder without `adapter_model.safetensors` ({label}){hint}")

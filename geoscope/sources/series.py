@@ -1,0 +1,371 @@
+"""What is a series of checkpoints? Arguments in any order, sorted by the steps in their names.
+
+    series = open_series(["runs/grpo"])                      # or its folders, a glob, Hub branches
+    [point.step for point in series.points]                  # [20, 40, 60, …]
+
+Nothing is guessed: what has no number or no weights is passed over and listed with its reason, the
+same step twice is an error, epochs and steps are not mixed, nor models and adapters. Headers are
+read here; data on demand, by the checkpoint or adapter of each point.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from geoscope.errors import CheckpointError, OptionError, first_names
+from geoscope.formats.layout import is_index
+from geoscope.formats.readers import is_readable
+from geoscope.formats.refused import is_adapter_file, is_never_opened
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.ungathered import refuse_ungathered
+from geoscope.names import in_natural_order
+from geoscope.peft.adapter import ADAPTER_CONFIG, Adapter
+from geoscope.peft.folder import EXTRAPOLATION, RECORD
+from geoscope.records import Skipped
+from geoscope.sources.common_folder import in_common_folder
+from geoscope.sources.local import open_local
+from geoscope.sources.places import below, find_places
+from geoscope.sources.reference import HubReference, LocalReference
+from geoscope.sources.run_folder import (
+    Candidate,
+    candidates,
+    is_run_folder,
+    run_folder,
+    runs_below,
+)
+from geoscope.sources.step_folder import Found, open_step_folder, refuse_zero_alpha
+from geoscope.sources.steps import Step
+
+__all__ = ["Series", "SeriesPoint", "open_series"]
+
+_NO_NUMBER = "no step number in its name; set the steps by hand with --steps"
+_NO_WEIGHTS = "a file without weights"
+_Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SeriesPoint:
+    """A checkpoint of a series. Of `checkpoint` and `adapter` one is None.
+
+    given: as it was named. place: the sub-folder that was chosen, what it holds, and over what.
+    """
+
+    step: int
+    given: str
+    place: str
+    kind: Literal["model", "adapter"]
+    checkpoint: Checkpoint | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def resolved(self) -> str:
+        """The path, or org/name@commit, of what was opened."""
+        if self.checkpoint is not None:
+            return self.checkpoint.ref.resolved
+        assert self.adapter is not None  # one of the two
+        return self.adapter.resolved
+
+
+@dataclass(frozen=True)
+class Series:
+    """Checkpoints by step, all of one kind.
+
+    passed_over: what is no point, `missing` where a step is lost with it. notes: one-line remarks.
+    unit: what the numbers count, `step` or `epoch`. start: the number of what the series starts
+    from, where that is one of the checkpoints that were given; it is no point then.
+    """
+
+    points: tuple[SeriesPoint, ...]
+    passed_over: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+    unit: str = "step"
+    start: int | None = None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(point.step for point in self.points)
+
+    @property
+    def kind(self) -> Literal["model", "adapter"]:
+        return self.points[0].kind
+
+
+def open_series(
+    references: Sequence[str],
+    *,
+    steps: Sequence[int] | None = None,
+    alpha: float | None = None,
+    starts: Mapping[str, str] | None = None,
+    on_progress: _Progress | None = None,
+) -> Series:
+    """The series that the references name, sorted by step, whatever their order.
+
+    references: see geoscope/sources/run_folder.py. steps: one number for each reference, in
+    their order, in place of those in the names. alpha: as of `open_adapter`. starts: resolved place
+    of what the series starts from → what that is; it is taken out. on_progress: as of
+    `open_checkpoint`.
+    Raises OptionError for references that make no series, CheckpointError when nothing is left.
+    """
+    found = candidates(references)
+    passed: tuple[Skipped, ...] = ()
+    if steps is not None:
+        found = _by_hand(found, steps)
+    elif len(found) == 1 and _is_run(found[0]):
+        found, passed = run_folder(found[0])
+    opened: list[tuple[Candidate, SeriesPoint]] = []
+    lost: list[tuple[Candidate, Skipped]] = []
+    for one in _in_order(in_common_folder(found)):
+        point = _open(one, alpha, on_progress)
+        if isinstance(point, Skipped):
+            lost.append((one, point))
+            continue
+        opened.append((one, point))
+    opened, repeated = _without_repeats(opened)
+    read = {point.step for _, point in opened}
+    opened, taken = _without_starts(opened, starts or {})
+    apart = tuple(Skipped(*each) for each in taken.values())
+    skipped = _sorted((*passed, *(_lost(*each, read) for each in lost), *repeated, *apart))
+    if not opened:
+        raise _nothing(skipped)
+    unit = _one_unit(opened)
+    points = tuple(sorted((point for _, point in opened), key=lambda point: point.step))
+    _check_steps(points)
+    _check_kinds(points)
+    notes = _place_notes(opened)
+    notes += [f"{one.name}: {one.reason}" for one in apart]
+    notes += [f"{one.name}: {one.reason}; the step is lost" for one in skipped if one.missing]
+    if unit == "epoch":
+        notes.append("the numbers of this series are epochs, not steps")
+    return Series(points, skipped, tuple(notes), unit, max(taken, default=None))
+
+
+def _by_hand(found: Sequence[Candidate], steps: Sequence[int]) -> tuple[Candidate, ...]:
+    if len(found) != len(steps):
+        raise OptionError(
+            f"`steps` has {len(steps)} numbers for {len(found)} checkpoints; "
+            "name each checkpoint and give one number for each, in their order"
+        )
+    if any(step < 0 for step in steps):
+        raise OptionError(f"`steps` has {min(steps)}; steps are whole numbers from 0 on")
+    return tuple(replace(one, step=Step(int(step))) for one, step in zip(found, steps, strict=True))
+
+
+def _is_run(one: Candidate) -> bool:
+    return isinstance(one.reference, LocalReference) and is_run_folder(one.reference.path)
+
+
+def _in_order(found: Sequence[Candidate]) -> list[Candidate]:
+    """By step, then by name; those without a step last: the order of the arguments is no matter."""
+    place = {given: i for i, given in enumerate(in_natural_order({one.given for one in found}))}
+
+    def key(one: Candidate) -> tuple[bool, int, int]:
+        return one.step is None, one.step.number if one.step else 0, place[one.given]
+
+    return sorted(found, key=key)
+
+
+def _sorted(skipped: Sequence[Skipped]) -> tuple[Skipped, ...]:
+    place = {name: i for i, name in enumerate(in_natural_order({one.name for one in skipped}))}
+    return tuple(sorted(skipped, key=lambda one: (place[one.name], one.reason)))
+
+
+def _lost(one: Candidate, skipped: Skipped, read: Collection[int]) -> Skipped:
+    """Marked as missing where no other folder has its step."""
+    if one.step is None or skipped.reason == _NO_WEIGHTS or _is_predicted(one):
+        return skipped
+    return replace(skipped, missing=one.step.number not in read)
+
+
+# --- one candidate ------------------------------------------------------------------------------
+
+
+def _open(
+    one: Candidate, alpha: float | None, on_progress: _Progress | None
+) -> SeriesPoint | Skipped:
+    """The point, or why there is none."""
+    reason = _no_candidate(one)
+    if reason is not None or one.step is None:
+        return Skipped(one.given, reason or _NO_NUMBER)
+    label = f"{one.step.unit} {one.step.number}"
+    if _is_predicted(one):
+        return Skipped(one.given, f"{label}: predicted by extrapolate, and not trained")
+    try:
+        found = _found(one, alpha, on_progress)
+        if found.checkpoint is not None:
+            refuse_ungathered(found.checkpoint)
+    except CheckpointError as error:
+        # A Hub that refuses or does not answer ends it, and its error is raised while that of
+        # huggingface_hub is handled; a branch without weights is passed over like a folder.
+        if isinstance(one.reference, HubReference) and error.__context__ is not None:
+            raise
+        return Skipped(one.given, f"{label}: {error}")
+    kind = "model" if found.adapter is None else "adapter"
+    return SeriesPoint(
+        one.step.number, one.given, found.place, kind, found.checkpoint, found.adapter
+    )
+
+
+def _is_predicted(one: Candidate) -> bool:
+    """Whether `extrapolate` wrote it."""
+    if not isinstance(one.reference, LocalReference):
+        return False
+    try:
+        record = json.loads((one.reference.path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict):
+        return False
+    return record.get("schema") == EXTRAPOLATION or record.get("method") == "extrapolated"
+
+
+def _no_candidate(one: Candidate) -> str | None:
+    """Why something on this disk can be no checkpoint at all: what a shell's glob brings along."""
+    if not isinstance(one.reference, LocalReference):
+        return None
+    path = one.reference.path
+    if path.is_file() and not _may_hold_weights(path.name):
+        return _NO_WEIGHTS
+    if not path.is_dir() or find_places(path):
+        return None
+    if one.step is not None:
+        return None  # opening it says what is wrong
+    if is_run_folder(path):
+        return "a run folder with steps of its own; give it alone"
+    runs = runs_below(path)
+    return "a folder without weights" + (f"; steps are in {first_names(runs)}" if runs else "")
+
+
+def _may_hold_weights(name: str) -> bool:
+    return is_index(name) or (is_readable(name) and not is_never_opened(name))
+
+
+def _found(one: Candidate, alpha: float | None, on_progress: _Progress | None) -> Found:
+    if isinstance(one.reference, HubReference):
+        return _found_on_the_hub(one.reference, alpha, on_progress)
+    path = one.reference.path
+    if path.is_dir():
+        step = open_step_folder(path / one.folder, below(one.given, one.folder), alpha=alpha)
+        place = step.place.removeprefix("./")
+        return replace(step, place=f"{one.folder}/{place}") if one.folder else step
+    if is_adapter_file(path.name):
+        folder = open_step_folder(path.parent, str(Path(one.given).parent), alpha=alpha)
+        return replace(folder, place=f"{path.name}: adapter, named itself")
+    return Found(f"{path.name}: file of weights, named itself", open_local(one.reference))
+
+
+def _found_on_the_hub(
+    reference: HubReference, alpha: float | None, on_progress: _Progress | None
+) -> Found:
+    """An adapter before a model, as in a folder."""
+    from geoscope.sources.hub.repository import (  # local paths need none of it
+        hub_folder,
+        open_hub_folder,
+    )
+
+    folder, commit = hub_folder(reference, on_progress)
+    place = f"{reference.folder or '.'}/"
+    if ADAPTER_CONFIG not in folder.names():
+        checkpoint = open_hub_folder(folder, commit, given=reference.given)
+        return Found(f"{place}: model folder on the Hub", checkpoint)
+    from geoscope.sources.hub.adapter import of_folder, open_fetched
+
+    found = of_folder(folder, commit)
+    if alpha is None:
+        refuse_zero_alpha(found.path, reference.given)
+    adapter = open_fetched(found, reference.given, alpha=alpha)
+    return Found(f"{place}: adapter on the Hub", adapter=adapter)
+
+
+# --- the series as a whole ----------------------------------------------------------------------
+
+
+def _without_repeats(
+    opened: Sequence[tuple[Candidate, SeriesPoint]],
+) -> tuple[list[tuple[Candidate, SeriesPoint]], list[Skipped]]:
+    """The same place at the same step, named twice (overlapping globs): once is enough."""
+    kept: dict[tuple[int, str], tuple[Candidate, SeriesPoint]] = {}
+    repeated: list[Skipped] = []
+    for one, point in opened:
+        key = point.step, point.resolved
+        if key in kept:
+            repeated.append(Skipped(point.given, f"given twice, as {kept[key][1].given} too"))
+        else:
+            kept[key] = one, point
+    return list(kept.values()), repeated
+
+
+def _without_starts(
+    opened: Sequence[tuple[Candidate, SeriesPoint]], starts: Mapping[str, str]
+) -> tuple[list[tuple[Candidate, SeriesPoint]], dict[int, tuple[str, str]]]:
+    """The checkpoints that are not what the series starts from; step → name and reason of others.
+
+    Links, relative paths and sub-folders that were chosen lead to the same place.
+    """
+    places = {_place(resolved): start for resolved, start in starts.items()}
+    rest: list[tuple[Candidate, SeriesPoint]] = []
+    taken: dict[int, tuple[str, str]] = {}
+    for one, point in opened:
+        start = places.get(_place(point.resolved))
+        if start is None:
+            rest.append((one, point))
+        else:
+            taken[point.step] = point.given, f"is {start}; taken out of the series, as its start"
+    return rest, taken
+
+
+def _place(resolved: str) -> str:
+    """The same for every path that leads there; org/name@commit stays."""
+    path = Path(resolved)
+    return str(path.resolve()) if path.exists() else resolved
+
+
+def _nothing(skipped: Sequence[Skipped]) -> CheckpointError:
+    reasons = first_names([f"{one.name}: {one.reason}" for one in skipped], 2)
+    return CheckpointError(f"no checkpoint of a step among what was given ({reasons})")
+
+
+def _one_unit(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> str:
+    by_unit = {one.step.unit: point.given for one, point in opened if one.step is not None}
+    if len(by_unit) > 1:
+        raise OptionError(
+            f"{by_unit['epoch']} counts epochs and {by_unit['step']} steps; give those of one "
+            "kind, or set the steps by hand with `steps`"
+        )
+    return next(iter(by_unit))
+
+
+def _place_notes(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> list[str]:
+    """Where the weights lie below the folders of the steps, if in the same place of each."""
+    places = {
+        point.place
+        if isinstance(one.reference, LocalReference) and one.reference.path.is_dir()
+        else ""
+        for one, point in opened
+    }
+    (place, *others) = places
+    if others or not place or place.startswith("./"):
+        return []
+    return [f"weights of every step taken from {place}"]
+
+
+def _check_steps(points: Sequence[SeriesPoint]) -> None:
+    for one, other in pairwise(points):
+        if one.step == other.step:
+            raise OptionError(
+                f"step {one.step} is there twice: {one.given} and {other.given}; give one of them"
+            )
+
+
+def _check_kinds(points: Sequence[SeriesPoint]) -> None:
+    first = {kind: point for point in reversed(points) for kind in (point.kind,)}
+    if len(first) > 1:
+        adapter, model = first["adapter"], first["model"]
+        raise OptionError(
+            f"step {adapter.step} is an adapter ({adapter.resolved}) and step {model.step} a full "
+            f"model ({model.resolved}); a series has one kind: name the sub-folders that are meant"
+        )

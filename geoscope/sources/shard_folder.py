@@ -1,0 +1,209 @@
+"""How is a folder of a trainer's shards opened as a model? FSDP and DCP, on this disk.
+
+    model_world_size_<W>_rank_<r>.pt          verl, one file a rank; huggingface/ with config.json
+    .metadata, __<r>_<k>.distcp               torch DCP: Accelerate, NeMo-RL, torchtune, own loops
+
+The tensors come whole, under the names of the model, in the dtype stored. A LoRA run has base and
+factors in the same shards: it is no whole model, and opened in two, `open_shard_base` and
+`open_shard_adapter`, or as the adapter by who takes both, `open_shards_or_adapter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.formats.container import Container
+from geoscope.formats.dcp import DcpFolder
+from geoscope.formats.dcp_metadata import METADATA, is_dcp_file, read_metadata
+from geoscope.formats.disk import Room
+from geoscope.formats.fsdp import FsdpShards, is_rank_file, rank_files
+from geoscope.formats.layout import file_names, parse_object
+from geoscope.formats.refused import is_megatron
+from geoscope.formats.shard_names import (
+    LoraNames,
+    lora_names,
+    model_tensors,
+    renamed,
+    trained_biases,
+)
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.opening import CONFIG, NO_CONFIG, Identity, assemble
+from geoscope.outputs.output_folder import travelling_files
+from geoscope.peft.adapter import ADAPTER_CONFIG, Adapter, adapter_of
+
+__all__ = [
+    "holds_shards",
+    "open_shard_adapter",
+    "open_shard_base",
+    "open_shards",
+    "open_shards_or_adapter",
+]
+
+# Where config.json lies: beside the shards, verl's folder for it, and above Accelerate's folder.
+_CONFIG_FOLDERS = (".", "huggingface", "..", "../huggingface")
+_LORA = "lora_train_meta.json"
+_ADAPTER_FOLDERS = ("lora_adapter", ".")
+
+
+def holds_shards(names: Collection[str]) -> bool:
+    """Whether a folder with these files holds shards that are read."""
+    if any(is_rank_file(name) for name in names):
+        return True
+    return any(is_dcp_file(name) for name in names) and not is_megatron(names)
+
+
+def open_shards(path: Path, given: str) -> Checkpoint:
+    """The model in a folder of shards. Raises CheckpointError; for a LoRA run UnsupportedFormat."""
+    shards = _shards(path, given)
+    if lora_names(shards.container.header.tensors) is None:
+        return _checkpoint(shards, given, shards.container)
+    written = [one for one in _ADAPTER_FOLDERS if (path / one / ADAPTER_CONFIG).is_file()]
+    place = f"{given.rstrip('/')}/{written[0]}" if written else "the lora_adapter/ of verl"
+    raise UnsupportedFormat(
+        f"`{given}`: shards of a LoRA run, base and factors in the same files, where a whole model "
+        f"is needed. Merge {place} into the base and give the merged folder"
+    )
+
+
+def open_shards_or_adapter(
+    path: Path, given: str, *, alpha: float | None = None
+) -> Checkpoint | Adapter:
+    """The model in a folder of shards; of a LoRA run its adapter. Raises CheckpointError.
+
+    alpha: see `open_shard_adapter`.
+    """
+    shards = _shards(path, given)
+    names = lora_names(shards.container.header.tensors)
+    if names is None:
+        return _checkpoint(shards, given, shards.container)
+    return _adapter(shards, names, given, alpha)
+
+
+def open_shard_base(path: Path, given: str) -> Checkpoint:
+    """The base of a LoRA run, under the names of the model. Raises CheckpointError."""
+    shards, names = _lora_run(path, given)
+    return _checkpoint(shards, given, renamed(shards.container, names.base))
+
+
+def open_shard_adapter(path: Path, given: str, *, alpha: float | None = None) -> Adapter:
+    """The adapter of a LoRA run, from the factors in its shards.
+
+    r and alpha come from adapter_config.json of `lora_adapter/`, else from lora_train_meta.json.
+    alpha: in place of theirs. Raises CheckpointError.
+    """
+    return _adapter(*_lora_run(path, given), given, alpha)
+
+
+def _adapter(shards: _Shards, names: LoraNames, given: str, alpha: float | None) -> Adapter:
+    config = _lora_config(shards.path, given)
+    own = [*names.adapter, *trained_biases(names, config.get("bias", "none"))]
+    container = renamed(shards.container, {name: name for name in own})
+    return adapter_of(given, shards.path.resolve(), config, container, alpha=alpha)
+
+
+def _lora_run(path: Path, given: str) -> tuple[_Shards, LoraNames]:
+    shards = _shards(path, given)
+    names = lora_names(shards.container.header.tensors)
+    if names is None:
+        raise CheckpointError(f"`{given}`: shards of a whole model, without factors of an adapter")
+    return shards, names
+
+
+def _lora_config(path: Path, given: str) -> dict[str, Any]:
+    for folder in _ADAPTER_FOLDERS:
+        if (path / folder / ADAPTER_CONFIG).is_file():
+            return _json(path / folder / ADAPTER_CONFIG, f"{given}/{folder}/{ADAPTER_CONFIG}")
+    if (path / _LORA).is_file():
+        meta = _json(path / _LORA, f"{given}/{_LORA}")
+        return {"peft_type": "LORA", **{key: meta.get(key) for key in ("r", "lora_alpha")}}
+    raise CheckpointError(
+        f"`{given}`: shards of a LoRA run whose alpha is not known; copy lora_adapter/"
+        f"{ADAPTER_CONFIG} or {_LORA} beside them"
+    )
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """What was opened. config_folder: where config.json is, None without one."""
+
+    path: Path
+    container: Container
+    config: Mapping[str, Any]
+    config_folder: Path | None
+    notes: tuple[str, ...]
+
+
+def _shards(path: Path, given: str) -> _Shards:
+    label = given.rstrip("/")
+    below = next((one for one in _CONFIG_FOLDERS if (path / one / CONFIG).is_file()), None)
+    config = {} if below is None else _json(path / below / CONFIG, f"{label}/{below}/{CONFIG}")
+    names = file_names(path, given)
+    if any(is_rank_file(name) for name in names):
+        files = rank_files(path, names, label)
+        source = files[0].replace("rank_0", "rank_*")
+        container = FsdpShards.open(path, files, label, source, config)
+        note = f"put together from the FSDP shards of {len(files)} ranks"
+    else:
+        source = "*.distcp"
+        container, note = _dcp(path, names, label, source)
+    folder = None if below is None else path / below
+    return _Shards(path, container, config, folder, (note,) if folder else (note, NO_CONFIG))
+
+
+def _checkpoint(shards: _Shards, given: str, container: Container) -> Checkpoint:
+    files = {info.source: container.header for info in container.header.tensors.values()}
+    source = _ShardSource(container, shards.config_folder)
+    identity = Identity(given, str(shards.path.resolve()))
+    return assemble(identity, source, shards.config, files, {}, shards.notes)
+
+
+@dataclass(frozen=True)
+class _ShardSource:
+    """Shards on this disk: one container, whatever the number of their files."""
+
+    container: Container
+    config_folder: Path | None
+
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        return {}
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
+        return None
+
+    def open(self, file: str) -> Container:
+        return self.container
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        return ({}, ()) if self.config_folder is None else travelling_files(self.config_folder)
+
+
+def _json(path: Path, label: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{label}: cannot be read: {error}") from None
+    return parse_object(text, label)
+
+
+def _dcp(path: Path, names: Collection[str], label: str, source: str) -> tuple[Container, str]:
+    if METADATA not in names:
+        raise CheckpointError(
+            f"`{label}`: .distcp files without {METADATA}, which is written last; still being "
+            "written, or cut: copy it, too"
+        )
+    tensors = read_metadata(path, label)
+    model = model_tensors(tensors)
+    if not model:
+        raise CheckpointError(
+            f"`{label}`: a DCP checkpoint without the weights of a model (of {len(tensors)} tensors"
+            " all belong to a trainer's state); give the folder of the weights"
+        )
+    rest = len(tensors) - len(model)
+    note = "read from a DCP checkpoint" + (
+        f"; {rest} entries beside the model are not" if rest else ""
+    )
+    return DcpFolder.open(path, model, label, source), note

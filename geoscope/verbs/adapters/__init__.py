@@ -1,0 +1,1 @@
+"""Initial adapters: written, converted, checked."""

@@ -1,0 +1,389 @@
+"""`convert_adapter`: what training made of an initialised adapter, as a plain LoRA on the original.
+
+The initial and the trained adapter are read, checked to belong together, and combined module by
+module (`geoscope.adapters.conversion`). No model is opened; nothing is written here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope.adapters.conversion import compressed, concatenated, fused_experts
+from geoscope.adapters.peft_names import lora_keys
+from geoscope.arguments import Place, path_text
+from geoscope.engine import matrix_boundary
+from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.formats.safetensors_writer import FilePlan
+from geoscope.linalg import Product
+from geoscope.peft.adapter import Adapter, open_adapter
+from geoscope.peft.folder import (
+    CONVERTED,
+    AdapterFolder,
+    adapter_folder,
+    record_beside,
+)
+from geoscope.peft.lora import expert_parts, unstacked
+from geoscope.peft.module import AdapterModule
+from geoscope.sources.reference import HubReference, parse_reference
+from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan, scaling_of_all
+
+__all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
+
+# What a trained adapter has of a start that is not its own: nothing, and what chance gives.
+_NOTHING, _DEVIATIONS, _TELLING = 0.05, 3.0, 0.5
+# Methods whose adapters stand on the original base as they are.
+_PLAIN = {"lora": "method lora", CONVERTED: "converted adapter"}
+
+
+@dataclass(frozen=True)
+class ModuleEnergy:
+    """What the rank leaves out of one module, its experts taken together.
+
+    energy: ‖ΔW‖_F². discarded: the part of it beyond the rank, Σ σ_i².
+    """
+
+    name: str
+    energy: float
+    discarded: float
+
+    @property
+    def share(self) -> float:
+        """discarded / energy, 0 for an update of zero."""
+        return discarded_share([self])
+
+
+def discarded_share(modules: Sequence[ModuleEnergy]) -> float:
+    """Σ discarded / Σ energy, 0 where all updates are zero."""
+    energy = sum(one.energy for one in modules)
+    return sum(one.discarded for one in modules) / energy if energy > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """A plain LoRA on the original base, to be written. Made by `convert_adapter`.
+
+    config: adapter_config.json. plan: of adapter_model.safetensors; factors are fp32, tensors of
+    `modules_to_save` as the trained adapter holds them. notes: one-line remarks for the user.
+    origin: what geoscope.json says of where it comes from.
+    """
+
+    config: Mapping[str, Any]
+    plan: FilePlan
+    notes: tuple[str, ...]
+    origin: Mapping[str, Any]
+    trained: Adapter
+    initial: Adapter | None
+    parts: Mapping[str, tuple[str, ...]]
+    compress_to: int | None
+
+    def write(self, put: Callable[[str, Tensor], None]) -> tuple[ModuleEnergy, ...]:
+        """Hands every tensor to `put(name, tensor)` in the order of the plan, module by module.
+
+        Returns what the compression leaves out of each; empty for the exact form.
+        Raises NumericsError for factors that are not finite.
+        """
+        module_of = {lora_keys(one.path)[0]: one for one in self.trained.modules.values()}
+        waiting: dict[str, Tensor] = {}
+        found: list[ModuleEnergy] = []
+        for name in self.plan.order:
+            if name in module_of:
+                module = module_of[name]
+                B, A, energy = self._convert(module)
+                found += energy
+                waiting[lora_keys(module.path)[1]] = B
+                put(name, A)
+            elif name in waiting:
+                put(name, waiting.pop(name))
+            else:
+                put(name, self.trained.read(name))
+        return tuple(found)
+
+    def refuse_unrelated(self) -> None:
+        """Raises PairingError where training cannot have begun at the initial adapter.
+
+        ΔW = P − P_0 with P_0 the initial product: trained from it, P holds b = ⟨P, P_0⟩/‖P_0‖² ≈ 1
+        of it, and from another start 0 ± ‖P‖/(‖P_0‖√N) (ours). Nothing is said where that
+        deviation is too large to tell.
+        """
+        inner = start = variance = 0.0
+        for module in self.trained.modules.values():
+            initial = self._initial_factors(module)
+            if initial is None:
+                return
+            own, trained = _energy(*initial, *initial), self.trained.factors(module.name)
+            start += own
+            inner += _energy(*trained, *initial)
+            variance += own * _energy(*trained, *trained) / math.prod(module.shape)
+        if not start:
+            return
+        kept, chance = inner / start, _DEVIATIONS * math.sqrt(variance) / start
+        if chance < _TELLING and abs(kept) <= max(_NOTHING, chance):
+            assert self.initial is not None
+            raise PairingError(
+                f"{self.trained.given} has {kept:.2g} of the start of {self.initial.given}, where "
+                "an adapter trained from it has about 1: taking that start off would add it to the "
+                "model with a minus; give the initial adapter of this very run, or `force`"
+            )
+
+    def _convert(self, module: AdapterModule) -> tuple[Tensor, Tensor, list[ModuleEnergy]]:
+        """B and A of one module as they are stored."""
+        B, A = self.trained.factors(module.name)
+        start = self._initial_factors(module)
+        with matrix_boundary(module.name):
+            if self.compress_to is None:
+                assert start is not None
+                return *unstacked(*concatenated(B, A, *start), is_turned=module.is_turned), []
+            update = Product.of(B, A, module.scaling)
+            if start is not None:
+                update = update - Product.of(*start, module.scaling)
+            made = compressed(update, self.compress_to, scaling_of_all(self.trained))
+        energy = ModuleEnergy(module.name, made.energy, made.discarded)
+        return *unstacked(made.B, made.A, is_turned=module.is_turned), [energy]
+
+    def _initial_factors(self, module: AdapterModule) -> tuple[Tensor, Tensor] | None:
+        if self.initial is None:
+            return None
+        parts = self.parts[module.name]
+        if parts == (module.name,):
+            return self.initial.factors(module.name)
+        return _fused(self.initial, parts, module.experts)
+
+
+def _energy(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor) -> float:
+    """⟨B·A, B_0·A_0⟩ of all experts."""
+    return float(((B0.mT.double() @ B.double()) * (A0.double() @ A.mT.double())).sum())
+
+
+def _fused(initial: Adapter, parts: tuple[str, ...], experts: int) -> tuple[Tensor, Tensor]:
+    """The stack that PEFT makes of per-expert factors; parts expert by expert."""
+    each = len(parts) // experts
+    stacks = [
+        fused_experts([initial.factors(name) for name in parts[e * each : (e + 1) * each]])
+        for e in range(experts)
+    ]
+    return torch.cat([B for B, _ in stacks]), torch.cat([A for _, A in stacks])
+
+
+def convert_adapter(
+    initial: Place,
+    trained: Place,
+    *,
+    rank: int | None = None,
+    base: Place | None = None,
+    force: bool = False,
+) -> Conversion:
+    """The trained adapter as a plain LoRA on the model it started from.
+
+    initial: the output folder of `init-adapter`, or an adapter folder saved before training.
+    trained: the adapter after training. rank: compress to it; the exact form has twice the rank.
+    base: reference of the original model, where neither folder tells it. force: also where the
+    trained adapter has nothing of the initial one.
+    Raises OptionError, PairingError (the two do not belong together) or CheckpointError.
+
+    >>> conversion = convert_adapter("OUT/", "checkpoint-500/")  # doctest: +SKIP
+    >>> conversion.config["r"]  # doctest: +SKIP
+    64
+    """
+    origin, last = (
+        adapter_folder(path_text(folder, name))
+        for folder, name in ((initial, "initial"), (trained, "trained"))
+    )
+    base = None if base is None else path_text(base, "base")
+    start = open_adapter(origin.adapter, given=origin.label)
+    end = open_adapter(last.adapter, given=last.label)
+    for one in (start, end):
+        one.refuse_more_than_plain("convert-adapter")
+    parts = _matched(start, end)
+    starts_at_zero = origin.layout == "mirror" or origin.record.get("method") in _PLAIN
+    _refuse_rank(rank, end, starts_at_zero, origin)
+    _refuse_original_as_base(origin, end)
+    reference, revision = _original(origin, start, end, starts_at_zero, base)
+    config = plain_config(end, rank, reference, revision)
+    others = carried(end)
+    made = Conversion(
+        config=config,
+        plan=plain_plan(end, rank, others),
+        notes=_notes(start, end, others, parts),
+        origin=_told(origin, last, reference, revision),
+        trained=end,
+        initial=None if starts_at_zero else start,
+        parts=parts,
+        compress_to=rank,
+    )
+    if not force:
+        made.refuse_unrelated()
+    return made
+
+
+# --- do the two belong together? ----------------------------------------------------------------
+
+
+def _matched(start: Adapter, end: Adapter) -> dict[str, tuple[str, ...]]:
+    """Module of the trained adapter → its modules in the initial one. Raises PairingError."""
+    parts = {name: _parts(start, one) for name, one in end.modules.items()}
+    lacking = [name for name, found in parts.items() if not found]
+    used = {name for found in parts.values() for name in found}
+    left = [name for name in start.modules if name not in used]
+    for names, here, there in ((lacking, end, start), (left, start, end)):
+        if names:
+            raise PairingError(
+                f"{len(names)} modules of {here.given} are not in {there.given}: "
+                f"{first_names(names)}; give the initial adapter of this very run"
+            )
+    for name, found in parts.items():
+        _refuse_difference(start, end, end.modules[name], [start.modules[one] for one in found])
+    return parts
+
+
+def _parts(start: Adapter, module: AdapterModule) -> tuple[str, ...]:
+    """The same module, or the experts' own matrices that PEFT has joined; () for none."""
+    if module.name in start.modules:
+        return (module.name,)
+    return tuple(name for row in expert_parts(module, start.modules) for name in row)
+
+
+def _refuse_difference(
+    start: Adapter, end: Adapter, module: AdapterModule, found: list[AdapterModule]
+) -> None:
+    each = max(1, len(found) // module.experts)
+    m = sum(one.shape[0] for one in found[:each])
+    rank = sum(one.rank for one in found[:each])
+    sides = {
+        "shape": (module.shape, (m, found[0].shape[1])),
+        "experts": (module.experts, found[0].experts if found[0].is_stack else len(found) // each),
+        "rank": (module.rank, rank),
+        "scaling": (module.scaling, found[0].scaling),
+    }
+    for what, (trained, initial) in sides.items():
+        if trained != initial:
+            raise PairingError(
+                f"{module.name}: {what} {trained} in {end.given}, {initial} in {start.given}; "
+                "give the initial adapter of this very run"
+            )
+
+
+def _refuse_rank(
+    rank: int | None, end: Adapter, starts_at_zero: bool, origin: AdapterFolder
+) -> None:
+    largest = max(one.rank for one in end.modules.values()) * (1 if starts_at_zero else 2)
+    if rank is None and starts_at_zero:
+        what = "mirror layout" if origin.layout == "mirror" else _PLAIN[origin.record["method"]]
+        raise OptionError(
+            f"{end.given}: trained from the {what}, it is a plain LoRA on the original base "
+            "already; use it as it is, or compress it with `rank`"
+        )
+    # At the largest rank nothing is left out; it is of use where it makes different ranks one.
+    limit = largest - (len({one.rank for one in end.modules.values()}) == 1)
+    if rank is not None and not 1 <= rank <= limit:
+        raise OptionError(
+            f"`rank` {rank}: takes 1 … {limit}; rank {largest} is exact: "
+            + ("use the adapter as it is" if starts_at_zero else "leave `rank` out")
+        )
+
+
+def _refuse_original_as_base(origin: AdapterFolder, end: Adapter) -> None:
+    """A residual's adapter counts on the rewritten base; on the original W it was another model."""
+    known = (origin.record.get("base") or {}).get("reference")
+    if origin.layout == "residual" and known and end.base and _same_model(end.base, known):
+        raise PairingError(
+            f"{end.given}: names the original model {known} as its base, and {origin.given} starts "
+            "on the rewritten one, where the initial product is taken out; give the adapter that "
+            "was trained on that, or set base_model_name_or_path where it only lost its name"
+        )
+
+
+def _same_model(one: str, two: str) -> bool:
+    paths = [Path(name).expanduser() for name in (one, two)]
+    return one == two or (all(path.is_dir() for path in paths) and paths[0].samefile(paths[1]))
+
+
+def _notes(
+    start: Adapter, end: Adapter, others: tuple[str, ...], parts: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    if all(_is_unchanged(start, end, name, found) for name, found in parts.items()):
+        notes.append(
+            f"{end.given} has the very factors of {start.given}: nothing was trained, and the "
+            "update is zero"
+        )
+    if start.base != end.base:
+        notes.append(
+            f"base_model_name_or_path is {end.base} in {end.given} and {start.base} in "
+            f"{start.given}; taken as one model under two names"
+        )
+    if others:
+        notes.append(
+            f"{len(others)} tensors of modules_to_save are copied as stored: {first_names(others)}"
+        )
+    return tuple(notes)
+
+
+def _is_unchanged(start: Adapter, end: Adapter, name: str, found: tuple[str, ...]) -> bool:
+    """Whether the factors are the initial ones; a stack joined from experts counts as trained."""
+    if found != (name,):
+        return False
+    pairs = zip(start.factors(name), end.factors(name), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs)
+
+
+# --- the original model -------------------------------------------------------------------------
+
+
+def _original(
+    origin: AdapterFolder,
+    start: Adapter,
+    end: Adapter,
+    starts_at_zero: bool,
+    base: str | None,
+) -> tuple[str, str | None]:
+    """Reference and revision of the model that the result is an adapter of."""
+    if base is not None:
+        parsed = parse_reference(base)
+        if isinstance(parsed, HubReference) and not parsed.folder:
+            return parsed.repo, parsed.revision
+        return base, None
+    for record in (origin.record, record_beside(end.base), record_beside(start.base)):
+        known = record.get("base") or {}
+        if known.get("reference"):
+            return known["reference"], known.get("commit")
+    on_the_original = starts_at_zero or origin.layout == "anchor"
+    if on_the_original or any(_decomposes_at_load(one) for one in (start, end)):
+        name = end.base or start.base
+        if name is not None:
+            return name, end.config.get("revision")
+    raise OptionError(
+        f"{start.given} does not tell the original model ({end.base} may be the rewritten one), "
+        "which the converted adapter names as its base; give it with `base`"
+    )
+
+
+def _told(
+    origin: AdapterFolder, last: AdapterFolder, reference: str, revision: str | None
+) -> dict[str, Any]:
+    """The part of geoscope.json that names the base and both adapters."""
+    known = origin.record.get("base") or {}
+    same = (known.get("reference"), known.get("commit")) == (reference, revision)
+    folders = {"initial": str(origin.adapter), "trained": str(last.adapter)}
+    base = {"reference": _whole(reference), "commit": revision}
+    return {"base": {**base, "sha256": known.get("sha256", {}) if same else {}}, "from": folders}
+
+
+def _whole(reference: str) -> str:
+    """A folder by its whole path; a Hub id as it is."""
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if path.exists() else reference
+
+
+def _decomposes_at_load(adapter: Adapter) -> bool:
+    """Whether PEFT itself initialised it, from the original model under that model's name."""
+    return isinstance(adapter.config.get("init_lora_weights"), str)
+
+
+# --- what is written ----------------------------------------------------------------------------

@@ -1,0 +1,396 @@
+"""An adapter's initial weights for a whole model: chosen, computed, written, told.
+
+One matrix at a time goes from the base's files into the output, with workers that compute ahead as
+far as the memory allows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope._version import __version__
+from geoscope.adapters.factors import LoraFactors
+from geoscope.adapters.layouts import residual, start_error
+from geoscope.adapters.peft_config import max_lora_rank, rank_advice
+from geoscope.arguments import Place, path_of, path_text
+from geoscope.engine import matrix_boundary, one_blas_thread, resolve_devices
+from geoscope.errors import CheckpointError, NumericsError, OptionError
+from geoscope.formats.container import files_of
+from geoscope.formats.hashes import file_sha256
+from geoscope.formats.refused import refuse_unwritable
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.opening import storage_dtype
+from geoscope.outputs.model_folder import write_model
+from geoscope.outputs.output_folder import OutputFolder
+from geoscope.peft.folder import RECORD_SCHEMA, refuse_as_base
+from geoscope.records import ModelRef, Report, TensorInfo
+from geoscope.report.card import AdapterCard, adapter_card
+from geoscope.sources.open import open_checkpoint
+from geoscope.verbs.adapters.options import InitOptions
+from geoscope.verbs.adapters.output import (
+    AdapterFiles,
+    Spool,
+    plan_files,
+    write_configs,
+    write_record,
+)
+from geoscope.verbs.adapters.report import adapter_report
+from geoscope.verbs.adapters.targets import Targets, choose_targets
+from geoscope.verbs.fetching import fetch
+from geoscope.verbs.options import Progress
+
+__all__ = ["Initialised", "default_output", "initialise", "model_here"]
+
+# dtypes in which a trainer may hold the base: the start error is measured for each.
+_TRAINER = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# fp32 copies of a matrix that work on it takes, the rewritten matrix among them, and how many of
+# the largest may be in memory in all.
+_COPIES_IN_WORK, _COPIES_IN_ALL = 3, 6
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """The report, the folder, what its card tells, and the card's own file."""
+
+    report: Report
+    out: Path
+    card: AdapterCard
+    readme: Path
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One matrix: its factors without their place, and what is written of them."""
+
+    factors: LoraFactors
+    residual: Tensor | None
+    errors: Mapping[str, float]
+
+
+def model_here() -> str:
+    """The current folder, by its whole path. Raises OptionError where it holds no model."""
+    try:
+        open_checkpoint(".")
+    except CheckpointError as error:
+        raise OptionError(
+            f"no MODEL given, and the current folder is none ({error}); name a folder or a Hub id"
+        ) from None
+    return str(Path.cwd())
+
+
+def default_output(model: Place, options: InitOptions) -> Path:
+    """A name made of model, method and rank, in the current folder."""
+    model = path_text(model, "model")
+    last = model.rstrip("/").partition("@")[0].rpartition("/")[2]
+    name = last if last not in ("", ".", "..") else Path(model).resolve().name
+    return Path(f"{name}-{options.method}-r{options.rank}")
+
+
+def initialise(
+    model: Place,
+    out: Place,
+    options: InitOptions | None = None,
+    *,
+    command: Sequence[str] = (),
+    argv: Sequence[str] = (),
+    progress: Progress | None = None,
+    on_start: Callable[[int], None] | None = None,
+) -> Initialised:
+    """Writes the initial adapter of a model into the folder `out`, and reports on it.
+
+    model: folder or Hub id. command: the words to repeat it with, for the card. argv: those of
+    this call, for the report. on_start(matrices) is called once everything is checked. Raises
+    GeoscopeError; then nothing loadable is left in `out`.
+    """
+    model, out, options = path_text(model, "model"), path_of(out, "out"), options or InitOptions()
+    progress = progress or Progress()
+    started = time.perf_counter()
+    device = resolve_devices(options.device)[0]
+    refuse_as_base(model)
+    checkpoint = open_checkpoint(model, on_progress=progress.on_download)
+    refuse_unwritable(checkpoint, "init-adapter")
+    targets = choose_targets(checkpoint, options)
+    files = plan_files(checkpoint, targets, options)
+    inputs = _inputs(checkpoint)
+    folder = OutputFolder(
+        out,
+        files.sizes(len(targets.matrices)),
+        force=options.force,
+        inputs=inputs,
+        meanwhile=files.spool_bytes,
+    )
+    if on_start is not None:
+        on_start(len(targets.matrices))
+    names = [*checkpoint.tensors] if files.model is not None else [*targets.matrices]
+    fetch([(checkpoint, names)], progress)
+    order = [
+        name for name in (files.model.order if files.model else names) if name in targets.matrices
+    ]
+    with ExitStack() as stack:
+        output = stack.enter_context(folder)
+        spool = stack.enter_context(Spool(out, options.chosen_layout))
+        stack.enter_context(one_blas_thread())
+        made = _computed(checkpoint, targets, order, options, device)
+        kept: dict[str, _Made] = {}
+        hashes: dict[str, dict[str, str]] = {}
+
+        def replacement(name: str) -> Tensor | None:
+            if name not in targets.matrices:
+                return None
+            one = next(made)
+            hashes[name] = spool.keep(targets.paths[name], one.factors)
+            kept[name] = _without_tensors(one)
+            progress.on_pair(len(kept), len(order), name)
+            return one.residual
+
+        if files.model is not None:
+            write_model(output, "residual", checkpoint, files.model, replacement)
+            for name, path in files.travelling.items():
+                output.copy(f"residual/{name}", path)
+        else:
+            for name in order:
+                replacement(name)
+        spool.write(output, files)
+        base, revision = _base_of(checkpoint, out, options)
+        write_configs(output, files, base, revision, targets, options)
+        notes = (*targets.notes, *files.notes, *_advice(options))
+        card = _card(checkpoint, out, options, kept, command, notes)
+        output.write(files.card, adapter_card(card).encode())
+        write_record(output, _record(checkpoint, options, kept, hashes, card))
+    report = adapter_report(
+        checkpoint.ref, _written(out, files), targets, options,
+        {name: (one.factors, one.errors) for name, one in kept.items()},
+        device=str(device), notes=notes, argv=tuple(argv),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    return Initialised(report, out, card, out / files.card)
+
+
+# --- the matrices, computed ahead -----------------------------------------------------------------
+
+
+def _computed(
+    checkpoint: Checkpoint,
+    targets: Targets,
+    order: Sequence[str],
+    options: InitOptions,
+    device: torch.device,
+) -> Iterator[_Made]:
+    """The matrices in this order. Workers compute ahead while what they hold fits."""
+    workers = options.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
+    entries = {
+        name: targets.matrices[name].shape[0] * targets.matrices[name].shape[1] for name in order
+    }
+    room = _COPIES_IN_ALL * max(entries.values())
+    waiting = deque(order)
+    running: deque[tuple[int, Future[_Made]]] = deque()
+
+    def job(name: str) -> Callable[[], _Made]:
+        context = copy_context()
+        info = targets.matrices[name]
+        return lambda: context.run(_make, checkpoint, info, options, device)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        try:
+            while waiting or running:
+                used = sum(cost for cost, _ in running)
+                while waiting and len(running) <= workers:
+                    cost = _COPIES_IN_WORK * entries[waiting[0]]
+                    if running and used + cost > room:
+                        break
+                    running.append((cost, pool.submit(job(waiting.popleft()))))
+                    used += cost
+                yield running.popleft()[1].result()
+        finally:
+            for _, future in running:
+                future.cancel()
+
+
+def _make(
+    checkpoint: Checkpoint, info: TensorInfo, options: InitOptions, device: torch.device
+) -> _Made:
+    """Factors, rewritten matrix and start errors of one matrix.
+
+    A matrix without a start ends the whole: a start that leaves modules out is another training.
+    """
+    stored = checkpoint.read(info.name)
+    try:
+        with matrix_boundary(info.name):
+            return _started(stored.to(device), info, options)
+    except OptionError as error:
+        raise OptionError(f"{info.name}: {error}") from None
+    except NumericsError as error:
+        if "--exclude" in str(error):
+            raise
+        way_out = f"leave it out with --exclude '{info.name}'"
+        raise NumericsError(f"{error}; nothing is written, {way_out}") from error
+
+
+def _started(W: Tensor, info: TensorInfo, options: InitOptions) -> _Made:
+    chosen = options.method_options
+    if "seed" in chosen and not options.initialisation.needs_layout:
+        # Each matrix draws its own A; the seed of a null is shared by equal shapes.
+        # 32 bits: the CPU's generator looks at no more.
+        chosen["seed"] = zlib.crc32(f"{options.seed}:{info.name}".encode())
+    factors = options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
+    _refuse_overflow(factors.facts.values(), factors.A, factors.B)
+    layout = options.chosen_layout
+    if not layout:
+        return _Made(factors, None, dict.fromkeys(_TRAINER, 0.0))
+    rewritten, errors = None, {}
+    if layout == "residual":
+        dtype = getattr(torch, options.residual_dtype or "float32")
+        written = residual(W, factors, dtype=dtype, transposed=info.transposed)
+        rewritten, errors = written.weight.cpu(), {"written": written.error}
+        _refuse_overflow((), rewritten)
+    for name, dtype in _TRAINER.items():
+        errors[name] = start_error(W, factors, layout, dtype=dtype)
+    _refuse_overflow(errors.values())
+    return _Made(factors, rewritten, errors)
+
+
+def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
+    """Raises NumericsError for what is written and is not finite."""
+    finite = all(one is None or math.isfinite(one) for one in numbers)
+    if not (finite and all(bool(torch.isfinite(one).all()) for one in tensors)):
+        raise NumericsError(
+            "the weights are too large or too small for factors in float32, or for the residual"
+        )
+
+
+def _without_tensors(one: _Made) -> _Made:
+    """The facts alone, which are small."""
+    empty = torch.empty(0)
+    return _Made(replace(one.factors, A=empty, B=empty), None, one.errors)
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+def _advice(options: InitOptions) -> tuple[str, ...]:
+    advice = rank_advice(options.written_rank)
+    return () if advice is None else (advice,)
+
+
+def _base_of(checkpoint: Checkpoint, out: Path, options: InitOptions) -> tuple[str, str | None]:
+    """What the adapter is loaded on, and its revision."""
+    if options.chosen_layout == "residual":
+        return str((out / "residual").resolve()), None
+    return _reference(checkpoint), checkpoint.ref.commit
+
+
+def _reference(checkpoint: Checkpoint) -> str:
+    """The base for the files: a folder by its whole path, a Hub id without its revision."""
+    ref = checkpoint.ref
+    if ref.commit is None:
+        return str(Path(ref.given).expanduser().resolve())
+    return ref.given.removeprefix("hf://").partition("@")[0]
+
+
+def _card(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: InitOptions,
+    kept: Mapping[str, _Made],
+    command: Sequence[str],
+    notes: tuple[str, ...],
+) -> AdapterCard:
+    return AdapterCard(
+        folder=out.as_posix(),
+        base=_reference(checkpoint),
+        commit=checkpoint.ref.commit,
+        method=options.method,
+        layout=options.chosen_layout,
+        rank=options.written_rank,
+        alpha=options.chosen_alpha,
+        served_rank=max_lora_rank(options.written_rank),
+        command=" ".join(command) or "(called as a library)",
+        version=__version__,
+        matrices=len(kept),
+        start_errors={dtype: max(one.errors[dtype] for one in kept.values()) for dtype in _TRAINER},
+        notes=notes,
+    )
+
+
+def _record(
+    checkpoint: Checkpoint,
+    options: InitOptions,
+    kept: Mapping[str, _Made],
+    hashes: Mapping[str, Mapping[str, str]],
+    card: AdapterCard,
+) -> dict[str, Any]:
+    """geoscope.json: enough to make the folder again, and to tell whether it was changed."""
+    chosen = options.method_options
+    return {
+        "schema": RECORD_SCHEMA,
+        "geoscope_version": __version__,
+        "method": options.method,
+        "layout": options.chosen_layout or None,
+        "rank": options.rank,
+        "alpha": options.chosen_alpha,
+        "rho": chosen.get("rho"),
+        "spec_rank": chosen.get("spec_rank") or (options.rank if "spec_rank" in chosen else None),
+        "scale_convention": chosen.get("scale_convention"),
+        "residual_dtype": (options.residual_dtype or "float32")
+        if options.chosen_layout == "residual"
+        else None,
+        "seed": options.seed,
+        "base": {
+            "reference": _reference(checkpoint),
+            "commit": checkpoint.ref.commit,
+            "sha256": {path.name: file_sha256(path) for path in _weight_files(checkpoint)},
+        },
+        "matrices": {
+            name: {
+                "facts": dict(one.factors.facts),
+                "nulls": dict(one.factors.nulls),
+                "status": {key: value.value for key, value in one.factors.status.items()},
+                "method": {key: dict(value) for key, value in one.factors.method.items()},
+                "errors": dict(one.errors),
+                **hashes[name],
+            }
+            for name, one in kept.items()
+        },
+        "start_error": {
+            dtype: {
+                "max": card.start_errors[dtype],
+                "mean": sum(one.errors[dtype] for one in kept.values()) / len(kept),
+            }
+            for dtype in _TRAINER
+        },
+        "command": card.command,
+    }
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of the base that were read, where they lie on this disk."""
+    containers = {
+        info.source: checkpoint.source.open(info.source) for info in checkpoint.tensors.values()
+    }
+    return sorted({path for one in containers.values() for path in files_of(one)})
+
+
+def _written(out: Path, files: AdapterFiles) -> ModelRef:
+    """The output as a report names it: the rewritten base, or the adapter where there is none."""
+    plans = [files.plan] if files.model is None else [*files.model.files.values()]
+    stored = [tensor for plan in plans for tensor in plan.tensors.values()]
+    return ModelRef(str(out), str(out.resolve()), None, storage_dtype(stored))
+
+
+def _inputs(checkpoint: Checkpoint) -> list[Path]:
+    """Local folders that hold the base: the output may not be one of them."""
+    given = Path(checkpoint.ref.given).expanduser()
+    return [given] if checkpoint.ref.commit is None and given.exists() else []

@@ -1,0 +1,260 @@
+"""The files of an initial adapter: planned to the byte, written one matrix at a time.
+
+Factors come in the order of the base's shards and are stored in that of their names, so they wait
+in a nameless file on the same disk; a model of any size then costs one matrix of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from geoscope._version import __version__
+from geoscope.adapters.factors import LoraFactors
+from geoscope.adapters.layouts import anchor, mirror
+from geoscope.adapters.peft_config import (
+    adapter_config,
+    config_bytes,
+    max_lora_rank,
+    vllm_findings,
+)
+from geoscope.adapters.peft_names import lora_keys
+from geoscope.formats.hashes import tensor_sha256
+from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.outputs.model_folder import ModelPlan, plan_model
+from geoscope.outputs.output_folder import OutputFolder
+from geoscope.peft.folder import CONVERTED, RECORD, RECORD_SCHEMA
+from geoscope.report.card import ConversionCard, conversion_card
+from geoscope.verbs.adapters.convert import Conversion, ModuleEnergy, discarded_share
+from geoscope.verbs.adapters.options import InitOptions
+from geoscope.verbs.adapters.targets import Targets
+
+__all__ = [
+    "AdapterFiles",
+    "Spool",
+    "plan_files",
+    "write_configs",
+    "write_conversion",
+    "write_record",
+]
+
+_WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+# Room for what is written at the end: the record of one matrix, the card and the configuration.
+_RECORD_BYTES, _SMALL = 4096, 1 << 16
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """folders: where adapters go, the trained one first. plan: of each weight file. model: that of
+    the rewritten base, None where there is none. travelling: configuration and tokenizer.
+    """
+
+    folders: tuple[str, ...]
+    plan: FilePlan
+    model: ModelPlan | None
+    travelling: Mapping[str, Path]
+    notes: tuple[str, ...]
+
+    def sizes(self, matrices: int) -> dict[str, int]:
+        """Name → bytes of every file, a bound for those that are written at the end."""
+        sizes: dict[str, int] = {RECORD: _SMALL + _RECORD_BYTES * matrices, self.card: _SMALL}
+        for folder in self.folders:
+            sizes[folder + _WEIGHTS] = self.plan.nbytes
+            sizes[folder + _CONFIG] = _SMALL
+        if self.model is not None:
+            sizes |= {f"residual/{name}": size for name, size in self.model.sizes.items()}
+            sizes |= {
+                f"residual/{name}": path.stat().st_size for name, path in self.travelling.items()
+            }
+        return sizes
+
+    @property
+    def spool_bytes(self) -> int:
+        """What `Spool` holds on the disk until the end: the factors once more."""
+        return self.plan.data_bytes * len(self.folders)
+
+    @property
+    def card(self) -> str:
+        return ("adapter/" if self.model is not None else "") + _CARD
+
+
+def plan_files(checkpoint: Checkpoint, targets: Targets, options: InitOptions) -> AdapterFiles:
+    """Every file of the output, from headers alone."""
+    layout = options.chosen_layout
+    metadata = {
+        "geoscope_version": __version__,
+        "layout": layout or "none",
+        "initial": "true",
+        **({"base_sha": checkpoint.ref.commit} if checkpoint.ref.commit else {}),
+    }
+    tensors: dict[str, TensorPlan] = {}
+    for name, info in targets.matrices.items():
+        key_A, key_B = lora_keys(targets.paths[name])
+        tensors[key_A] = TensorPlan("float32", (options.written_rank, info.shape[1]))
+        tensors[key_B] = TensorPlan("float32", (info.shape[0], options.written_rank))
+    model, travelling, notes = None, {}, ()
+    if layout == "residual":
+        dtype = options.residual_dtype or "float32"
+        model = plan_model(checkpoint, dict.fromkeys(targets.matrices, dtype), metadata)
+        travelling, notes = checkpoint.source.travelling()
+        notes = (*model.notes, *notes)
+    folders = {"residual": ("adapter/",), "anchor": ("adapter/", "anchor/")}.get(layout, ("",))
+    return AdapterFiles(folders, FilePlan(tensors, metadata), model, travelling, notes)
+
+
+class Spool:
+    """Factors on their way to the adapter files; use it in a `with` statement."""
+
+    def __init__(self, folder: Path, layout: str) -> None:
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)
+        self._layout = layout
+        self._places: dict[tuple[int, str], tuple[int, tuple[int, ...]]] = {}
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def keep(self, path: str, factors: LoraFactors) -> dict[str, str]:
+        """The factors of a module, as its layout stores them; their hashes."""
+        if self._layout == "mirror":
+            pairs = (mirror(factors),)
+        elif self._layout == "anchor":
+            pairs = anchor(factors)
+        else:
+            pairs = ((factors.A, factors.B),)
+        pairs = tuple((A.cpu(), B.cpu()) for A, B in pairs)
+        for number, pair in enumerate(pairs):
+            for key, tensor in zip(lora_keys(path), pair, strict=True):
+                self._places[number, key] = (self._file.tell(), tuple(tensor.shape))
+                self._file.write(tensor.contiguous().numpy().tobytes())
+        A, B = pairs[0]
+        return {"sha256_A": tensor_sha256(A), "sha256_B": tensor_sha256(B)}
+
+    def write(self, out: OutputFolder, files: AdapterFiles) -> None:
+        """The weight file of every adapter."""
+        for number, folder in enumerate(files.folders):
+            with out.tensors(folder + _WEIGHTS, files.plan) as writer:
+                for key in files.plan.order:
+                    writer.write(key, self._read(number, key))
+
+    def _read(self, number: int, key: str) -> Tensor:
+        position, shape = self._places[number, key]
+        tensor = torch.empty(shape, dtype=torch.float32)
+        self._file.seek(position)
+        self._file.readinto(tensor.numpy().reshape(-1).view("u1").data)  # pyright: ignore[reportAttributeAccessIssue]
+        return tensor
+
+
+def write_configs(
+    out: OutputFolder, files: AdapterFiles, base: str, revision: str | None, targets: Targets,
+    options: InitOptions,
+) -> None:  # fmt: skip
+    """adapter_config.json of every adapter."""
+    config = adapter_config(
+        base=base,
+        revision=revision,
+        rank=options.written_rank,
+        alpha=options.chosen_alpha,
+        targets=targets.modules,
+        fan_in_fan_out=targets.fan_in_fan_out,
+    )
+    for folder in files.folders:
+        out.write(folder + _CONFIG, config_bytes(config))
+
+
+def write_record(out: OutputFolder, record: Mapping[str, Any]) -> None:
+    """geoscope.json."""
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    out.write(RECORD, (text + "\n").encode())
+
+
+def write_conversion(
+    conversion: Conversion,
+    out: Path,
+    *,
+    force: bool = False,
+    command: Sequence[str] = (),
+) -> tuple[ModuleEnergy, ...]:
+    """The converted adapter as a folder; what a compression leaves out of each module.
+
+    command: the words to repeat it with, for the card.
+    """
+    config = config_bytes(conversion.config)
+    modules = conversion.trained.modules
+    sizes = {
+        _WEIGHTS: conversion.plan.nbytes,
+        _CONFIG: len(config),
+        _CARD: _SMALL,
+        RECORD: _SMALL + _RECORD_BYTES * len(modules),
+    }
+    inputs = [Path(one) for one in conversion.origin["from"].values()]
+    hashes: dict[str, str] = {}
+    with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
+        with folder.tensors(_WEIGHTS, conversion.plan) as writer:
+
+            def put(name: str, tensor: Tensor) -> None:
+                hashes[name] = tensor_sha256(tensor)
+                writer.write(name, tensor)
+
+            found = conversion.write(put)
+        card = _conversion_card(conversion, out, found, command)
+        folder.write(_CARD, conversion_card(card).encode())
+        write_record(folder, _conversion_record(conversion, hashes, card))
+        folder.write(_CONFIG, config)
+    return found
+
+
+def _conversion_card(
+    conversion: Conversion, out: Path, found: Sequence[ModuleEnergy], command: Sequence[str]
+) -> ConversionCard:
+    config, base = conversion.config, conversion.origin["base"]
+    return ConversionCard(
+        folder=out.as_posix(),
+        base=base["reference"],
+        commit=base["commit"],
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        served_rank=None if vllm_findings(config) else max_lora_rank(config["r"]),
+        discarded=discarded_share(found) if found else None,
+        command=" ".join(command) or "(called as a library)",
+        version=__version__,
+        notes=conversion.notes,
+    )
+
+
+def _conversion_record(
+    conversion: Conversion, hashes: Mapping[str, str], card: ConversionCard
+) -> dict[str, Any]:
+    """geoscope.json of a conversion: no layout, and where it comes from."""
+    matrices: dict[str, dict[str, str]] = {}
+    for name, one in conversion.trained.modules.items():
+        key_A, key_B = lora_keys(one.path)
+        matrices[name] = {"sha256_A": hashes[key_A], "sha256_B": hashes[key_B]}
+    return {
+        "schema": RECORD_SCHEMA,
+        "geoscope_version": __version__,
+        "method": CONVERTED,
+        "layout": None,
+        "rank": card.rank,
+        "alpha": card.alpha,
+        "discarded": card.discarded,
+        **conversion.origin,
+        "matrices": matrices,
+        "command": card.command,
+    }

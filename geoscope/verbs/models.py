@@ -1,0 +1,180 @@
+"""What a reference stands for: a model, an adapter, or a base with an adapter over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from geoscope.errors import CheckpointError, GeoscopeError, OptionError
+from geoscope.formats.layout import file_names
+from geoscope.formats.refused import is_adapter_file
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.split import split
+from geoscope.models.ungathered import refuse_ungathered
+from geoscope.names import NameMap
+from geoscope.peft.adapted import AdaptedCheckpoint
+from geoscope.peft.adapter import Adapter
+from geoscope.peft.folder import record_beside
+from geoscope.sources.model_or_adapter import adapter_beside, open_model_or_adapter
+from geoscope.sources.reference import base_and_adapter
+from geoscope.sources.shard_folder import holds_shards, open_shard_base
+from geoscope.verbs.adapted_model import adapted, started_from
+
+__all__ = ["OnProgress", "adapter_at", "in_parts", "open_model", "open_tuned", "over"]
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def open_model(
+    reference: str,
+    *,
+    initial: str | None = None,
+    alpha: float | None = None,
+    names: NameMap = NameMap(),  # noqa: B008 - frozen
+    on_progress: OnProgress | None = None,
+) -> Checkpoint:
+    """The weights that a reference names; of an adapter alone those of its own base with it.
+
+    initial, alpha, names: `--initial-adapter`, `--lora-alpha`, `--map-name`. Raises GeoscopeError.
+    """
+    pair = base_and_adapter(reference)
+    if pair is not None:
+        base = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
+        adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
+        return _as_model(_over(base, adapter, initial, alpha, names), given=reference)
+    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    if isinstance(found, Checkpoint):
+        return found
+    whole = _over(_base_of(found, on_progress), found, initial, alpha, names)
+    return _as_model(whole, given=found.given)
+
+
+def open_tuned(
+    reference: str,
+    base: Checkpoint,
+    *,
+    initial: str | None = None,
+    alpha: float | None = None,
+    names: NameMap = NameMap(),  # noqa: B008 - frozen
+    on_progress: OnProgress | None = None,
+) -> Checkpoint:
+    """A tuned model of `base`; an adapter, alone or as base+adapter of the same base, lies over it.
+
+    Where `base` is a model with an adapter of the same base, the one takes the place of the other.
+
+    Raises GeoscopeError.
+    """
+    pair = base_and_adapter(reference)
+    if pair is not None:
+        own = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
+        same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
+        adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
+        over_base = _over(base if same else own, adapter, initial, alpha, names)
+        return _as_model(over_base, given=reference)
+    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    if isinstance(found, Checkpoint):
+        return found
+    if isinstance(base, AdaptedCheckpoint) and _are_siblings(base.adapter, found):
+        return _difference(base, found, names)
+    return _over(base, found, initial, alpha, names)
+
+
+def _are_siblings(one: Adapter, other: Adapter) -> bool:
+    """Whether both adapters are of the same base, so that neither lies over the other."""
+    if one.base is None or other.base is None:
+        return False
+    folders = one.base_folder, other.base_folder
+    if folders[0] is not None or folders[1] is not None:
+        return folders[0] == folders[1]
+    return (one.base, one.revision) == (other.base, other.revision)
+
+
+def _difference(base: AdaptedCheckpoint, adapter: Adapter, names: NameMap) -> AdaptedCheckpoint:
+    """The adapter in place of the one that `base` has: the update is their difference.
+
+    Raises OptionError where one of them changes a matrix by no product.
+    """
+    found = adapted(base, base, adapter, base.adapter, names, is_difference=True)
+    if not all(one.has_factors for one in (*found.changes.values(), *base.changes.values())):
+        raise OptionError(
+            f"{adapter.given}: it and {base.adapter.given} are adapters of one base and do not "
+            "both change it by products alone; give BASE+ADAPTER twice, or merge them and compare "
+            "the merged folders"
+        )
+    return found
+
+
+def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """As `split`, of a base with an adapter, too."""
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return over(checkpoint, in_parts(checkpoint.whole, config))
+    return split(checkpoint, config)
+
+
+def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:
+    """The same adapter over the base in other parts."""
+    found = adapted(
+        base,
+        checkpoint.whole,
+        checkpoint.adapter,
+        checkpoint.start,
+        checkpoint.names,
+        is_difference=checkpoint.is_difference,
+    )
+    return replace(found, ref=checkpoint.ref, renamed=checkpoint.renamed)
+
+
+def _over(
+    base: Checkpoint,
+    adapter: Adapter,
+    initial: str | None,
+    alpha: float | None,
+    names: NameMap,
+) -> AdaptedCheckpoint:
+    """Of a base that `init-adapter` relieved of the start nothing more is taken off."""
+    refuse_ungathered(base)
+    is_relieved = record_beside(base.ref.resolved).get("layout") == "residual"
+    start = None if is_relieved else started_from(adapter, initial, alpha=alpha)
+    return adapted(base, base, adapter, start, names)
+
+
+def _as_model(found: AdaptedCheckpoint, *, given: str) -> AdaptedCheckpoint:
+    """Known as base and adapter together, as two of one adapter over different bases differ."""
+    resolved = f"{found.whole.ref.resolved}+{found.ref.resolved}"
+    return replace(found, ref=replace(found.ref, given=given, resolved=resolved))
+
+
+def adapter_at(
+    reference: str, *, alpha: float | None = None, on_progress: OnProgress | None = None
+) -> Adapter:
+    """The adapter that a reference names. Raises OptionError for a model, alone or below it."""
+    if (pair := base_and_adapter(reference)) is not None:
+        raise OptionError(
+            f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"
+        )
+    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    if isinstance(found, Adapter):
+        return found
+    beside = adapter_beside(found, alpha=alpha)
+    if beside is None:
+        raise OptionError(f"{reference}: a model and no adapter; give the folder of an adapter")
+    return beside
+
+
+def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:
+    """The model that its config names; of an adapter out of shards the base in the same shards."""
+    names = file_names(adapter.path)
+    if holds_shards(names) and not any(is_adapter_file(name) for name in names):
+        return open_shard_base(adapter.path, adapter.given)
+    field = "base_model_name_or_path in adapter_config.json"
+    reference = adapter.base_reference
+    if reference is None:
+        raise CheckpointError(f"{adapter.given}: no {field}; give base+adapter")
+    try:
+        return open_model(reference, on_progress=on_progress)
+    except GeoscopeError as error:
+        raise CheckpointError(
+            f"{adapter.given}: its base, {field}, cannot be opened ({error}); "
+            f"give BASE+{adapter.given}"
+        ) from None

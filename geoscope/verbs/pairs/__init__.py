@@ -1,0 +1,1 @@
+"""Two models, or an adapter alone: paired, streamed, measured, judged."""

@@ -1,0 +1,169 @@
+"""An adapter without its base: what its factors tell by themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from geoscope.adapters.peft_names import expert_name
+from geoscope.arguments import Place, path_text
+from geoscope.engine import plan, resolve_devices, resolve_dtype
+from geoscope.errors import CheckpointError, OptionError, PairingError
+from geoscope.formats.container import Container
+from geoscope.formats.disk import Room
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.pairing import pair
+from geoscope.names import NameMap
+from geoscope.peft.adapted import AdaptedCheckpoint, Change
+from geoscope.peft.adapter import Adapter
+from geoscope.peft.folder import adapter_folder
+from geoscope.records import ModelRef, Report, Skipped, TensorInfo
+from geoscope.verbs.adapted_model import adapter_notes, started_from
+from geoscope.verbs.models import adapter_at
+from geoscope.verbs.options import Interrupted, Options, Progress
+from geoscope.verbs.pairs.assemble import assemble
+from geoscope.verbs.pairs.prepare import Prepared, planned_memory, workers_of
+from geoscope.verbs.pairs.run import run_one
+
+__all__ = ["measure_adapter", "prepare_alone"]
+
+
+def measure_adapter(
+    reference: Place,
+    kind: str,
+    *,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] = (),
+) -> Report:
+    """A report of kind `anisotropy` or `capacity` on an adapter alone.
+
+    What takes the base is not applicable. Raises GeoscopeError, Interrupted on Ctrl-C.
+    """
+    options, progress = options or Options(), progress or Progress()
+    started = time.perf_counter()
+    prepared = prepare_alone(path_text(reference, "reference"), options, progress)
+    progress.on_plan(prepared)
+    run = run_one(prepared, kind, options, progress)
+    report = assemble([prepared], [run], kind, options, argv, time.perf_counter() - started)
+    if run.interrupted is not None:
+        raise Interrupted(report if report.layers else None, run.interrupted)
+    return report
+
+
+def prepare_alone(reference: str, options: Options, progress: Progress | None = None) -> Prepared:
+    """As `prepare`, of the adapter's modules that are products of two factors."""
+    progress = progress or Progress()
+    devices = resolve_devices(options.device)
+    resolve_dtype(options.dtype, devices[0])
+    adapter = adapter_at(reference, alpha=options.lora_alpha, on_progress=progress.on_download)
+    start = started_from(adapter, options.initial_adapter)
+    tuned, skipped = _alone(adapter, start)
+    if not tuned.changes:
+        raise PairingError(f"{adapter.given}: {skipped[0].reason}; give BASE {adapter.given}")
+    pairing = pair(tuned.base, tuned, options.selection, NameMap(options.map_name))
+    pairing = replace(
+        pairing,
+        skipped=(*pairing.skipped, *skipped),
+        missing=(*pairing.missing, *(one.name for one in skipped if one.missing)),
+    )
+    workers = workers_of(options, devices)
+    memory = planned_memory(pairing, options, devices, workers)
+    return Prepared(
+        base=tuned.base,
+        tuned=tuned,
+        pairing=pairing,
+        batches=plan(pairing.matrices, memory=memory, stack=False),
+        memory=memory,
+        workers=workers,
+        devices=devices,
+        bytes_to_fetch=0,
+        free_disk=None,
+        has_base=False,
+    )
+
+
+def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, list[Skipped]]:
+    tensors: dict[str, TensorInfo] = {}
+    changes: dict[str, Change] = {}
+    skipped: list[Skipped] = []
+    if start is not None:
+        _check_start(adapter, start)
+    for name, module in adapter.modules.items():
+        if module.kind != "factors":
+            reason = f"the update of {module.called} is not told without the base"
+            skipped.append(Skipped(name, reason, missing=True))
+            continue
+        nbytes = sum(one.nbytes for one in module.stored) // module.experts
+        for expert, tensor in enumerate(_names(name, module.experts if module.is_stack else None)):
+            dtype = module.stored[0].dtype
+            tensors[tensor] = TensorInfo(tensor, module.shape, dtype, nbytes, "")
+            changes[tensor] = Change(name, module, expert=expert)
+    for name in (*adapter.replaced, *adapter.rows, *adapter.vectors):
+        skipped.append(Skipped(name, "replaced or changed whole: it needs the base"))
+    base = Checkpoint(
+        ref=ModelRef.not_read(adapter.base),
+        config={},
+        tensors={name: replace(info, nbytes=0) for name, info in tensors.items()},
+        notes=(),
+        tied_to={},
+        source=_NoFiles(),
+    )
+    tuned = AdaptedCheckpoint(
+        ref=adapter.ref,
+        config={},
+        tensors=tensors,
+        notes=(
+            *(() if start is None else (f"the start {start.given} is taken off",)),
+            *adapter_notes(adapter, start),
+        ),
+        tied_to={},
+        source=base.source,
+        base=base,
+        whole=base,
+        adapter=adapter,
+        changes=changes,
+        start=start,
+        start_changes={} if start is None else changes,
+        is_doubled=adapter_folder(adapter.path).layout == "mirror",
+    )
+    return tuned, skipped
+
+
+def _check_start(adapter: Adapter, start: Adapter) -> None:
+    """Raises OptionError for a start that cannot be taken off this adapter."""
+    for name, module in adapter.modules.items():
+        other = start.modules.get(name)
+        if other is None or (other.shape, other.experts) != (module.shape, module.experts):
+            raise OptionError(
+                f"{start.given}: {name} is not adapted there, or in another shape; give the "
+                f"adapter that {adapter.given} began as"
+            )
+
+
+def _names(module: str, experts: int | None) -> Iterator[str]:
+    """Names of the weights of a module: of a stack one for each expert."""
+    if experts is None:
+        yield f"{module}.weight"
+        return
+    for expert in range(experts):
+        yield f"{expert_name(module, expert)}.weight"
+
+
+@dataclass(frozen=True)
+class _NoFiles:
+    """The source of a base that is not read."""
+
+    def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
+        return {}
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> None:
+        return None
+
+    def open(self, file: str) -> Container:
+        raise CheckpointError("the base is not read here; give it, too")
+
+    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        return {}, ()

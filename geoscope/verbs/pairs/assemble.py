@@ -1,0 +1,214 @@
+"""From runs to a Report: records, coverage, aggregates, anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from geoscope._version import __version__
+from geoscope.metrics import aggregate
+from geoscope.records import (
+    Coverage,
+    LayerRecord,
+    Provenance,
+    Report,
+    Run,
+    Skipped,
+    Summary,
+)
+from geoscope.verbs.options import Options
+from geoscope.verbs.pairs.matrices import Matrix
+from geoscope.verbs.pairs.prepare import Prepared
+from geoscope.verbs.pairs.run import TunedRun
+
+__all__ = ["anchored", "assemble", "lacking"]
+
+
+def _record(one: Matrix, tuned: int | None) -> LayerRecord:
+    return LayerRecord(
+        name=one.pair.name,
+        layer=one.pair.layer,
+        module=one.pair.module,
+        shape=one.pair.shape,
+        values=one.row.values,
+        nulls=one.row.nulls,
+        status=one.row.status,
+        raw=one.row.raw,
+        verdict=None if one.judged is None else one.judged.to_json(),
+        method=one.method,
+        curves=one.curves,
+        notes=one.notes,
+        tuned=tuned,
+    )
+
+
+def assemble(
+    prepared: Sequence[Prepared],
+    runs: Sequence[TunedRun],
+    kind: str,
+    options: Options,
+    argv: Sequence[str],
+    seconds: float,
+) -> Report:
+    """The report of one or several runs on one base."""
+    several = len(prepared) > 1
+    refs = (prepared[0].base.ref, *(one.tuned.ref for one in prepared))
+    records = [
+        _record(one, i + 1 if several else None)
+        for i, run in enumerate(runs)
+        for one in run.matrices
+    ]
+    vectors = [
+        replace(one, tuned=i + 1 if several else None)
+        for i, run in enumerate(runs)
+        for one in run.vectors
+    ]
+    return Report(
+        kind=kind,
+        provenance=Provenance(
+            tool_version=__version__,
+            argv=tuple(argv),
+            refs=refs,
+            device=prepared[0].device,
+            compute_dtype=options.dtype,
+            seed=options.seed,
+            parameters={
+                **_parameters(options),
+                "notes": _notes(prepared, runs),
+                "budget": runs[0].budget,
+            },
+            seconds=seconds,
+        ),
+        coverage=_coverage(runs),
+        layers=tuple(records),
+        summary=_summary(runs, several=several),
+        vectors=tuple(vectors),
+    )
+
+
+def _notes(prepared: Sequence[Prepared], runs: Sequence[TunedRun]) -> list[str]:
+    """Remarks on the models, on their pairing and on what came out, each once."""
+    found = [note for one in prepared for note in (*one.base.notes, *one.tuned.notes, *one.notes)]
+    return list(dict.fromkeys([*found, *(note for run in runs for note in run.notes)]))
+
+
+def _parameters(options: Options) -> dict[str, Any]:
+    """The options that decide the numbers; how fast they come is left out."""
+    chosen = asdict(options)
+    for name in ("device", "dtype", "seed", "jobs", "max_memory", "limits", "cache"):
+        del chosen[name]
+    chosen["layers"] = None if options.layers is None else sorted(options.layers)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in chosen.items()}
+
+
+def _coverage(runs: Sequence[TunedRun]) -> Coverage:
+    """Of all runs together: what any of them could not compare is missing."""
+    matched: dict[str, None] = {}
+    missing: dict[str, None] = {}
+    skipped: dict[tuple[str, str], Skipped] = {}
+    for run in runs:
+        pairing = run.prepared.pairing
+        missing.update(dict.fromkeys(pairing.missing))
+        skipped.update({(one.name, one.reason): one for one in pairing.skipped})
+        done = {one.pair.name for one in run.matrices}
+        for one in run.matrices:
+            if one.failure is None:
+                matched[one.pair.name] = None
+            else:
+                skipped[one.pair.name, one.failure] = Skipped(one.pair.name, one.failure, True)
+                missing[one.pair.name] = None
+        for one in pairing.matrices:
+            if one.name not in done:
+                reason = "interrupted before it was computed"
+                skipped[one.name, reason] = Skipped(one.name, reason, True)
+                missing[one.name] = None
+    pairings = [run.prepared.pairing for run in runs]
+    return Coverage(
+        matched=tuple(name for name in matched if name not in missing),
+        base_only=_union(one.base_only for one in pairings),
+        tuned_only=_union(one.tuned_only for one in pairings),
+        shape_mismatch=_union(one.shape_mismatch for one in pairings),
+        skipped=tuple(skipped.values()),
+        renamed=_union(one.renamed for one in pairings),
+        missing=tuple(missing),
+    )
+
+
+def lacking(coverage: Coverage, failed: Sequence[Skipped]) -> Coverage:
+    """The coverage, without matrices of which something failed that was asked for."""
+    names = {one.name for one in failed}
+    return replace(
+        coverage,
+        matched=tuple(name for name in coverage.matched if name not in names),
+        skipped=(*coverage.skipped, *failed),
+        missing=tuple(dict.fromkeys([*coverage.missing, *(one.name for one in failed)])),
+    )
+
+
+def _union(parts: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(item for part in parts for item in part))
+
+
+def _summary(runs: Sequence[TunedRun], *, several: bool) -> Summary:
+    """Aggregates of the first tuned model, and with several of each under `runs`."""
+    parts = [_aggregates(run) for run in runs]
+    model, nulls, modules, module_nulls = parts[0]
+    numbered = tuple(
+        Run(i + 1, *part, verdict=run.verdict, distance=_told(run))
+        for i, (run, part) in enumerate(zip(runs, parts, strict=True))
+    )
+    return Summary(
+        model=model,
+        nulls=nulls,
+        modules=modules,
+        module_nulls=module_nulls,
+        verdict=runs[0].verdict,
+        distance=_told(runs[0]),
+        runs=numbered if several else (),
+    )
+
+
+def _told(run: TunedRun) -> dict[str, Any] | None:
+    return None if run.distance is None else run.distance.to_json()
+
+
+_Values = dict[str, float | int | None]
+
+
+def _aggregates(
+    run: TunedRun,
+) -> tuple[_Values, dict[str, float], dict[str, _Values], dict[str, dict[str, float]]]:
+    values, nulls = aggregate([one.row for one in run.matrices], run.selected)
+    kinds = dict.fromkeys(one.pair.module for one in run.matrices)
+    per_kind = {
+        kind: aggregate([one.row for one in run.matrices if one.pair.module == kind], run.selected)
+        for kind in kinds
+    }
+    return (
+        values,
+        nulls,
+        {kind: part[0] for kind, part in per_kind.items()},
+        {kind: part[1] for kind, part in per_kind.items()},
+    )
+
+
+def anchored(run: TunedRun, anchor: TunedRun, given: str) -> dict[str, Any]:
+    """Every number of the model as a ratio to the anchor's (`--anchor`).
+
+    See docs/methods.md#thresholds.
+
+    spectrum_preserving: mean NSS at most half of the anchor's; None where one has no number.
+    """
+    ours, theirs = _aggregates(run)[0], _aggregates(anchor)[0]
+    ratios: dict[str, float | None] = {}
+    for key, value in ours.items():
+        other = theirs.get(key)
+        ratios[key] = value / other if value is not None and other else None
+    nss, other = ours.get("nss"), theirs.get("nss")
+    preserving = None if nss is None or other is None else nss <= 0.5 * other
+    return {
+        "ref": anchor.prepared.tuned.ref.to_json() | {"given": given},
+        "ratios": ratios,
+        "spectrum_preserving": preserving,
+    }

@@ -1,0 +1,97 @@
+"""`compare`: the whole path in one function."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from geoscope.arguments import Place, path_text, paths_of
+from geoscope.errors import OptionError, Stopped
+from geoscope.peft.adapted import AdaptedCheckpoint
+from geoscope.records import Overlap, Report, Skipped
+from geoscope.verbs.options import Interrupted, Options, Progress
+from geoscope.verbs.pairs.assemble import anchored, assemble, lacking
+from geoscope.verbs.pairs.prepare import Prepared, prepare
+from geoscope.verbs.pairs.run import TunedRun, run_one
+from geoscope.verbs.pairs.selection import KINDS, OVERLAP_KINDS
+from geoscope.verbs.pairs.several import overlaps_of
+
+__all__ = ["compare"]
+
+
+def compare(
+    base: Place,
+    *tuned: Place,
+    kind: str = "compare",
+    options: Options | None = None,
+    anchor: Place | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] = (),
+) -> Report:
+    """What training changed between a base and one or more tuned models.
+
+    base, tuned: folders, files or Hub ids (`org/name[@revision]`). kind: `collapse`, `anisotropy`,
+    `alignment` or `compare` (all families). anchor: another tuned model of the same base; the
+    summary then holds each number as a ratio to the anchor's. Raises GeoscopeError: Interrupted
+    with the partial report on Ctrl-C, others before anything is computed.
+
+    >>> report = compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
+    >>> report.summary.verdict.code  # doctest: +SKIP
+    'OFF_PRINCIPAL'
+    """
+    options, progress = options or Options(), progress or Progress()
+    if kind not in KINDS:
+        raise OptionError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    if not tuned:
+        raise OptionError("one tuned model is needed beside the base")
+    first = path_text(base, "base")
+    started = time.perf_counter()
+    prepared = [prepare(first, one, options, progress) for one in paths_of(tuned, "tuned")]
+    _check_initial(prepared, options)
+    beside = None
+    given = None if anchor is None else path_text(anchor, "anchor")
+    if given is not None:
+        alone = replace(options, initial_adapter=None)  # which is of the tuned model
+        beside = prepare(first, given, alone, progress)
+    runs: list[TunedRun] = []
+    for one in prepared:
+        progress.on_plan(one)
+        runs.append(run_one(one, kind, options, progress))
+        if runs[-1].interrupted:
+            break
+    reference = None
+    if beside is not None and not runs[-1].interrupted:
+        progress.on_plan(beside)
+        reference = run_one(beside, kind, options, progress)
+    report = assemble(prepared, runs, kind, options, argv, time.perf_counter() - started)
+    if kind in OVERLAP_KINDS and len(runs) == len(prepared) and not runs[-1].interrupted:
+        pairs = combinations(range(1, len(tuned) + 1), 2)
+        try:
+            found = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
+        except (KeyboardInterrupt, Stopped) as stop:
+            raise Interrupted(report, getattr(stop, "signum", int(signal.SIGINT))) from None
+        overlaps = tuple(one for one in found if isinstance(one, Overlap))
+        failed = [one for one in found if isinstance(one, Skipped)]
+        report = replace(report, overlaps=overlaps, coverage=lacking(report.coverage, failed))
+    if reference is not None:
+        ratios = anchored(runs[0], reference, given or "")
+        report = replace(report, summary=replace(report.summary, anchor=ratios))
+    for run in (*runs, reference):
+        if run is not None and run.interrupted is not None:
+            raise Interrupted(report if report.layers else None, run.interrupted)
+    return report
+
+
+def _check_initial(prepared: Sequence[Prepared], options: Options) -> None:
+    """Raises OptionError where `--initial-adapter` is of no tuned model, or of several."""
+    if options.initial_adapter is None:
+        return
+    adapters = [one for one in prepared if isinstance(one.tuned, AdaptedCheckpoint)]
+    if len(adapters) != 1:
+        found = f"{len(adapters)} of the tuned models are adapters" if adapters else "none is one"
+        raise OptionError(
+            f"`initial_adapter` is of one adapter, and {found}; compare them one by one"
+        )

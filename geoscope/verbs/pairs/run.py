@@ -1,0 +1,253 @@
+"""One tuned model beside its base: fetch, stream, measure, judge."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from geoscope.engine import Outcome, matrix_boundary, stream
+from geoscope.engine.cache import ResultCache
+from geoscope.errors import NumericsError, Stopped
+from geoscope.linalg.changes import nonfinite_entries, unchanged
+from geoscope.linalg.operand import Operand
+from geoscope.metrics import (
+    Distance,
+    Instance,
+    Judged,
+    distance,
+    judge_capacity_model,
+    judge_distance,
+    judge_model,
+    limits_in_force,
+)
+from geoscope.metrics.budget import ranks_within
+from geoscope.models.checkpoint import fetch_all
+from geoscope.peft.adapted import AdaptedCheckpoint
+from geoscope.records import LayerRecord, Status, Verdict, WeightPair
+from geoscope.verbs.adapted_model import update_of
+from geoscope.verbs.adapters.cut_factors import cut_factors
+from geoscope.verbs.options import Options, Progress
+from geoscope.verbs.pairs.matrices import Headers, Matrix, failed_matrix, two_sides, worker
+from geoscope.verbs.pairs.prepare import Prepared
+from geoscope.verbs.pairs.selection import VERDICT_KINDS, all_selected
+from geoscope.verbs.pairs.start_check import LARGE, seen_start
+
+__all__ = ["TunedRun", "run_one"]
+
+
+_VECTOR_IDS = (
+    "relative_update",
+    "update.frobenius_norm",
+    "update_sparsity",
+    "update_sparsity_exact",
+)
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """One tuned model: its matrices in the order of the pairing, and its norms and biases."""
+
+    prepared: Prepared
+    matrices: tuple[Matrix, ...]
+    vectors: tuple[LayerRecord, ...]
+    selected: tuple[Instance, ...]
+    verdict: Verdict | None
+    distance: Distance | None  # what of it is far from the base
+    interrupted: int | None  # the signal, when one stopped it
+    notes: tuple[str, ...] = ()  # what came out on the way
+    budget: Mapping[str, Any] | None = None  # ranks within a budget, as reports hold them
+
+
+def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
+    """Downloads what is needed, and measures and judges every matrix; stops early on a signal."""
+    pairing = prepared.pairing
+    fetch_all(prepared.wanted)
+    found: dict[str, Matrix] = {}
+    interrupted = None
+    outcomes = stream(
+        prepared.batches,
+        read=_reader(prepared),
+        work=worker(kind, options, _cache(options), _headers(prepared)),
+        devices=prepared.devices,
+        workers=prepared.workers,
+        memory=prepared.memory,
+    )
+    try:
+        for outcome in outcomes:
+            matrix = _finished(outcome, kind, options)
+            found[matrix.pair.name] = matrix
+            progress.on_pair(len(found), len(pairing.matrices), matrix.pair.name)
+        vectors = tuple(_vector_record(prepared, one) for one in pairing.vectors)
+    except (KeyboardInterrupt, Stopped) as stop:
+        interrupted, vectors = getattr(stop, "signum", int(signal.SIGINT)), ()
+    if recalled := sum(one.recalled for one in found.values()):
+        progress.on_recalled(recalled, len(pairing.matrices))
+    matrices = tuple(found[one.name] for one in pairing.matrices if one.name in found)
+    notes: tuple[str, ...] = ()
+    if interrupted is None:
+        matrices, notes = _with_start(prepared, kind, matrices)
+        notes += _cut(prepared)
+    budget = None
+    if options.budget is not None and matrices:
+        budget, note = _within(options.budget, matrices)
+        notes += (note,)
+    for note in notes:
+        progress.on_note(note)
+    return TunedRun(
+        prepared=prepared,
+        matrices=matrices,
+        vectors=vectors,
+        selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
+        verdict=_verdict(kind, matrices, options) if kind in VERDICT_KINDS and matrices else None,
+        distance=_distance(matrices, options),
+        interrupted=interrupted,
+        notes=notes,
+        budget=budget,
+    )
+
+
+def _cut(prepared: Prepared) -> tuple[str, ...]:
+    """What is to be said of an adapter whose factors were cut."""
+    tuned = prepared.tuned
+    note = cut_factors(tuned.adapter) if isinstance(tuned, AdaptedCheckpoint) else None
+    return () if note is None else (note,)
+
+
+def _with_start(
+    prepared: Prepared, kind: str, matrices: tuple[Matrix, ...]
+) -> tuple[tuple[Matrix, ...], tuple[str, ...]]:
+    """The matrices, and what is to be said of an adapter whose start is not known."""
+    start, given = seen_start(prepared), prepared.tuned.ref.given
+    if start is None:
+        unknown = isinstance(prepared.tuned, AdaptedCheckpoint) and prepared.tuned.start is None
+        ratio = _ratio(matrices)
+        if not unknown or not prepared.has_base or ratio <= LARGE:
+            return matrices, ()
+        note = (
+            f"{given}: ρ is {ratio:.2g}, much for an adapter; if its product was not zero before "
+            "training, give that adapter as --initial-adapter"
+        )
+        return matrices, (note,)
+    notes = (f"{given}: {start.text}",)
+    if kind not in VERDICT_KINDS:
+        return matrices, notes
+    code = "UNDETERMINED" if kind == "capacity" else "INIT_MISMATCH"
+    clause = f"as {start.method} begins"
+    judged = tuple(
+        replace(one, judged=Judged(code, one.judged.k, clause, "", ()))
+        if one.judged is not None and one.judged.code != "NO_UPDATE"
+        else one
+        for one in matrices
+    )
+    return judged, notes
+
+
+def _within(budget: int, matrices: Sequence[Matrix]) -> tuple[dict[str, Any], str]:
+    """Ranks within a budget, and what they hold in words."""
+    shapes = [two_sides(one.pair.shape) for one in matrices]
+    found = ranks_within(budget, [one.spectrum for one in matrices], shapes)
+    names = [one.pair.name.removesuffix(".weight") for one in matrices]
+    told = {**asdict(found), "given": budget, "ranks": dict(zip(names, found.ranks, strict=True))}
+    same, own = (f"{100 * one:.0f} %" for one in (found.uniform_energy, found.energy))
+    words = (
+        f"within {budget} parameters rank {found.uniform} in every matrix holds {same} of the "
+        f"energy above the noise; ranks from {min(found.ranks)} to {max(found.ranks)} by matrix "
+        f"hold {own} (in the JSON, for rank_pattern, which servers mostly ignore)"
+    )
+    return told, words
+
+
+def _ratio(matrices: Sequence[Matrix]) -> float:
+    """ρ of all together; 0 without numbers."""
+    update, base = (
+        sum(one.row.weights.get(key, 0.0) for one in matrices) for key in ("update", "base")
+    )
+    return math.sqrt(update / base) if base > 0 else 0.0
+
+
+def _cache(options: Options) -> ResultCache | None:
+    # what a budget takes is not kept
+    kept = options.budget is None
+    return ResultCache(options.cache) if kept and options.cache is not None else None
+
+
+def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:
+    """Base and tuned weight, or the factors of the update, with the base or without."""
+
+    def read(one: WeightPair) -> tuple[Tensor, ...]:
+        update = update_of(prepared.base, prepared.tuned, one.tuned.name)
+        return (prepared.base.read(one.base.name), *update) if prepared.has_base else update
+
+    return read
+
+
+def _headers(prepared: Prepared) -> Headers:
+    tuned = prepared.tuned
+
+    def nominal(one: WeightPair) -> int | None:
+        return tuned.nominal_rank(one.tuned.name) if isinstance(tuned, AdaptedCheckpoint) else None
+
+    return Headers(prepared.rounding, nominal, prepared.has_base)
+
+
+def _finished(outcome: Outcome[Matrix], kind: str, options: Options) -> Matrix:
+    """The matrix, or that it failed; with a note on where it was computed."""
+    matrix = outcome.result
+    if matrix is None:
+        reason = outcome.failure or ""
+        matrix = failed_matrix(outcome.pair, kind, options, Status.NOT_CONVERGED, reason)
+    return matrix if outcome.note is None else replace(matrix, notes=(*matrix.notes, outcome.note))
+
+
+def _vector_record(prepared: Prepared, one: WeightPair) -> LayerRecord:
+    """Norm of change and changed share of a 1-D tensor; never part of a spectral summary."""
+    before = prepared.base.read(one.base.name)
+    after = prepared.tuned.read(one.tuned.name)
+    values: dict[str, float | int | None] = dict.fromkeys(_VECTOR_IDS)
+    status: dict[str, Status] = {}
+    notes: tuple[str, ...] = ()
+    if nonfinite_entries(before) + nonfinite_entries(after):
+        status = dict.fromkeys(_VECTOR_IDS, Status.NON_FINITE)
+    else:
+        try:
+            with matrix_boundary():
+                values = _vector_values(before, after)
+        except NumericsError as error:
+            status, notes = dict.fromkeys(_VECTOR_IDS, Status.NOT_CONVERGED), (str(error),)
+        else:
+            if values["relative_update"] is None:
+                status["relative_update"] = Status.NOT_APPLICABLE
+    return LayerRecord(
+        one.name, one.layer, one.module, one.shape, values, status=status, notes=notes
+    )
+
+
+def _vector_values(before: Tensor, after: Tensor) -> dict[str, float | int | None]:
+    rows, others = after.reshape(1, 1, -1), before.reshape(1, 1, -1)
+    size, base_norm = float(Operand(rows, others).norm()), float(Operand(others).norm())
+    shares = unchanged(before, after)
+    numbers = (size / base_norm if base_norm else None, size, shares.relative, shares.exact)
+    return dict(zip(_VECTOR_IDS, numbers, strict=True))
+
+
+def _distance(matrices: Sequence[Matrix], options: Options) -> Distance | None:
+    rows = [one.row for one in matrices]
+    limits = limits_in_force(options.limits)
+    near = Judged("", None, "", "", ())
+    judged = [judge_distance(row, None, limits)[0] or near for row in rows]
+    return distance([one.pair.name for one in matrices], rows, judged, limits)
+
+
+def _verdict(kind: str, matrices: Sequence[Matrix], options: Options) -> Verdict:
+    names = [one.pair.name for one in matrices]
+    rows = [one.row for one in matrices]
+    judged = [one.judged for one in matrices if one.judged is not None]
+    if kind == "capacity":
+        return judge_capacity_model(names, rows, judged, options.limits)
+    modules = [one.pair.module for one in matrices]
+    return judge_model(names, modules, rows, judged, options.limits)

@@ -1,0 +1,80 @@
+"""Which ids does a report hold? Families of METRICS by kind, over the dimensions of each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from geoscope.metrics import METRICS, VERDICT_IDS, Instance, instances, verdict_dimension
+from geoscope.verbs.options import Options
+
+__all__ = [
+    "KINDS",
+    "OVERLAP_KINDS",
+    "VERDICT_KINDS",
+    "all_selected",
+    "dimensions",
+    "ids_of",
+    "selected",
+    "takes_of",
+    "verdict_k",
+]
+
+# kind of report → families of METRICS in it
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "collapse": ("size", "collapse"),
+    "anisotropy": ("size", "spectrum"),
+    "alignment": ("size", "update_alignment", "base_alignment", "masks"),
+    "capacity": ("size", "capacity"),
+    "compare": ("size", "spectrum", "update_alignment", "base_alignment", "collapse", "masks"),
+}
+VERDICT_KINDS = ("collapse", "compare", "capacity")
+# With several tuned models these also hold the overlaps of their updates.
+OVERLAP_KINDS = ("alignment", "compare")
+
+
+def dimensions(options: Options, shape: tuple[int, int]) -> tuple[int, ...]:
+    """The dimensions of the @k ids of one shape, the verdict's among them."""
+    return tuple(sorted({*options.ks, verdict_k(options, shape)}))
+
+
+def verdict_k(options: Options, shape: tuple[int, int]) -> int:
+    """k_v of a shape; with `quick` no larger than the largest dimension asked for."""
+    k = verdict_dimension(shape)
+    return min(k, max(options.ks)) if options.quick else k
+
+
+def selected(kind: str, options: Options, shape: tuple[int, int]) -> list[Instance]:
+    """The instances of METRICS that a report of this kind holds for one shape."""
+    with_verdict = VERDICT_IDS if kind in ("collapse", "compare") else ()
+    found = []
+    for metric in METRICS:
+        if metric.option is not None and not getattr(options, metric.option):
+            continue
+        for one in instances(metric, dimensions(options, shape)):
+            template = one.id if one.k is None else one.id.replace(f"@{one.k}", "@k")
+            if metric.family in KINDS[kind] or template in with_verdict:
+                found.append(one)
+    return found
+
+
+def all_selected(
+    kind: str, options: Options, shapes: Iterable[tuple[int, int]]
+) -> tuple[Instance, ...]:
+    found = {one.id: one for shape in sorted(shapes) for one in selected(kind, options, shape)}
+    return tuple(found.values())
+
+
+def takes_of(selected: Iterable[Instance]) -> frozenset[str]:
+    """The union of the factors that the instances and their nulls take."""
+    names: set[str] = set()
+    for one in selected:
+        names.update(one.takes)
+        if one.metric.null is not None:
+            names.update(one.metric.null.takes)
+    return frozenset(names)
+
+
+def ids_of(kind: str, options: Options) -> tuple[str, ...]:
+    """Every id that a report of this kind can hold; dimensions of the verdict stand as @k too."""
+    shapes = [(8 * k, 8 * k) for k in range(1, 65)]  # every k_v that a shape can have
+    return tuple(one.id for one in all_selected(kind, options, shapes))

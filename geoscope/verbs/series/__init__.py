@@ -1,0 +1,1 @@
+"""A run step by step, and what it may come to."""

@@ -1,0 +1,419 @@
+"""Weights of a step that was not trained, as far as held-out checkpoints justify them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope._version import __version__
+from geoscope.arguments import Place, path_of, paths_of
+from geoscope.engine import matrix_boundary
+from geoscope.errors import NumericsError, OptionError, first_names
+from geoscope.formats.refused import refuse_unwritable
+from geoscope.linalg import Product
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.outputs.model_folder import plan_model, write_model
+from geoscope.outputs.output_folder import OutputFolder
+from geoscope.peft.folder import EXTRAPOLATION, RECORD
+from geoscope.records import Status
+from geoscope.trajectory.backtest import Backtest
+from geoscope.trajectory.extrapolators import undamped, weights_of
+from geoscope.trajectory.horizon import credible_horizon
+from geoscope.trajectory.spatial_rank1 import SPATIAL, Pair, alpha_rank1, spatial_rank1
+from geoscope.verbs.options import Progress
+from geoscope.verbs.series.distance import series_distance
+from geoscope.verbs.series.extrapolate_adapter import combination, write_adapter
+from geoscope.verbs.series.follow import measure_series
+from geoscope.verbs.series.next_series import NEXT, NextForecast, next_forecast
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.report import METHODS, Trajectory, traps_of
+from geoscope.verbs.series.tensors import Followed, ModelTensor, open_followed
+
+__all__ = ["Extrapolation", "extrapolate", "methods"]
+
+_SMALL, _PER_TENSOR = 1 << 16, 2048
+_ALIASES = {"damped": "damped(linear)"}
+# Entries of a block of all checkpoints.
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """What was written. chosen: tensor → method. skill: pooled held-out skill of what was asked
+    for. folders: one model in each. rank, discarded: of a predicted adapter, and the part of the
+    predicted update's energy that this rank leaves out. horizon: credible distance in steps; ahead:
+    the distance that was asked for.
+    """
+
+    out: Path
+    target: int
+    last: int
+    method: str
+    chosen: Mapping[str, str]
+    skill: float | None
+    horizon: float
+    notes: tuple[str, ...]
+    folders: tuple[Path, ...]
+    rank: int | None = None
+    discarded: float | None = None
+
+    @property
+    def ahead(self) -> int:
+        return self.target - self.last
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(self.chosen.values()).most_common())
+
+
+def methods() -> tuple[str, ...]:
+    """Names that `--method` takes, as `backtest` spells them."""
+    plain = (*METHODS, *SPATIAL, NEXT)
+    return ("auto", "hold", *plain, *(f"damped({name})" for name in plain))
+
+
+def extrapolate(
+    references: Place | Sequence[Place],
+    out: Place,
+    target: int,
+    *,
+    method: str = "auto",
+    options: FollowOptions | None = None,
+    extend: Sequence[float] = (),
+    training: int = 1000,
+    device: str = "cpu",
+    rank: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Extrapolation:
+    """Writes the predicted model of step `target`, or of adapters an adapter, into `out`.
+
+    method: one of `methods`; `auto` takes for each tensor the one with the best held-out skill and
+    holds where none has any; it leaves out `next`, whose networks take minutes. extend: of `next`,
+    the published family W_T + c·Ẑ, a model in `out`/c… for each c. training: steps of its networks,
+    1000 as published. device: where they train. rank: of a predicted adapter; default twice that
+    of the series. force: beyond the credible horizon, too, of a series that is far from its base,
+    and over an earlier output. Tensors that are not followed are copied from the last checkpoint.
+    Raises GeoscopeError.
+    """
+    options, out = options or FollowOptions(), path_of(out, "out")
+    if not all(map(math.isfinite, extend)) or len({f"{c:g}" for c in extend}) < len(extend):
+        given = ",".join(map(repr, extend))
+        raise OptionError(f"`extend` {given}: finite numbers, each once, are needed")
+    method = _ALIASES.get(method, method.replace("-", "_"))
+    if method not in methods():
+        raise OptionError(f"`method` {method!r} is not one of {', '.join(methods())}")
+    progress = progress or Progress()
+    found = open_followed(paths_of(references, "references"), options, progress, in_parts=False)
+    of_adapters = found.series.kind == "adapter"
+    if of_adapters and (undamped(method) or method) == NEXT:
+        raise OptionError("`method` next reads whole models; of adapters take another")
+    if of_adapters and options.initial_adapter is not None and options.base is None:
+        raise OptionError(
+            "`initial_adapter`: the prediction lies on the original model; give it as `base`"
+        )
+    if rank is not None and not of_adapters:
+        raise OptionError("`rank` is of a predicted adapter; these are whole models")
+    for point in found.series.points:
+        if point.checkpoint is not None:
+            refuse_unwritable(point.checkpoint, "extrapolate")
+    last = found.steps[-1]
+    if target <= last:
+        raise OptionError(f"`target` {target}: the series ends at step {last}; give a later step")
+    made = measure_series(found, options, progress)
+    far = series_distance(found, made.increments)
+    if far is not None and not force:
+        raise OptionError(f"{far.text}, or `force` to go on")
+    forecast = None
+    if (undamped(method) or method) == NEXT:
+        forecast = next_forecast(
+            found,
+            made,
+            target,
+            seed=options.seed,
+            device=device,
+            training=training,
+            jobs=options.jobs,
+            progress=progress,
+        )
+    elif extend:
+        raise OptionError("`extend` is the family of `method` next; leave it out")
+    test = made.backtest(None if forecast is None else {NEXT: forecast.moves})
+    if forecast is not None:
+        test = test.at(forecast.origins)
+    horizon = 0.0 if method == "hold" else credible_horizon(test, method, seed=options.seed).steps
+    skill = test.skill(method)
+    if method != "hold" and target - last > horizon and not force:
+        raise OptionError(_beyond(method, target - last, horizon, skill))
+    chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
+    traps = traps_of(found, made, base_exact=options.base is not None)
+    told = () if far is None else (far.text,)
+    tried = () if forecast is None else (_tried(found, forecast),)
+    notes = (*told, *found.notes, *traps, *tried, *_not_followed(found, made))
+    folders = tuple(out / f"c{factor:g}" for factor in extend) or (out,)
+    result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes, folders)
+    if of_adapters:
+        return _write_adapter(found, made, test, result, options, rank=rank, force=force)
+    if forecast is None or not extend:
+        return _write(found, made, test, result, forecast, force=force)
+    for factor, folder in zip(extend, folders, strict=True):
+        place = replace(result, out=folder)
+        written = _write(found, made, test, place, replace(forecast, scale=factor), force=force)
+        notes = dict.fromkeys([*result.notes, *written.notes])
+        result = replace(result, chosen=written.chosen, notes=tuple(notes))
+    return result
+
+
+def _tried(found: Followed, forecast: NextForecast) -> str:
+    at = ", ".join(f"{found.steps[origin]:g}" for origin in forecast.origins)
+    return (
+        f"next: its held-out skill is that of networks trained again at steps {at} on what was "
+        "known there; norms and biases are as in the last checkpoint"
+    )
+
+
+def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str:
+    known = "unknown" if skill is None else f"{skill:.2f}"
+    credible = f"up to {horizon:g} steps" if horizon else "at no distance"
+    return (
+        f"{ahead} steps ahead: {method} is credible {credible} ahead (held-out skill {known}); "
+        "give a nearer `target`, or `force`"
+    )
+
+
+# --- the model that is written --------------------------------------------------------------------
+
+
+def _write(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    result: Extrapolation,
+    forecast: NextForecast | None,
+    *,
+    force: bool,
+) -> Extrapolation:
+    last = _models(found)[-1][0]
+    stored = {_stored(found, name): name for name in made.increments}
+    replaced = {
+        place: last.tensors[place].dtype
+        for place, name in stored.items()
+        if result.chosen[name] != "hold"
+    }
+    plan = plan_model(last, replaced, {"geoscope_version": __version__, "extrapolated": "true"})
+    travelling, _ = last.source.travelling()
+    sizes = {
+        **plan.sizes,
+        **{name: path.stat().st_size for name, path in travelling.items()},
+        RECORD: _SMALL + _PER_TENSOR * len(stored),
+    }
+    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
+    # the folder of a run is no place for a model either
+    inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
+    held: dict[str, str] = {}
+    with OutputFolder(result.out, sizes, force=force, inputs=inputs) as folder:
+
+        def replacement(place: str) -> Tensor | None:
+            if place not in replaced:
+                return None
+            weight, reason = _predicted_or_held(found, made, test, stored[place], result, forecast)
+            if reason is not None:
+                held[stored[place]] = reason
+            return weight
+
+        write_model(folder, "", last, plan, replacement)
+        for name, path in travelling.items():
+            folder.copy(name, path)
+        scale = None if forecast is None else forecast.scale
+        result = _with_held(result, held)
+        folder.write(RECORD, _record(found, test, result, scale))
+    return result
+
+
+def _with_held(result: Extrapolation, held: Mapping[str, str]) -> Extrapolation:
+    """The result, with matrices that are as the last checkpoint has them though a method was
+    chosen. held: name → why."""
+    notes = tuple(f"{name}: {reason}; copied" for name, reason in held.items())
+    chosen = {**result.chosen, **dict.fromkeys(held, "hold")}
+    return replace(result, chosen=chosen, notes=(*result.notes, *notes))
+
+
+def _write_adapter(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    result: Extrapolation,
+    options: FollowOptions,
+    *,
+    rank: int | None,
+    force: bool,
+) -> Extrapolation:
+    def predict(name: str, updates: list[Product]) -> Product:
+        method, inc = result.chosen.get(name, "hold"), made.increments.get(name)
+        if method == "hold" or inc is None:
+            return updates[-1]
+        inner = undamped(method) or method
+        if inner not in SPATIAL:
+            weights = weights_of(method, inc, result.target, factors=test.factors)
+            return combination(updates, weights.tolist())
+        factor = 1.0 if inner == method else test.factors[inner]
+        path = made.paths[name]
+        last = updates[-1]
+        moved = (
+            alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
+        ).product()
+        if inner == "spatial_rank1_pinned":
+            moved = last + moved - Pair(float(path.sigma[-1]), path.u[-1], path.v[-1]).product()
+        return last + combination([moved, last], [factor, -factor])
+
+    record = json.loads(_record(found, test, result, None))
+    rank, discarded, held = write_adapter(
+        found,
+        predict,
+        result.out,
+        record,
+        base=options.base,
+        rank=rank,
+        force=force,
+    )
+    return replace(_with_held(result, held), rank=rank, discarded=discarded)
+
+
+def _models(found: Followed) -> tuple[tuple[Checkpoint, str], ...]:
+    return _model_tensor(found, next(iter(found.tensors))).places
+
+
+def _model_tensor(found: Followed, name: str) -> ModelTensor:
+    tensor = found.tensors[name]
+    assert isinstance(tensor, ModelTensor)  # adapters were refused
+    return tensor
+
+
+def _stored(found: Followed, name: str) -> str:
+    """The name of a tensor in the last checkpoint."""
+    return _model_tensor(found, name).places[-1][1]
+
+
+def _predicted_or_held(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    name: str,
+    result: Extrapolation,
+    forecast: NextForecast | None,
+) -> tuple[Tensor, str | None]:
+    """The prediction; where it fails, or is not finite, the last weight, and why."""
+    try:
+        with matrix_boundary():
+            weight = _predicted(found, made, test, name, result, forecast)
+            if not bool(torch.isfinite(weight).all()):
+                raise NumericsError(f"the prediction overflows {weight.dtype}")
+        return weight, None
+    except NumericsError as error:
+        last, stored = _model_tensor(found, name).places[-1]
+        weight = last.read(stored)
+        turned = weight.T.contiguous() if last.tensors[stored].transposed else weight
+        return turned, f"{Status.NOT_CONVERGED.value}: {error}"
+
+
+def _predicted(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    name: str,
+    result: Extrapolation,
+    forecast: NextForecast | None,
+) -> Tensor:
+    """The weight at the target step, as the last checkpoint's file would hold it."""
+    method, inc = result.chosen[name], made.increments[name]
+    tensor = _model_tensor(found, name)
+    inner = undamped(method) or method
+    factor = 1.0 if inner == method else test.factors[inner]
+    if forecast is not None:
+        step = forecast.pairs[name]
+        return _moved(tensor, replace(step, sigma=factor * forecast.scale * step.sigma))
+    if inner not in SPATIAL:
+        weights = weights_of(method, inc, result.target, factors=test.factors)
+        return _combination(tensor, weights)
+    path = made.paths[name]
+    pair = alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
+    pinned = inner == "spatial_rank1_pinned"
+    taken = Pair(float(path.sigma[-1]), path.u[-1], path.v[-1]) if pinned else None
+    return _with_pair(tensor, pair, taken, factor)
+
+
+def _combination(tensor: ModelTensor, weights: Tensor) -> Tensor:
+    """W_0 + Σw_i(W_i − W_0) in fp64, block by block in the order of the file."""
+    checkpoint, stored = tensor.places[-1]
+    info = checkpoint.tensors[stored]
+    dtype = getattr(torch, info.dtype)
+    m, n = info.shape
+    out = torch.empty(m * n, dtype=dtype)
+    width = max(1, _BLOCK // len(tensor.places))
+    for start in range(0, m * n, width):
+        stop = min(start + width, m * n)
+        base, *others = (one.read_part(name, start, stop).double() for one, name in tensor.places)
+        total = base.clone()
+        for weight, block in zip(weights.tolist(), others, strict=True):
+            if weight:
+                total.add_(block.sub_(base), alpha=weight)
+        out[start:stop] = total.to(dtype)
+    return out.reshape((n, m) if info.transposed else (m, n))
+
+
+def _with_pair(tensor: ModelTensor, pair: Pair, taken: Pair | None, factor: float) -> Tensor:
+    """W_0 + Z, or W_T + Z − Z_T, and of it the part λ beyond W_T: W_T + λ(Ŵ − W_T)."""
+    (first, base), (last, stored) = tensor.places[0], tensor.places[-1]
+    info = last.tensors[stored]
+    held = last.read(stored).double()
+    if taken is None:
+        moved = first.read(base).double().add_(pair.dense()).sub_(held)
+    else:
+        moved = pair.dense() - taken.dense()
+    weight = held.add_(moved, alpha=factor).to(getattr(torch, info.dtype))
+    return weight.T.contiguous() if info.transposed else weight
+
+
+def _moved(tensor: ModelTensor, step: Pair) -> Tensor:
+    """W_T + σ·u·vᵀ."""
+    last, stored = tensor.places[-1]
+    info = last.tensors[stored]
+    weight = last.read(stored).double().add_(step.dense()).to(getattr(torch, info.dtype))
+    return weight.T.contiguous() if info.transposed else weight
+
+
+def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
+    """Notes on the matrices that the output has as the last checkpoint has them."""
+    failed = tuple(f"{one.name}: {one.reason}; copied" for one in made.failed)
+    if not found.missing:
+        return failed
+    names = f"{len(found.missing)} not followed: {first_names(found.missing)}"
+    return (*failed, f"{names}; copied from the last checkpoint")
+
+
+def _record(found: Followed, test: Backtest, result: Extrapolation, scale: float | None) -> bytes:
+    record: dict[str, Any] = {
+        "schema": EXTRAPOLATION,
+        "geoscope_version": __version__,
+        "method": result.method,
+        "to_step": result.target,
+        "steps": list(found.steps),
+        "points": list(found.points),
+        "base": found.refs[0].given,
+        "horizon": result.horizon,
+        "skill": result.skill,
+        "factors": test.factors,
+        "scale": scale,
+        "tensors": dict(result.chosen),
+        "notes": list(result.notes),
+    }
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()

@@ -1,0 +1,191 @@
+"""A predicted adapter: the combination of a series of updates as one LoRA, never made dense.
+
+Σ_i w_i·Δ_i of T adapters of rank r is a product of rank T·r at most; what is written is its best
+approximation of a smaller rank [Eckart & Young 1936], on the base that the updates are of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoscope.adapters.conversion import Compressed, compressed
+from geoscope.adapters.peft_config import config_bytes
+from geoscope.adapters.peft_names import lora_keys
+from geoscope.engine import matrix_boundary
+from geoscope.errors import NumericsError, OptionError, PairingError, first_names
+from geoscope.formats.hashes import tensor_sha256
+from geoscope.linalg import Product
+from geoscope.outputs.output_folder import OutputFolder
+from geoscope.peft.adapter import Adapter
+from geoscope.peft.config import ADAPTER_CONFIG
+from geoscope.peft.folder import RECORD, RECORD_SCHEMA
+from geoscope.peft.lora import unstacked
+from geoscope.records import Status
+from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan, scaling_of_all
+from geoscope.verbs.series.tensors import AdapterTensor, Followed
+
+__all__ = ["Prediction", "combination", "write_adapter"]
+
+_WEIGHTS = "adapter_model.safetensors"
+_SMALL, _PER_MODULE = 1 << 16, 2048
+
+# The update of a module at the target step, from those of all steps.
+Prediction = Callable[[str, list[Product]], Product]
+
+
+@dataclass(frozen=True)
+class _Written:
+    energy: float
+    discarded: float
+
+
+def write_adapter(
+    found: Followed,
+    predict: Prediction,
+    out: Path,
+    record: Mapping[str, Any],
+    *,
+    base: str | None,
+    rank: int | None,
+    force: bool,
+) -> tuple[int, float, Mapping[str, str]]:
+    """Writes a PEFT adapter into `out`; its rank, the part of the energy that it leaves out, and
+    modules that are as the last adapter has them because the prediction failed, with why.
+
+    base: of the adapter; default what the last one names. rank: default twice that of the last
+    adapter. record: goes into geoscope.json. Raises OptionError, CheckpointError, PairingError.
+    """
+    last = _tensors(found)[0].adapters[-1]
+    last.refuse_more_than_plain("extrapolate")
+    reference = base or _named_base(last)
+    if reference is None:
+        raise OptionError(f"{last.given}: names no base; give it as `base`")
+    followed = {one.module for one in _tensors(found)}
+    if unfollowed := [name for name in last.modules if name not in followed]:
+        raise PairingError(
+            f"{last.given}: {len(unfollowed)} modules are not followed "
+            f"({first_names(unfollowed)}), so no whole adapter can be written; leave `include`, "
+            "`exclude` and `layers` out"
+        )
+    least = min(min(one.shape) for one in last.modules.values())
+    chosen = min(2 * int(last.config["r"]), least) if rank is None else rank
+    _check_rank(chosen, least, last)
+    others = carried(last)
+    plan = plain_plan(last, chosen, others)
+    revision = last.revision if base is None else None
+    config = config_bytes(plain_config(last, chosen, reference, revision))
+    sizes = {
+        _WEIGHTS: plan.nbytes,
+        ADAPTER_CONFIG: len(config),
+        RECORD: _SMALL + _PER_MODULE * len(last.modules),
+    }
+    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
+    inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
+    scaling = scaling_of_all(last)
+    written: list[_Written] = []
+    hashes: dict[str, str] = {}
+    held: dict[str, str] = {}
+    with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
+        with folder.tensors(_WEIGHTS, plan) as writer:
+
+            def put(name: str, tensor: Tensor) -> None:
+                hashes[name] = tensor_sha256(tensor)
+                writer.write(name, tensor)
+
+            keys = {lora_keys(one.path)[0]: one for one in last.modules.values()}
+            waiting: dict[str, Tensor] = {}
+            for name in plan.order:
+                if name in keys:
+                    module = keys[name]
+                    of_module = [one for one in _tensors(found) if one.module == module.name]
+                    made = [_compressed(one, predict, chosen, scaling, held) for one in of_module]
+                    written += [_Written(one.energy, one.discarded) for one in made]
+                    B, A = (
+                        torch.cat(side) for side in zip(*((x.B, x.A) for x in made), strict=True)
+                    )
+                    waiting[lora_keys(module.path)[1]], A = unstacked(
+                        B, A, is_turned=module.is_turned
+                    )
+                    put(name, A)
+                else:
+                    put(name, waiting.pop(name) if name in waiting else last.read(name))
+        energy = math.fsum(one.energy for one in written)
+        discarded = math.fsum(one.discarded for one in written) / energy if energy > 0 else 0.0
+        whole = {
+            **record,
+            "tensors": {**record["tensors"], **dict.fromkeys(held, "hold")},
+            "notes": [*record["notes"], *(f"{name}: {why}; copied" for name, why in held.items())],
+            "schema": RECORD_SCHEMA,
+            "base": {"reference": reference, "commit": revision},
+            "method": "extrapolated",
+            "extrapolator": record["method"],
+            "layout": None,
+            "rank": chosen,
+            "discarded": discarded,
+            "sha256": hashes,
+        }
+        text = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        folder.write(RECORD, (text + "\n").encode())
+        folder.write(ADAPTER_CONFIG, config)
+    return chosen, discarded, held
+
+
+def _compressed(
+    tensor: AdapterTensor,
+    predict: Prediction,
+    rank: int,
+    scaling: float,
+    held: dict[str, str],
+) -> Compressed:
+    """The prediction of one matrix as factors; its last update, noted in `held`, where it fails."""
+    updates = tensor.updates()
+    try:
+        with matrix_boundary():
+            return compressed(predict(tensor.name, updates), rank, scaling)
+    except NumericsError as error:
+        held[tensor.name] = f"{Status.NOT_CONVERGED.value}: {error}"
+    with matrix_boundary(tensor.name):
+        return compressed(updates[-1], rank, scaling)
+
+
+def _tensors(found: Followed) -> list[AdapterTensor]:
+    """The matrices of the adapters, experts of a stack in their order."""
+    return [one for one in found.tensors.values() if isinstance(one, AdapterTensor)]
+
+
+def _named_base(last: Adapter) -> str | None:
+    """What its config names; a path that is told from its own folder in full."""
+    name = last.base
+    if name is None or Path(name).exists() or last.base_folder is None:
+        return name
+    return str(last.base_folder)
+
+
+def _check_rank(rank: int, least: int, last: Adapter) -> None:
+    if not 1 <= rank <= least:
+        raise OptionError(
+            f"`rank` {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "
+            f"give a rank from 1 to {least}"
+        )
+
+
+def combination(updates: list[Product], weights: list[float]) -> Product:
+    """Σ_i w_i·Δ_i; of weights that are all zero the zero product."""
+    parts = [
+        Product(one.B, one.scale * weight, one.A)
+        for one, weight in zip(updates, weights, strict=True)
+        if weight
+    ]
+    return (
+        reduce(add, parts) if parts else Product(updates[0].B, updates[0].scale * 0, updates[0].A)
+    )

@@ -1,0 +1,109 @@
+"""What a run does step by step: one pass over every tensor, then everything from what it keeps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
+from dataclasses import replace
+
+import torch
+
+from geoscope.arguments import Place, path_of, paths_of
+from geoscope.engine import one_blas_thread
+from geoscope.errors import NonFiniteError, NumericsError
+from geoscope.records import Report, Skipped, Status
+from geoscope.verbs.options import Progress
+from geoscope.verbs.series.distance import series_distance
+from geoscope.verbs.series.metric import metric_curve
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.passes import Kept, measured
+from geoscope.verbs.series.report import Trajectory, trajectory_report
+from geoscope.verbs.series.tensors import Followed, open_followed
+from geoscope.verbs.series.vectors import write_vectors
+
+__all__ = ["follow", "measure_series"]
+
+
+def follow(
+    references: Place | Sequence[Place],
+    *,
+    options: FollowOptions | None = None,
+    vectors: Place | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] = (),
+) -> Report:
+    """The trajectory of a series of checkpoints: statistics, rank-1 paths, held-out skill.
+
+    references: one, or several: folders in any order, one run folder, globs, `repo@step_*`.
+    vectors: a safetensors file to write the leading pairs into, see `write_vectors`. argv: the
+    words of the command, for the report. Raises GeoscopeError.
+
+    >>> follow(["runs/grpo"], options=FollowOptions(base="base/"))  # doctest: +SKIP
+    """
+    options = options or FollowOptions()
+    started = time.perf_counter()
+    progress = progress or Progress()
+    file = None if vectors is None else path_of(vectors, "vectors")
+    found = open_followed(paths_of(references, "references"), options, progress)
+    curve, notes = metric_curve(found.series, options)
+    found = replace(found, notes=(*found.notes, *notes))
+    made = measure_series(found, options, progress)
+    if file is not None:
+        write_vectors(file, made, found.steps)
+    return trajectory_report(
+        found,
+        made,
+        options,
+        curve=curve,
+        distance=series_distance(found, made.increments),
+        argv=tuple(argv),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def measure_series(found: Followed, options: FollowOptions, progress: Progress) -> Trajectory:
+    """Increments and rank-1 paths of every tensor; those that fail are named with the reason."""
+    kept: dict[str, Kept] = {}
+    failed: list[Skipped] = []
+    workers = options.jobs or torch.get_num_threads()
+    with one_blas_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
+        # The largest first: the last to finish is then a small one.
+        order = sorted(found.tensors.values(), key=lambda one: -math.prod(one.shape))
+        jobs = {
+            pool.submit(copy_context().run, measured, one, found.steps, options): one
+            for one in order
+        }
+        try:
+            for number, job in enumerate(as_completed(jobs), start=1):
+                one = jobs[job]
+                try:
+                    kept[one.name] = job.result()
+                except NumericsError as error:
+                    failed.append(Skipped(one.name, _told(error), missing=True))
+                progress.on_pair(number, len(jobs), one.name)
+        finally:
+            for job in jobs:
+                job.cancel()
+    if not kept:
+        first = f"{failed[0].name}: {failed[0].reason}"
+        raise NumericsError(f"no tensor of the series could be followed; {first}")
+    names = [name for name in found.tensors if name in kept]
+    return Trajectory(
+        increments={name: kept[name].increments for name in names},
+        paths={name: path for name in names if (path := kept[name].path) is not None},
+        local={name: path for name in names if (path := kept[name].local) is not None},
+        products={name: one for name in names if (one := kept[name].products) is not None},
+        methods={name: one for name in names if (one := kept[name].method) is not None},
+        scalar_r2={name: one for name in names if (one := kept[name].scalar_r2) is not None},
+        failed=tuple(failed),
+    )
+
+
+def _told(error: NumericsError) -> str:
+    """Status and reason, as of a matrix that is not compared."""
+    is_broken = isinstance(error, NonFiniteError)
+    status = Status.NON_FINITE if is_broken else Status.NOT_CONVERGED
+    return f"{status.value}: {error}"

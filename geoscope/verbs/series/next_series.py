@@ -1,0 +1,203 @@
+"""NExt on a series: its inputs from the files, its held-out moves, its prediction.
+
+Its networks are trained again at origins of the backtest, in full, on what was known there, and its
+skill is that from these origins. There are three, as few as a credible horizon takes: each is a
+training of its own. The networks of all origins train beside each other, a thread each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from geoscope.engine import one_blas_thread
+from geoscope.errors import OptionError
+from geoscope.linalg import Factors, Operand, factorise_leading
+from geoscope.trajectory.backtest import Moves
+from geoscope.trajectory.next_predictor import (
+    Example,
+    NextModel,
+    NextOptions,
+    joined_model,
+    observed,
+    predict,
+    trainings,
+)
+from geoscope.trajectory.rank1 import Rank1Path
+from geoscope.trajectory.spatial_rank1 import Pair, outer_moves
+from geoscope.verbs.options import Progress
+from geoscope.verbs.series.report import Trajectory
+from geoscope.verbs.series.tensors import Followed, ModelTensor
+
+__all__ = ["NEXT", "NextForecast", "next_forecast", "origins_of"]
+
+NEXT = "next"
+
+
+@dataclass(frozen=True)
+class NextForecast:
+    """horizon: H, in checkpoints; scale: of the pair, for a target that is not H ahead. pairs:
+    tensor → predicted step. moves: for `backtest(others=)`, zeros but from `origins`, where the
+    networks were trained, too.
+    """
+
+    horizon: int
+    scale: float
+    pairs: Mapping[str, Pair]
+    moves: Moves
+    origins: tuple[int, ...]
+
+
+def next_forecast(
+    found: Followed,
+    made: Trajectory,
+    target: int,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    training: int = 1000,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> NextForecast:
+    """Train and backtest NExt for a target step. training: steps of each network. jobs: networks
+    that train at once, default one a core.
+
+    Raises OptionError for a series it cannot take.
+    """
+    T = len(found.steps) - 1
+    if T < 4:
+        raise OptionError(f"next: {T} checkpoints after the base; it needs 4 to hold any out")
+    gap = (found.steps[-1] - found.steps[0]) / T
+    horizon = min(max(1, round((target - found.steps[-1]) / gap)), T - 2)
+    options = NextOptions(horizon=horizon, steps=training, seed=seed, device=device)
+    workers = (jobs or torch.get_num_threads()) if device == "cpu" else 1
+    with one_blas_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
+        examples = _examples(found, made, horizon, seed, pool)
+        origins = origins_of(T, horizon)
+        seen = {origin: observed(examples, origin, options) for origin in origins}
+        models = _trained({**seen, T: examples}, found.steps, options, pool, progress)
+    guesses = {
+        origin: predict(model, seen[origin]) for origin, model in models.items() if origin < T
+    }
+    pairs = predict(models[T], examples)
+    rows = [_moves(found, made, name, guesses, horizon) for name in made.increments]
+    moves = Moves(*(torch.stack([row[i] for row in rows]) for i in range(2)))
+    return NextForecast(
+        horizon, (target - found.steps[-1]) / (horizon * gap), pairs, moves, origins
+    )
+
+
+def origins_of(T: int, horizon: int) -> tuple[int, ...]:
+    """Origins at which the networks train again: of those that a backtest reports and that have
+    seen a target, the first, the middle one of those up to two thirds of T, and the last of these.
+
+    Late origins have the most to learn from, and cost as much as the prediction itself.
+    """
+    first = max(3, math.ceil(T / 3), horizon + 1)
+    last = max(min(first + 2, T - 1), 2 * T // 3)
+    return tuple(sorted({first, (first + last) // 2, last} & set(range(first, T))))
+
+
+def _examples(
+    found: Followed, made: Trajectory, horizon: int, seed: int, pool: ThreadPoolExecutor
+) -> dict[str, Example]:
+    tensors = {
+        name: tensor
+        for name in made.paths
+        if isinstance(tensor := found.tensors[name], ModelTensor)
+    }
+    targets = pool.map(lambda tensor: _spans(tensor, horizon, seed), tensors.values())
+    return {
+        name: Example(made.paths[name], made.local[name], target)
+        for name, target in zip(tensors, targets, strict=True)
+    }
+
+
+def _trained(
+    examples: Mapping[int, Mapping[str, Example]],
+    steps: Sequence[float],
+    options: NextOptions,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> dict[int, NextModel]:
+    """origin → its networks, all trained beside each other, the largest first."""
+    jobs = [
+        (origin, job)
+        for origin, known in examples.items()
+        for job in trainings(known, steps[: origin + 1], options)
+    ]
+    jobs.sort(key=lambda one: -one[1].work)
+    tell, stop = (progress or Progress()).on_network, Event()
+    running = {
+        pool.submit(copy_context().run, job.run, stop.is_set): origin for origin, job in jobs
+    }
+    try:
+        tell(0, len(jobs))
+        for done, _ in enumerate(as_completed(running), start=1):
+            tell(done, len(jobs))
+    finally:  # on Ctrl-C those at work end with their next step
+        stop.set()
+        for future in running:
+            future.cancel()
+    return {
+        origin: joined_model(options, [one.result() for one in running if running[one] == origin])
+        for origin in examples
+    }
+
+
+def _spans(tensor: ModelTensor, horizon: int, seed: int) -> Rank1Path:
+    """Leading pairs of Y_t = W_{t+H} − W_t, t = 1 … T − H."""
+    rows: list[tuple[Factors, float]] = []
+    near: Factors | None = None
+    for change in tensor.spans(horizon):
+        near = factorise_leading(change, min(2, *change.shape), cuts=(1,), seed=seed, near=near)
+        rows.append((near, float(change.norm())))
+    factors = [one for one, _ in rows]
+    return Rank1Path(
+        sigma=torch.stack([one.S[0, 0] for one in factors]),
+        second=torch.stack([one.S[0, -1] for one in factors]),
+        norm=torch.tensor([norm for _, norm in rows], dtype=torch.float64),
+        u=torch.stack([_side(one.U).T[0] for one in factors]),
+        v=torch.stack([_side(one.Vh)[0] for one in factors]),
+    )
+
+
+def _side(vectors: Tensor | None) -> Tensor:
+    assert vectors is not None
+    return vectors[0]
+
+
+def _moves(
+    found: Followed,
+    made: Trajectory,
+    name: str,
+    guesses: Mapping[int, Mapping[str, Pair]],
+    horizon: int,
+) -> tuple[Tensor, Tensor]:
+    """(ahead, energy) of one tensor: ûᵀΔ_τv̂ of every origin's guess, in one pass."""
+    origins = [origin for origin in guesses if name in guesses[origin]]
+    own = {origin: guesses[origin][name] for origin in origins}
+    if not own:
+        return outer_moves(made.increments[name], {}, {}, horizon)
+    left, right = (torch.stack([getattr(own[o], side) for o in origins]) for side in ("u", "v"))
+    images = _images(found.tensors[name], left, right)
+    products = {origin: images[:, i] for i, origin in enumerate(origins)}
+    return outer_moves(made.increments[name], own, products, horizon)
+
+
+def _images(tensor: object, left: Tensor, right: Tensor) -> Tensor:
+    """u_oᵀ·Δ_τ·v_o, (T, origins)."""
+    assert isinstance(tensor, ModelTensor)
+    rows: Sequence[Tensor] = [
+        (whole.right(right[None])[0] * left).sum(-1)
+        for whole, _ in tensor.changes()
+        if isinstance(whole, Operand)
+    ]
+    return torch.stack(list(rows))
