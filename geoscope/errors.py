@@ -4,6 +4,8 @@ GeoscopeError
   + CheckpointError        a path, file or Hub id cannot be used
     - CheckpointNotFound   nothing there, or not for us (private, gated, offline)
     - UnsupportedFormat    there, but in a format that is refused by name
+    - HubError             the Hub refused, or did not answer
+      - HubNotFound        it has no such thing, or not for us; a CheckpointNotFound, too
   + PairingError           two checkpoints do not correspond
   + NumericsError          no method converged, or another failure of one matrix
     - NonFiniteError       the matrix holds NaN or Inf
@@ -23,6 +25,8 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
     "GeoscopeError",
+    "HubError",
+    "HubNotFound",
     "NonFiniteError",
     "NumericsError",
     "OptionError",
@@ -48,6 +52,14 @@ class CheckpointNotFound(CheckpointError):
 
 class UnsupportedFormat(CheckpointError):
     """The weights are there, in a format that geoscope refuses by name."""
+
+
+class HubError(CheckpointError):
+    """The Hub refused, or did not answer."""
+
+
+class HubNotFound(HubError, CheckpointNotFound):
+    """The Hub has no such repository, revision or file, or none for us (private, gated)."""
 
 
 class PairingError(GeoscopeError):

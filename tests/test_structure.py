@@ -107,9 +107,6 @@ EXCEPTIONS = {
     # `geoscope cache` has nothing to compare
     ("cli", "geoscope.engine.cache"),
     ("cli", "geoscope.sources.hub.range_cache"),
-    # left by the move of the files
-    ("formats", "geoscope.models"),
-    ("peft", "geoscope.sources"),
 }
 MODULES = {module_of(path) for path in FILES}
 WINGS = {wing(module) for module in MODULES} - {""}

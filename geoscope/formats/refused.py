@@ -11,17 +11,14 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from geoscope.errors import UnsupportedFormat, first_names
 from geoscope.formats.block_fp8 import DEFAULT_BLOCK, FP8, SCALE, block_size
-from geoscope.models.ungathered import refuse_ungathered
 from geoscope.records import TensorInfo
 
-if TYPE_CHECKING:
-    from geoscope.models.checkpoint import Checkpoint
-
 __all__ = [
+    "GIVE_BF16",
     "Refused",
     "block_of",
     "by_claim",
@@ -35,7 +32,6 @@ __all__ = [
     "refusal",
     "refuse_kohya",
     "refuse_mlx",
-    "refuse_unwritable",
     "unmet_claim",
 ]
 
@@ -48,7 +44,7 @@ _DTENSORS = "geoscope reads shards of DTensors, each split along one dimension."
 _SOURCE = "Use the checkpoint it was quantised from."
 _BITSANDBYTES = "Merge the adapter into the bf16 base; for QLoRA that is the unquantised base."
 _COMPRESSED = "Use the source checkpoint."
-_BF16 = "Use a bf16 conversion."
+GIVE_BF16 = "Use a bf16 conversion."
 _CONVERT = "Convert it to safetensors."
 _BESIDE = "geoscope reads adapters by their folder."
 _ADAPTER = "Give the folder that holds adapter_config.json; where a model is wanted, base+adapter."
@@ -96,20 +92,6 @@ def refusal(reference: str, refused: Refused) -> UnsupportedFormat:
     )
 
 
-def refuse_unwritable(checkpoint: Checkpoint, what: str) -> None:
-    """Raises CheckpointError for what can be compared, and not be written: FP8, empty tensors.
-
-    what: the command, as the message names it.
-    """
-    refuse_ungathered(checkpoint)
-    if checkpoint.scales:
-        scale = f"tensor {next(iter(checkpoint.scales))}{SCALE}"
-        raise UnsupportedFormat(
-            f"`{checkpoint.ref.given}`: weights are block-scaled FP8 ({scale}). {what} needs fp32, "
-            f"fp16 or bf16. {_BF16}"
-        )
-
-
 # --- config.json --------------------------------------------------------------------------------
 
 # quant_method → (how it is called, what to do). Every other name is refused under its own name.
@@ -117,11 +99,11 @@ _METHODS = {
     "gptq": ("GPTQ", _SOURCE),
     "awq": ("AWQ", _SOURCE),
     "compressed-tensors": ("compressed-tensors", _COMPRESSED),
-    "mxfp4": ("MXFP4", _BF16),
-    "mxfp8": ("MXFP8", _BF16),
-    "nvfp4": ("NVFP4", _BF16),
-    "fp8": ("FP8", _BF16),
-    "fbgemm_fp8": ("FP8", _BF16),
+    "mxfp4": ("MXFP4", GIVE_BF16),
+    "mxfp8": ("MXFP8", GIVE_BF16),
+    "nvfp4": ("NVFP4", GIVE_BF16),
+    "fp8": ("FP8", GIVE_BF16),
+    "fbgemm_fp8": ("FP8", GIVE_BF16),
 }
 
 
@@ -219,10 +201,10 @@ def by_tensors(tensors: Mapping[str, TensorInfo], unscaled: str | None = None) -
 def _without_scale(name: str, tensors: Mapping[str, TensorInfo]) -> Refused:
     scale = tensors.get(name + SCALE)
     if scale is None:
-        return Refused("FP8", f"tensor {name} is {FP8} without {name}{SCALE}", _BF16)
+        return Refused("FP8", f"tensor {name} is {FP8} without {name}{SCALE}", GIVE_BF16)
     sides = " × ".join(map(str, scale.shape)) or "one number"
     return Refused(
-        "FP8", f"tensor {scale.name}: {scale.dtype}, {sides}, is no scale by block", _BF16
+        "FP8", f"tensor {scale.name}: {scale.dtype}, {sides}, is no scale by block", GIVE_BF16
     )
 
 
@@ -255,14 +237,14 @@ def _packed_floats(tensors: Mapping[str, TensorInfo]) -> Refused | None:
         ),
     )
     if blocks is not None:
-        return Refused("MXFP4", f"tensor {blocks}", _BF16)
+        return Refused("MXFP4", f"tensor {blocks}", GIVE_BF16)
     for suffix, called in (
         (".weight_scale_2", "NVFP4"),
         (".weight_scale", "FP8"),
     ):
         scale = _first(tensors, lambda name, suffix=suffix: name.endswith(suffix))
         if scale is not None:
-            return Refused(called, f"tensor {scale}", _BF16)
+            return Refused(called, f"tensor {scale}", GIVE_BF16)
     narrow = _first(
         tensors,
         lambda name: (
@@ -274,7 +256,7 @@ def _packed_floats(tensors: Mapping[str, TensorInfo]) -> Refused | None:
     if narrow is not None:
         dtype = tensors[narrow].dtype
         called = "FP8" if dtype.startswith("float8") else "packed floats"
-        return Refused(called, f"tensor {narrow} is {dtype}", _BF16)
+        return Refused(called, f"tensor {narrow} is {dtype}", GIVE_BF16)
     return None
 
 

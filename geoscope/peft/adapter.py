@@ -39,12 +39,11 @@ from geoscope.peft.module import AdapterModule
 from geoscope.peft.packing import Sides, base_sides, packed_by_base
 from geoscope.peft.vera import vera_modules
 from geoscope.records import ModelRef, TensorInfo
-from geoscope.sources.reference import HubReference, parse_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "adapter_of", "open_adapter"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "adapter_of", "read_adapter"]
 
 # peft_type → its modules, from the config and the header. Another type is one more line.
 _Modules = Callable[[Mapping[str, Any], Mapping[str, TensorInfo], str], Mapping[str, AdapterModule]]
@@ -59,7 +58,7 @@ _WITH_ALPHA = ("LORA", "ADALORA")
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter, known by its config and header. Made by `open_adapter`.
+    """An adapter, known by its config and header. Made by `read_adapter`.
 
     modules: name of the adapted module → how it is changed, in natural order.
     replaced: name of a base tensor → the stored tensor that takes its place whole: of
@@ -241,43 +240,24 @@ class Adapter:
             raise UnsupportedFormat(f"{self.given}: {more}; {who} takes plain LoRA. {MERGE}")
 
 
-def open_adapter(
-    path: str | Path,
-    *,
-    given: str | None = None,
-    alpha: float | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> Adapter:
+def read_adapter(folder: Path, given: str | None = None, *, alpha: float | None = None) -> Adapter:
     """The adapter in a folder, from its config and header; no tensor data is read.
 
-    path: a folder; a string may be a reference to the Hub, whose files are fetched (on_progress: as
-    of `open_checkpoint`). given: how messages name the folder, where that is not its path. alpha:
-    in place of the config's `lora_alpha`, which some tools write as 0; `alpha_pattern` stays.
+    given: how messages name the folder, where that is not its path.
+    alpha: in place of the config's `lora_alpha`, which some tools write as 0; `alpha_pattern`
+    stays.
     Raises CheckpointNotFound, UnsupportedFormat (a type or an extra that is not read),
-    CheckpointError for a damaged or contradictory folder, OptionError for an alpha that is no
+    CheckpointError for a damaged or contradictory folder, OptionError for an alpha that is not a
     positive number or that the type has no use for.
     """
-    reference = _on_the_hub(path)
-    if reference is not None:
-        from geoscope.sources.hub.adapter import fetch_adapter, open_fetched
-
-        found = fetch_adapter(reference, on_progress)
-        return open_fetched(found, given or reference.given, alpha=alpha)
-    folder, given = Path(path).expanduser(), str(path) if given is None else given
+    folder, given = folder.expanduser(), str(folder) if given is None else given
     if not folder.is_dir():
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
     config = read_config(folder, given, _TYPES)
     container = open_adapter_file(folder, given)
-    found = adapter_of(given, folder.resolve(), config, container, alpha=alpha)
+    adapter = adapter_of(given, folder.resolve(), config, container, alpha=alpha)
     recorded = _recorded_start(folder, config.get("base_model_name_or_path"))
-    return replace(found, initial=found.initial or recorded)
-
-
-def _on_the_hub(path: str | Path) -> HubReference | None:
-    if isinstance(path, Path):
-        return None
-    parsed = parse_reference(path)
-    return parsed if isinstance(parsed, HubReference) else None
+    return replace(adapter, initial=adapter.initial or recorded)
 
 
 def adapter_of(
@@ -290,7 +270,7 @@ def adapter_of(
 ) -> Adapter:
     """The adapter of a config and the tensors in a container, wherever they lie.
 
-    alpha: see `open_adapter`. Raises as that does.
+    alpha: see `read_adapter`. Raises as that does.
     """
     check_type(config, given, _TYPES)
     if alpha is not None:

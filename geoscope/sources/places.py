@@ -10,23 +10,17 @@ without factors is not replaced by what lies beside it. Naming the sub-folder ov
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 
 from geoscope.errors import CheckpointError, first_names
-from geoscope.formats.layout import choose_layout, file_names
-from geoscope.formats.refused import by_files, is_adapter_file
-from geoscope.models.opening import CONFIG
-from geoscope.peft.adapter import ADAPTER_CONFIG
+from geoscope.formats.layout import file_names
 from geoscope.sources.cached_repository import snapshot
-from geoscope.sources.shard_folder import holds_shards
+from geoscope.sources.signs import WEIGHTS, Kind, kinds_of
 from geoscope.sources.trainers import FOLDERS, MANIFEST, Manifest, manifests
 
 __all__ = [
-    "WEIGHTS",
-    "Kind",
     "Place",
     "below",
     "choose",
@@ -42,25 +36,6 @@ _PLACES = ("", *(row.folder for row in FOLDERS if row.is_read))
 _WITH_MANIFEST = frozenset(row.folder for row in FOLDERS if row.has_manifest)
 # How far below a folder weights are looked for that lie in no usual place.
 _DEPTH = 3
-_EMPTY_ADAPTER = "lora_adapter"
-
-
-class Kind(Enum):
-    """What a place holds, in the order of choice.
-
-    UNREAD is weights in a format that is refused, CONFIG a config.json without weights.
-    """
-
-    ADAPTER = "adapter"
-    NO_FACTORS = "adapter folder without factors"
-    SHARDS = "shards"
-    MODEL = "model folder"
-    UNREAD = "weights that are not read"
-    CONFIG = "configuration"
-
-
-# Kinds that are opened as a whole model.
-WEIGHTS = (Kind.SHARDS, Kind.MODEL)
 
 
 @dataclass(frozen=True)
@@ -113,34 +88,13 @@ def roots_below(folder: Path, depth: int = _DEPTH) -> Iterator[str]:
 
 def kinds_at(folder: Path, folders: Sequence[str]) -> list[Place]:
     """What these folders below it hold. One with an adapter and a model counts as two places."""
-    found: list[Place] = []
-    for one in folders:
-        path = folder / one
+    places: list[Place] = []
+    for name in folders:
+        path = folder / name
         if path.is_dir():
-            found.extend(Place(one, kind) for kind in _kinds(path, one, file_names(path)))
-    return found
-
-
-def _kinds(path: Path, folder: str, names: Collection[str]) -> list[Kind]:
-    kinds: list[Kind] = []
-    if any(is_adapter_file(name) for name in names):
-        kinds.append(Kind.ADAPTER)
-    elif ADAPTER_CONFIG in names or (folder or path.name).rpartition("/")[2] == _EMPTY_ADAPTER:
-        kinds.append(Kind.NO_FACTORS)
-    if holds_shards(names):
-        kinds.append(Kind.SHARDS)
-    if _has_layout(names):
-        kinds.append(Kind.MODEL)
-    if not kinds and by_files(names) is not None:
-        kinds.append(Kind.UNREAD)
-    return kinds or ([Kind.CONFIG] if CONFIG in names else [])
-
-
-def _has_layout(names: Collection[str]) -> bool:
-    try:
-        return choose_layout(names, "") is not None
-    except CheckpointError:  # weights that are not told apart: opening them says so
-        return True
+            kinds = kinds_of(name or path.name, file_names(path))
+            places.extend(Place(name, kind) for kind in kinds)
+    return places
 
 
 def choose(places: Sequence[Place]) -> Place | None:

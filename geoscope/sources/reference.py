@@ -19,7 +19,14 @@ from urllib.parse import unquote
 
 from geoscope.errors import CheckpointNotFound, OptionError
 
-__all__ = ["GRAMMAR", "HubReference", "LocalReference", "base_and_adapter", "parse_reference"]
+__all__ = [
+    "GRAMMAR",
+    "HubReference",
+    "LocalReference",
+    "Reference",
+    "base_and_adapter",
+    "parse_reference",
+]
 
 GRAMMAR = (
     "write PATH, org/name[@revision], hf://org/name[@revision][/sub/folder], or two of these as "
@@ -53,6 +60,9 @@ class HubReference:
     folder: str = ""
 
 
+Reference = LocalReference | HubReference
+
+
 def base_and_adapter(reference: str) -> tuple[str, str] | None:
     """The two references of `base+adapter`; None for anything else.
 
@@ -83,7 +93,7 @@ def _is_reference(text: str) -> bool:
     return True
 
 
-def parse_reference(reference: str) -> LocalReference | HubReference:
+def parse_reference(reference: str) -> Reference:
     """What `reference` names. Raises OptionError (grammar) or CheckpointNotFound (no such path)."""
     if not reference.strip():
         raise OptionError(f"the reference to a model is empty; {GRAMMAR}")

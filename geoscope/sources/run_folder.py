@@ -20,8 +20,9 @@ from urllib.parse import quote, unquote
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError
 from geoscope.names import in_natural_order
 from geoscope.records import Skipped
-from geoscope.sources.places import Kind, find_places
-from geoscope.sources.reference import HubReference, LocalReference, parse_reference
+from geoscope.sources.places import find_places
+from geoscope.sources.reference import HubReference, LocalReference, Reference, parse_reference
+from geoscope.sources.signs import Kind
 from geoscope.sources.steps import Step, parse_step, step_of_part
 
 __all__ = ["Candidate", "candidates", "is_run_folder", "run_folder", "runs_below"]
@@ -39,7 +40,7 @@ class Candidate:
     """
 
     given: str
-    reference: LocalReference | HubReference
+    reference: Reference
     step: Step | None
     folder: str = ""
 

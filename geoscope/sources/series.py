@@ -11,26 +11,29 @@ read here; data on demand, by the checkpoint or adapter of each point.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from geoscope.errors import CheckpointError, OptionError, first_names
-from geoscope.formats.layout import is_index
+from geoscope.errors import CheckpointError, HubError, OptionError, first_names
+from geoscope.formats.layout import is_index, parse_object
 from geoscope.formats.readers import is_readable
-from geoscope.formats.refused import is_adapter_file, is_never_opened
+from geoscope.formats.refused import is_never_opened
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.ungathered import refuse_ungathered
 from geoscope.names import in_natural_order
-from geoscope.peft.adapter import ADAPTER_CONFIG, Adapter
+from geoscope.peft.adapter import Adapter
+from geoscope.peft.config import ADAPTER_CONFIG
 from geoscope.peft.folder import EXTRAPOLATION, RECORD
 from geoscope.records import Skipped
 from geoscope.sources.common_folder import in_common_folder
-from geoscope.sources.local import open_local
+from geoscope.sources.hub.progress import OnDownload
+from geoscope.sources.locate import Location, locate
+from geoscope.sources.open import open_location
 from geoscope.sources.places import below, find_places
-from geoscope.sources.reference import HubReference, LocalReference
+from geoscope.sources.reference import LocalReference
 from geoscope.sources.run_folder import (
     Candidate,
     candidates,
@@ -38,14 +41,13 @@ from geoscope.sources.run_folder import (
     run_folder,
     runs_below,
 )
-from geoscope.sources.step_folder import Found, open_step_folder, refuse_zero_alpha
+from geoscope.sources.signs import Kind
 from geoscope.sources.steps import Step
 
 __all__ = ["Series", "SeriesPoint", "open_series"]
 
 _NO_NUMBER = "no step number in its name; set the steps by hand with --steps"
 _NO_WEIGHTS = "a file without weights"
-_Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def open_series(
     steps: Sequence[int] | None = None,
     alpha: float | None = None,
     starts: Mapping[str, str] | None = None,
-    on_progress: _Progress | None = None,
+    on_progress: OnDownload | None = None,
 ) -> Series:
     """The series that the references name, sorted by step, whatever their order.
 
@@ -185,7 +187,7 @@ def _lost(one: Candidate, skipped: Skipped, read: Collection[int]) -> Skipped:
 
 
 def _open(
-    one: Candidate, alpha: float | None, on_progress: _Progress | None
+    one: Candidate, alpha: float | None, on_progress: OnDownload | None
 ) -> SeriesPoint | Skipped:
     """The point, or why there is none."""
     reason = _no_candidate(one)
@@ -195,19 +197,16 @@ def _open(
     if _is_predicted(one):
         return Skipped(one.given, f"{label}: predicted by extrapolate, and not trained")
     try:
-        found = _found(one, alpha, on_progress)
-        if found.checkpoint is not None:
-            refuse_ungathered(found.checkpoint)
+        choice, opened = _opened(one, alpha, on_progress)
+        if isinstance(opened, Checkpoint):
+            refuse_ungathered(opened)
+    except HubError:
+        raise  # a branch without weights is passed over like a folder, a Hub that fails is not
     except CheckpointError as error:
-        # A Hub that refuses or does not answer ends it, and its error is raised while that of
-        # huggingface_hub is handled; a branch without weights is passed over like a folder.
-        if isinstance(one.reference, HubReference) and error.__context__ is not None:
-            raise
         return Skipped(one.given, f"{label}: {error}")
-    kind = "model" if found.adapter is None else "adapter"
-    return SeriesPoint(
-        one.step.number, one.given, found.place, kind, found.checkpoint, found.adapter
-    )
+    if isinstance(opened, Adapter):
+        return SeriesPoint(one.step.number, one.given, choice, "adapter", adapter=opened)
+    return SeriesPoint(one.step.number, one.given, choice, "model", checkpoint=opened)
 
 
 def _is_predicted(one: Candidate) -> bool:
@@ -244,41 +243,36 @@ def _may_hold_weights(name: str) -> bool:
     return is_index(name) or (is_readable(name) and not is_never_opened(name))
 
 
-def _found(one: Candidate, alpha: float | None, on_progress: _Progress | None) -> Found:
-    if isinstance(one.reference, HubReference):
-        return _found_on_the_hub(one.reference, alpha, on_progress)
-    path = one.reference.path
-    if path.is_dir():
-        step = open_step_folder(path / one.folder, below(one.given, one.folder), alpha=alpha)
-        place = step.place.removeprefix("./")
-        return replace(step, place=f"{one.folder}/{place}") if one.folder else step
-    if is_adapter_file(path.name):
-        folder = open_step_folder(path.parent, str(Path(one.given).parent), alpha=alpha)
-        return replace(folder, place=f"{path.name}: adapter, named itself")
-    return Found(f"{path.name}: file of weights, named itself", open_local(one.reference))
+def _opened(
+    candidate: Candidate, alpha: float | None, on_progress: OnDownload | None
+) -> tuple[str, Checkpoint | Adapter]:
+    """What lies where, and over what it was chosen; an adapter comes before a model."""
+    reference = candidate.reference
+    if isinstance(reference, LocalReference) and (folder := candidate.folder):
+        reference = LocalReference(below(reference.given, folder), reference.path / folder)
+    location = locate(reference, adapter_first=True, on_progress=on_progress)
+    if location.kind is Kind.ADAPTER and alpha is None:
+        _refuse_zero_alpha(location)
+    opened = open_location(location, alpha=alpha)
+    choice = location.choice
+    if candidate.folder:
+        choice = f"{candidate.folder}/{choice.removeprefix('./')}"
+    if isinstance(opened, Adapter) and location.kind is Kind.SHARDS:
+        choice = f"{choice}, read as an adapter"
+    return choice, opened
 
 
-def _found_on_the_hub(
-    reference: HubReference, alpha: float | None, on_progress: _Progress | None
-) -> Found:
-    """An adapter before a model, as in a folder."""
-    from geoscope.sources.hub.repository import (  # local paths need none of it
-        hub_folder,
-        open_hub_folder,
-    )
-
-    folder, commit = hub_folder(reference, on_progress)
-    place = f"{reference.folder or '.'}/"
-    if ADAPTER_CONFIG not in folder.names():
-        checkpoint = open_hub_folder(folder, commit, given=reference.given)
-        return Found(f"{place}: model folder on the Hub", checkpoint)
-    from geoscope.sources.hub.adapter import of_folder, open_fetched
-
-    found = of_folder(folder, commit)
-    if alpha is None:
-        refuse_zero_alpha(found.path, reference.given)
-    adapter = open_fetched(found, reference.given, alpha=alpha)
-    return Found(f"{place}: adapter on the Hub", adapter=adapter)
+def _refuse_zero_alpha(location: Location) -> None:
+    """Raises CheckpointError for an adapter of an old merger, which wrote no scaling."""
+    if ADAPTER_CONFIG not in location.folder.names():
+        return  # said when the adapter is opened
+    config = parse_object(location.folder.text(ADAPTER_CONFIG), location.label)
+    # AdaLoRA takes 0 for its own rank.
+    if config.get("peft_type", "LORA") == "LORA" and config.get("lora_alpha") == 0:
+        raise CheckpointError(
+            f"{location.label}: lora_alpha is 0: written by an old merger; set it in "
+            f"{ADAPTER_CONFIG} to the alpha of the training"
+        )
 
 
 # --- the series as a whole ----------------------------------------------------------------------

@@ -4,8 +4,8 @@
     .metadata, __<r>_<k>.distcp               torch DCP: Accelerate, NeMo-RL, torchtune, own loops
 
 The tensors come whole, under the names of the model, in the dtype stored. A LoRA run has base and
-factors in the same shards: it is no whole model, and opened in two, `open_shard_base` and
-`open_shard_adapter`, or as the adapter by who takes both, `open_shards_or_adapter`.
+factors in the same shards: it is not a whole model. `open_shards` gives the
+adapter, and `open_shard_base` the base.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.formats.container import Container
 from geoscope.formats.dcp import DcpFolder
-from geoscope.formats.dcp_metadata import METADATA, is_dcp_file, read_metadata
+from geoscope.formats.dcp_metadata import METADATA, read_metadata
 from geoscope.formats.disk import Room
 from geoscope.formats.fsdp import FsdpShards, is_rank_file, rank_files
 from geoscope.formats.layout import file_names, parse_object
-from geoscope.formats.refused import is_megatron
 from geoscope.formats.shard_names import (
     LoraNames,
     lora_names,
@@ -33,14 +32,12 @@ from geoscope.formats.shard_names import (
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.opening import CONFIG, NO_CONFIG, Identity, assemble
 from geoscope.outputs.output_folder import travelling_files
-from geoscope.peft.adapter import ADAPTER_CONFIG, Adapter, adapter_of
+from geoscope.peft.adapter import Adapter, adapter_of
+from geoscope.peft.config import ADAPTER_CONFIG
 
 __all__ = [
-    "holds_shards",
-    "open_shard_adapter",
     "open_shard_base",
     "open_shards",
-    "open_shards_or_adapter",
 ]
 
 # Where config.json lies: beside the shards, verl's folder for it, and above Accelerate's folder.
@@ -49,53 +46,41 @@ _LORA = "lora_train_meta.json"
 _ADAPTER_FOLDERS = ("lora_adapter", ".")
 
 
-def holds_shards(names: Collection[str]) -> bool:
-    """Whether a folder with these files holds shards that are read."""
-    if any(is_rank_file(name) for name in names):
-        return True
-    return any(is_dcp_file(name) for name in names) and not is_megatron(names)
-
-
-def open_shards(path: Path, given: str) -> Checkpoint:
-    """The model in a folder of shards. Raises CheckpointError; for a LoRA run UnsupportedFormat."""
-    shards = _shards(path, given)
-    if lora_names(shards.container.header.tensors) is None:
-        return _checkpoint(shards, given, shards.container)
-    written = [one for one in _ADAPTER_FOLDERS if (path / one / ADAPTER_CONFIG).is_file()]
-    place = f"{given.rstrip('/')}/{written[0]}" if written else "the lora_adapter/ of verl"
-    raise UnsupportedFormat(
-        f"`{given}`: shards of a LoRA run, base and factors in the same files, where a whole model "
-        f"is needed. Merge {place} into the base and give the merged folder"
-    )
-
-
-def open_shards_or_adapter(
-    path: Path, given: str, *, alpha: float | None = None
+def open_shards(
+    path: Path, given: str, *, alpha: float | None = None, whole: bool = False
 ) -> Checkpoint | Adapter:
-    """The model in a folder of shards; of a LoRA run its adapter. Raises CheckpointError.
+    """The model in a folder of shards; of a LoRA run its adapter, from the factors in the shards.
 
-    alpha: see `open_shard_adapter`.
+    r and alpha come from adapter_config.json of `lora_adapter/`, else from lora_train_meta.json.
+    alpha: in place of theirs.
+    whole: only a whole model will do; a LoRA run raises UnsupportedFormat.
+    Raises CheckpointError.
     """
     shards = _shards(path, given)
     names = lora_names(shards.container.header.tensors)
     if names is None:
         return _checkpoint(shards, given, shards.container)
+    if whole:
+        raise _lora_refusal(path, given)
     return _adapter(shards, names, given, alpha)
 
 
 def open_shard_base(path: Path, given: str) -> Checkpoint:
     """The base of a LoRA run, under the names of the model. Raises CheckpointError."""
-    shards, names = _lora_run(path, given)
+    shards = _shards(path, given)
+    names = lora_names(shards.container.header.tensors)
+    if names is None:
+        raise CheckpointError(f"`{given}`: shards of a whole model, without factors of an adapter")
     return _checkpoint(shards, given, renamed(shards.container, names.base))
 
 
-def open_shard_adapter(path: Path, given: str, *, alpha: float | None = None) -> Adapter:
-    """The adapter of a LoRA run, from the factors in its shards.
-
-    r and alpha come from adapter_config.json of `lora_adapter/`, else from lora_train_meta.json.
-    alpha: in place of theirs. Raises CheckpointError.
-    """
-    return _adapter(*_lora_run(path, given), given, alpha)
+def _lora_refusal(path: Path, given: str) -> UnsupportedFormat:
+    written = [name for name in _ADAPTER_FOLDERS if (path / name / ADAPTER_CONFIG).is_file()]
+    place = f"{given.rstrip('/')}/{written[0]}" if written else "the lora_adapter/ of verl"
+    return UnsupportedFormat(
+        f"`{given}`: shards of a LoRA run, base and factors in the same files, where a whole model "
+        f"is needed. Merge {place} into the base and give the merged folder"
+    )
 
 
 def _adapter(shards: _Shards, names: LoraNames, given: str, alpha: float | None) -> Adapter:
@@ -103,14 +88,6 @@ def _adapter(shards: _Shards, names: LoraNames, given: str, alpha: float | None)
     own = [*names.adapter, *trained_biases(names, config.get("bias", "none"))]
     container = renamed(shards.container, {name: name for name in own})
     return adapter_of(given, shards.path.resolve(), config, container, alpha=alpha)
-
-
-def _lora_run(path: Path, given: str) -> tuple[_Shards, LoraNames]:
-    shards = _shards(path, given)
-    names = lora_names(shards.container.header.tensors)
-    if names is None:
-        raise CheckpointError(f"`{given}`: shards of a whole model, without factors of an adapter")
-    return shards, names
 
 
 def _lora_config(path: Path, given: str) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from geoscope.formats.views import Blocks, View
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import NameMap
 from geoscope.peft.adapted import AdaptedCheckpoint, Change
-from geoscope.peft.adapter import Adapter, open_adapter
+from geoscope.peft.adapter import Adapter, read_adapter
 from geoscope.peft.config import drawn_start
 from geoscope.peft.folder import adapter_folder, record_beside
 from geoscope.records import Rename, TensorInfo
+from geoscope.sources.open import open_adapter
 from geoscope.verbs.adapters.changes import Changes, changes_of
 from geoscope.verbs.adapters.names import BasePaths, base_paths, named_as_base
 
@@ -40,7 +41,7 @@ def started_from(
     if base is not None and record_beside(str(base)).get("layout") == "residual":
         beside = base.parent / "adapter"
         if beside.is_dir() and adapter_folder(beside).layout == "residual":
-            return open_adapter(beside)
+            return read_adapter(beside)
     raise OptionError(
         f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give the adapter before "
         "training as `initial_adapter`"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError
-from geoscope.formats.layout import file_names
-from geoscope.formats.refused import is_adapter_file
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.split import split
 from geoscope.models.ungathered import refuse_ungathered
@@ -16,14 +14,12 @@ from geoscope.names import NameMap
 from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.folder import record_beside
-from geoscope.sources.model_or_adapter import adapter_beside, open_model_or_adapter
+from geoscope.sources.hub.progress import OnDownload
+from geoscope.sources.open import base_in_shards, open_adapter, open_model_or_adapter
 from geoscope.sources.reference import base_and_adapter
-from geoscope.sources.shard_folder import holds_shards, open_shard_base
 from geoscope.verbs.adapted_model import adapted, started_from
 
-__all__ = ["OnProgress", "adapter_at", "in_parts", "open_model", "open_tuned", "over"]
-
-OnProgress = Callable[[str, int, int], None]
+__all__ = ["adapter_at", "in_parts", "open_model", "open_tuned", "over"]
 
 
 def open_model(
@@ -32,7 +28,7 @@ def open_model(
     initial: str | None = None,
     alpha: float | None = None,
     names: NameMap = NameMap(),  # noqa: B008 - frozen
-    on_progress: OnProgress | None = None,
+    on_progress: OnDownload | None = None,
 ) -> Checkpoint:
     """The weights that a reference names; of an adapter alone those of its own base with it.
 
@@ -57,7 +53,7 @@ def open_tuned(
     initial: str | None = None,
     alpha: float | None = None,
     names: NameMap = NameMap(),  # noqa: B008 - frozen
-    on_progress: OnProgress | None = None,
+    on_progress: OnDownload | None = None,
 ) -> Checkpoint:
     """A tuned model of `base`; an adapter, alone or as base+adapter of the same base, lies over it.
 
@@ -146,27 +142,20 @@ def _as_model(found: AdaptedCheckpoint, *, given: str) -> AdaptedCheckpoint:
 
 
 def adapter_at(
-    reference: str, *, alpha: float | None = None, on_progress: OnProgress | None = None
+    reference: str, *, alpha: float | None = None, on_progress: OnDownload | None = None
 ) -> Adapter:
     """The adapter that a reference names. Raises OptionError for a model, alone or below it."""
     if (pair := base_and_adapter(reference)) is not None:
         raise OptionError(
             f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"
         )
-    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
-    if isinstance(found, Adapter):
-        return found
-    beside = adapter_beside(found, alpha=alpha)
-    if beside is None:
-        raise OptionError(f"{reference}: a model and no adapter; give the folder of an adapter")
-    return beside
+    return open_adapter(reference, alpha=alpha, on_progress=on_progress)
 
 
-def _base_of(adapter: Adapter, on_progress: OnProgress | None) -> Checkpoint:
+def _base_of(adapter: Adapter, on_progress: OnDownload | None) -> Checkpoint:
     """The model that its config names; of an adapter out of shards the base in the same shards."""
-    names = file_names(adapter.path)
-    if holds_shards(names) and not any(is_adapter_file(name) for name in names):
-        return open_shard_base(adapter.path, adapter.given)
+    if (base := base_in_shards(adapter)) is not None:
+        return base
     field = "base_model_name_or_path in adapter_config.json"
     reference = adapter.base_reference
     if reference is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import geoscope
 from geoscope.adapters.peft_names import dropped_names
-from geoscope.peft.adapter import open_adapter
+from geoscope.peft.adapter import read_adapter
 from geoscope.verbs.adapters.verify import verify_adapter
 from geoscope.verbs.series.follow import follow
 from geoscope.verbs.series.options import FollowOptions
@@ -290,7 +290,7 @@ def test_a_predicted_adapter_on_stacked_experts(tmp_path: Path) -> None:
         "--base", tiny_models.qwen3_moe(tmp_path / "base", **WIDTH),
     )  # fmt: skip
     assert done.code == 0, done.err
-    last, found = (open_adapter(one) for one in (folders[-1], out))
+    last, found = (read_adapter(one) for one in (folders[-1], out))
     for name, module in last.modules.items():
         update, predicted = (
             one.modules[name].scaling * (B.double() @ A.double())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import geoscope
 from geoscope.errors import CheckpointError, OptionError
-from geoscope.peft.adapter import open_adapter
+from geoscope.peft.adapter import read_adapter
 from geoscope.verbs.adapters.verify import verify_adapter
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -132,7 +132,7 @@ def test_a_converted_adapter_is_packed_as_the_trained_one(tmp_path: Path) -> Non
     )
     done = run("convert-adapter", start, old, "-o", tmp_path / "out", "--base", case.base)
     assert done.code == 0, done.err
-    module = open_adapter(tmp_path / "out").modules["model.layers.0.mlp.experts.gate_up_proj"]
+    module = read_adapter(tmp_path / "out").modules["model.layers.0.mlp.experts.gate_up_proj"]
     assert module.is_turned
     difference = tuned_weights(case.base, tmp_path / "out")
     expected = tuned_weights(case.base, case.adapter, initial_adapter=str(case.start))

@@ -16,7 +16,7 @@ from torch import Tensor
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat
 from geoscope.formats.hashes import file_sha256, tensor_sha256
 from geoscope.formats.safetensors_file import SafetensorsFile
-from geoscope.peft.adapter import open_adapter
+from geoscope.peft.adapter import read_adapter
 from geoscope.peft.folder import adapter_folder, record_beside
 from geoscope.peft.lora import is_targeted, stacked, unstacked
 
@@ -49,13 +49,13 @@ def folder(path: Path, tensors: dict[str, Tensor] | None = None, **config: Any) 
 
 def refused(path: Path, kind: type[CheckpointError], text: str) -> None:
     with pytest.raises(kind, match=text) as caught:
-        open_adapter(path)
+        read_adapter(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 def test_modules_in_natural_order_with_their_factors(tmp_path: Path) -> None:
-    adapter = open_adapter(folder(tmp_path))
+    adapter = read_adapter(folder(tmp_path))
     assert list(adapter.modules) == [Q, V]  # layer 0 before layer 10
     one = adapter.modules[Q]
     assert (one.shape, one.rank, one.alpha, one.scaling, one.experts) == ((5, 6), 4, 8.0, 2.0, 1)
@@ -75,14 +75,14 @@ def test_modules_in_natural_order_with_their_factors(tmp_path: Path) -> None:
 )
 def test_raw_state_dicts_name_the_adapter(tmp_path: Path, prefix: str, adapter: str) -> None:
     tensors = factors(Q, V, prefix=prefix, adapter=adapter)
-    assert list(open_adapter(folder(tmp_path, tensors)).modules) == [Q, V]
+    assert list(read_adapter(folder(tmp_path, tensors)).modules) == [Q, V]
 
 
 def test_a_pickle_is_read_without_running_it(tmp_path: Path) -> None:
     path = folder(tmp_path)
     (path / "adapter_model.safetensors").unlink()
     torch.save(factors(Q), path / "adapter_model.bin")
-    adapter = open_adapter(path)
+    adapter = read_adapter(path)
     assert torch.equal(adapter.factors(Q)[0][0], factors(Q)[f"base_model.model.{Q}.lora_B.weight"])
 
 
@@ -119,7 +119,7 @@ def test_no_data_is_read_before_it_is_asked_for(
         return read(self, name, buffer)
 
     monkeypatch.setattr(SafetensorsFile, "read", told)
-    adapter = open_adapter(folder(tmp_path))
+    adapter = read_adapter(folder(tmp_path))
     assert asked == []
     adapter.factors(Q)
     assert sorted(asked) == [f"base_model.model.{Q}.lora_{side}.weight" for side in "AB"]
@@ -134,7 +134,7 @@ def test_no_data_is_read_before_it_is_asked_for(
     ],
 )
 def test_a_start_that_is_not_zero_is_told(tmp_path: Path, start: Any, told: bool) -> None:
-    adapter = open_adapter(folder(tmp_path, init_lora_weights=start))
+    adapter = read_adapter(folder(tmp_path, init_lora_weights=start))
     assert adapter.initial == (f"init_lora_weights is {start!r}" if told else None)
 
 
@@ -144,17 +144,17 @@ def test_a_start_that_is_not_zero_is_told(tmp_path: Path, start: Any, told: bool
 def test_a_start_that_is_recorded_is_told(tmp_path: Path, layout: str | None, told: bool) -> None:
     """Beside the adapter, and beside the rewritten base of one that was trained from it."""
     record(tmp_path, layout=layout)
-    adapter = open_adapter(folder(tmp_path / "adapter"))
+    adapter = read_adapter(folder(tmp_path / "adapter"))
     assert adapter.initial == (f"its layout is {layout}" if told else None)
     base = model(tmp_path / "residual")
-    trained = open_adapter(folder(tmp_path / "trained", base_model_name_or_path=str(base)))
+    trained = read_adapter(folder(tmp_path / "trained", base_model_name_or_path=str(base)))
     assert bool(trained.initial) is (layout == "residual")
 
 
 def test_the_base_and_its_revision(tmp_path: Path) -> None:
-    adapter = open_adapter(folder(tmp_path, revision="c0ffee"))
+    adapter = read_adapter(folder(tmp_path, revision="c0ffee"))
     assert (adapter.base, adapter.revision) == ("org/base", "c0ffee")
-    assert open_adapter(folder(tmp_path, base_model_name_or_path="")).base is None
+    assert read_adapter(folder(tmp_path, base_model_name_or_path="")).base is None
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_base_and_its_revision(tmp_path: Path) -> None:
 def test_rank_and_scaling_are_those_of_peft(
     tmp_path: Path, config: dict[str, Any], rank: int, scaling: float
 ) -> None:
-    one = open_adapter(folder(tmp_path, factors(Q, rank=rank), **config)).modules[Q]
+    one = read_adapter(folder(tmp_path, factors(Q, rank=rank), **config)).modules[Q]
     assert (one.rank, one.scaling) == (rank, scaling)
 
 
@@ -191,7 +191,7 @@ def test_stacked_experts_come_apart_as_peft_multiplies_them(tmp_path: Path) -> N
         "target_parameters": ["down_proj", "gate_up_proj"], "target_modules": ["q_proj"],
         "rank_pattern": {r".*\.gate_up_proj": 2 * r}, "alpha_pattern": {r".*\.gate_up_proj": 16},
     }  # fmt: skip
-    adapter = open_adapter(folder(tmp_path, tensors, **config))
+    adapter = read_adapter(folder(tmp_path, tensors, **config))
     for leaf, inner, shape, rank in (
         ("gate_up_proj", ".base_layer", up, 2 * r),
         ("down_proj", "", down, r),
@@ -333,7 +333,7 @@ def test_factors_over_a_quantised_base_are_read_alone(tmp_path: Path) -> None:
         f"{packed}.quant_map": torch.ones(16),
         f"base_model.model.{V}.base_layer.SCB": torch.ones(5),
     }
-    adapter = open_adapter(folder(tmp_path, {**factors(Q, adapter=".default"), **beside}))
+    adapter = read_adapter(folder(tmp_path, {**factors(Q, adapter=".default"), **beside}))
     assert adapter.replaced == {}
     B, A = adapter.factors(Q)
     W = torch.ones(5, 6)

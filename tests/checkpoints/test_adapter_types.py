@@ -18,8 +18,8 @@ from torch import Tensor
 
 from checkpoints.peft_adapters import infos, merged, peft, quietly
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError, UnsupportedFormat
-from geoscope.peft.adapter import Adapter, open_adapter
-from geoscope.sources.step_folder import open_step_folder
+from geoscope.peft.adapter import Adapter, read_adapter
+from geoscope.sources.series import open_series
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -135,7 +135,7 @@ def changes(adapter: Adapter, base: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_tuned_model_is_that_of_peft(tmp_path: Path, case: str) -> None:
     made = merged(tmp_path, *CASES[case])
-    adapter = open_adapter(tmp_path).with_base(infos(made.base))
+    adapter = read_adapter(tmp_path).with_base(infos(made.base))
     found = changes(adapter, made.base)
     heads = {"lm_head.weight"} if "tied" in case or CASES[case][0] == "gpt2" else set()
     for name, weight in made.tuned.items():
@@ -149,7 +149,7 @@ def test_the_tuned_model_is_that_of_peft(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_update_of_factors_is_the_difference(tmp_path: Path, case: str) -> None:
     made = merged(tmp_path, *CASES[case])
-    adapter = open_adapter(tmp_path).with_base(infos(made.base))
+    adapter = read_adapter(tmp_path).with_base(infos(made.base))
     for name, one in adapter.modules.items():
         tensor = name if one.is_stack else f"{name}.weight"
         base, tuned = made.base[tensor], made.tuned[tensor]
@@ -180,9 +180,9 @@ def test_another_config_is_another_update(
     edit(tmp_path, **{field: value})
     if (case, field) == ("adalora", "init_r"):
         with pytest.raises(CheckpointError, match="the config rank 5"):
-            open_adapter(tmp_path)
+            read_adapter(tmp_path)
         return
-    adapter = open_adapter(tmp_path).with_base(infos(made.base))
+    adapter = read_adapter(tmp_path).with_base(infos(made.base))
     worst = max(error(new, made.tuned[name]) for name, new in changes(adapter, made.base).items())
     assert worst > 1e-3
 
@@ -202,7 +202,7 @@ def test_what_adalora_has_pruned_is_not_there(tmp_path: Path) -> None:
         adapted.peft_config["default"].rank_pattern = masks
 
     made = merged(tmp_path, "llama", adalora(), before_saving=prune)
-    adapter = open_adapter(tmp_path)
+    adapter = read_adapter(tmp_path)
     assert {one.rank for one in adapter.modules.values()} >= {0, 2}
     for name, one in adapter.modules.items():
         base, tuned = made.base[f"{name}.weight"], made.tuned[f"{name}.weight"]
@@ -218,7 +218,7 @@ def test_vera_on_a_base_in_bf16(tmp_path: Path, save_projection: bool) -> None:
     """PEFT rounds the projections to the dtype of the base: so do we where they are drawn again."""
     config = vera(save_projection=save_projection)
     made = merged(tmp_path, "llama", config, dtype=torch.bfloat16)
-    adapter = open_adapter(tmp_path)
+    adapter = read_adapter(tmp_path)
 
     def worst(dtype: str) -> float:
         known = adapter.with_base(infos(made.base, dtype))
@@ -231,7 +231,7 @@ def test_vera_on_a_base_in_bf16(tmp_path: Path, save_projection: bool) -> None:
 
 def test_vera_tells_nothing_without_the_base(tmp_path: Path) -> None:
     made = merged(tmp_path, "llama", vera(save_projection=False))
-    adapter = open_adapter(tmp_path)
+    adapter = read_adapter(tmp_path)
     name, one = next(iter(adapter.modules.items()))
     assert (one.kind, one.shape[1]) == ("base", 0)
     with pytest.raises(UnsupportedFormat, match=r"does not store how wide .* `base`$"):
@@ -247,7 +247,7 @@ def test_vera_tells_nothing_without_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["lora", "ia3", "vera", "experts"])
 def test_another_model_is_no_base(tmp_path: Path, case: str) -> None:
     merged(tmp_path, *CASES[case])
-    adapter = open_adapter(tmp_path)
+    adapter = read_adapter(tmp_path)
     for name, one in adapter.modules.items():
         m, n = one.shape
         wrong = torch.zeros(m + 1, n + 1)
@@ -268,7 +268,7 @@ def test_rows_and_vectors_of_another_model(
     tmp_path: Path, case: str, name: str, shape: tuple[int, ...]
 ) -> None:
     merged(tmp_path, *CASES[case])
-    adapter = open_adapter(tmp_path)
+    adapter = read_adapter(tmp_path)
     with pytest.raises(CheckpointError, match=r"base tensor is .*; give the model that"):
         adapter.updated(name, torch.zeros(shape))
     with pytest.raises(KeyError):
@@ -283,11 +283,11 @@ RAW += ["conv1d", "dora, conv1d", "modules_to_save, conv1d", "experts", "experts
 def test_a_raw_state_dict_is_the_same_adapter(tmp_path: Path, case: str) -> None:
     """With the adapter's name in its keys, the whole base beside it, and the marks of wrappers."""
     made = merged(tmp_path, *CASES[case])
-    saved = open_adapter(tmp_path).with_base(infos(made.base))
+    saved = read_adapter(tmp_path).with_base(infos(made.base))
     (tmp_path / "adapter_model.safetensors").unlink()
     state = {f"_fsdp_wrapped_module.{k}": v for k, v in made.model.state_dict().items()}
     torch.save(state, tmp_path / "adapter_model.bin")
-    raw = open_adapter(tmp_path).with_base(infos(made.base))
+    raw = read_adapter(tmp_path).with_base(infos(made.base))
     assert list(raw.modules) == list(saved.modules)
     assert raw.rows.keys() == saved.rows.keys()
     assert raw.vectors.keys() == saved.vectors.keys()
@@ -307,29 +307,29 @@ def test_shards_with_an_index_are_one_adapter(tmp_path: Path) -> None:
     save_torch_state_dict(saved, tmp_path, filename_pattern=pattern, max_shard_size=1000)
     shards = sorted(tmp_path.glob("adapter_model-*-of-*.safetensors"))
     assert len(shards) > 2
-    adapter = open_adapter(tmp_path)
+    adapter = read_adapter(tmp_path)
     for name, weight in changes(adapter, made.base).items():
         assert error(weight, made.tuned[name]) < 1e-9
     shards[0].unlink()
     with pytest.raises(CheckpointNotFound, match=r"index\.json: names .*; copy all shards"):
-        open_adapter(tmp_path)
+        read_adapter(tmp_path)
 
 
 def test_an_alpha_can_be_given_where_the_config_has_none(tmp_path: Path) -> None:
     made = merged(tmp_path / "lora", *CASES["lora"])
     edit(tmp_path / "lora", lora_alpha=0)
     with pytest.raises(CheckpointError, match=r"lora_alpha of .* is 0"):
-        open_adapter(tmp_path / "lora")
+        read_adapter(tmp_path / "lora")
     for alpha, is_right in ((6, True), (7, False)):
-        found = changes(open_adapter(tmp_path / "lora", alpha=alpha), made.base)
+        found = changes(read_adapter(tmp_path / "lora", alpha=alpha), made.base)
         worst = max(error(one, made.tuned[name]) for name, one in found.items())
         assert (worst < 1e-9) is is_right
     for alpha in (0, -1, float("nan")):
         with pytest.raises(OptionError, match="must be a number above 0"):
-            open_adapter(tmp_path / "lora", alpha=alpha)
+            read_adapter(tmp_path / "lora", alpha=alpha)
     merged(tmp_path / "ia3", *CASES["ia3"])
     with pytest.raises(OptionError, match="IA3 has no lora_alpha"):
-        open_adapter(tmp_path / "ia3", alpha=6)
+        read_adapter(tmp_path / "ia3", alpha=6)
 
 
 def test_an_alpha_of_0_is_an_old_mergers_for_lora_alone(tmp_path: Path) -> None:
@@ -338,10 +338,11 @@ def test_an_alpha_of_0_is_an_old_mergers_for_lora_alone(tmp_path: Path) -> None:
         merged(tmp_path / case, *CASES[case])
     edit(tmp_path / "lora", lora_alpha=0)
     with pytest.raises(CheckpointError, match="lora_alpha is 0: written by an old merger"):
-        open_step_folder(tmp_path / "lora", "lora")
-    found = open_step_folder(tmp_path / "adalora, alpha 0", "adalora").adapter
-    assert found is not None
-    assert {one.scaling for one in found.modules.values()} == {4 / (4 + 1e-5)}
+        open_series([str(tmp_path / "lora")], steps=[1])
+    series = open_series([str(tmp_path / "adalora, alpha 0")], steps=[1])
+    adapter = series.points[0].adapter
+    assert adapter is not None
+    assert {module.scaling for module in adapter.modules.values()} == {4 / (4 + 1e-5)}
 
 
 # --- types that are not read --------------------------------------------------------------------
@@ -365,7 +366,7 @@ def test_other_types_are_refused_by_name(tmp_path: Path, make: Any, hint: str) -
     quietly(lambda: config.save_pretrained(tmp_path))
     kind = config.peft_type.value
     with pytest.raises(UnsupportedFormat) as caught:
-        open_adapter(tmp_path)
+        read_adapter(tmp_path)
     text = str(caught.value)
     assert f"peft_type is '{kind}'; geoscope reads LORA, ADALORA, VERA, IA3 adapters." in text
     assert hint in text

@@ -20,8 +20,9 @@ from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.pairing import pair
 from geoscope.names import Selection
+from geoscope.peft.adapter import Adapter
 from geoscope.sources.open import open_checkpoint
-from geoscope.sources.shard_folder import open_shard_adapter, open_shard_base
+from geoscope.sources.shard_folder import open_shard_base, open_shards
 
 UP = "model.layers.0.mlp.up_proj.weight"
 MERGER = "Run `python -m verl.model_merger merge --backend fsdp --local_dir {} --target_dir OUT`"
@@ -405,10 +406,11 @@ def test_the_base_of_a_lora_run_has_the_names_of_the_model(shards: Path) -> None
 def test_the_factors_of_a_lora_run_are_an_adapter(shards: Path, tmp_path: Path) -> None:
     folder = copy(shards / "lora", tmp_path)
     with pytest.raises(CheckpointError, match=r"whose alpha is not known; copy lora_adapter/"):
-        open_shard_adapter(folder, str(folder))
+        open_shards(folder, str(folder))
     meta = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
     (folder / "lora_train_meta.json").write_text(json.dumps(meta))
-    adapter = open_shard_adapter(folder, str(folder))
+    adapter = open_shards(folder, str(folder))
+    assert isinstance(adapter, Adapter)
     assert list(adapter.modules) == [Q]
     assert adapter.modules[Q].scaling == 3
     B, A = adapter.factors(Q)
@@ -418,7 +420,9 @@ def test_the_factors_of_a_lora_run_are_an_adapter(shards: Path, tmp_path: Path) 
     (folder / "lora_adapter").mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (folder / "lora_adapter" / "adapter_config.json").write_text(json.dumps(config))
-    assert open_shard_adapter(folder, str(folder)).modules[Q].scaling == 4
+    adapter = open_shards(folder, str(folder))
+    assert isinstance(adapter, Adapter)
+    assert adapter.modules[Q].scaling == 4
 
 
 def test_shards_without_factors_are_no_lora_run(shards: Path) -> None:

@@ -256,7 +256,7 @@ def test_a_gated_repository_says_where_to_accept(client: Client) -> None:
         "org/gated is gated. Accept the terms at https://huggingface.co/org/gated "
         "and log in (`hf auth login`)."
     )
-    assert found["kind"] == "CheckpointNotFound"
+    assert found["kind"] == "HubNotFound"
 
 
 @pytest.mark.parametrize("token", [SECRET, ""])

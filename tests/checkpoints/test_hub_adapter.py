@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 SCRIPT = """
 import json, sys
-from geoscope.peft.adapter import open_adapter
+from geoscope.sources.open import open_adapter
 from geoscope.errors import GeoscopeError
 try:
     found = open_adapter(sys.argv[1])

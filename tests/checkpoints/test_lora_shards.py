@@ -13,10 +13,10 @@ from cli.running import run as run_command
 
 from checkpoints.files import assert_equal_bits
 from geoscope.formats.shard_names import lora_names, trained_biases
-from geoscope.peft.adapter import open_adapter
+from geoscope.peft.adapter import Adapter, read_adapter
 from geoscope.sources.open import open_checkpoint
 from geoscope.sources.series import open_series
-from geoscope.sources.shard_folder import open_shard_adapter, open_shard_base
+from geoscope.sources.shard_folder import open_shard_base, open_shards
 
 WRITER = Path(__file__).with_name("write_lora_shards.py")
 
@@ -39,8 +39,9 @@ def test_base_and_adapter_are_those_that_were_wrapped(tmp_path: Path) -> None:
     for name in expected.tensors:
         assert_equal_bits(base.read(name), expected.read(name))
 
-    saved = open_adapter(actor / "lora_adapter")
-    found = open_shard_adapter(actor, "actor")
+    saved = read_adapter(actor / "lora_adapter")
+    found = open_shards(actor, "actor")
+    assert isinstance(found, Adapter)
     alone = tmp_path / "global_step_7" / "actor"
     shutil.copytree(actor, alone, ignore=shutil.ignore_patterns("lora_adapter"))
     (point,) = open_series([str(tmp_path / "global_step_7")]).points

@@ -15,8 +15,9 @@ from checkpoints.test_series import Q, adapter
 from checkpoints.write_shards import CONFIG, whole
 from geoscope.errors import CheckpointError, GeoscopeError
 from geoscope.sources.open import open_checkpoint
-from geoscope.sources.places import Kind, Place, choose, find_places, where
+from geoscope.sources.places import Place, choose, find_places, where
 from geoscope.sources.series import open_series
+from geoscope.sources.signs import Kind
 
 WEIGHT = f"{Q}.weight"
 

@@ -472,6 +472,7 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
     write_sharded(folder, llama())
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert trap(folder, tmp_path) == (
-        f"step 2: {folder}: the index names model-00002-of-00002.safetensors, which is not there: "
-        "still being written or rotated away"
+        f"step 2: `{folder}`: the index names model-00002-of-00002.safetensors, which is not there "
+        "(9 tensors); the checkpoint is still being written, was cut, or rotated away: copy the "
+        "shard"
     )

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from geoscope.sources.hub.errors import hub_errors
-from geoscope.sources.hub.progress import Report, quiet_download
+from geoscope.sources.hub.progress import OnDownload, quiet_download
 
 __all__ = ["cache_of", "cached_commit", "download", "in_cache", "is_commit", "remember"]
 
@@ -70,7 +70,7 @@ def in_cache(repo: str, commit: str, path: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def download(repo: str, commit: str, path: str, size: int, report: Report | None) -> Path:
+def download(repo: str, commit: str, path: str, size: int, report: OnDownload | None) -> Path:
     """A whole file, fetched when it is not here. Raises CheckpointError."""
     cached = in_cache(repo, commit, path)
     if cached is not None:

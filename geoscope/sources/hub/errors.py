@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from textwrap import shorten
 from typing import cast
 
-from geoscope.errors import CheckpointError, CheckpointNotFound, GeoscopeError, OptionError
+from geoscope.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    GeoscopeError,
+    HubError,
+    HubNotFound,
+    OptionError,
+)
 from geoscope.sources.reference import GRAMMAR
 
 __all__ = ["hub_errors", "is_passing", "not_cached"]
@@ -39,17 +46,17 @@ def hub_errors(
     except GeoscopeError:
         raise
     except errors.GatedRepoError:
-        raise CheckpointNotFound(
+        raise HubNotFound(
             f"{repo} is gated. Accept the terms at https://huggingface.co/{repo} "
             "and log in (`hf auth login`)."
         ) from None
     except errors.RepositoryNotFoundError:
-        raise CheckpointNotFound(
+        raise HubNotFound(
             f"{repo} not found, or private. No local path of that name either."
         ) from None
     except errors.RevisionNotFoundError:
         listed = branches() if branches is not None else ""
-        raise CheckpointNotFound(
+        raise HubNotFound(
             f"no revision {at} in {repo}" + (f"; branches: {listed}" if listed else "")
         ) from None
     except errors.OfflineModeIsEnabled:
@@ -57,7 +64,7 @@ def hub_errors(
     except errors.LocalEntryNotFoundError as error:
         raise _not_here(error, what, file) from None
     except errors.EntryNotFoundError:
-        raise CheckpointNotFound(f"{what} is not on the Hub") from None
+        raise HubNotFound(f"{what} is not on the Hub") from None
     except errors.HFValidationError:
         raise OptionError(f"{repo!r} is no org/name; {GRAMMAR}") from None
     except network as error:
@@ -102,19 +109,19 @@ def _transport(error: Exception, what: str, file: str) -> CheckpointError:
     response = getattr(error, "response", None)
     if response is not None:
         url = str(getattr(response, "url", "")).split("?")[0]
-        return CheckpointError(
+        return HubError(
             f"{what}: HTTP {response.status_code} from {url}; {_remedy(response.status_code)}"
         )
     if isinstance(error, errors.FileMetadataError):
-        return CheckpointError(
+        return HubError(
             f"{what}: the server does not answer as a Hub does; check HF_ENDPOINT and the proxy"
         )
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        return CheckpointError(f"{what}: {error.strerror}; make room or fix the access, and retry")
+        return HubError(f"{what}: {error.strerror}; make room or fix the access, and retry")
     first = (str(error).splitlines() or [""])[0].split("?")[0]
     detail = shorten(f"{type(error).__name__}: {first}", 120, placeholder="…").rstrip(": ")
     local = "" if file else "no local path of that name, and "
-    return CheckpointError(
+    return HubError(
         f"{what}: {local}the connection to the Hub failed ({detail}); retry, or set HF_ENDPOINT, "
         "or set HF_HUB_OFFLINE=1 to use what is cached"
     )

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Report", "ignore", "quiet_download"]
+__all__ = ["OnDownload", "ignore", "quiet_download"]
 
-Report = Callable[[str, int, int], None]
+OnDownload = Callable[[str, int, int], None]
 """(file, bytes done, bytes in all)."""
 
 
 def quiet_download(
-    repo: str, path: str, commit: str, size: int, on_progress: Report | None
+    repo: str, path: str, commit: str, size: int, on_progress: OnDownload | None
 ) -> Path:
     """The file in huggingface_hub's cache; downloaded now. Raises what huggingface_hub raises."""
     from huggingface_hub import hf_hub_download
@@ -34,7 +34,7 @@ def ignore(file: str, done: int, total: int) -> None:
     """Tells nobody."""
 
 
-def _bar(file: str, size: int, report: Report) -> type[Any]:
+def _bar(file: str, size: int, report: OnDownload) -> type[Any]:
     """A stand-in for tqdm that reports the bytes of one file."""
 
     class Bar:

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from geoscope.errors import CheckpointError, first_names
+from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
 from geoscope.formats.container import Container, FileHeader
 from geoscope.formats.disk import Room, check_room
 from geoscope.formats.readers import SAFETENSORS, open_container
-from geoscope.models.checkpoint import Checkpoint
-from geoscope.models.opening import Folder, Identity, open_folder
+from geoscope.models.opening import Folder
 from geoscope.outputs.output_folder import travels
+from geoscope.peft.config import ADAPTER_CONFIG
+from geoscope.peft.file import adapter_files
+from geoscope.peft.folder import RECORD
 from geoscope.sources.hub.cache import (
     cache_of,
     cached_commit,
@@ -33,30 +35,20 @@ from geoscope.sources.hub.cache import (
     remember,
 )
 from geoscope.sources.hub.errors import hub_errors, not_cached
-from geoscope.sources.hub.progress import Report
+from geoscope.sources.hub.progress import OnDownload
 from geoscope.sources.hub.range_cache import cached_listing, keep_listing
 from geoscope.sources.hub.ranges import RemoteFile
 from geoscope.sources.hub.shard import HubShard
-from geoscope.sources.local import LocalFolder
+from geoscope.sources.local_folder import LocalFolder
 from geoscope.sources.reference import HubReference
 
-__all__ = ["HubFolder", "hub_folder", "open_hub", "open_hub_folder"]
+__all__ = ["HubFolder", "fetch_adapter", "hub_folder"]
 
 _TIMEOUT = 30.0
 _HEADER_REQUESTS = 8
 
 
-def open_hub(reference: HubReference, on_progress: Report | None) -> Checkpoint:
-    """The checkpoint of a Hub model. Raises CheckpointError."""
-    return open_hub_folder(*hub_folder(reference, on_progress), given=reference.given)
-
-
-def open_hub_folder(folder: Folder, commit: str, *, given: str) -> Checkpoint:
-    """The checkpoint in a folder of `hub_folder`."""
-    return open_folder(folder, Identity(given, folder.label, commit))
-
-
-def hub_folder(reference: HubReference, on_progress: Report | None) -> tuple[Folder, str]:
+def hub_folder(reference: HubReference, on_progress: OnDownload | None) -> tuple[Folder, str]:
     """The folder that a reference names, and its commit. Raises CheckpointError."""
     from huggingface_hub import constants
 
@@ -110,6 +102,35 @@ def _label(repo: str, commit: str, folder: str) -> str:
     return f"{repo}@{commit}/{folder}" if folder else f"{repo}@{commit}"
 
 
+def fetch_adapter(folder: Folder) -> Path:
+    """The folder in the cache with an adapter's configuration, factors and geoscope.json.
+
+    An adapter is small and read whole: its files are fetched as they are, and nothing else.
+    Raises CheckpointNotFound, UnsupportedFormat, or CheckpointError (a full disk, before the first
+    byte of the factors).
+    """
+    if not isinstance(folder, HubFolder):  # offline, of another program
+        assert isinstance(folder, LocalFolder)
+        return folder.path
+    names = folder.names()
+    if ADAPTER_CONFIG not in names:
+        raise _without_adapter(folder)
+    wanted = (ADAPTER_CONFIG, *adapter_files(names, folder.label), RECORD)
+    path = folder.files([name for name in wanted if name in names])[0].parent
+    # What init-adapter says of OUT/adapter stands above it.
+    above = replace(folder, folder=folder.folder.rpartition("/")[0])
+    if folder.folder and RECORD in above.names():
+        above.files([RECORD])
+    return path
+
+
+def _without_adapter(folder: HubFolder) -> CheckpointNotFound:
+    below = folder.folders_with(ADAPTER_CONFIG)
+    hint = f"; give {first_names(below)}" if below else ""
+    names = first_names(sorted(folder.names())) or "no files"
+    return CheckpointNotFound(f"{folder.label}: holds no {ADAPTER_CONFIG}; found: {names}{hint}")
+
+
 # --- a repository as a folder -------------------------------------------------------------------
 
 
@@ -121,7 +142,7 @@ class HubFolder:
     commit: str
     folder: str
     sizes: Mapping[str, int] = field(repr=False)
-    on_progress: Report | None = field(default=None, repr=False)
+    on_progress: OnDownload | None = field(default=None, repr=False)
     opened: dict[str, Container] = field(default_factory=dict[str, Container], repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,8 +223,8 @@ class HubFolder:
         )
 
     def no_weights(self) -> CheckpointError:
-        found = first_names(sorted(self.names())) or "no files"
-        return CheckpointError(f"no weights geoscope can read in {self.label}; found: {found}")
+        names = first_names(sorted(self.names())) or "no files"
+        return CheckpointError(f"no weights geoscope can read in {self.label}; found: {names}")
 
     def _path(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name

@@ -25,7 +25,7 @@ from geoscope.formats.safetensors_file import (
 )
 from geoscope.sources.hub.byte_ranges import WHOLE, Run, Span, runs
 from geoscope.sources.hub.cache import cache_of, download, in_cache
-from geoscope.sources.hub.progress import Report, ignore
+from geoscope.sources.hub.progress import OnDownload, ignore
 from geoscope.sources.hub.range_cache import RangeCache
 from geoscope.sources.hub.ranges import RemoteFile
 
@@ -77,7 +77,7 @@ class HubShard:
             return {cache_of(self.remote.repo): self.remote.size}
         return {self.cache.folder: sum(run.nbytes for run in found)}
 
-    def fetch(self, names: Iterable[str], on_progress: Report | None) -> None:
+    def fetch(self, names: Iterable[str], on_progress: OnDownload | None) -> None:
         """Brings these tensors here. Raises CheckpointError."""
         if self.path is not None or not self._runs(names):
             return
@@ -123,7 +123,7 @@ class HubShard:
         wanted = sum(run.nbytes for run in found)
         return bool(self.without_ranges) or wanted >= WHOLE * self.remote.size
 
-    def _fetch_runs(self, found: tuple[Run, ...], report: Report) -> bool:
+    def _fetch_runs(self, found: tuple[Run, ...], report: OnDownload) -> bool:
         """False when the server knows no ranges."""
         total, done = sum(run.nbytes for run in found), 0
         report(self.remote.path, 0, total)

@@ -22,7 +22,7 @@ from geoscope.engine import matrix_boundary
 from geoscope.errors import OptionError, PairingError, first_names
 from geoscope.formats.safetensors_writer import FilePlan
 from geoscope.linalg import Product
-from geoscope.peft.adapter import Adapter, open_adapter
+from geoscope.peft.adapter import Adapter, read_adapter
 from geoscope.peft.folder import (
     CONVERTED,
     AdapterFolder,
@@ -196,8 +196,8 @@ def convert_adapter(
         for folder, name in ((initial, "initial"), (trained, "trained"))
     )
     base = None if base is None else path_text(base, "base")
-    start = open_adapter(origin.adapter, given=origin.label)
-    end = open_adapter(last.adapter, given=last.label)
+    start = read_adapter(origin.adapter, origin.label)
+    end = read_adapter(last.adapter, last.label)
     for one in (start, end):
         one.refuse_more_than_plain("convert-adapter")
     parts = _matched(start, end)

@@ -30,9 +30,9 @@ from geoscope.engine import matrix_boundary, one_blas_thread, resolve_devices
 from geoscope.errors import CheckpointError, NumericsError, OptionError
 from geoscope.formats.container import files_of
 from geoscope.formats.hashes import file_sha256
-from geoscope.formats.refused import refuse_unwritable
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.opening import storage_dtype
+from geoscope.models.writable import refuse_unwritable
 from geoscope.outputs.model_folder import write_model
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.folder import RECORD_SCHEMA, refuse_as_base

@@ -26,7 +26,7 @@ from geoscope.formats.container import files_of
 from geoscope.formats.hashes import file_sha256, tensor_sha256
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.ungathered import refuse_ungathered
-from geoscope.peft.adapter import Adapter, open_adapter
+from geoscope.peft.adapter import Adapter, read_adapter
 from geoscope.peft.folder import (
     CONVERTED,
     RECORD,
@@ -92,7 +92,7 @@ def verify_adapter(
     folder = path_text(folder, "folder")
     base = None if base is None else path_text(base, "base")
     origin = adapter_folder(folder)
-    adapter = open_adapter(origin.adapter, given=origin.label)
+    adapter = read_adapter(origin.adapter, origin.label)
     adapter.refuse_more_than_plain("verify-adapter")
     layout = _layout(origin, adapter)
     reference = _reference(origin, adapter, layout, base)
@@ -122,7 +122,7 @@ def verify_adapter(
     if layout == "mirror" or origin.record.get("method") == "lora":
         checks.append(_product_check(match, original, tick))
     if layout == "anchor" and origin.anchor is not None:
-        checks.append(_anchor_check(adapter, open_adapter(origin.anchor, given=f"{folder}/anchor")))
+        checks.append(_anchor_check(adapter, read_adapter(origin.anchor, f"{folder}/anchor")))
     if origin.record:
         checks.append(_hashes_check(origin.record, match, original))
     if with_peft and checks[0].ok:

@@ -17,9 +17,9 @@ from geoscope._version import __version__
 from geoscope.arguments import Place, path_of, paths_of
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, first_names
-from geoscope.formats.refused import refuse_unwritable
 from geoscope.linalg import Product
 from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.writable import refuse_unwritable
 from geoscope.outputs.model_folder import plan_model, write_model
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.folder import EXTRAPOLATION, RECORD

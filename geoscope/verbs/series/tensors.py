@@ -21,9 +21,10 @@ from geoscope.models.split import common_config, split
 from geoscope.models.ungathered import refuse_ungathered
 from geoscope.names import NameMap, Selection, in_natural_order
 from geoscope.peft.adapted import AdaptedCheckpoint
-from geoscope.peft.adapter import Adapter, open_adapter
+from geoscope.peft.adapter import Adapter
 from geoscope.peft.module import AdapterModule
 from geoscope.records import ModelRef, Skipped
+from geoscope.sources.open import open_adapter
 from geoscope.sources.series import Series, SeriesPoint, open_series
 from geoscope.sources.steps import given_steps
 from geoscope.trajectory.factor_series import Factor, FactorSeries
