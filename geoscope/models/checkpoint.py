@@ -13,8 +13,8 @@ from geoscope.errors import CheckpointError
 from geoscope.formats.block_fp8 import BlockScale, scaled, spacings
 from geoscope.formats.container import Container, byte_view
 from geoscope.formats.disk import Room, check_room
-from geoscope.formats.views import View, gather
-from geoscope.records import ModelRef, TensorInfo
+from geoscope.formats.views import Blocks, View, gather
+from geoscope.records import ModelRef, Rename, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,8 @@ class Checkpoint:
     scales of its blocks, with which it is read.
     tied_to: name → the tensor that it repeats (tied embeddings, shared storage); a name that is not
     stored at all may stand there, too. notes: one-line remarks for the user.
+    uncompared: what an adapter changes and the base has no tensor of, with the reason. renamed: its
+    modules that the base has under another name.
     """
 
     ref: ModelRef
@@ -62,6 +64,8 @@ class Checkpoint:
     source: Source = field(repr=False)
     views: Mapping[str, View] = field(default_factory=dict[str, View], repr=False)
     scales: Mapping[str, BlockScale] = field(default_factory=dict[str, BlockScale], repr=False)
+    uncompared: tuple[tuple[TensorInfo, str], ...] = ()
+    renamed: tuple[Rename, ...] = ()
 
     @property
     def tied(self) -> tuple[str, ...]:
@@ -147,6 +151,44 @@ class Checkpoint:
             for begin in range(0, count, _PART)
         )
         return math.sqrt(math.fsum(squares) / 12)
+
+    # --- what a base with an adapter over it answers for itself (peft/adapted.py)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it is a base with an adapter over it."""
+        return False
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """What an adapter calls its modules, before they get the names of the base."""
+        return ()
+
+    def lies_over(self, base: Checkpoint) -> bool:
+        """Whether its tensors are those of this base, changed as they are read."""
+        return False
+
+    def leaves(self, name: str) -> bool:
+        """Whether the tensor is that of the base, unchanged."""
+        return False
+
+    def nominal_rank(self, name: str) -> int | None:
+        """The rank that was asked for; None for a tensor that no product changes."""
+        return None
+
+    def update(self, base: Checkpoint, name: str) -> tuple[torch.Tensor, ...]:
+        """What `FactorUpdate.of` takes where a product changes the base; else the weight alone."""
+        return (self.read(name),)
+
+    def parts_of_update(self, base: Checkpoint, name: str) -> int:
+        """How many tensors `update` gives, without reading them."""
+        return 1
+
+    def over_rows(
+        self, before: Checkpoint, base: Checkpoint, rows: Mapping[str, Blocks]
+    ) -> Checkpoint:
+        """The same where `base`, cut to these rows, takes the place of `before`."""
+        return self
 
     def _gathered(
         self, name: str, begin: int, end: int, read: Callable[[str, int, int], torch.Tensor]

@@ -7,7 +7,7 @@ and a whole weight is made, in fp64, only where the tuned weight itself is asked
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from geoscope.formats.views import Blocks
@@ -15,7 +15,6 @@ from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import NameMap
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.module import AdapterModule
-from geoscope.records import Rename, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +57,7 @@ class AdaptedCheckpoint(Checkpoint):
     start: the adapter before training, where its product was not zero; it is taken off again, by
     start_changes. is_difference: whether the start is another adapter of the same model, so that a
     module that one of both has not is zero there. is_doubled: whether the layout has twice the rank
-    that was asked for. uncompared: what the adapter changes and the base has no tensor of, with the
-    reason. names: the rules by which modules find their tensors. renamed: those of another name.
+    that was asked for. names: the rules by which modules find their tensors.
     """
 
     base: Checkpoint
@@ -70,12 +68,51 @@ class AdaptedCheckpoint(Checkpoint):
     start_changes: Mapping[str, Change] = field(default_factory=dict[str, Change])
     is_difference: bool = False
     is_doubled: bool = False
-    uncompared: tuple[tuple[TensorInfo, str], ...] = ()
     names: NameMap = field(default_factory=NameMap)
-    renamed: tuple[Rename, ...] = ()
+
+    @property
+    def is_adapted(self) -> bool:
+        return True
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        return tuple(f"{module.path}.weight" for module in self.adapter.modules.values())
+
+    def lies_over(self, base: Checkpoint) -> bool:
+        return self.base is base
+
+    def leaves(self, name: str) -> bool:
+        return name not in self.changes
+
+    def update(self, base: Checkpoint, name: str) -> tuple[Tensor, ...]:
+        if self.parts_of_update(base, name) == 1:
+            return super().update(base, name)
+        import torch
+
+        triples = (
+            (B, A, torch.tensor([scaling], dtype=torch.float64))
+            for B, A, scaling in self.factors(name)
+        )
+        return tuple(tensor for triple in triples for tensor in triple)
+
+    def parts_of_update(self, base: Checkpoint, name: str) -> int:
+        change = self.changes.get(name)
+        if not self.lies_over(base) or change is None or not change.has_factors:
+            return 1
+        return 3 if self.start is None else 6
+
+    def over_rows(
+        self, before: Checkpoint, base: Checkpoint, rows: Mapping[str, Blocks]
+    ) -> Checkpoint:
+        if not self.lies_over(before):
+            return self
+        changes = {
+            name: replace(change, rows=rows.get(name, change.rows))
+            for name, change in self.changes.items()
+        }
+        return replace(self, base=base, changes=changes)
 
     def nominal_rank(self, name: str) -> int | None:
-        """The rank that was asked for; None for a change that has no factors."""
         change = self.changes.get(name)
         if change is None or change.module is None or not change.has_factors:
             return None

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
-from geoscope.formats.layout import is_index
+from geoscope.formats.layout import file_names, is_index
 from geoscope.formats.refused import (
     by_files,
     is_adapter_file,
     is_never_opened,
     refusal,
+    refuse_mlx,
 )
 from geoscope.models.opening import Folder
 from geoscope.peft.config import ADAPTER_CONFIG
@@ -106,6 +107,7 @@ def _in_folder(path: Path, given: str, adapter_first: bool) -> Location:
         configs = (place.folder for place in places if place.kind is Kind.CONFIG)
         return _at(path, given, next(configs, ""), None)
     if chosen.kind is Kind.NO_FACTORS:
+        refuse_mlx(file_names(path / chosen.folder), below(given, chosen.folder))
         raise without_factors(given, chosen, places)
     choice = where(chosen, places)
     return replace(

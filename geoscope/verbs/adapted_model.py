@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from geoscope.errors import OptionError
 from geoscope.formats.views import Blocks, View
 from geoscope.models.checkpoint import Checkpoint
@@ -21,7 +18,7 @@ from geoscope.sources.open import open_adapter
 from geoscope.verbs.adapters.changes import Changes, changes_of
 from geoscope.verbs.adapters.names import BasePaths, base_paths, named_as_base
 
-__all__ = ["adapted", "adapter_notes", "stacks_of_update", "started_from", "update_of"]
+__all__ = ["adapted", "adapter_notes", "started_from"]
 
 
 def started_from(
@@ -46,26 +43,6 @@ def started_from(
         f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give the adapter before "
         "training as `initial_adapter`"
     )
-
-
-def update_of(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[Tensor, ...]:
-    """What `FactorUpdate.of` takes where `tuned` is an adapter over `base`; else the weight."""
-    if not isinstance(tuned, AdaptedCheckpoint) or stacks_of_update(base, tuned, name) == 1:
-        return (tuned.read(name),)
-    factors = tuned.factors(name)
-    return tuple(
-        one for B, A, s in factors for one in (B, A, torch.tensor([s], dtype=torch.float64))
-    )
-
-
-def stacks_of_update(base: Checkpoint, tuned: Checkpoint, name: str) -> int:
-    """How many tensors `update_of` gives, without reading them."""
-    if not isinstance(tuned, AdaptedCheckpoint) or tuned.base is not base:
-        return 1
-    change = tuned.changes.get(name)
-    if change is None or not change.has_factors:
-        return 1
-    return 3 if tuned.start is None else 6
 
 
 def adapted(

@@ -19,7 +19,7 @@ from geoscope.sources.open import base_in_shards, open_adapter, open_model_or_ad
 from geoscope.sources.reference import base_and_adapter
 from geoscope.verbs.adapted_model import adapted, started_from
 
-__all__ = ["adapter_at", "in_parts", "open_model", "open_tuned", "over"]
+__all__ = ["adapter_at", "apart", "apart_over", "in_parts", "open_model", "open_tuned", "over"]
 
 
 def open_model(
@@ -106,6 +106,30 @@ def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     if isinstance(checkpoint, AdaptedCheckpoint):
         return over(checkpoint, in_parts(checkpoint.whole, config))
     return split(checkpoint, config)
+
+
+def apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint in parts, and the remarks on these."""
+    parts = in_parts(checkpoint, config)
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return parts, ()
+    own = len(checkpoint.notes)
+    return replace(parts, notes=checkpoint.notes), parts.notes[own:]
+
+
+def apart_over(
+    tuned: Checkpoint, whole: Checkpoint, base: Checkpoint, config: Mapping[str, Any]
+) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:
+    """The tuned model in parts, the base that it is compared with, and remarks on the parts.
+
+    whole: the base as stored; base: the same in parts. An adapter over the one lies over the other
+    then.
+    """
+    if isinstance(tuned, AdaptedCheckpoint) and tuned.whole is whole:
+        laid = over(tuned, base)
+        return laid, laid.base, ()
+    parts, notes = apart(tuned, config)
+    return parts, base, notes
 
 
 def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from geoscope.peft.adapter import Adapter
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.peft.lora import LoraModule
 
 __all__ = ["cut_factors"]
@@ -14,11 +15,14 @@ __all__ = ["cut_factors"]
 _MOST = 0.5
 
 
-def cut_factors(adapter: Adapter) -> str | None:
+def cut_factors(tuned: Checkpoint) -> str | None:
     """A remark on factors of which most rows, and not all, are exactly zero; None without any.
 
     Reads the factors of every module.
     """
+    if not isinstance(tuned, AdaptedCheckpoint):
+        return None
+    adapter = tuned.adapter
     cut: list[tuple[str, int, int]] = []
     for module in adapter.modules.values():
         if not isinstance(module, LoraModule):

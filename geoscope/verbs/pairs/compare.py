@@ -10,7 +10,6 @@ from itertools import combinations
 
 from geoscope.arguments import Place, path_text, paths_of
 from geoscope.errors import OptionError, Stopped
-from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.records import Overlap, Report, Skipped
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.assemble import anchored, assemble, lacking
@@ -89,7 +88,7 @@ def _check_initial(prepared: Sequence[Prepared], options: Options) -> None:
     """Raises OptionError where `--initial-adapter` is of no tuned model, or of several."""
     if options.initial_adapter is None:
         return
-    adapters = [one for one in prepared if isinstance(one.tuned, AdaptedCheckpoint)]
+    adapters = [side for side in prepared if side.tuned.is_adapted]
     if len(adapters) != 1:
         found = f"{len(adapters)} of the tuned models are adapters" if adapters else "none is one"
         raise OptionError(

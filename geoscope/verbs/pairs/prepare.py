@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -23,19 +22,15 @@ from geoscope.engine import (
     resolve_devices,
     resolve_dtype,
 )
-from geoscope.errors import PairingError, first_names
 from geoscope.formats.disk import free_bytes
 from geoscope.metrics import Rounding
 from geoscope.models.checkpoint import Checkpoint
-from geoscope.models.pairing import common_rows, is_resized, pair
-from geoscope.models.scope import Scope
-from geoscope.models.split import common_config
 from geoscope.names import NameMap
-from geoscope.peft.adapted import AdaptedCheckpoint
-from geoscope.records import Pairing, Skipped, WeightPair
+from geoscope.records import Pairing, WeightPair
 from geoscope.report.survey import Survey
-from geoscope.verbs.models import in_parts, open_model, open_tuned, over
+from geoscope.verbs.models import open_model, open_tuned
 from geoscope.verbs.options import Options, Progress
+from geoscope.verbs.pairs.matching import match_models
 
 __all__ = [
     "Prepared",
@@ -109,7 +104,7 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         names=names,
         on_progress=progress.on_download,
     )
-    left, right, pairing, notes = _matched(left, right, options)
+    left, right, pairing, notes = match_models(left, right, options)
     workers = workers_of(options, devices)
     memory = planned_memory(pairing, options, devices, workers)
     rooms = [one.room(names) for one, names in _wanted(left, right, pairing)]
@@ -135,115 +130,16 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
 
 def _stacks(devices: Sequence[torch.device], tuned: Checkpoint) -> bool:
     """On other devices than the CPU; but the factors of an adapter may differ in rank."""
-    return devices[0].type != "cpu" and not isinstance(tuned, AdaptedCheckpoint)
+    return devices[0].type != "cpu" and not tuned.is_adapted
 
 
 def _wanted(
     base: Checkpoint, tuned: Checkpoint, pairing: Pairing
 ) -> tuple[tuple[Checkpoint, list[str]], ...]:
     pairs = (*pairing.matrices, *pairing.vectors)
-    if isinstance(tuned, AdaptedCheckpoint) and tuned.base is base:
+    if tuned.lies_over(base):
         return ((base, [one.base.name for one in pairs]),)
     return (base, [one.base.name for one in pairs]), (tuned, [one.tuned.name for one in pairs])
-
-
-def _matched(
-    base: Checkpoint, tuned: Checkpoint, options: Options
-) -> tuple[Checkpoint, Checkpoint, Pairing, tuple[str, ...]]:
-    """Both sides in the parts that are compared, their correspondence, and remarks on it."""
-    config = common_config(base, tuned)
-    # What both were taken apart into is said once, of the pair.
-    whole, base, told = base, *_apart(base, config)
-    if isinstance(tuned, AdaptedCheckpoint) and tuned.whole is whole:
-        tuned = over(tuned, base)
-        base = tuned.base
-    else:
-        tuned, more = _apart(tuned, config)
-        told += more
-    names = NameMap(options.map_name)
-    notes = tuple(dict.fromkeys(told))
-    notes += names.notes([*base.tensors, *tuned.tensors, *_own_names(base), *_own_names(tuned)])
-    if options.allow_vocab_resize:
-        base, tuned, resized = _common_rows(base, tuned, names)
-        notes += resized
-    if isinstance(tuned, AdaptedCheckpoint) and tuned.base is base:
-        # what the adapter changes is compared, though the base has it as a copy
-        pairing = pair(replace(base, tied_to=tuned.tied_to), tuned, options.selection, names)
-        pairing = _adapted_only(pairing, tuned, options)
-    else:
-        pairing = pair(base, tuned, options.selection, names)
-    notes += tuple(
-        f"{one.name}: {one.base[0]} rows in base, {one.tuned[0]} in tuned; --allow-vocab-resize "
-        "compares the rows that both have"
-        for one in pairing.shape_mismatch
-        if one.name in pairing.missing and is_resized(one.name, one.base, one.tuned)
-    )
-    return base, tuned, pairing, notes
-
-
-def _own_names(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the keys of an adapter call its modules, before they get the names of the base."""
-    if not isinstance(checkpoint, AdaptedCheckpoint):
-        return ()
-    return tuple(f"{one.path}.weight" for one in checkpoint.adapter.modules.values())
-
-
-def _common_rows(
-    base: Checkpoint, tuned: Checkpoint, names: NameMap
-) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:
-    """As `common_rows`, of an adapter over the base, too."""
-    before, (base, narrow, notes) = base, common_rows(base, tuned, names)
-    if isinstance(narrow, AdaptedCheckpoint) and narrow.base is before:
-        cut = {name: view.blocks for name, view in narrow.views.items() if name not in tuned.views}
-        changes = narrow.changes.items()
-        rows = {name: replace(one, rows=cut.get(name, one.rows)) for name, one in changes}
-        narrow = replace(narrow, base=base, changes=rows)
-    return base, narrow, notes
-
-
-def _apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The checkpoint in parts, and the remarks on these."""
-    found = in_parts(checkpoint, config)
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        return found, ()
-    own = len(checkpoint.notes)
-    return replace(found, notes=checkpoint.notes), found.notes[own:]
-
-
-def _adapted_only(pairing: Pairing, tuned: AdaptedCheckpoint, options: Options) -> Pairing:
-    """Without what the adapter leaves as it is. Raises PairingError where nothing is left."""
-    left_out = [
-        Skipped(one.name, "the adapter leaves it as it is")
-        for one in (*pairing.matrices, *pairing.vectors)
-        if one.tuned.name not in tuned.changes
-    ]
-    names = {one.name for one in left_out}
-    matrices = tuple(one for one in pairing.matrices if one.name not in names)
-    vectors = tuple(one for one in pairing.vectors if one.name not in names)
-    lacking = _lacking(tuned, options)
-    missing = (*pairing.missing, *(one.name for one in lacking if one.missing))
-    if not matrices and not (options.include and vectors):
-        found = first_names([*tuned.changes]) or "none"
-        raise PairingError(
-            f"{tuned.ref.given}: changes no matrix in scope; it changes {found}; see `include`"
-        )
-    return replace(
-        pairing,
-        matrices=matrices,
-        vectors=vectors,
-        skipped=(*pairing.skipped, *left_out, *lacking),
-        renamed=(*pairing.renamed, *tuned.renamed),
-        missing=missing,
-    )
-
-
-def _lacking(tuned: AdaptedCheckpoint, options: Options) -> tuple[Skipped, ...]:
-    """What the adapter brings and the base has no tensor of; missing where it is in scope."""
-    scope = Scope.of(options.selection, tuned.tensors.values())
-    return tuple(
-        Skipped(info.name, reason, missing=scope.wants_matrix(info))
-        for info, reason in tuned.uncompared
-    )
 
 
 def survey(prepared: Prepared, *, paired: bool) -> Survey:

@@ -27,15 +27,13 @@ from geoscope.metrics import (
 )
 from geoscope.metrics.budget import ranks_within
 from geoscope.models.checkpoint import fetch_all
-from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
-from geoscope.verbs.adapted_model import update_of
 from geoscope.verbs.adapters.cut_factors import cut_factors
+from geoscope.verbs.adapters.start_check import LARGE, has_unknown_start, seen_start
 from geoscope.verbs.options import Options, Progress
 from geoscope.verbs.pairs.matrices import Headers, Matrix, failed_matrix, two_sides, worker
 from geoscope.verbs.pairs.prepare import Prepared
 from geoscope.verbs.pairs.selection import VERDICT_KINDS, all_selected
-from geoscope.verbs.pairs.start_check import LARGE, seen_start
 
 __all__ = ["TunedRun", "run_one"]
 
@@ -113,8 +111,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
 
 def _cut(prepared: Prepared) -> tuple[str, ...]:
     """What is to be said of an adapter whose factors were cut."""
-    tuned = prepared.tuned
-    note = cut_factors(tuned.adapter) if isinstance(tuned, AdaptedCheckpoint) else None
+    note = cut_factors(prepared.tuned)
     return () if note is None else (note,)
 
 
@@ -124,7 +121,7 @@ def _with_start(
     """The matrices, and what is to be said of an adapter whose start is not known."""
     start, given = seen_start(prepared), prepared.tuned.ref.given
     if start is None:
-        unknown = isinstance(prepared.tuned, AdaptedCheckpoint) and prepared.tuned.start is None
+        unknown = has_unknown_start(prepared.tuned)
         ratio = _ratio(matrices)
         if not unknown or not prepared.has_base or ratio <= LARGE:
             return matrices, ()
@@ -180,17 +177,15 @@ def _reader(prepared: Prepared) -> Callable[[WeightPair], tuple[Tensor, ...]]:
     """Base and tuned weight, or the factors of the update, with the base or without."""
 
     def read(one: WeightPair) -> tuple[Tensor, ...]:
-        update = update_of(prepared.base, prepared.tuned, one.tuned.name)
+        update = prepared.tuned.update(prepared.base, one.tuned.name)
         return (prepared.base.read(one.base.name), *update) if prepared.has_base else update
 
     return read
 
 
 def _headers(prepared: Prepared) -> Headers:
-    tuned = prepared.tuned
-
-    def nominal(one: WeightPair) -> int | None:
-        return tuned.nominal_rank(one.tuned.name) if isinstance(tuned, AdaptedCheckpoint) else None
+    def nominal(pair: WeightPair) -> int | None:
+        return prepared.tuned.nominal_rank(pair.tuned.name)
 
     return Headers(prepared.rounding, nominal, prepared.has_base)
 

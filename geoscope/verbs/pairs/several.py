@@ -12,7 +12,6 @@ from geoscope.linalg.changes import nonfinite_entries
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics.overlaps import overlap
 from geoscope.records import Overlap, Skipped, Status, WeightPair
-from geoscope.verbs.adapted_model import stacks_of_update, update_of
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs.prepare import Prepared, batches_a_shape
 
@@ -33,14 +32,14 @@ def overlaps_of(
     def read(one: WeightPair) -> tuple[Tensor, ...]:
         base = first.base.read(one.base.name)
         updates = (
-            update_of(side.base, side.tuned, name)
+            side.tuned.update(side.base, name)
             for side, name in ((first, one.tuned.name), (second, other[one.base.name]))
         )
         return base, *(part for update in updates for part in update)
 
     def work(batch: Batch, *stacks: Tensor) -> list[tuple[Any, dict[str, float]] | None]:
         # Of one batch all are alike: stacks hold pairs of equal dtypes, of adapters one pair.
-        count = stacks_of_update(first.base, first.tuned, batch.pairs[0].tuned.name)
+        count = first.tuned.parts_of_update(first.base, batch.pairs[0].tuned.name)
         return [
             _overlap([one[i : i + 1] for one in stacks], count, options, in_blocks=in_blocks(pair))
             for i, pair in enumerate(batch.pairs)

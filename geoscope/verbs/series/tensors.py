@@ -20,7 +20,6 @@ from geoscope.models.pairing import pair
 from geoscope.models.split import common_config, split
 from geoscope.models.ungathered import refuse_ungathered
 from geoscope.names import NameMap, Selection, in_natural_order
-from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.module import AdapterModule
 from geoscope.records import ModelRef, Skipped
@@ -388,7 +387,7 @@ def _of_adapters(
     base = None
     if whole is not None:
         base = split(whole)
-        if isinstance(whole, AdaptedCheckpoint):
+        if whole.is_adapted:
             raise OptionError(
                 f"{options.base}: a model with an adapter over it; adapters are followed from the "
                 "model itself: give that as `base`"

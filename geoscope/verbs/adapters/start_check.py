@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from geoscope.adapters.blind_start import blind_start
 from geoscope.errors import GeoscopeError
 from geoscope.linalg.factor_update import FactorUpdate
+from geoscope.models.checkpoint import Checkpoint
 from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.records import WeightPair
-from geoscope.verbs.adapted_model import update_of
 from geoscope.verbs.pairs.prepare import Prepared
 
-__all__ = ["LARGE", "SeenStart", "seen_start"]
+__all__ = ["LARGE", "SeenStart", "has_unknown_start", "seen_start"]
 
 # Matrices that are looked at, the smallest ones: all begin alike.
 _LOOKED_AT = 3
@@ -39,13 +39,18 @@ class SeenStart:
         )
 
 
+def has_unknown_start(tuned: Checkpoint) -> bool:
+    """Whether an adapter's product before training is not known."""
+    return isinstance(tuned, AdaptedCheckpoint) and tuned.start is None
+
+
 def seen_start(prepared: Prepared) -> SeenStart | None:
     """What at least half of a few matrices look like; None where the start is known or zero.
 
     Reads the smallest adapted matrices of the base.
     """
     tuned = prepared.tuned
-    if not isinstance(tuned, AdaptedCheckpoint) or tuned.base is not prepared.base:
+    if not isinstance(tuned, AdaptedCheckpoint) or not tuned.lies_over(prepared.base):
         return None
     if tuned.start is not None or not prepared.has_base:
         return None
@@ -68,7 +73,7 @@ def seen_start(prepared: Prepared) -> SeenStart | None:
 def _seen(prepared: Prepared, tuned: AdaptedCheckpoint, one: WeightPair) -> str | None:
     change = tuned.changes[one.tuned.name]
     assert change.module is not None
-    update = FactorUpdate.of([x[None] for x in update_of(prepared.base, tuned, one.tuned.name)])
+    update = FactorUpdate.of([x[None] for x in tuned.update(prepared.base, one.tuned.name)])
     try:
         return blind_start(
             prepared.base.read(one.base.name),
