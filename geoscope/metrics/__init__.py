@@ -16,7 +16,7 @@ from geoscope.metrics.factors import (
 )
 from geoscope.metrics.judging import Judged
 from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict_dimension
-from geoscope.metrics.metric import Instance, Metric, Null, instances
+from geoscope.metrics.metric import Instance, Metric, Null, instances, takes_of
 from geoscope.metrics.table import FAMILIES, METRICS
 from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.metrics.verdict import CODES, VERDICT_IDS, judge, judge_model
@@ -51,6 +51,7 @@ __all__ = [
     "measure",
     "measure_nothing",
     "pair_factors",
+    "takes_of",
     "update_factors",
     "verdict_dimension",
 ]

@@ -22,19 +22,14 @@ from geoscope.metrics import (
     measure,
     measure_nothing,
     pair_factors,
+    takes_of,
     update_factors,
 )
 from geoscope.metrics.curves import curves
 from geoscope.metrics.spectrum import noise_edge
 from geoscope.records import Curve, Status, WeightPair
 from geoscope.verbs.options import Options
-from geoscope.verbs.pairs.selection import (
-    VERDICT_KINDS,
-    dimensions,
-    selected,
-    takes_of,
-    verdict_k,
-)
+from geoscope.verbs.pairs.selection import VERDICT_KINDS, dimensions, selected, verdict_k
 
 __all__ = ["Headers", "Matrix", "failed_matrix", "two_sides", "worker"]
 

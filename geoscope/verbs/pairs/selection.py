@@ -15,7 +15,6 @@ __all__ = [
     "dimensions",
     "ids_of",
     "selected",
-    "takes_of",
     "verdict_k",
 ]
 
@@ -62,16 +61,6 @@ def all_selected(
 ) -> tuple[Instance, ...]:
     found = {one.id: one for shape in sorted(shapes) for one in selected(kind, options, shape)}
     return tuple(found.values())
-
-
-def takes_of(selected: Iterable[Instance]) -> frozenset[str]:
-    """The union of the factors that the instances and their nulls take."""
-    names: set[str] = set()
-    for one in selected:
-        names.update(one.takes)
-        if one.metric.null is not None:
-            names.update(one.metric.null.takes)
-    return frozenset(names)
 
 
 def ids_of(kind: str, options: Options) -> tuple[str, ...]:
