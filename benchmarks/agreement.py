@@ -17,9 +17,17 @@ from torch import Tensor
 from geoscope.engine import one_blas_thread
 from geoscope.linalg import Factors, Operand, factorise
 from geoscope.linalg.stacked_leading import stacked_leading
-from geoscope.metrics import METRICS, Instance, Measured, Settings, instances, measure, pair_factors
+from geoscope.metrics import (
+    METRICS,
+    Instance,
+    Measured,
+    Settings,
+    instances,
+    measure,
+    pair_factors,
+    takes_of,
+)
 from geoscope.metrics.measure import verdict_dimension
-from geoscope.verbs.pairs.selection import takes_of
 
 __all__ = [
     "Check",

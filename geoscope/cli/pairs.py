@@ -13,6 +13,7 @@ from geoscope.cli.cache import results_folder
 from geoscope.cli.fail_on import Condition, holding, parse_fail_on
 from geoscope.cli.limits import parse_limits
 from geoscope.errors import OptionError, first_names
+from geoscope.kinds import KINDS
 from geoscope.profile import Profile, profiling, stage
 
 if TYPE_CHECKING:
@@ -222,11 +223,9 @@ def _exit_code(report: Report, conditions: tuple[Condition, ...], options: dict[
 
 
 def _conditions(kind: str, chosen: Options, text: str | None) -> tuple[Condition, ...]:
-    from geoscope.metrics import CAPACITY_CODES, CODES
-    from geoscope.verbs.pairs.selection import VERDICT_KINDS, ids_of
+    from geoscope.verbs.pairs.selection import ids_of
 
-    codes = () if kind not in VERDICT_KINDS else CAPACITY_CODES if kind == "capacity" else CODES
-    return parse_fail_on(text, kind=kind, codes=codes, ids=ids_of(kind, chosen))
+    return parse_fail_on(text, kind=kind, codes=KINDS[kind].codes, ids=ids_of(kind, chosen))
 
 
 def _survey(base: str | None, tuned: str | None, chosen: Options, options: dict[str, Any]) -> None:

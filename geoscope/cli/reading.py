@@ -10,6 +10,7 @@ import typer
 from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.fail_on import holding, parse_fail_on
+from geoscope.kinds import KINDS
 
 __all__ = ["metrics", "show"]
 
@@ -33,19 +34,13 @@ def show(
     conditions = parse_fail_on(
         options["fail_on"],
         kind=found.kind,
-        codes=_codes(found.kind) if found.summary.verdict and options["fail_on"] else (),
+        codes=KINDS[found.kind].codes if found.summary.verdict and found.kind in KINDS else (),
         ids=found.summary.model.keys(),
     )
     output.emit(found, options)
     if met := holding(conditions, found):
         output.say(f"geoscope: --fail-on: {', '.join(met)}")
         raise typer.Exit(3)
-
-
-def _codes(kind: str) -> tuple[str, ...]:
-    from geoscope.metrics import CAPACITY_CODES, CODES
-
-    return CAPACITY_CODES if kind == "capacity" else CODES
 
 
 @opt.with_options({"as_json": opt.OUTPUT["as_json"]})

@@ -13,6 +13,7 @@ from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.fail_on import holding, parse_fail_on
 from geoscope.errors import OptionError, first_names
+from geoscope.kinds import MOTION
 
 if TYPE_CHECKING:
     from geoscope.verbs.series.options import FollowOptions
@@ -95,10 +96,10 @@ _TRAJECTORY: dict[str, opt.Spec] = {
 def trajectory(points: Points, **options: Any) -> None:
     """Drift or diffusion? A run step by step, and how far it can be foretold."""
     from geoscope.verbs.series.follow import follow
-    from geoscope.verbs.series.report import CODES, IDS
+    from geoscope.verbs.series.report import IDS
 
     chosen = _options(options)
-    conditions = parse_fail_on(options["fail_on"], kind="trajectory", codes=CODES, ids=IDS)
+    conditions = parse_fail_on(options["fail_on"], kind="trajectory", codes=MOTION.codes, ids=IDS)
     output.check_outputs(options["out"], force=options["force"])
     if options["vectors"] is not None:
         if not options["directions"]:

@@ -6,7 +6,7 @@ from geoscope.metrics.capacity_verdict import (
     judge_capacity,
     judge_capacity_model,
 )
-from geoscope.metrics.distance import FAR, Distance, distance, far_code, judge_distance
+from geoscope.metrics.distance import Distance, distance, far_code, judge_distance
 from geoscope.metrics.factors import (
     PairFactors,
     Rounding,
@@ -16,7 +16,8 @@ from geoscope.metrics.factors import (
 )
 from geoscope.metrics.judging import Judged
 from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict_dimension
-from geoscope.metrics.metric import Instance, Metric, Null, instances
+from geoscope.metrics.metric import Instance, Metric, Null, instances, takes_of
+from geoscope.metrics.rules import RULES, Rules
 from geoscope.metrics.table import FAMILIES, METRICS
 from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.metrics.verdict import CODES, VERDICT_IDS, judge, judge_model
@@ -25,8 +26,8 @@ __all__ = [
     "CAPACITY_CODES",
     "CODES",
     "FAMILIES",
-    "FAR",
     "METRICS",
+    "RULES",
     "THRESHOLDS",
     "VERDICT_IDS",
     "Distance",
@@ -37,6 +38,7 @@ __all__ = [
     "Null",
     "PairFactors",
     "Rounding",
+    "Rules",
     "Settings",
     "aggregate",
     "distance",
@@ -51,6 +53,7 @@ __all__ = [
     "measure",
     "measure_nothing",
     "pair_factors",
+    "takes_of",
     "update_factors",
     "verdict_dimension",
 ]

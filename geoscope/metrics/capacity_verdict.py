@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from geoscope.kinds import CAPACITY, FAR
 from geoscope.metrics.capacity import servable
-from geoscope.metrics.distance import FAR, distance, judge_distance
+from geoscope.metrics.distance import distance, judge_distance
 from geoscope.metrics.judging import Check, Judged, clause, explained, flagged_names, shares_of
 from geoscope.metrics.measure import Measured
 from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
@@ -19,17 +20,7 @@ from geoscope.records import Status, Verdict
 
 __all__ = ["CAPACITY_CODES", "judge_capacity", "judge_capacity_model"]
 
-CAPACITY_CODES = (
-    *FAR,
-    "NO_UPDATE",
-    "UNDETERMINED",
-    "SATURATED",
-    "RANK_COLLAPSE",
-    "CONCENTRATED",
-    "IDLE",
-    "USED",
-    "FULL_UPDATE",
-)
+CAPACITY_CODES = CAPACITY.codes
 _FLAGGED = (*FAR, "SATURATED", "RANK_COLLAPSE", "CONCENTRATED", "IDLE")
 _OF_CAPACITY = ("capacity.", "unrelated.", "too_far.")
 # From this rank on, concentration has the name of a collapse.

@@ -7,29 +7,21 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from geoscope.kinds import KINDS
 from geoscope.metrics.nulls import iid_spectra
 from geoscope.metrics.spectrum import noise_edge
 from geoscope.records import Curve
 
-__all__ = ["CURVES", "curves"]
+__all__ = ["curves"]
 
 _POINTS = 64
-
-# kind of report → curve ids that its figure draws
-CURVES: Mapping[str, tuple[str, ...]] = {
-    "capacity": ("spectrum",),
-    "collapse": ("energy",),
-    "anisotropy": ("spectrum",),
-    "alignment": ("energy", "angles"),
-    "compare": ("energy", "angles", "spectrum"),
-}
 
 
 def curves(
     kind: str, values: Mapping[str, Tensor], shape: tuple[int, int], i: int, *, seed: int
 ) -> dict[str, Curve]:
     """Curves of matrix `i` of a stack, from its factors (on the CPU)."""
-    wanted = CURVES[kind]
+    wanted = KINDS[kind].curves
     found: dict[str, Curve] = {}
     changed = float(values["update.norm"][i]) > 0
     if "energy" in wanted and "cross.right" in values and changed:

@@ -27,17 +27,19 @@ _FAMILY_WORDS = {
     "masks": "Masks: which weights visibly moved?",
     "capacity": "Capacity: how much of its rank does an update use, and which would hold it?",
 }
+# What the limits of a floor are of, and a word on it; else ν.
+_NOISE = {"amplitude": ("ν·√(q/PR)", "; q of a product: its rank")}
 _FLOOR_WORDS = {
     "angle": "below what rounding alone turns: BELOW_RESOLUTION",
     "gap": "below what rounding the base may open: CAUTION",
     "edge": "nothing above the noise: BELOW_RESOLUTION",
     **{
-        name: f"{name}-weighted: OK to ν = {fine:g}, CAUTION to {usable:g}, then BELOW_RESOLUTION"
+        name: f"{name}-weighted: OK to {noise} = {fine:g}, CAUTION to {usable:g}, "
+        f"then BELOW_RESOLUTION{more}"
         for name, (fine, usable) in FLOORS.items()
+        for noise, more in [_NOISE.get(name, ("ν", ""))]
     },
 }
-_FLOOR_WORDS["amplitude"] = _FLOOR_WORDS["amplitude"].replace("ν", "ν·√(q/PR)")
-_FLOOR_WORDS["amplitude"] += "; q of a product: its rank"
 _RULE_WORDS = {
     "mean": "unweighted mean",
     "sum": "sum",

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from geoscope.kinds import FAR
 from geoscope.metrics.judging import Check, Judged, clause
 from geoscope.metrics.measure import Measured
 from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status
 
-__all__ = ["FAR", "Distance", "cosine_and_deviation", "distance", "far_code", "judge_distance"]
+__all__ = ["Distance", "cosine_and_deviation", "distance", "far_code", "judge_distance"]
 
-FAR = ("UNRELATED", "TOO_FAR")
 # Matrices set apart that are named before the rest is counted.
 _NAMED = 3
 

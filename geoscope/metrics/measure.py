@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
-from geoscope.linalg.perturbed import angle_bound, mean_angles, tuned_spectra
+from geoscope.linalg.perturbed import angle_bound, mean_angles
 from geoscope.metrics.factors import PairFactors
 from geoscope.metrics.metric import Instance
 from geoscope.metrics.nulls import iid_spectra
@@ -55,11 +55,6 @@ def verdict_dimension(shape: tuple[int, int], rank: int = 0) -> int:
 def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) -> list[Measured]:
     """Value, null and status of every selected instance, for each matrix of the stack."""
     values = {name: tensor.cpu() for name, tensor in factors.values.items()}
-    taken = {name for one in selected if one.metric.null for name in one.metric.null.takes}
-    if "iid.S" in taken:
-        values["iid.S"] = iid_spectra(*factors.shape, seed)
-    if "base.S" in values:
-        values |= _sampled(values, selected, taken, factors.shape, seed)
     count = len(values["update.norm"])
     rows = [Measured(weights=_weights(values, selected, factors.shape, i)) for i in range(count)]
     floors = _Floors(values, factors.shape, seed)
@@ -76,30 +71,6 @@ def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) ->
         for i, row in enumerate(rows):
             _add_value(row, instance, float(numbers[i]), floors, i)
     return rows
-
-
-def _sampled(
-    values: Mapping[str, Tensor],
-    selected: Iterable[Instance],
-    taken: Set[str],
-    shape: tuple[int, int],
-    seed: int,
-) -> dict[str, Tensor]:
-    """What isotropic updates of the measured sizes do: spectra (b, draws, q), angles (b,) by k."""
-    pairs = list(zip(values["base.S"], values["update.norm"].tolist(), strict=True))
-    found = {}
-    if "sampled.S" in taken:
-        spectra = [tuned_spectra(S, spread, shape=shape, seed=seed) for S, spread in pairs]
-        found["sampled.S"] = torch.stack(spectra)
-    if "sampled.left@k" in taken or "sampled.right@k" in taken:
-        for k in {one.k for one in selected if one.floor == "angle" and one.k is not None}:
-            if k <= min(shape):
-                turned = [
-                    mean_angles(S, spread, k=k, shape=shape, seed=seed) for S, spread in pairs
-                ]
-                for i, side in enumerate(("left", "right")):
-                    found[f"sampled.{side}@{k}"] = torch.stack([both[i].mean() for both in turned])
-    return found
 
 
 def measure_nothing(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["ROLES", "Instance", "Metric", "Null", "instances"]
+__all__ = ["ROLES", "Instance", "Metric", "Null", "instances", "takes_of"]
 
 ROLES = ("base", "tuned", "update")
 
@@ -18,8 +18,7 @@ class Null:
     """What noise of the same shape and size gives.
 
     fn of the factors in `takes` → (b,) or (); with `iid.S` among them (draws, q) the mean over the
-    draws is taken. `sampled.*` are of isotropic updates of the base (measure.py). `wants` and
-    `params` as in Metric.
+    draws is taken. `wants` and `params` as in Metric.
     """
 
     text: str
@@ -85,6 +84,12 @@ class Instance:
     def of_update(self) -> bool:
         return self.metric.of_update if self.role is None else self.role == "update"
 
+    @property
+    def null_takes(self) -> tuple[str, ...]:
+        """The factors that the null takes; none without a null."""
+        null = self.metric.null
+        return tuple(_fill(name, self.role, self.k) for name in null.takes) if null else ()
+
     def known(self, factors: Mapping[str, Tensor]) -> bool:
         """Whether all that the metric takes is there."""
         return all(name in factors for name in self.takes)
@@ -100,7 +105,7 @@ class Instance:
         null = self.metric.null
         if null is None:
             return None
-        takes = [_fill(name, self.role, self.k) for name in null.takes]
+        takes = self.null_takes
         if any(name not in factors for name in takes):
             return None
         keywords = _keywords(null.wants, null.params, self.k, shape)
@@ -140,3 +145,10 @@ def instances(metric: Metric, ks: Iterable[int]) -> list[Instance]:
 def _noise_role(name: str, role: str | None) -> str | None:
     """The update's spacing is that of the tuned file, which is what was stored."""
     return "tuned" if role == "update" and name == "role.eps" else role
+
+
+def takes_of(selected: Iterable[Instance]) -> frozenset[str]:
+    """The union of the factors that the instances and their nulls take."""
+    return frozenset(
+        name for instance in selected for name in (*instance.takes, *instance.null_takes)
+    )

@@ -14,6 +14,7 @@ from geoscope.metrics.collapse import INTRUDER_COSINE
 
 __all__ = [
     "LEAST_GAP",
+    "Overlaps",
     "directions_edge",
     "has_subspace",
     "matches",

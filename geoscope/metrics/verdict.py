@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from geoscope.metrics.distance import FAR, distance, judge_distance
+from geoscope.kinds import FAR, UPDATE
+from geoscope.metrics.distance import distance, judge_distance
 from geoscope.metrics.judging import (
     Check,
     Judged,
@@ -31,17 +32,7 @@ __all__ = [
     "judge_model",
 ]
 
-CODES = (
-    *FAR,
-    "NO_UPDATE",
-    "INIT_MISMATCH",
-    "UNDETERMINED",
-    "RANK_COLLAPSE",
-    "ON_PRINCIPAL",
-    "SPECTRUM_DISTORTED",
-    "OFF_PRINCIPAL",
-    "MIXED",
-)
+CODES = UPDATE.codes
 # Codes that ask for attention; the others are either benign or without a number.
 FLAGGED = (*FAR, "INIT_MISMATCH", "RANK_COLLAPSE", "ON_PRINCIPAL", "SPECTRUM_DISTORTED")
 

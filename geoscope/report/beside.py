@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from geoscope.kinds import Kind
 from geoscope.records import Overlap, Report
 from geoscope.report.grids import null_text, value_text
 from geoscope.report.numbers import DASH, times
 from geoscope.report.page import Block, Cell, Grid, Head
 from geoscope.report.sections import Section, with_dimension
-from geoscope.report.tables import OVERLAPS, QUANTITIES, Kind, Quantity
+from geoscope.report.tables import OVERLAPS, QUANTITIES, Quantity
 
 __all__ = ["anchor_block", "overlap_block"]
 

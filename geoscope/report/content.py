@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from geoscope.kinds import Kind
 from geoscope.records import LayerRecord, Report, Verdict
 from geoscope.report.beside import anchor_block, overlap_block
 from geoscope.report.coverage import coverage_block, status_block
@@ -26,7 +27,7 @@ from geoscope.report.sections import (
     sections,
     with_dimension,
 )
-from geoscope.report.tables import Kind, kind_of
+from geoscope.report.tables import kind_of
 
 __all__ = ["headline", "page", "title"]
 

@@ -16,13 +16,14 @@ from typing import Any
 import matplotlib.style
 from matplotlib.figure import Figure, SubFigure
 
+from geoscope.kinds import Kind
 from geoscope.records import Report
 from geoscope.report.content import headline, title
 from geoscope.report.coverage import compared_line
 from geoscope.report.panels import PANELS, Panel
 from geoscope.report.panels.drawing import GREY, INK
 from geoscope.report.sections import Section, sections
-from geoscope.report.tables import Kind, kind_of
+from geoscope.report.tables import kind_of
 
 __all__ = ["render_figure"]
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from geoscope.kinds import Kind
 from geoscope.report.numbers import degrees, number, times
 from geoscope.report.page import Cell, Grid, Head
 from geoscope.report.sections import Subject, dimensions, with_dimension
-from geoscope.report.tables import QUANTITIES, Kind, Quantity
+from geoscope.report.tables import QUANTITIES, Quantity
 
 __all__ = [
     "MATRIX",

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from geoscope.records import Status
 from geoscope.trajectory.statistics import Statistics
 
-__all__ = ["CODES", "THRESHOLDS", "Motion", "drift_or_diffusion"]
-
-CODES = ("NO_UPDATE", "UNDETERMINED", "DRIFT", "NO_DRIFT")
+__all__ = ["THRESHOLDS", "Motion", "drift_or_diffusion"]
 
 # All ours. Below `few` checkpoints the test cannot reach its level, and φ itself must be large.
 THRESHOLDS: Mapping[str, float] = {
@@ -29,7 +27,7 @@ THRESHOLDS: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class Motion:
-    """code: one of CODES. text: a sentence with the numbers behind it."""
+    """code: one of MOTION.codes (`kinds.py`). text: a sentence with the numbers behind it."""
 
     code: str
     text: str

@@ -49,6 +49,9 @@ def test_show_needs_no_checkpoints(tmp_path: Path, drifting: Run) -> None:
         assert (tmp_path / f"again{suffix}").stat().st_size > 500
     report = json.loads(path.read_text())
     assert report["kind"] == "trajectory"
+    code = report["summary"]["verdict"]["code"]
+    for words, status in ((code, 3), ("NOT_A_CODE", 2), ("ON_PRINCIPAL", 2)):
+        assert command("show", path, "--fail-on", words).code == status
     assert len(report["layers"][0]["gram"]) == len(STEPS) - 1
 
 

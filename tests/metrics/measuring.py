@@ -18,6 +18,7 @@ from geoscope.metrics import (
     judge,
     measure,
     pair_factors,
+    takes_of,
     verdict_dimension,
 )
 
@@ -52,8 +53,6 @@ def rows(
         for one in all_instances(ks)
         if (wanted is None or one.id in wanted) and not (quick and one.metric.option == "curves")
     ]
-    takes = {name for one in selected for name in one.takes}
-    takes |= {name for one in selected if one.metric.null for name in one.metric.null.takes}
     chosen = Settings(
         ks=tuple(ks),
         quick=quick,
@@ -65,7 +64,7 @@ def rows(
     )
     inside = [k for k in ks if k <= min(base.shape[-2:])]
     with one_blas_thread():  # as in the engine
-        factors = pair_factors(base, tuned, takes=frozenset(takes), ks=inside, settings=chosen)
+        factors = pair_factors(base, tuned, takes=takes_of(selected), ks=inside, settings=chosen)
         return measure(factors, selected, seed=seed)
 
 

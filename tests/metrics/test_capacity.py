@@ -21,6 +21,7 @@ from geoscope.metrics import (
     judge_capacity,
     measure,
     pair_factors,
+    takes_of,
     update_factors,
 )
 from geoscope.metrics.capacity import servable
@@ -31,11 +32,7 @@ from .measuring import row
 FAMILY = [one for metric in METRICS if metric.family in ("size", "capacity")
           for one in instances(metric, ())]  # fmt: skip
 IDS = [one.id for one in FAMILY if one.metric.family == "capacity"]
-TAKES = frozenset(
-    name
-    for one in FAMILY
-    for name in (*one.takes, *(one.metric.null.takes if one.metric.null else ()))
-)
+TAKES = takes_of(FAMILY)
 SHARES = ("effective_rank_share", "entropy_rank_share", "k90_share", "k99_share", "tail_ratio")
 
 

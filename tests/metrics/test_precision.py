@@ -25,6 +25,7 @@ from geoscope.metrics import (
     Settings,
     measure,
     pair_factors,
+    takes_of,
 )
 from geoscope.metrics.precision import FLOORS, floor_status
 from geoscope.records import Status
@@ -147,10 +148,13 @@ def wide_base() -> Tensor:
 def factors(base: Tensor, tuned: Tensor, *ids: str) -> tuple[PairFactors, Measured]:
     """Just these numbers, without the base's whole basis."""
     selected = [one for one in all_instances((RANK,)) if one.id in ids]
-    takes = {name for one in selected for name in one.takes}
     with one_blas_thread():
         found = pair_factors(
-            base[None], tuned[None], takes=frozenset(takes), ks=(RANK,), settings=Settings(ks=(16,))
+            base[None],
+            tuned[None],
+            takes=takes_of(selected),
+            ks=(RANK,),
+            settings=Settings(ks=(16,)),
         )
         (numbers,) = measure(found, selected, seed=0)
     return found, numbers

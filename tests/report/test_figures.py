@@ -10,12 +10,12 @@ import matplotlib as mpl
 import pytest
 from matplotlib.image import imread
 
+from geoscope.kinds import KINDS
 from geoscope.records import LayerRecord, Report
 from geoscope.report.figures import render_figure
 from geoscope.report.numbers import number
 from geoscope.report.panels import PANELS
 from geoscope.report.panels.curves import middle_of, points
-from geoscope.report.tables import KINDS
 
 from .examples import all_null, example
 

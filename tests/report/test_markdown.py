@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from geoscope.kinds import KINDS
 from geoscope.records import Report
 from geoscope.report.markdown import render_markdown
-from geoscope.report.tables import KINDS
 
 from .examples import example
 

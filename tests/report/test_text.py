@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from geoscope.errors import ReportError
+from geoscope.kinds import KINDS
 from geoscope.records import Report, Status
 from geoscope.report import render_text
 from geoscope.report.markdown import render_markdown
 from geoscope.report.numbers import number
-from geoscope.report.tables import KINDS, QUANTITIES
+from geoscope.report.tables import QUANTITIES
 
 from .examples import FALLBACK, MODULES, all_null, example
 

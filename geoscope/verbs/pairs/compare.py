@@ -10,12 +10,12 @@ from itertools import combinations
 
 from geoscope.arguments import Place, path_text, paths_of
 from geoscope.errors import OptionError, Stopped
+from geoscope.kinds import KINDS, PAIR_KINDS
 from geoscope.records import Overlap, Report, Skipped
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.assemble import anchored, assemble, lacking
 from geoscope.verbs.pairs.prepare import Prepared, prepare
 from geoscope.verbs.pairs.run import TunedRun, run_one
-from geoscope.verbs.pairs.selection import KINDS, OVERLAP_KINDS
 from geoscope.verbs.pairs.several import overlaps_of
 
 __all__ = ["compare"]
@@ -42,8 +42,8 @@ def compare(
     'OFF_PRINCIPAL'
     """
     options, progress = options or Options(), progress or Progress()
-    if kind not in KINDS:
-        raise OptionError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    if kind not in PAIR_KINDS:
+        raise OptionError(f"kind {kind!r} is not one of {', '.join(PAIR_KINDS)}")
     if not tuned:
         raise OptionError("one tuned model is needed beside the base")
     first = path_text(base, "base")
@@ -66,7 +66,7 @@ def compare(
         progress.on_plan(beside)
         reference = run_one(beside, kind, options, progress)
     report = assemble(prepared, runs, kind, options, argv, time.perf_counter() - started)
-    if kind in OVERLAP_KINDS and len(runs) == len(prepared) and not runs[-1].interrupted:
+    if KINDS[kind].overlaps and len(runs) == len(prepared) and not runs[-1].interrupted:
         pairs = combinations(range(1, len(tuned) + 1), 2)
         try:
             found = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]

@@ -10,31 +10,26 @@ from torch import Tensor
 
 from geoscope.engine import Batch
 from geoscope.engine.cache import ResultCache, content_of
+from geoscope.kinds import KINDS
 from geoscope.linalg.changes import nonfinite_entries
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
+    RULES,
     Judged,
     Measured,
     PairFactors,
     Rounding,
-    judge,
-    judge_capacity,
     measure,
     measure_nothing,
     pair_factors,
+    takes_of,
     update_factors,
 )
 from geoscope.metrics.curves import curves
 from geoscope.metrics.spectrum import noise_edge
 from geoscope.records import Curve, Status, WeightPair
 from geoscope.verbs.options import Options
-from geoscope.verbs.pairs.selection import (
-    VERDICT_KINDS,
-    dimensions,
-    selected,
-    takes_of,
-    verdict_k,
-)
+from geoscope.verbs.pairs.selection import dimensions, selected, verdict_k
 
 __all__ = ["Headers", "Matrix", "failed_matrix", "two_sides", "worker"]
 
@@ -221,11 +216,10 @@ def _above_noise(values: Mapping[str, Tensor], shape: tuple[int, int], i: int) -
 
 
 def _judged(row: Measured, shape: tuple[int, int], kind: str, options: Options) -> Judged | None:
-    if kind not in VERDICT_KINDS:
+    judge = KINDS[kind].judge
+    if judge is None:
         return None
-    if kind == "capacity":
-        return judge_capacity(row, options.limits)
-    return judge(row, verdict_k(options, shape), options.limits)
+    return RULES[judge].matrix(row, verdict_k(options, shape), options.limits)
 
 
 def two_sides(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -13,16 +13,16 @@ from torch import Tensor
 from geoscope.engine import Outcome, matrix_boundary, stream
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import NumericsError, Stopped
+from geoscope.kinds import KINDS
 from geoscope.linalg.changes import nonfinite_entries, unchanged
 from geoscope.linalg.operand import Operand
 from geoscope.metrics import (
+    RULES,
     Distance,
     Instance,
     Judged,
     distance,
-    judge_capacity_model,
     judge_distance,
-    judge_model,
     limits_in_force,
 )
 from geoscope.metrics.budget import ranks_within
@@ -33,7 +33,7 @@ from geoscope.verbs.adapters.start_check import LARGE, has_unknown_start, seen_s
 from geoscope.verbs.options import Options, Progress
 from geoscope.verbs.pairs.matrices import Headers, Matrix, failed_matrix, two_sides, worker
 from geoscope.verbs.pairs.prepare import Prepared
-from geoscope.verbs.pairs.selection import VERDICT_KINDS, all_selected
+from geoscope.verbs.pairs.selection import all_selected
 
 __all__ = ["TunedRun", "run_one"]
 
@@ -101,7 +101,7 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
         matrices=matrices,
         vectors=vectors,
         selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
-        verdict=_verdict(kind, matrices, options) if kind in VERDICT_KINDS and matrices else None,
+        verdict=_verdict(kind, matrices, options) if matrices else None,
         distance=_distance(matrices, options),
         interrupted=interrupted,
         notes=notes,
@@ -131,12 +131,12 @@ def _with_start(
         )
         return matrices, (note,)
     notes = (f"{given}: {start.text}",)
-    if kind not in VERDICT_KINDS:
+    judge = KINDS[kind].judge
+    if judge is None:
         return matrices, notes
-    code = "UNDETERMINED" if kind == "capacity" else "INIT_MISMATCH"
     clause = f"as {start.method} begins"
     judged = tuple(
-        replace(one, judged=Judged(code, one.judged.k, clause, "", ()))
+        replace(one, judged=Judged(judge.blind_start, one.judged.k, clause, "", ()))
         if one.judged is not None and one.judged.code != "NO_UPDATE"
         else one
         for one in matrices
@@ -238,11 +238,12 @@ def _distance(matrices: Sequence[Matrix], options: Options) -> Distance | None:
     return distance([one.pair.name for one in matrices], rows, judged, limits)
 
 
-def _verdict(kind: str, matrices: Sequence[Matrix], options: Options) -> Verdict:
+def _verdict(kind: str, matrices: Sequence[Matrix], options: Options) -> Verdict | None:
+    judge = KINDS[kind].judge
+    if judge is None:
+        return None
     names = [one.pair.name for one in matrices]
     rows = [one.row for one in matrices]
     judged = [one.judged for one in matrices if one.judged is not None]
-    if kind == "capacity":
-        return judge_capacity_model(names, rows, judged, options.limits)
     modules = [one.pair.module for one in matrices]
-    return judge_model(names, modules, rows, judged, options.limits)
+    return RULES[judge].model(names, modules, rows, judged, options.limits)

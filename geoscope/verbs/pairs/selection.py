@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from geoscope.metrics import METRICS, VERDICT_IDS, Instance, instances, verdict_dimension
+from geoscope.kinds import KINDS
+from geoscope.metrics import METRICS, RULES, Instance, instances, verdict_dimension
 from geoscope.verbs.options import Options
 
 __all__ = [
-    "KINDS",
-    "OVERLAP_KINDS",
-    "VERDICT_KINDS",
     "all_selected",
     "dimensions",
     "ids_of",
     "selected",
-    "takes_of",
     "verdict_k",
 ]
-
-# kind of report → families of METRICS in it
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "collapse": ("size", "collapse"),
-    "anisotropy": ("size", "spectrum"),
-    "alignment": ("size", "update_alignment", "base_alignment", "masks"),
-    "capacity": ("size", "capacity"),
-    "compare": ("size", "spectrum", "update_alignment", "base_alignment", "collapse", "masks"),
-}
-VERDICT_KINDS = ("collapse", "compare", "capacity")
-# With several tuned models these also hold the overlaps of their updates.
-OVERLAP_KINDS = ("alignment", "compare")
 
 
 def dimensions(options: Options, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -45,14 +30,15 @@ def verdict_k(options: Options, shape: tuple[int, int]) -> int:
 
 def selected(kind: str, options: Options, shape: tuple[int, int]) -> list[Instance]:
     """The instances of METRICS that a report of this kind holds for one shape."""
-    with_verdict = VERDICT_IDS if kind in ("collapse", "compare") else ()
+    judge = KINDS[kind].judge
+    with_verdict = () if judge is None else RULES[judge].ids
     found = []
     for metric in METRICS:
         if metric.option is not None and not getattr(options, metric.option):
             continue
         for one in instances(metric, dimensions(options, shape)):
             template = one.id if one.k is None else one.id.replace(f"@{one.k}", "@k")
-            if metric.family in KINDS[kind] or template in with_verdict:
+            if metric.family in KINDS[kind].families or template in with_verdict:
                 found.append(one)
     return found
 
@@ -62,16 +48,6 @@ def all_selected(
 ) -> tuple[Instance, ...]:
     found = {one.id: one for shape in sorted(shapes) for one in selected(kind, options, shape)}
     return tuple(found.values())
-
-
-def takes_of(selected: Iterable[Instance]) -> frozenset[str]:
-    """The union of the factors that the instances and their nulls take."""
-    names: set[str] = set()
-    for one in selected:
-        names.update(one.takes)
-        if one.metric.null is not None:
-            names.update(one.metric.null.takes)
-    return frozenset(names)
 
 
 def ids_of(kind: str, options: Options) -> tuple[str, ...]:

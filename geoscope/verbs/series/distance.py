@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-from geoscope.metrics import FAR, far_code, limits_in_force
+from geoscope.kinds import FAR
+from geoscope.metrics import far_code, limits_in_force
 from geoscope.trajectory.increments import Increments
 from geoscope.verbs.series.tensors import Followed
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from geoscope._version import __version__
 from geoscope.linalg.small import gram_eigen
-from geoscope.metrics import FAR
 from geoscope.names import layer_index, module_kind
 from geoscope.records import (
     Coverage,
@@ -32,7 +31,6 @@ from geoscope.records import (
     Verdict,
 )
 from geoscope.trajectory.backtest import Backtest, Moves, backtest
-from geoscope.trajectory.headline import CODES as MOTIONS
 from geoscope.trajectory.headline import THRESHOLDS, drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
@@ -49,14 +47,13 @@ from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.tensors import Followed
 from geoscope.verbs.series.traps import series_traps
 
-__all__ = ["CODES", "IDS", "KIND", "METHODS", "Trajectory", "trajectory_report", "traps_of"]
+__all__ = ["IDS", "KIND", "METHODS", "Trajectory", "trajectory_report", "traps_of"]
 
 KIND = "trajectory"
 # What is backtested, beside each of it damped, and `auto`.
 METHODS = ("two_point", "linear", "linear_origin", "relex", "relex_pinned")
 _PLAIN = (*METHODS, *SPATIAL)
 _SKILLS = ("hold", *_PLAIN, *(f"damped({name})" for name in _PLAIN), "auto")
-CODES = (*FAR, *MOTIONS)
 # Ids of the model's numbers.
 IDS = (
     *STATISTICS,
