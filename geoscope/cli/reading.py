@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.fail_on import holding, parse_fail_on
+from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.output import Show
 
 __all__ = ["metrics", "show"]
 
+Shown = Annotated[
+    Show,
+    taken("as_json", "out", "force", "quiet", "verbose", "debug", "fail_on", "explain"),
+]
 
-@opt.with_options(
-    {name: opt.OUTPUT[name] for name in ("as_json", "out", "force", "quiet", "verbose", "debug")},
-    opt.FAIL_ON,
-    {"explain": opt.VERDICT["explain"]},
-)
+
 def show(
-    report: Annotated[
+    path: Annotated[
         Path, typer.Argument(metavar="REPORT.json", help="A report that geoscope wrote as JSON.")
     ],
-    **options: Any,
+    *,
+    show: Shown,
 ) -> None:
     """Render a saved report, without the weights."""
     from geoscope import report as reports
 
-    output.check_outputs(options["out"], force=options["force"])
-    found = reports.read(report)
-    conditions = parse_fail_on(
-        options["fail_on"],
-        kind=found.kind,
-        codes=_codes(found.kind) if found.summary.verdict and options["fail_on"] else (),
-        ids=found.summary.model.keys(),
-    )
-    output.emit(found, options)
-    if met := holding(conditions, found):
-        output.say(f"geoscope: --fail-on: {', '.join(met)}")
-        raise typer.Exit(3)
+    output.check_outputs(show.out, force=show.force)
+    report = reports.read(path)
+    codes = _codes(report.kind) if report.summary.verdict and show.fail_on else ()
+    conditions = ready(show, kind=report.kind, codes=codes, ids=report.summary.model.keys())
+    output.emit(report, show)
+    leave(report, show, conditions)
 
 
 def _codes(kind: str) -> tuple[str, ...]:
@@ -48,16 +44,16 @@ def _codes(kind: str) -> tuple[str, ...]:
     return CAPACITY_CODES if kind == "capacity" else CODES
 
 
-@opt.with_options({"as_json": opt.OUTPUT["as_json"]})
 def metrics(
     metric: Annotated[str | None, typer.Argument(metavar="ID", help="One metric, whole.")] = None,
-    **options: Any,
+    *,
+    as_json: opt.AsJson = False,
 ) -> None:
     """The metrics: formula, null, reading, caution."""
     from geoscope.metrics import METRICS, describe
 
     chosen = None if metric is None else describe.find(metric)
-    if options["as_json"]:
+    if as_json:
         output.document(describe.dumps(METRICS if chosen is None else (chosen,)))
     else:
         output.data(describe.listing() if chosen is None else describe.describe(chosen))
