@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from option_tables import with_table
 from pages import DOCS, PAGES, ROOT, name_of, prose_of, sections, text_of
 from typer.testing import CliRunner
 
@@ -92,7 +93,7 @@ def options_of(command: str) -> set[str]:
 
 def documented_options(page: Path) -> set[str]:
     """Those in the first cells of the tables of a page."""
-    cells = re.findall(r"^\| (`-[^|]*) \|", text_of(page), re.MULTILINE)
+    cells = re.findall(r"^\| (\[?`-(?:[^|]|\\\|)*) \|", text_of(page), re.MULTILINE)
     return {one for cell in cells for one in spellings(" ".join(re.findall(r"`([^`]*)`", cell)))}
 
 
@@ -100,9 +101,24 @@ def documented_options(page: Path) -> set[str]:
 def test_every_command_and_option_is_documented(command: str) -> None:
     page = DOCS / "commands" / f"{command}.md"
     assert page.is_file(), f"`geoscope {command}` has no page {name_of(page)}"
+    wanted = with_table(page, text_of(page))
+    if writing():
+        page.write_text(wanted, encoding="utf-8")
+    assert text_of(page) == wanted, (
+        f"the options of {name_of(page)} are generated and out of date: "
+        "GEOSCOPE_WRITE_GOLDEN=1 python -m pytest tests/test_docs.py"
+    )
     assert documented_options(page) == options_of(command)
     for name in commands_below(command):
         assert f"geoscope {command} {name}" in text_of(page)
+
+
+def test_a_table_of_options_that_was_changed_by_hand_is_noticed() -> None:
+    page = DOCS / "commands" / "show.md"
+    text = text_of(page)
+    for changed in (text.replace("| `--force`", "| `--forced`"), text.replace("| off |", "| |")):
+        assert changed != text
+        assert with_table(page, changed) == text
 
 
 def test_readme_lists_every_command() -> None:

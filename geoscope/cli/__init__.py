@@ -8,6 +8,7 @@ import typer
 
 from geoscope._version import __version__
 from geoscope.cli import adapters, cache, demo, output, pairs, reading, series
+from geoscope.cli.command import flat
 from geoscope.cli.wording import in_options, option_names
 from geoscope.errors import GeoscopeError
 
@@ -62,7 +63,7 @@ for _command in (
     reading.metrics,
     demo.demo,
 ):
-    app.command(epilog=_EPILOG)(_command)
+    app.command(epilog=_EPILOG)(flat(_command))
 app.add_typer(cache.app, name="cache")
 
 

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from geoscope.cli import options as opt
 from geoscope.cli import output
+from geoscope.cli.command import taken
+from geoscope.cli.output import Show
 
 __all__ = ["demo"]
 
 
-@opt.with_options({name: opt.OUTPUT[name] for name in ("quiet", "debug")})
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to unpack it.")] = Path(
         "geoscope-demo"
     ),
-    **options: Any,
+    *,
+    show: Annotated[Show, taken("quiet", "debug")],
 ) -> None:
     """The five-minute tour, on a small real run."""
     from geoscope.demo import unpack
     from geoscope.demo.story import story
     from geoscope.verbs.pairs.compare import compare
 
-    quiet = options["quiet"]
     fresh = unpack(folder)
-    output.say(f"{'unpacked' if fresh else 'using'} the demo run in {folder}", quiet=quiet)
+    output.say(f"{'unpacked' if fresh else 'using'} the demo run in {folder}", quiet=show.quiet)
     steps = sorted((folder / "grpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    with output.progress(quiet=quiet) as progress:
+    with output.progress(quiet=show.quiet) as progress:
         report = compare(
             folder / "base", steps[-1], kind="collapse", progress=progress, argv=sys.argv
         )
-    output.emit(report, {**options, "as_json": False, "out": None, "verbose": False})
+    output.emit(report, show)
     output.data(story(folder, steps, report))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from geoscope.errors import OptionError
@@ -81,6 +81,6 @@ def _parse(text: str, kind: str, codes: Collection[str], ids: Collection[str]) -
     return Condition(text, subject, sign, limit, is_code=False)
 
 
-def holding(conditions: tuple[Condition, ...], report: Report) -> list[str]:
+def holding(conditions: Sequence[Condition], report: Report) -> list[str]:
     """The conditions that the report meets, as they were written."""
     return [one.text for one in conditions if one.holds(report)]

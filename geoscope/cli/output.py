@@ -8,8 +8,9 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from geoscope.verbs.pairs.prepare import Prepared
 
 __all__ = [
+    "Show",
+    "answer",
+    "check_file",
     "check_outputs",
     "data",
     "document",
@@ -135,37 +139,61 @@ def say_in_pipe(text: str, *, quiet: bool = False) -> None:
         say(text, quiet=quiet)
 
 
-def emit(report: Report, options: dict[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """What of a report is shown and written; a command takes the fields that it has a use for."""
+
+    as_json: bool = False
+    out: Sequence[Path] = ()
+    force: bool = False
+    strict: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    fail_on: str | None = None
+    explain: bool = False
+
+
+def emit(report: Report, show: Show) -> None:
     """The report on standard output, and into each file of `--out`, whatever became of that."""
     try:
-        if options["as_json"]:
+        if show.as_json:
             document(report.dumps())
         else:
-            data(_text(report, options))
+            data(_text(report, show))
     finally:
-        for path in options["out"] or ():
+        for path in show.out:
             reports.write(report, path)
-            say(f"wrote {path}", quiet=options["quiet"])
+            say(f"wrote {path}", quiet=show.quiet)
 
 
-def _text(report: Report, options: dict[str, Any]) -> str:
+def answer(facts: Mapping[str, Any], text: str, show: Show) -> None:
+    """What is not a report, on standard output: the facts as JSON, or the text."""
+    if show.as_json:
+        document(json.dumps(facts, indent=2, sort_keys=True))
+    else:
+        data(text)
+
+
+def _text(report: Report, show: Show) -> str:
     return reports.render_text(
         report,
         width=_width(),
         colour=_colour(),
-        verbose=options["verbose"],
-        explain=options.get("explain", False),
+        verbose=show.verbose,
+        explain=show.explain,
     )
 
 
-def check_outputs(paths: list[Path] | None, *, force: bool) -> None:
+def check_outputs(paths: Sequence[Path], *, force: bool) -> None:
     """Refuses what could not be written later. Raises OptionError or ReportError."""
-    for path in paths or ():
+    for path in paths:
         reports.check_output(path, force=force)
 
 
 def check_file(path: Path, suffix: str, *, force: bool) -> None:
-    """The same of a file that is no report."""
+    """Like `check_outputs`, for a file that is not a report."""
     reports.check_output(path, force=force, suffixes=(suffix,))
 
 

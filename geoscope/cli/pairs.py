@@ -3,143 +3,111 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import Annotated
 
 import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.cache import results_folder
-from geoscope.cli.fail_on import Condition, holding, parse_fail_on
-from geoscope.cli.limits import parse_limits
-from geoscope.errors import OptionError, first_names
-from geoscope.kinds import KINDS
+from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.output import Show
+from geoscope.errors import OptionError
 from geoscope.profile import Profile, profiling, stage
-
-if TYPE_CHECKING:
-    from geoscope.records import Report
-    from geoscope.verbs.options import Options
+from geoscope.verbs.options import Interrupted, Options
 
 __all__ = ["alignment", "anisotropy", "capacity", "collapse", "compare", "inspect"]
 
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Base model: folder, file or org/name[@revision].")
 ]
-Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Tuned model, spelled likewise.")]
+Tuned = Annotated[
+    str, typer.Argument(metavar="TUNED", help="Tuned model, in one of the forms of BASE.")
+]
 SeveralTuned = Annotated[
     list[str], typer.Argument(metavar="TUNED", help="One or more tuned models.")
 ]
+Adapter = Annotated[str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")]
 
-
-@opt.with_options(
-    opt.OUTPUT,
-    opt.SELECT,
-    opt.ADAPTER,
-    opt.PAIRING,
-    opt.FAIL_ON,
-    opt.VERDICT,
-    opt.CURVES,
-    opt.QUICK,
-    opt.DIMENSIONS,
-    opt.COMPUTE,
+_SHOW = ("as_json", "out", "force", "strict", "dry_run", "quiet", "verbose", "debug", "fail_on")
+_PAIR = (
+    *("include", "exclude", "layers", "initial_adapter", "lora_alpha"),
+    *("map_name", "allow_vocab_resize"),
 )
-def collapse(base: Base, tuned: Tuned, **options: Any) -> None:
+_COMPUTE = ("device", "dtype", "solver", "max_memory", "jobs", "seed", "cache")
+
+Shown = Annotated[Show, taken(*_SHOW)]
+Explained = Annotated[Show, taken(*_SHOW, "explain")]
+
+
+def collapse(
+    base: Base,
+    tuned: Tuned,
+    *,
+    show: Explained,
+    options: Annotated[Options, taken(*_PAIR, "limits", "curves", "quick", "ks", *_COMPUTE)],
+    anchor: opt.Anchor = None,
+) -> None:
     """Spectral collapse: shift, ranks, intruders, verdict."""
-    _run("collapse", base, [tuned], options)
+    _run("collapse", base, [tuned], options, show, anchor)
 
 
-@opt.with_options(
-    opt.OUTPUT, opt.SELECT, opt.ADAPTER, opt.NO_BASE, opt.PAIRING, opt.FAIL_ON, opt.QUICK,
-    opt.COMPUTE,
-)  # fmt: skip
 def anisotropy(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="Base model; with --no-base the adapter.")
     ],
-    tuned: Annotated[
-        str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")
-    ] = None,
-    **options: Any,
+    tuned: Adapter = None,
+    *,
+    show: Shown,
+    options: Annotated[Options, taken(*_PAIR, "quick", *_COMPUTE)],
+    no_base: opt.NoBase = False,
 ) -> None:
     """Update anisotropy: how many directions it uses."""
-    if options.pop("no_base"):
-        if tuned is not None:
-            raise OptionError("--no-base takes an adapter alone: one argument")
-        _run("anisotropy", None, [base], options)
-        return
-    if tuned is None:
+    if no_base and tuned is not None:
+        raise OptionError("--no-base takes an adapter alone: one argument")
+    if not no_base and tuned is None:
         raise OptionError("two models are needed, BASE TUNED; or one adapter with --no-base")
-    _run("anisotropy", base, [tuned], options)
+    _run("anisotropy", *_alone_or_pair(base, tuned), options, show)
 
 
-@opt.with_options(
-    opt.OUTPUT,
-    opt.SELECT,
-    opt.ADAPTER,
-    opt.PAIRING,
-    opt.FAIL_ON,
-    {name: opt.VERDICT[name] for name in ("explain", "limit")},
-    opt.BUDGET,
-    opt.COMPUTE,
-)
 def capacity(
     base: Annotated[
         str, typer.Argument(metavar="ADAPTER|BASE", help="An adapter, or the base of TUNED.")
     ],
-    tuned: Annotated[
-        str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")
-    ] = None,
-    **options: Any,
+    tuned: Adapter = None,
+    *,
+    show: Explained,
+    options: Annotated[Options, taken(*_PAIR, "limits", "budget", *_COMPUTE)],
 ) -> None:
     """Rank used by an adapter; ranks that would hold an update."""
-    options |= {"quick": False}
-    if tuned is None:
-        _run("capacity", None, [base], options)
-    else:
-        _run("capacity", base, [tuned], options)
+    _run("capacity", *_alone_or_pair(base, tuned), options, show)
 
 
-@opt.with_options(
-    opt.OUTPUT,
-    opt.SELECT,
-    opt.ADAPTER,
-    opt.PAIRING,
-    opt.FAIL_ON,
-    opt.MASKS,
-    opt.CURVES,
-    opt.QUICK,
-    opt.DIMENSIONS,
-    opt.COMPUTE,
-)
-def alignment(base: Base, tuned: SeveralTuned, **options: Any) -> None:
+def alignment(
+    base: Base,
+    tuned: SeveralTuned,
+    *,
+    show: Shown,
+    options: Annotated[Options, taken(*_PAIR, "masks", "curves", "quick", "ks", *_COMPUTE)],
+) -> None:
     """On or off the base's principal directions?"""
-    _run("alignment", base, tuned, options)
+    _run("alignment", base, tuned, options, show)
 
 
-@opt.with_options(
-    opt.OUTPUT,
-    opt.SELECT,
-    opt.ADAPTER,
-    opt.PAIRING,
-    opt.FAIL_ON,
-    opt.VERDICT,
-    opt.MASKS,
-    opt.CURVES,
-    opt.QUICK,
-    opt.DIMENSIONS,
-    opt.COMPUTE,
-)
-def compare(base: Base, tuned: SeveralTuned, **options: Any) -> None:
+def compare(
+    base: Base,
+    tuned: SeveralTuned,
+    *,
+    show: Explained,
+    options: Annotated[
+        Options, taken(*_PAIR, "limits", "masks", "curves", "quick", "ks", *_COMPUTE)
+    ],
+    anchor: opt.Anchor = None,
+) -> None:
     """All of these in one pass, with the verdict."""
-    _run("compare", base, tuned, options)
+    _run("compare", base, tuned, options, show, anchor)
 
 
-@opt.with_options(
-    {name: opt.OUTPUT[name] for name in ("as_json", "verbose", "debug")},
-    opt.SELECT,
-    opt.ADAPTER,
-    opt.PAIRING,
-)
 def inspect(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder, file or org/name[@revision].")
@@ -147,55 +115,54 @@ def inspect(
     tuned: Annotated[
         str | None, typer.Argument(metavar="TUNED", help="A tuned model to pair it with.")
     ] = None,
-    **options: Any,
+    *,
+    show: Annotated[Show, taken("as_json", "verbose", "debug")],
+    options: Annotated[Options, taken(*_PAIR)],
 ) -> None:
     """Tensors, pairing and plan, from headers alone."""
-    from geoscope.verbs.options import Options
-
-    chosen = Options(**_selection(options), device="cpu")
-    _survey(model, tuned, chosen, options)
+    _survey(model, tuned, replace(options, device="cpu"), show)
 
 
-def _run(kind: str, base: str | None, tuned: list[str], options: dict[str, Any]) -> None:
+def _alone_or_pair(base: str, tuned: str | None) -> tuple[str | None, list[str]]:
+    """One argument is an adapter without its base."""
+    return (None, [base]) if tuned is None else (base, [tuned])
+
+
+def _run(
+    kind: str,
+    base: str | None,
+    tuned: list[str],
+    options: Options,
+    show: Show,
+    anchor: str | None = None,
+) -> None:
     """One comparison, or without a base one adapter: refuse early, compute, show, exit."""
-    from geoscope.verbs.options import Interrupted
     from geoscope.verbs.pairs.alone import measure_adapter
     from geoscope.verbs.pairs.compare import compare as run
 
-    chosen = _options(options)
-    conditions = _conditions(kind, chosen, options.get("fail_on"))
-    output.check_outputs(options["out"], force=options["force"])
-    if options["dry_run"]:
-        for one in tuned:
-            _survey(base, one, chosen, options)
+    conditions = ready(show, kind=kind, ids=_ids(kind, options))
+    if show.dry_run:
+        for model in tuned:
+            _survey(base, model, options, show)
         return
     profile = Profile()
     try:
-        with profiling(profile), output.progress(quiet=options["quiet"]) as progress:
+        with profiling(profile), output.progress(quiet=show.quiet) as progress:
+            how = {"options": options, "progress": progress, "argv": sys.argv}
             if base is None:
-                report = measure_adapter(
-                    tuned[0], kind, options=chosen, progress=progress, argv=sys.argv
-                )
+                report = measure_adapter(tuned[0], kind, **how)
             else:
-                report = run(
-                    base,
-                    *tuned,
-                    kind=kind,
-                    options=chosen,
-                    anchor=options.get("anchor"),
-                    progress=progress,
-                    argv=sys.argv,
-                )
+                report = run(base, *tuned, kind=kind, anchor=anchor, **how)
     except Interrupted as stop:
         if stop.report is not None:
-            output.emit(stop.report, options)
+            output.emit(stop.report, show)
         output.say(f"geoscope: {stop}; the report is partial")
         raise typer.Exit(128 + stop.signum) from None
     with profiling(profile), stage("render"):
-        output.emit(report, options)
-    if options["verbose"] and not options["quiet"]:
-        output.say(_profile_text(profile))
-    raise typer.Exit(_exit_code(report, conditions, options))
+        output.emit(report, show)
+    if show.verbose:
+        output.say(_profile_text(profile), quiet=show.quiet)
+    leave(report, show, conditions, done="compared")
 
 
 def _profile_text(profile: Profile) -> str:
@@ -205,30 +172,13 @@ def _profile_text(profile: Profile) -> str:
     return f"time: {total:.1f} s over all threads: {', '.join(parts)}"
 
 
-def _exit_code(report: Report, conditions: tuple[Condition, ...], options: dict[str, Any]) -> int:
-    coverage = report.coverage
-    if not coverage.matched:
-        output.say("geoscope: no matrix could be compared; the report says why for each")
-        return 1
-    if options["strict"] and coverage.missing:
-        output.say(
-            f"geoscope: --strict: {len(coverage.missing)} matrices not compared: "
-            f"{first_names(coverage.missing)}"
-        )
-        return 1
-    if met := holding(conditions, report):
-        output.say(f"geoscope: --fail-on: {', '.join(met)}")
-        return 3
-    return 0
-
-
-def _conditions(kind: str, chosen: Options, text: str | None) -> tuple[Condition, ...]:
+def _ids(kind: str, options: Options) -> tuple[str, ...]:
     from geoscope.verbs.pairs.selection import ids_of
 
-    return parse_fail_on(text, kind=kind, codes=KINDS[kind].codes, ids=ids_of(kind, chosen))
+    return ids_of(kind, options)
 
 
-def _survey(base: str | None, tuned: str | None, chosen: Options, options: dict[str, Any]) -> None:
+def _survey(base: str | None, tuned: str | None, options: Options, show: Show) -> None:
     """Headers, pairing and plan on standard output."""
     from geoscope.report.survey import render_survey
     from geoscope.verbs.pairs.alone import prepare_alone
@@ -236,63 +186,11 @@ def _survey(base: str | None, tuned: str | None, chosen: Options, options: dict[
 
     if base is None:
         assert tuned is not None
-        prepared = prepare_alone(tuned, chosen)
+        prepared = prepare_alone(tuned, options)
     else:
-        prepared = prepare(base, base if tuned is None else tuned, chosen)
-    found = survey(prepared, paired=base is not None and tuned is not None)
-    if options["as_json"]:
-        output.document(found.dumps())
+        prepared = prepare(base, base if tuned is None else tuned, options)
+    headers = survey(prepared, paired=base is not None and tuned is not None)
+    if show.as_json:
+        output.document(headers.dumps())
     else:
-        output.data(render_survey(found, verbose=options["verbose"]))
-
-
-def _selection(options: dict[str, Any]) -> dict[str, Any]:
-    from geoscope.names import parse_layers
-
-    return {
-        "include": tuple(options["include"] or ()),
-        "exclude": tuple(options["exclude"] or ()),
-        "layers": parse_layers(options["layers"]) if options["layers"] else None,
-        "map_name": tuple(options["map_name"] or ()),
-        "initial_adapter": options["initial_adapter"],
-        "lora_alpha": options["lora_alpha"],
-        "allow_vocab_resize": options["allow_vocab_resize"],
-    }
-
-
-def _options(options: dict[str, Any]) -> Options:
-    from geoscope.verbs.options import Options
-
-    same = ("device", "dtype", "solver", "max_memory", "jobs", "seed")
-    return Options(
-        **_selection(options),
-        **{name: options[name] for name in same},
-        ks=_dimensions(options.get("k", opt.DIMENSIONS["k"].default)),
-        curves=options.get("curves", False),
-        quick=options["quick"],
-        masks=options.get("masks", False),
-        budget=_count(options.get("budget")),
-        limits=parse_limits(options.get("limit") or ()),
-        cache=results_folder() if options["resume"] else None,
-    )
-
-
-def _count(text: str | None) -> int | None:
-    """A number of parameters: 20M, 1.5B, 300000."""
-    if text is None:
-        return None
-    units = {"K": 10**3, "M": 10**6, "B": 10**9}
-    digits, unit = text.strip().upper(), 1
-    if digits[-1:] in units:
-        digits, unit = digits[:-1], units[digits[-1]]
-    try:
-        return int(float(digits) * unit)
-    except (ValueError, OverflowError):
-        raise OptionError(f"--budget {text!r}: write a number such as 300000 or 20M") from None
-
-
-def _dimensions(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise OptionError(f"--k {text!r}: write whole numbers such as 8,64") from None
+        output.data(render_survey(headers, verbose=show.verbose))

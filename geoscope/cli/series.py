@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.fail_on import holding, parse_fail_on
-from geoscope.errors import OptionError, first_names
-from geoscope.kinds import MOTION
+from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.output import Show
+from geoscope.errors import OptionError
+from geoscope.verbs.series.options import FollowOptions
 
 if TYPE_CHECKING:
-    from geoscope.verbs.series.options import FollowOptions
+    from geoscope.verbs.series.extrapolate import Extrapolation
 
 __all__ = ["extrapolate", "trajectory"]
 
@@ -27,222 +26,107 @@ Points = Annotated[
         help="Checkpoints in any order, one run folder, globs, or repo@step_* on the Hub.",
     ),
 ]
-
-_SERIES: dict[str, opt.Spec] = {
-    "base": opt.Spec(
-        str | None,
-        None,
-        ("--base",),
-        "The model at step 0. Default: the first checkpoint of a series of models; an adapter "
-        "starts at zero.",
-        "MODEL",
-    ),
-    **opt.ADAPTER,
-    "steps": opt.Spec(
-        str | None,
-        None,
-        ("--steps",),
-        "Steps of the checkpoints in the order given, such as 10,20,50, in place of their names.",
-        "LIST",
-    ),
-    "directions": opt.Spec(
-        bool,
-        True,
-        ("--directions/--no-directions",),
-        "Leading pairs of every update and step: the spatial rank-1 statistics.",
-    ),
-    "metrics": opt.Spec(
-        str | None,
-        None,
-        ("--metrics",),
-        "Metric curves: trainer_state.json, .csv or .jsonl with a step column. Default: the "
-        "trainer_state.json of the last checkpoint.",
-        "FILE",
-    ),
-    "metric": opt.Spec(
-        str | None,
-        None,
-        ("--metric",),
-        "The curve to relate the weights to, such as reward. Default: the only one.",
-        "NAME",
-    ),
-    "jobs": opt.COMPUTE["jobs"],
-    "seed": opt.Spec(int, 0, ("--seed",), "Seed of bootstraps and searches.", "N"),
-}
-_SHOW = {name: spec for name, spec in opt.OUTPUT.items() if name != "dry_run"}
+_SELECT = ("include", "exclude", "layers", "map_name")
+_RUN = ("base", "initial_adapter", "lora_alpha", "steps")
+_TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
+_SHOW = ("as_json", "out", "force", "strict", "quiet", "verbose", "debug", "fail_on")
 
 
-_TRAJECTORY: dict[str, opt.Spec] = {
-    "scalar_r2": opt.Spec(
-        str | None,
-        None,
-        ("--scalar-r2",),
-        "R² of every single entry on a line in t, as RLVR-Linearity reports it: of `all` entries, "
-        "or by the `published` filter. One more pass over whole models; not for adapters.",
-        "all|published",
-    ),
-    "vectors": opt.Spec(
-        Path | None,
-        None,
-        ("--vectors",),
-        "Write the leading pairs of every update and step, with aligned signs, to this "
-        ".safetensors file.",
-        "FILE",
-    ),
-}
+def _series(*names: str) -> object:
+    return taken(*_RUN, *names, "jobs", "seed", *_SELECT, base=opt.SeriesBase, seed=opt.SeriesSeed)
 
 
-@opt.with_options(_SERIES, _TRAJECTORY, _SHOW, opt.SELECT, opt.MAP_NAME, opt.FAIL_ON)
-def trajectory(points: Points, **options: Any) -> None:
+def trajectory(
+    points: Points,
+    *,
+    options: Annotated[FollowOptions, _series(*_TRAJECTORY)],
+    vectors: opt.Vectors = None,
+    show: Annotated[Show, taken(*_SHOW)],
+) -> None:
     """Drift or diffusion? A run step by step, and how far it can be foretold."""
     from geoscope.verbs.series.follow import follow
     from geoscope.verbs.series.report import IDS
 
-    chosen = _options(options)
-    conditions = parse_fail_on(options["fail_on"], kind="trajectory", codes=MOTION.codes, ids=IDS)
-    output.check_outputs(options["out"], force=options["force"])
-    if options["vectors"] is not None:
-        if not options["directions"]:
+    conditions = ready(show, kind="trajectory", ids=IDS)
+    if vectors is not None:
+        if not options.directions:
             raise OptionError("--vectors are leading pairs, which --no-directions leaves out")
-        output.check_file(options["vectors"], ".safetensors", force=options["force"])
-    with output.matrices(quiet=options["quiet"]) as progress:
-        report = follow(
-            points, options=chosen, vectors=options["vectors"], progress=progress, argv=sys.argv
-        )
-    output.emit(report, options)
+        output.check_file(vectors, ".safetensors", force=show.force)
+    with output.matrices(quiet=show.quiet) as progress:
+        report = follow(points, options=options, vectors=vectors, progress=progress, argv=sys.argv)
+    output.emit(report, show)
     for note in report.provenance.parameters["notes"]:
-        output.say(f"note: {note}", quiet=options["quiet"])
-    if options["strict"] and report.coverage.missing:
-        output.say(
-            f"geoscope: --strict: {len(report.coverage.missing)} matrices not followed: "
-            f"{first_names(report.coverage.missing)}"
-        )
-        raise typer.Exit(1)
-    if met := holding(conditions, report):
-        output.say(f"geoscope: --fail-on: {', '.join(met)}")
-        raise typer.Exit(3)
+        output.say(f"note: {note}", quiet=show.quiet)
+    leave(report, show, conditions, done="followed")
 
 
-def _options(options: dict[str, Any]) -> FollowOptions:
-    from geoscope.names import parse_layers
-    from geoscope.verbs.series.options import FollowOptions
-
-    return FollowOptions(
-        base=options["base"],
-        initial_adapter=options["initial_adapter"],
-        lora_alpha=options["lora_alpha"],
-        steps=options["steps"],
-        directions=options["directions"],
-        scalar_r2=options.get("scalar_r2"),
-        metrics=options.get("metrics"),
-        metric=options.get("metric"),
-        include=tuple(options["include"] or ()),
-        exclude=tuple(options["exclude"] or ()),
-        layers=parse_layers(options["layers"]) if options["layers"] else None,
-        map_name=tuple(options["map_name"] or ()),
-        jobs=options["jobs"],
-        seed=options["seed"],
-    )
-
-
-@opt.with_options(
-    {
-        "to_step": opt.Spec(int, ..., ("--to-step",), "The step to predict.", "N"),
-        "method": opt.Spec(
-            str,
-            "auto",
-            ("--method",),
-            "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, "
-            "relex, relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, next (trains "
-            "networks: a minute or more), damped (of linear), or "
-            "damped(…) of one.",
-            "NAME",
-        ),
-        "predict_extend": opt.Spec(
-            str | None,
-            None,
-            ("--predict-extend",),
-            "Of --method next: write W_T + c·Δ̂ for each c into OUT/c….",
-            "C,C,…",
-        ),
-        "train_steps": opt.Spec(
-            int, 1000, ("--train-steps",), "Training steps of the networks of --method next.", "N"
-        ),
-        "device": opt.Spec(
-            str, "cpu", ("--device",), "Where --method next trains: cpu, cuda or cuda:N.", "NAME"
-        ),
-        "rank": opt.Spec(
-            int | None,
-            None,
-            ("--rank",),
-            "Of a series of adapters: rank of the predicted one; default twice theirs.",
-            "R",
-        ),
-        "out_folder": opt.Spec(
-            Path, ..., ("--out", "-o"), "Folder to write the predicted model or adapter to.", "OUT"
-        ),
-        "force": opt.Spec(
-            bool,
-            False,
-            ("--force",),
-            "Beyond the credible horizon, far from the base, over an earlier output.",
-        ),
-    },
-    {name: _SERIES[name] for name in ("base", "initial_adapter", "lora_alpha", "steps")},
-    {name: _SERIES[name] for name in ("jobs", "seed")},
-    {name: opt.OUTPUT[name] for name in ("as_json", "quiet", "debug")},
-    opt.SELECT,
-    opt.MAP_NAME,
-)
-def extrapolate(points: Points, **options: Any) -> None:
+def extrapolate(
+    points: Points,
+    *,
+    target: opt.ToStep,
+    method: opt.Extrapolator = "auto",
+    extend: opt.Extend = None,
+    training: opt.Training = 1000,
+    device: opt.TrainDevice = "cpu",
+    rank: opt.PredictedRank = None,
+    out: opt.PredictedFolder,
+    force: opt.ForcePredicted = False,
+    options: Annotated[FollowOptions, _series()],
+    show: Annotated[Show, taken("as_json", "quiet", "debug")],
+) -> None:
     """Predicted weights of a later step, as far as held-out checkpoints justify them."""
-    from geoscope.report.numbers import number
     from geoscope.verbs.series.extrapolate import extrapolate as run
 
-    chosen = _options({**options, "directions": True})
-    with output.matrices(quiet=options["quiet"]) as progress:
-        made = run(
+    with output.matrices(quiet=show.quiet) as progress:
+        predicted = run(
             points,
-            options["out_folder"],
-            options["to_step"],
-            method=options["method"],
-            options=chosen,
-            extend=_factors(options["predict_extend"]),
-            training=options["train_steps"],
-            device=options["device"],
-            rank=options["rank"],
-            force=options["force"],
+            out,
+            target,
+            method=method,
+            options=options,
+            extend=opt.read_numbers(extend),
+            training=training,
+            device=device,
+            rank=rank,
+            force=force,
             progress=progress,
         )
-    if options["as_json"]:
-        told = {"out": str(made.out), "folders": [str(one) for one in made.folders]}
-        told |= {"to_step": made.target, "last_step": made.last}
-        told |= {"method": made.method, "skill": made.skill, "horizon": made.horizon}
-        told |= {"tensors": dict(made.chosen), "notes": list(made.notes)}
-        told |= {"rank": made.rank, "discarded": made.discarded}
-        output.document(json.dumps(told, indent=2, sort_keys=True))
-        return
-    folders = ", ".join(map(str, made.folders))
+    output.answer(_facts(predicted), _told(predicted), show)
+    for note in () if show.as_json else predicted.notes:
+        output.say(f"note: {note}", quiet=show.quiet)
+
+
+def _facts(predicted: Extrapolation) -> dict[str, object]:
+    return {
+        "out": str(predicted.out),
+        "folders": [str(folder) for folder in predicted.folders],
+        "to_step": predicted.target,
+        "last_step": predicted.last,
+        "method": predicted.method,
+        "skill": predicted.skill,
+        "horizon": predicted.horizon,
+        "tensors": dict(predicted.chosen),
+        "notes": list(predicted.notes),
+        "rank": predicted.rank,
+        "discarded": predicted.discarded,
+    }
+
+
+def _told(predicted: Extrapolation) -> str:
+    from geoscope.report.numbers import number
+
+    folders = ", ".join(map(str, predicted.folders))
     adapter = ""
-    if made.rank is not None:
-        left_out = number(made.discarded)
-        adapter = f"adapter of rank {made.rank}, which leaves out {left_out} of the energy\n"
-    counts = ", ".join(f"{name} {count}" for name, count in made.counts.items())
-    output.data(
-        f"{folders}: step {made.target} from checkpoints up to step {made.last}\n"
+    if predicted.rank is not None:
+        left_out = number(predicted.discarded)
+        adapter = f"adapter of rank {predicted.rank}, which leaves out {left_out} of the energy\n"
+    counts = ", ".join(f"{name} {count}" for name, count in predicted.counts.items())
+    return (
+        f"{folders}: step {predicted.target} from checkpoints up to step {predicted.last}\n"
         f"{adapter}"
         f"matrices by method: {counts}\n"
-        f"held-out skill of {made.method}: {number(made.skill)} over holding the last checkpoint; "
-        f"credible up to {number(made.horizon)} steps ahead, asked for {made.ahead}\n"
+        f"held-out skill of {predicted.method}: {number(predicted.skill)} over holding the last "
+        f"checkpoint; credible up to {number(predicted.horizon)} steps ahead, asked for "
+        f"{predicted.ahead}\n"
         "skill is about weights and not about the model: evaluate it"
     )
-    for note in made.notes:
-        output.say(f"note: {note}", quiet=options["quiet"])
-
-
-def _factors(text: str | None) -> tuple[float, ...]:
-    """The numbers of --predict-extend."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise OptionError(f"--predict-extend {text!r}: write numbers such as 0.5,1,2") from None

@@ -11,23 +11,14 @@ from typing import Any
 
 __all__ = ["in_options", "option_names"]
 
-# Parameters of the library whose option is called otherwise.
-_OTHERWISE = {
-    "extend": "--predict-extend",
-    "ks": "--k",
-    "limits": "--limit",
-    "target": "--to-step",
-    "training": "--train-steps",
-}
-
 
 def option_names(command: Any) -> dict[str, str]:
     """Parameter → option, of a click command and all below it."""
-    found = dict(_OTHERWISE)
+    names: dict[str, str] = {}
     for part in (command, *getattr(command, "commands", {}).values()):
-        options = [one for one in part.params if one.param_type_name == "option"]
-        found |= {one.name: one.opts[0] for one in options}
-    return found
+        options = [each for each in part.params if each.param_type_name == "option"]
+        names |= {option.name: option.opts[0] for option in options}
+    return names
 
 
 def in_options(text: str, names: Mapping[str, str]) -> str:

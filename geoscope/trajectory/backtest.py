@@ -10,14 +10,13 @@ there is to know:
 λ = 1 is the method itself, and for a linear one this is G_ττ − 2wᵀg_τ + wᵀGw. They are taken from
 H, where nothing cancels. Methods that are not linear in Δ join with their own `Moves`.
 
-Everything that is learned (λ, the choice of `auto`, gates) is learned at origin o from targets
+Everything that is learned (λ, the choice of `auto`) is learned at origin o from targets
 τ ≤ o only, so that the errors are held out for it too.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,14 +25,13 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import OptionError
-from geoscope.trajectory.extrapolators import EXTRAPOLATORS, Extrapolator, extrapolator, undamped
+from geoscope.trajectory.extrapolators import EXTRAPOLATORS, Weighted
 from geoscope.trajectory.increments import Increments
 
 __all__ = ["Backtest", "Moves", "backtest", "pairs_of", "skill_of"]
 
 # The first origin of the report, and the first that damping and choices may learn from.
 _LEAST_ORIGIN, _LEAST_PAST = 3, 2
-_GATED = re.compile(r"gated\((.+)\)")
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class Backtest:
     ‖Δ_τ − Δ_o‖², size: ‖Δ_τ‖², rounding: N_o of checkpoint o as stored, all (M, P). moves: method →
     its moves.
 
-    Methods are named as in `moves`; beside them stand `hold`, `damped(x)` with the pooled λ*,
-    `gated(x)` (per tensor x or hold) and `auto` (per tensor the best of all, or hold).
+    Methods are named as in `moves`; beside them stand `hold`, `damped(x)` of each with the pooled
+    λ*, and `auto` (per tensor the best of all, or hold).
     """
 
     steps: tuple[float, ...]
@@ -96,9 +94,8 @@ class Backtest:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """All that can be asked for, gates aside: hold, each method, each damped, auto."""
-        damped = tuple(f"damped({name})" for name in self.moves)
-        return ("hold", *self.moves, *damped, "auto")
+        """All that can be asked for: hold, each method, each damped, auto."""
+        return ("hold", *self.moves, *self._damped, "auto")
 
     @cached_property
     def origins(self) -> Tensor:
@@ -157,7 +154,7 @@ class Backtest:
 
     @cached_property
     def factors(self) -> dict[str, float]:
-        """λ* of every method for predictions beyond the series, see `weights_of`."""
+        """λ* of every method for predictions beyond the series."""
         return {name: self.factor(name) for name in self.moves}
 
     def error(self, method: str) -> Tensor:
@@ -166,12 +163,9 @@ class Backtest:
             return self.held
         if method == "auto":
             return self._auto
-        gate = _GATED.fullmatch(method)
-        if gate is not None:
-            return self._chosen([gate.group(1)])
-        inner = undamped(method)
-        if inner is None:
+        if method not in self._damped:
             return self._moves(method).error(self.held)
+        inner = self._damped[method]
         by_origin = {o: self.factor(inner, o) for o in set(self.origins.tolist())}
         factor = torch.tensor([by_origin[o] for o, _ in self.pairs], dtype=torch.float64)
         return self._moves(inner).error(self.held, factor)
@@ -188,19 +182,14 @@ class Backtest:
             for name, error, one in zip(self.names, errors, held, strict=True)
         }
 
-    def gate(self, method: str) -> dict[str, bool]:
-        """Whether a tensor is extrapolated by the method: its skill is above 0; else it is held."""
-        return {name: (skill or 0) > 0 for name, skill in self.tensor_skill(method).items()}
-
-    def choice(self, methods: Sequence[str] | None = None) -> dict[str, str]:
+    def choice(self) -> dict[str, str]:
         """What `auto` takes beyond the series: per tensor the method with the least error on the
         past pairs, hold where none is better than that or no pair is reported.
 
         A damped method is judged with the λ* that it will be used with, as at every origin of the
-        backtest, so that the skill of `auto` is that of this very choice. methods: to choose from,
-        default every one of `moves`, plain and damped.
+        backtest, so that the skill of `auto` is that of this very choice.
         """
-        candidates = self._candidates(methods)
+        candidates = self._candidates
         if not candidates or not bool(self.rolling.any()):
             return dict.fromkeys(self.names, "hold")
         errors = torch.stack([self._at(one, self.count) for one in candidates])
@@ -208,9 +197,9 @@ class Backtest:
         picked = self._pick(errors, self.count).tolist()
         return {name: names[which] for name, which in zip(self.names, picked, strict=True)}
 
-    def best(self, methods: Sequence[str] | None = None) -> str:
+    def best(self) -> str:
         """The one method of the best pooled skill, hold where none has any."""
-        skills = {method: self.skill(method) for method in self._candidates(methods)}
+        skills = {method: self.skill(method) for method in self._candidates}
         known = {method: skill for method, skill in skills.items() if skill is not None}
         if not known or max(known.values()) <= 0:
             return "hold"
@@ -218,7 +207,26 @@ class Backtest:
 
     @cached_property
     def _auto(self) -> Tensor:
-        return self._chosen(self._candidates(None))
+        """Errors when the choice at each origin is made from its past. (M, P)"""
+        chosen = self.held.clone()
+        for origin in sorted(set(self.origins.tolist())):
+            errors = [self._at(method, origin) for method in self._candidates]
+            stack = torch.stack([*errors, self.held])
+            which = self._pick(stack[:-1], origin)
+            here = self.origins == origin
+            index = which[None, :, None].expand(1, -1, int(here.sum()))
+            chosen[:, here] = stack[:, :, here].gather(0, index)[0]
+        return chosen
+
+    @cached_property
+    def _damped(self) -> dict[str, str]:
+        """`damped(x)` → x."""
+        return {f"damped({name})": name for name in self.moves}
+
+    @property
+    def _candidates(self) -> list[str]:
+        """What `auto` chooses from: each method, plain and damped."""
+        return [name for damped, plain in self._damped.items() for name in (plain, damped)]
 
     def _moves(self, method: str) -> Moves:
         if method not in self.moves:
@@ -227,14 +235,9 @@ class Backtest:
             )
         return self.moves[method]
 
-    def _candidates(self, methods: Sequence[str] | None) -> list[str]:
-        if methods is not None:
-            return list(methods)
-        return [name for one in self.moves for name in (one, f"damped({one})")]
-
     def _at(self, method: str, origin: int) -> Tensor:
         """Errors of a method with what it has learned at one origin, for all pairs. (M, P)"""
-        inner = undamped(method)
+        inner = self._damped.get(method)
         if inner is None:
             return self._moves(method).error(self.held)
         return self._moves(inner).error(self.held, self.factor(inner, origin))
@@ -251,18 +254,6 @@ class Backtest:
         least, which = sums.min(0)
         return torch.where(least < held, which, len(sums))
 
-    def _chosen(self, methods: Sequence[str]) -> Tensor:
-        """Errors when the choice at each origin is made from its past. (M, P)"""
-        chosen = self.held.clone()
-        for origin in sorted(set(self.origins.tolist())):
-            errors = [self._at(one, origin) for one in methods]
-            stack = torch.stack([*errors, self.held])
-            which = self._pick(stack[:-1], origin)
-            here = self.origins == origin
-            index = which[None, :, None].expand(1, -1, int(here.sum()))
-            chosen[:, here] = stack[:, :, here].gather(0, index)[0]
-        return chosen
-
 
 def backtest(
     increments: Mapping[str, Increments],
@@ -272,7 +263,7 @@ def backtest(
 ) -> Backtest:
     """Backtest extrapolators on tensors of one series.
 
-    increments: name → Increments, all of the same steps. methods: linear ones, by name. others:
+    increments: name → Increments, all of the same steps. methods: names in EXTRAPOLATORS. others:
     method → its moves, in the order of `increments`. With fewer than 4 checkpoints after the base
     no pair is reported. Raises OptionError.
     """
@@ -285,7 +276,7 @@ def backtest(
             raise OptionError(f"{name} has other steps than the first tensor; all must agree")
     H = torch.stack([one.H.to(torch.float64) for one in series])
     pairs = pairs_of(len(steps) - 1)
-    rules = {name: extrapolator(name) for name in methods if name != "hold"}
+    rules = {name: EXTRAPOLATORS[name] for name in methods if name != "hold"}
     moves = {name: _linear_moves(H, series[0].elapsed, one) for name, one in rules.items()}
     for name, one in (others or {}).items():
         if one.ahead.shape != (len(H), len(pairs)) or one.energy.shape != one.ahead.shape:
@@ -322,7 +313,7 @@ def _held(H: Tensor) -> Tensor:
     return torch.cat(parts, 1) if parts else H.new_zeros(len(H), 0)
 
 
-def _linear_moves(H: Tensor, elapsed: Tensor, method: Extrapolator) -> Moves:
+def _linear_moves(H: Tensor, elapsed: Tensor, method: Weighted) -> Moves:
     """Of ΔŴ = Σw_iΔ_i: D = Σ_i d_iδ_i with d_i = Σ_{j≥i}(w − e_o)_j over the observed."""
     T = H.shape[-1]
     ahead, energy = [], []

@@ -9,22 +9,23 @@ those of the solver.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError, OptionError
-from geoscope.linalg.product import Product
 from geoscope.profile import stage
 from geoscope.trajectory.backtest import Moves, pairs_of
 from geoscope.trajectory.increments import Increments
+from geoscope.trajectory.prediction import Pair, Prediction, Seen, last_of
 from geoscope.trajectory.rank1 import Rank1Path, align_signs
 
 __all__ = [
     "SPATIAL",
     "Pair",
+    "Spatial",
     "alpha_rank1",
     "outer_moves",
     "pair_products",
@@ -32,29 +33,8 @@ __all__ = [
     "spatial_rank1",
 ]
 
-# spatial_rank1: W0 + Z(t*). spatial_rank1_pinned: W_T + Z(t*) − Z_T keeps the rest of the last
-# checkpoint, as relex_pinned does. alpha_rank1: W0 + λ·‖Δ_T‖·u1·v1ᵀ.
-SPATIAL = ("spatial_rank1", "spatial_rank1_pinned", "alpha_rank1")
-
 # 1 − cos below which two directions are one, and 1 + cos below which they are opposite.
 _SAME = 1e-13
-
-
-@dataclass(frozen=True)
-class Pair:
-    """σ·u·vᵀ: u (m,), v (n,) of unit length, fp64; a learned σ may be negative."""
-
-    sigma: float
-    u: Tensor
-    v: Tensor
-
-    def dense(self) -> Tensor:
-        """(m, n)."""
-        return self.sigma * torch.outer(self.u, self.v)
-
-    def product(self) -> Product:
-        """The same as a product of rank 1, a stack of one."""
-        return Product.of(self.u[:, None], self.v[None], self.sigma)
 
 
 @stage("pair products")
@@ -151,9 +131,48 @@ def spatial_rank1(path: Rank1Path, observed: Increments, target: float) -> Pair:
     return Pair(float(found.sigma[0]), found.left[0] @ path.u, found.right[0] @ path.v)
 
 
-def alpha_rank1(path: Rank1Path, factor: float = 1.0) -> Pair:
-    """λ·‖Δ_T‖_F·u1·v1ᵀ, the rank-1 part of the last update with its norm restored (AlphaRL)."""
-    return Pair(factor * float(path.norm[-1]), path.u[-1], path.v[-1])
+def alpha_rank1(path: Rank1Path) -> Pair:
+    """‖Δ_T‖_F·u1·v1ᵀ, the rank-1 part of the last update with its norm restored (AlphaRL)."""
+    return Pair(float(path.norm[-1]), path.u[-1], path.v[-1])
+
+
+@dataclass(frozen=True)
+class Spatial:
+    """A method that predicts pairs from the leading pairs of the updates.
+
+    pairs: of the path, what was observed and a target.
+    is_pinned: whether the rest of the last checkpoint stays.
+    """
+
+    name: str
+    pairs: Callable[[Rank1Path, Increments, float], tuple[Pair, ...]]
+    is_pinned: bool = False
+
+    def predict(self, seen: Seen, target: float) -> Prediction:
+        if seen.path is None:
+            raise OptionError(f"{self.name}: leading pairs are needed; take `directions`")
+        last = last_of(len(seen.increments))
+        pairs = self.pairs(seen.path, seen.increments, target)
+        return Prediction(last if self.is_pinned else torch.zeros_like(last), pairs)
+
+
+def _in_place_of_the_last(path: Rank1Path, seen: Increments, target: float) -> tuple[Pair, ...]:
+    """Z(t*) and −Z_T."""
+    last = Pair(float(path.sigma[-1]), path.u[-1], path.v[-1])
+    return spatial_rank1(path, seen, target), last * -1
+
+
+SPATIAL: Mapping[str, Spatial] = {
+    method.name: method
+    for method in (
+        # W0 + Z(t*)
+        Spatial("spatial_rank1", lambda path, seen, at: (spatial_rank1(path, seen, at),)),
+        # W_T + Z(t*) − Z_T, as relex_pinned does
+        Spatial("spatial_rank1_pinned", _in_place_of_the_last, is_pinned=True),
+        # W0 + ‖Δ_T‖·u1·v1ᵀ
+        Spatial("alpha_rank1", lambda path, seen, at: (alpha_rank1(path),)),
+    )
+}
 
 
 def _checked(path: Rank1Path, increments: Increments) -> Rank1Path:

@@ -1,78 +1,65 @@
-"""What may be chosen, and who is told what happens."""
+"""What may be chosen, and who is told what happens.
+
+Loads no torch: the command line makes its options from these fields, and help must not wait.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoscope.arguments import normalise, numbers, path_of, path_text, size, texts
+from geoscope.arguments import numbers, path_of, size
 from geoscope.errors import GeoscopeError, OptionError
-from geoscope.metrics import Settings
-from geoscope.metrics.thresholds import limits_in_force
-from geoscope.names import NameMap, Selection, chosen_layers
 from geoscope.records import Report
+from geoscope.verbs.choices import Compute, Rename, Select, Start, form
 
 if TYPE_CHECKING:
+    from geoscope.metrics import Settings
     from geoscope.verbs.pairs.prepare import Prepared
 
 __all__ = ["Interrupted", "Options", "Progress"]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What may be chosen; every field is an option of the command line.
+@dataclass(frozen=True, kw_only=True)
+class Options(Compute, Rename, Start, Select):
+    """What may be chosen for a comparison; every field is an option of the command line.
 
-    include, exclude: patterns; one string is one. layers: block indices, a number or "0-3,7" too.
-    map_name: REGEX=REPL each, applied to the names of both sides before they are matched.
+    The fields of `Select`, `Start`, `Rename` and `Compute`, and:
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
-    initial_adapter: the adapter before training, where that does not start at zero. lora_alpha: in
-    place of the one in adapter_config.json. budget: parameters of an adapter, for which `capacity`
-    looks for ranks; nothing is recalled from the cache then.
-    ks: subspace dimensions of the @k columns, one or several. quick: leading triplets only; what
-    needs a whole spectrum is then not applicable. solver: `auto`, or `exact` for LAPACK's SVD of
-    every matrix. max_memory: such as `8GB`, or bytes; default 4 × the largest pair in fp32 + 500
-    MB. jobs: worker threads on the CPU; default one a core. limits: thresholds of the verdict, by
-    their names.
+    budget: parameters of an adapter, for which `capacity` looks for ranks; nothing is recalled
+    from the cache then.
+    ks: subspace dimensions of the @k columns, one or several.
+    device: auto, cpu, cuda (all), cuda:N or mps.
+    dtype: of the spectra, float64 or float32.
+    solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
+    max_memory: such as `8GB`, or bytes; default 4 × the largest pair in fp32 + 500 MB.
+    curves: captured energy over the base's whole basis.
+    masks: overlap of changed weights with masks.
+    quick: leading triplets only; what needs a whole spectrum is then not applicable.
+    limits: thresholds of the verdict, by their names.
     cache: folder in which results are kept and found again; None keeps nothing.
     """
 
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    layers: frozenset[int] | None = None
-    map_name: Sequence[str] = ()
     allow_vocab_resize: bool = False
-    initial_adapter: str | None = None
-    lora_alpha: float | None = None
     budget: int | None = None
-    ks: tuple[int, ...] = (8, 64)
+    ks: tuple[int, ...] = field(default=(8, 64), metadata=form(numbers))
     device: str = "auto"
     dtype: str = "float64"
     solver: str = "auto"
-    max_memory: str | None = None
-    jobs: int | None = None
-    seed: int = 0
+    max_memory: str | None = field(default=None, metadata=form(size))
     curves: bool = False
     masks: bool = False
     quick: bool = False
     limits: Mapping[str, float] | None = None
-    cache: Path | None = None
+    cache: Path | None = field(default=None, metadata=form(path_of))
 
     def __post_init__(self) -> None:
-        normalise(
-            self,
-            **dict.fromkeys(("include", "exclude", "map_name"), texts),
-            layers=chosen_layers,
-            initial_adapter=path_text,
-            ks=numbers,
-            max_memory=size,
-            cache=path_of,
-        )
+        super().__post_init__()
         if not self.ks or any(k < 1 for k in self.ks):
             raise OptionError(f"`ks` {list(self.ks)}: subspace dimensions are whole numbers from 1")
-        NameMap(self.map_name)  # refuses what is no rule
-        limits_in_force(self.limits)  # refuses names of thresholds that do not exist
+        _check_limits(self.limits)
         if self.solver not in ("auto", "exact"):
             raise OptionError(f"`solver` {self.solver!r} is not one of auto, exact")
         if self.quick and self.curves:
@@ -81,15 +68,11 @@ class Options:
             )
         if self.budget is not None and self.budget < 1:
             raise OptionError(f"`budget` {self.budget}: at least one parameter is needed")
-        if self.jobs is not None and self.jobs < 1:
-            raise OptionError(f"`jobs` {self.jobs}: at least one worker is needed")
-
-    @property
-    def selection(self) -> Selection:
-        return Selection(self.include, self.exclude, self.layers)
 
     @property
     def settings(self) -> Settings:
+        from geoscope.metrics import Settings
+
         return Settings(
             ks=self.ks,
             solver=self.solver,
@@ -99,6 +82,14 @@ class Options:
             quick=self.quick,
             seed=self.seed,
         )
+
+
+def _check_limits(limits: Mapping[str, float] | None) -> None:
+    """Refuses names of thresholds that do not exist."""
+    if limits:
+        from geoscope.metrics.thresholds import limits_in_force
+
+        limits_in_force(limits)
 
 
 def _ignore(*_: Any) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from geoscope.errors import NumericsError, OptionError, UnsupportedFormat
 from geoscope.records import Report
 from geoscope.trajectory.backtest import backtest
-from geoscope.trajectory.extrapolators import extrapolator
+from geoscope.trajectory.extrapolators import EXTRAPOLATORS
 from geoscope.trajectory.increments import Increments
 from geoscope.verbs.series.follow import follow
 from geoscope.verbs.series.options import FollowOptions
@@ -339,6 +339,6 @@ def _errors(run: Run, name: str, method: str, pairs: tuple[tuple[int, int], ...]
         seen = Increments(
             tuple(map(float, run.steps[: o + 1])), taken @ taken.T, (0.0,) * (o + 1), 1.0
         )
-        weights = extrapolator(method)(seen, run.steps[tau])
+        weights = EXTRAPOLATORS[method].weights(seen, run.steps[tau])
         found.append(float((weights @ updates[:o] - updates[tau - 1]).square().sum()))
     return torch.tensor(found, dtype=torch.float64)

@@ -10,11 +10,12 @@ import torch
 
 from geoscope.errors import OptionError
 from geoscope.trajectory.backtest import Moves, backtest, pairs_of, skill_of
-from geoscope.trajectory.extrapolators import EXTRAPOLATORS, damp, extrapolator
+from geoscope.trajectory.extrapolators import EXTRAPOLATORS
 from geoscope.trajectory.increments import Increments, increments_of_weights
+from geoscope.trajectory.prediction import damp
 
 STEPS = (0.0, 5.0, 10.0, 12.0, 20.0, 31.0, 40.0, 44.0, 60.0)
-METHODS = (*EXTRAPOLATORS, "relex(2)", "relex_pinned(3)", "two_point(-2,-1)", "expo(0.2)")
+METHODS = tuple(EXTRAPOLATORS)
 
 
 def model(
@@ -56,7 +57,7 @@ def test_errors_are_those_on_the_weights(method: str) -> None:
         inc = increments_of_weights(STEPS, path)
         updates = torch.stack([W - path[0] for W in path[1:]])
         for (o, tau), error in zip(test.pairs, row.tolist(), strict=True):
-            w = extrapolator(method)(inc.observed(o), STEPS[tau])
+            w = EXTRAPOLATORS[method].weights(inc.observed(o), STEPS[tau])
             predicted = (w[:, None, None] * updates[:o]).sum(0)
             direct = float((predicted - updates[tau - 1]).square().sum())
             assert error == pytest.approx(direct, rel=1e-6)
@@ -75,7 +76,7 @@ def test_damped_errors_and_factors_on_the_weights() -> None:
         for path in paths:
             for o in range(max(2, math.ceil(origin / 3)), origin):
                 for tau in range(o + 1, origin + 1):
-                    w = EXTRAPOLATORS["linear"](walk(8, STEPS).observed(o), STEPS[tau])
+                    w = EXTRAPOLATORS["linear"].weights(walk(8, STEPS).observed(o), STEPS[tau])
                     D = (w[:, None, None] * path[:o]).sum(0) - path[o - 1]
                     ahead += float((D * (path[tau - 1] - path[o - 1])).sum())
                     energy += float(D.square().sum())
@@ -85,7 +86,8 @@ def test_damped_errors_and_factors_on_the_weights() -> None:
             for (o, tau), error in zip(test.pairs, row.tolist(), strict=True):
                 if o == origin:
                     w = damp(
-                        EXTRAPOLATORS["linear"](walk(8, STEPS).observed(o), STEPS[tau]), factor
+                        EXTRAPOLATORS["linear"].weights(walk(8, STEPS).observed(o), STEPS[tau]),
+                        factor,
                     )
                     direct = (w[:, None, None] * path[:o]).sum(0) - path[tau - 1]
                     assert error == pytest.approx(float(direct.square().sum()), rel=1e-6)
@@ -117,7 +119,6 @@ def test_exact_lines_are_predicted_exactly(steps: tuple[float, ...]) -> None:
         assert test.factor(method) == pytest.approx(1, abs=1e-9)
     # one past pair is needed: origin 3 has it, so that auto is exact on every reported pair
     assert test.skill("auto") == pytest.approx(1, abs=1e-9)
-    assert test.gate("linear") == dict.fromkeys(inc, True)
 
 
 @pytest.mark.parametrize("T", [6, 12, 27])
@@ -132,7 +133,6 @@ def test_a_random_walk_cannot_be_predicted(T: int) -> None:
     assert test.skill("auto") == 0
     assert test.best() == "hold"
     assert set(test.choice().values()) == {"hold"}
-    assert test.gate("linear") == {"a": False, "b": False}
 
 
 def test_skills_of_a_random_walk_are_as_derived() -> None:
@@ -157,12 +157,9 @@ def test_each_tensor_is_judged_by_itself() -> None:
     lines, walks = model(2.0, count=4), model(0.0, seed=5, count=4)
     inc = grams(lines) | {f"w.{name}": one for name, one in grams(walks).items()}
     test = backtest(inc)
-    gate = test.gate("linear")
-    assert all(gate[name] for name in lines)
-    assert not any(gate[f"w.{name}"] for name in walks)
-    for method in ("linear", "linear_origin"):
-        gated, plain = test.skill(f"gated({method})"), test.skill(method)
-        assert gated is not None and plain is not None and gated >= plain - 1e-3
+    skill = {name: value or 0 for name, value in test.tensor_skill("linear").items()}
+    assert all(skill[name] > 0 for name in lines)
+    assert not any(skill[f"w.{name}"] > 0 for name in walks)
     assert all(test.choice()[name] != "hold" for name in lines)
 
 
@@ -174,7 +171,7 @@ def test_nothing_is_learned_from_the_future() -> None:
         path[-1] = path[-1] + 50
     after = backtest(grams(weights))
     kept = before.targets < 8
-    for method in (*before.methods, "gated(linear)", "gated(damped(relex))"):
+    for method in before.methods:
         torch.testing.assert_close(before.error(method)[:, kept], after.error(method)[:, kept])
     assert before.factors != after.factors
 

@@ -1,33 +1,42 @@
-"""What may be chosen for an initial adapter."""
+"""What may be chosen for an initial adapter.
+
+Loads no torch before an object is made: the command line makes its options from these fields.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from geoscope.adapters.geora import SCALE_CONVENTIONS
-from geoscope.adapters.layouts import LAYOUTS
-from geoscope.adapters.table import INITIALISATIONS, Initialisation
-from geoscope.arguments import normalise, texts
+from geoscope.arguments import texts
 from geoscope.errors import OptionError
-from geoscope.names import Selection, chosen_layers
+from geoscope.verbs.choices import Compute, Select, form
+
+if TYPE_CHECKING:
+    from geoscope.adapters.table import Initialisation
 
 __all__ = ["RESIDUAL_DTYPES", "InitOptions"]
 
 RESIDUAL_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class InitOptions:
+@dataclass(frozen=True, kw_only=True)
+class InitOptions(Compute, Select):
     """Every field is an option of `geoscope init-adapter`.
 
-    alpha: default 2·rank. rho, spec_rank, scale_convention: of GeoRA alone; None takes its default.
-    include, exclude, targets: one string is one; layers as in `Options`.
+    The fields of `Select` and `Compute`, and:
+    method: geora, pissa, milora, olora or lora.
+    rank: of the adapter, from 1.
+    alpha: lora_alpha; default 2·rank.
+    rho, spec_rank, scale_convention: of GeoRA alone; None takes its default.
     targets: last parts of module names, such as q_proj; empty: every linear layer in a block.
-    layout: default residual, none for a method that leaves the base as it is. residual_dtype: of
-    the rewritten matrices, default float32. jobs: worker threads on the CPU; default one a core.
+    layout: default residual; none for a method that leaves the base as it is.
+    residual_dtype: of the rewritten matrices, default float32.
+    device: auto, cpu, cuda or cuda:N.
+    solver: auto or exact; None takes the default of the method.
+    force: replace files of an earlier run.
     """
 
     method: str = "geora"
@@ -36,20 +45,18 @@ class InitOptions:
     rho: float | None = None
     spec_rank: int | None = None
     scale_convention: str | None = None
-    targets: Sequence[str] = ()
+    targets: Sequence[str] = field(default=(), metadata=form(texts))
     layout: str | None = None
     residual_dtype: str | None = None
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    layers: frozenset[int] | None = None
     device: str = "auto"
     solver: str | None = None
-    seed: int = 0
-    jobs: int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
-        normalise(self, targets=texts, include=texts, exclude=texts, layers=chosen_layers)
+        from geoscope.adapters.geora import SCALE_CONVENTIONS
+        from geoscope.adapters.table import INITIALISATIONS
+
+        super().__post_init__()
         if self.method not in INITIALISATIONS:
             known = ", ".join(INITIALISATIONS)
             raise OptionError(f"`method` {self.method!r} is not one of {known}")
@@ -59,8 +66,6 @@ class InitOptions:
             raise OptionError(f"`alpha` {self.alpha:g}: lora_alpha is a finite number above 0")
         if self.solver not in (None, "auto", "exact"):
             raise OptionError(f"`solver` {self.solver!r} is not one of auto, exact")
-        if self.jobs is not None and self.jobs < 1:
-            raise OptionError(f"`jobs` {self.jobs}: at least one worker is needed")
         self._check_layout()
         _ = self.selection  # refuses what is no regular expression
         for name in ("rho", "spec_rank", "scale_convention", "solver"):
@@ -75,6 +80,8 @@ class InitOptions:
             raise OptionError(f"`scale_convention` {self.scale_convention!r} is not one of {known}")
 
     def _check_layout(self) -> None:
+        from geoscope.adapters.layouts import LAYOUTS
+
         if self.layout is not None and not self.initialisation.needs_layout:
             raise OptionError(
                 f"`method` {self.method} leaves the base as it is and has no layout; "
@@ -92,6 +99,8 @@ class InitOptions:
 
     @property
     def initialisation(self) -> Initialisation:
+        from geoscope.adapters.table import INITIALISATIONS
+
         return INITIALISATIONS[self.method]
 
     @property
@@ -107,10 +116,6 @@ class InitOptions:
     def written_rank(self) -> int:
         """Rank of the adapter that is written: twice as large for a mirror."""
         return 2 * self.rank if self.chosen_layout == "mirror" else self.rank
-
-    @property
-    def selection(self) -> Selection:
-        return Selection(self.include, self.exclude, self.layers)
 
     @property
     def method_options(self) -> dict[str, Any]:

@@ -25,16 +25,16 @@ from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.folder import EXTRAPOLATION, RECORD
 from geoscope.records import Status
 from geoscope.trajectory.backtest import Backtest
-from geoscope.trajectory.extrapolators import undamped, weights_of
 from geoscope.trajectory.horizon import credible_horizon
-from geoscope.trajectory.spatial_rank1 import SPATIAL, Pair, alpha_rank1, spatial_rank1
+from geoscope.trajectory.methods import METHODS
+from geoscope.trajectory.prediction import Prediction, Seen
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
-from geoscope.verbs.series.extrapolate_adapter import combination, write_adapter
+from geoscope.verbs.series.extrapolate_adapter import write_adapter
 from geoscope.verbs.series.follow import measure_series
 from geoscope.verbs.series.next_series import NEXT, NextForecast, next_forecast
 from geoscope.verbs.series.options import FollowOptions
-from geoscope.verbs.series.report import METHODS, Trajectory, traps_of
+from geoscope.verbs.series.report import Trajectory, traps_of
 from geoscope.verbs.series.tensors import Followed, ModelTensor, open_followed
 
 __all__ = ["Extrapolation", "extrapolate", "methods"]
@@ -76,8 +76,7 @@ class Extrapolation:
 
 def methods() -> tuple[str, ...]:
     """Names that `--method` takes, as `backtest` spells them."""
-    plain = (*METHODS, *SPATIAL, NEXT)
-    return ("auto", "hold", *plain, *(f"damped({name})" for name in plain))
+    return ("auto", *METHODS)
 
 
 def extrapolate(
@@ -114,7 +113,7 @@ def extrapolate(
     progress = progress or Progress()
     found = open_followed(paths_of(references, "references"), options, progress, in_parts=False)
     of_adapters = found.series.kind == "adapter"
-    if of_adapters and (undamped(method) or method) == NEXT:
+    if of_adapters and _is_trained(method):
         raise OptionError("`method` next reads whole models; of adapters take another")
     if of_adapters and options.initial_adapter is not None and options.base is None:
         raise OptionError(
@@ -133,7 +132,7 @@ def extrapolate(
     if far is not None and not force:
         raise OptionError(f"{far.text}, or `force` to go on")
     forecast = None
-    if (undamped(method) or method) == NEXT:
+    if _is_trained(method):
         forecast = next_forecast(
             found,
             made,
@@ -170,6 +169,11 @@ def extrapolate(
         notes = dict.fromkeys([*result.notes, *written.notes])
         result = replace(result, chosen=written.chosen, notes=tuple(notes))
     return result
+
+
+def _is_trained(method: str) -> bool:
+    """Whether networks train for it."""
+    return method in (NEXT, f"damped({NEXT})")
 
 
 def _tried(found: Followed, forecast: NextForecast) -> str:
@@ -260,19 +264,8 @@ def _write_adapter(
         method, inc = result.chosen.get(name, "hold"), made.increments.get(name)
         if method == "hold" or inc is None:
             return updates[-1]
-        inner = undamped(method) or method
-        if inner not in SPATIAL:
-            weights = weights_of(method, inc, result.target, factors=test.factors)
-            return combination(updates, weights.tolist())
-        factor = 1.0 if inner == method else test.factors[inner]
-        path = made.paths[name]
-        last = updates[-1]
-        moved = (
-            alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
-        ).product()
-        if inner == "spatial_rank1_pinned":
-            moved = last + moved - Pair(float(path.sigma[-1]), path.u[-1], path.v[-1]).product()
-        return last + combination([moved, last], [factor, -factor])
+        seen = Seen(inc, made.paths.get(name), factors=test.factors)
+        return METHODS[method].predict(seen, result.target).of(updates)
 
     record = json.loads(_record(found, test, result, None))
     rank, discarded, held = write_adapter(
@@ -333,61 +326,46 @@ def _predicted(
     forecast: NextForecast | None,
 ) -> Tensor:
     """The weight at the target step, as the last checkpoint's file would hold it."""
-    method, inc = result.chosen[name], made.increments[name]
-    tensor = _model_tensor(found, name)
-    inner = undamped(method) or method
-    factor = 1.0 if inner == method else test.factors[inner]
-    if forecast is not None:
-        step = forecast.pairs[name]
-        return _moved(tensor, replace(step, sigma=factor * forecast.scale * step.sigma))
-    if inner not in SPATIAL:
-        weights = weights_of(method, inc, result.target, factors=test.factors)
-        return _combination(tensor, weights)
-    path = made.paths[name]
-    pair = alpha_rank1(path) if inner == "alpha_rank1" else spatial_rank1(path, inc, result.target)
-    pinned = inner == "spatial_rank1_pinned"
-    taken = Pair(float(path.sigma[-1]), path.u[-1], path.v[-1]) if pinned else None
-    return _with_pair(tensor, pair, taken, factor)
+    step = None if forecast is None else forecast.pairs[name] * forecast.scale
+    seen = Seen(made.increments[name], made.paths.get(name), step, test.factors)
+    prediction = METHODS[result.chosen[name]].predict(seen, result.target)
+    return _written(_model_tensor(found, name), prediction)
 
 
-def _combination(tensor: ModelTensor, weights: Tensor) -> Tensor:
-    """W_0 + Σw_i(W_i − W_0) in fp64, block by block in the order of the file."""
+def _written(tensor: ModelTensor, prediction: Prediction) -> Tensor:
+    """W_0 + ΔŴ in fp64, block by block in the order of the file."""
     checkpoint, stored = tensor.places[-1]
     info = checkpoint.tensors[stored]
     dtype = getattr(torch, info.dtype)
     m, n = info.shape
-    out = torch.empty(m * n, dtype=dtype)
+    out = torch.empty(m * n, dtype=torch.float64 if prediction.pairs else dtype)
     width = max(1, _BLOCK // len(tensor.places))
     for start in range(0, m * n, width):
         stop = min(start + width, m * n)
-        base, *others = (one.read_part(name, start, stop).double() for one, name in tensor.places)
-        total = base.clone()
-        for weight, block in zip(weights.tolist(), others, strict=True):
-            if weight:
-                total.add_(block.sub_(base), alpha=weight)
-        out[start:stop] = total.to(dtype)
-    return out.reshape((n, m) if info.transposed else (m, n))
+        out[start:stop] = _combination(tensor, prediction.weights, start, stop).to(out.dtype)
+    weight = out.reshape((n, m) if info.transposed else (m, n))
+    for pair in prediction.pairs:
+        weight.add_(pair.dense().T if info.transposed else pair.dense())
+    return weight.to(dtype)
 
 
-def _with_pair(tensor: ModelTensor, pair: Pair, taken: Pair | None, factor: float) -> Tensor:
-    """W_0 + Z, or W_T + Z − Z_T, and of it the part λ beyond W_T: W_T + λ(Ŵ − W_T)."""
-    (first, base), (last, stored) = tensor.places[0], tensor.places[-1]
-    info = last.tensors[stored]
-    held = last.read(stored).double()
-    if taken is None:
-        moved = first.read(base).double().add_(pair.dense()).sub_(held)
-    else:
-        moved = pair.dense() - taken.dense()
-    weight = held.add_(moved, alpha=factor).to(getattr(torch, info.dtype))
-    return weight.T.contiguous() if info.transposed else weight
-
-
-def _moved(tensor: ModelTensor, step: Pair) -> Tensor:
-    """W_T + σ·u·vᵀ."""
-    last, stored = tensor.places[-1]
-    info = last.tensors[stored]
-    weight = last.read(stored).double().add_(step.dense()).to(getattr(torch, info.dtype))
-    return weight.T.contiguous() if info.transposed else weight
+def _combination(tensor: ModelTensor, weights: Tensor, start: int, stop: int) -> Tensor:
+    """W_0 + Σw_i(W_i − W_0) of the entries start … stop−1; W_T itself where it is held."""
+    blocks = [
+        (weight, place)
+        for weight, place in zip(weights.tolist(), tensor.places[1:], strict=True)
+        if weight
+    ]
+    if [weight for weight, _ in blocks] == [1.0] and blocks[0][1] is tensor.places[-1]:
+        checkpoint, stored = tensor.places[-1]
+        return checkpoint.read_part(stored, start, stop).double()
+    checkpoint, stored = tensor.places[0]
+    base = checkpoint.read_part(stored, start, stop).double()
+    total = base.clone()
+    for weight, (checkpoint, stored) in blocks:
+        block = checkpoint.read_part(stored, start, stop).double()
+        total.add_(block.sub_(base), alpha=weight)
+    return total
 
 
 def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:

@@ -10,8 +10,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +32,13 @@ from geoscope.records import Status
 from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan, scaling_of_all
 from geoscope.verbs.series.tensors import AdapterTensor, Followed
 
-__all__ = ["Prediction", "combination", "write_adapter"]
+__all__ = ["Predict", "write_adapter"]
 
 _WEIGHTS = "adapter_model.safetensors"
 _SMALL, _PER_MODULE = 1 << 16, 2048
 
 # The update of a module at the target step, from those of all steps.
-Prediction = Callable[[str, list[Product]], Product]
+Predict = Callable[[str, list[Product]], Product]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class _Written:
 
 def write_adapter(
     found: Followed,
-    predict: Prediction,
+    predict: Predict,
     out: Path,
     record: Mapping[str, Any],
     *,
@@ -142,7 +140,7 @@ def write_adapter(
 
 def _compressed(
     tensor: AdapterTensor,
-    predict: Prediction,
+    predict: Predict,
     rank: int,
     scaling: float,
     held: dict[str, str],
@@ -177,15 +175,3 @@ def _check_rank(rank: int, least: int, last: Adapter) -> None:
             f"`rank` {rank}: the smallest adapted matrix of {last.given} has a side of {least}; "
             f"give a rank from 1 to {least}"
         )
-
-
-def combination(updates: list[Product], weights: list[float]) -> Product:
-    """Σ_i w_i·Δ_i; of weights that are all zero the zero product."""
-    parts = [
-        Product(one.B, one.scale * weight, one.A)
-        for one, weight in zip(updates, weights, strict=True)
-        if weight
-    ]
-    return (
-        reduce(add, parts) if parts else Product(updates[0].B, updates[0].scale * 0, updates[0].A)
-    )

@@ -34,10 +34,11 @@ from geoscope.trajectory.backtest import Backtest, Moves, backtest
 from geoscope.trajectory.headline import THRESHOLDS, drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
+from geoscope.trajectory.methods import PLAIN
 from geoscope.trajectory.metric_relation import METRIC_RELATIONS
 from geoscope.trajectory.rank1 import Rank1Path, rank1_statistics, rank1_totals
 from geoscope.trajectory.scalar_r2 import ScalarR2Counts, scalar_r2_walk
-from geoscope.trajectory.spatial_rank1 import SPATIAL, spatial_moves
+from geoscope.trajectory.spatial_rank1 import spatial_moves
 from geoscope.trajectory.statistics import STATISTICS, Statistics, statistics
 from geoscope.trajectory.storage_noise import noise_state
 from geoscope.trajectory.walk import walk
@@ -47,13 +48,10 @@ from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.tensors import Followed
 from geoscope.verbs.series.traps import series_traps
 
-__all__ = ["IDS", "KIND", "METHODS", "Trajectory", "trajectory_report", "traps_of"]
+__all__ = ["IDS", "KIND", "Trajectory", "trajectory_report", "traps_of"]
 
 KIND = "trajectory"
-# What is backtested, beside each of it damped, and `auto`.
-METHODS = ("two_point", "linear", "linear_origin", "relex", "relex_pinned")
-_PLAIN = (*METHODS, *SPATIAL)
-_SKILLS = ("hold", *_PLAIN, *(f"damped({name})" for name in _PLAIN), "auto")
+_SKILLS = ("hold", *PLAIN, *(f"damped({name})" for name in PLAIN), "auto")
 # Ids of the model's numbers.
 IDS = (
     *STATISTICS,
@@ -92,11 +90,11 @@ class Trajectory:
     scalar_r2: Mapping[str, ScalarR2Counts] = field(default_factory=dict)
 
     def backtest(self, others: Mapping[str, Moves] | None = None) -> Backtest:
-        """Of `METHODS`, of the rank-1 predictions where leading pairs were taken, and of others."""
+        """Of linear methods, of rank-1 predictions where pairs were taken, and of others."""
         spatial: dict[str, Moves] = {}
         if self.paths:
             spatial = spatial_moves(self.paths, self.increments, self.products)
-        return backtest(self.increments, METHODS, others={**spatial, **(others or {})})
+        return backtest(self.increments, others={**spatial, **(others or {})})
 
     @property
     def total(self) -> Increments:

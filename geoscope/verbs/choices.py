@@ -1,0 +1,92 @@
+"""What more than one verb lets its caller choose: the fields that their options share.
+
+Loads no torch: the command line makes its options from these fields, and help must not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from geoscope.arguments import path_text, texts
+from geoscope.errors import OptionError
+from geoscope.names import NameMap, Selection, chosen_layers
+
+__all__ = ["Compute", "Rename", "Select", "Start", "form"]
+
+
+def form(rule: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """Metadata of a field: its value is `rule(value, name)`, but for a default None."""
+    return {"form": rule}
+
+
+class _Choices:
+    """Puts every field in its one form when an object is made. Raises OptionError."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # pyright: ignore[reportArgumentType]
+            value, rule = getattr(self, each.name), each.metadata.get("form")
+            if rule is not None and not (value is None and each.default is None):
+                object.__setattr__(self, each.name, rule(value, each.name))
+
+
+def _rules(value: Any, _name: str) -> Sequence[str]:
+    return NameMap(value or ()).given
+
+
+def _workers(value: int, name: str) -> int:
+    if value < 1:
+        raise OptionError(f"`{name}` {value}: at least one worker is needed")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(_Choices):
+    """Which tensors are looked at.
+
+    include, exclude: patterns (`re.search`); one string is one.
+    layers: block indices, a number or "0-3,7" too.
+    """
+
+    include: Sequence[str] = field(default=(), metadata=form(texts))
+    exclude: Sequence[str] = field(default=(), metadata=form(texts))
+    layers: frozenset[int] | None = field(default=None, metadata=form(chosen_layers))
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.include, self.exclude, self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rename(_Choices):
+    """How names are changed before they are matched.
+
+    map_name: REGEX=REPL each, applied to the names of all models; one string is one.
+    """
+
+    map_name: Sequence[str] = field(default=(), metadata=form(_rules))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(_Choices):
+    """Where adapters started.
+
+    initial_adapter: the adapter before training, where that does not start at zero.
+    lora_alpha: in place of the one in adapter_config.json.
+    """
+
+    initial_adapter: str | None = field(default=None, metadata=form(path_text))
+    lora_alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute(_Choices):
+    """How it is computed.
+
+    jobs: worker threads on the CPU; default one a core.
+    seed: of all random draws.
+    """
+
+    jobs: int | None = field(default=None, metadata=form(_workers))
+    seed: int = 0
