@@ -167,6 +167,21 @@ def _options(options: dict[str, Any]) -> FollowOptions:
         "train_steps": opt.Spec(
             int, 1000, ("--train-steps",), "Training steps of the networks of --method next.", "N"
         ),
+        "origins": opt.Spec(
+            int | None,
+            None,
+            ("--origins",),
+            "Of --method next: origins of the backtest at which its networks train again. Default: "
+            "3, as many as a credible horizon takes; 1 with --force.",
+            "N",
+        ),
+        "whole_model": opt.Spec(
+            bool,
+            False,
+            ("--whole-model",),
+            "Of --method next: norms and biases train its networks and are predicted, too, and "
+            "without --include also embeddings and the output head, as published.",
+        ),
         "device": opt.Spec(
             str, "cpu", ("--device",), "Where --method next trains: cpu, cuda or cuda:N.", "NAME"
         ),
@@ -208,6 +223,8 @@ def extrapolate(points: Points, **options: Any) -> None:
             options=chosen,
             extend=_factors(options["predict_extend"]),
             training=options["train_steps"],
+            origins=options["origins"],
+            whole_model=options["whole_model"],
             device=options["device"],
             rank=options["rank"],
             force=options["force"],
@@ -230,7 +247,7 @@ def extrapolate(points: Points, **options: Any) -> None:
     output.data(
         f"{folders}: step {made.target} from checkpoints up to step {made.last}\n"
         f"{adapter}"
-        f"matrices by method: {counts}\n"
+        f"{'tensors' if options['whole_model'] else 'matrices'} by method: {counts}\n"
         f"held-out skill of {made.method}: {number(made.skill)} over holding the last checkpoint; "
         f"credible up to {number(made.horizon)} steps ahead, asked for {made.ahead}\n"
         "skill is about weights and not about the model: evaluate it"
