@@ -171,6 +171,12 @@ Extend = Annotated[str | None, words("--predict-extend C,C,…",
     "With --method next: write W_T + c·Δ̂ for each c into OUT/c….")]
 Training = Annotated[int, words("--train-steps N",
     "Training steps of the networks of --method next.")]
+Origins = Annotated[int | None, words("--origins N",
+    "Of --method next: origins of the backtest at which its networks train again. Default: 3, as "
+    "many as a credible horizon takes; 1 with --force.")]
+WholeModel = Annotated[bool, words("--whole-model",
+    "Of --method next: norms and biases train its networks and are predicted, too, and without "
+    "--include also embeddings and the output head, as published.")]
 
 # --- adapters -------------------------------------------------------------------------------------
 

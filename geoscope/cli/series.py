@@ -67,6 +67,8 @@ def extrapolate(
     method: opt.Extrapolator = "auto",
     extend: opt.Extend = None,
     training: opt.Training = 1000,
+    origins: opt.Origins = None,
+    whole_model: opt.WholeModel = False,
     device: opt.TrainDevice = "cpu",
     rank: opt.PredictedRank = None,
     out: opt.PredictedFolder,
@@ -86,12 +88,14 @@ def extrapolate(
             options=options,
             extend=opt.read_numbers(extend),
             training=training,
+            origins=origins,
+            whole_model=whole_model,
             device=device,
             rank=rank,
             force=force,
             progress=progress,
         )
-    output.answer(_facts(predicted), _told(predicted), show)
+    output.answer(_facts(predicted), _told(predicted, whole_model=whole_model), show)
     for note in () if show.as_json else predicted.notes:
         output.say(f"note: {note}", quiet=show.quiet)
 
@@ -112,7 +116,7 @@ def _facts(predicted: Extrapolation) -> dict[str, object]:
     }
 
 
-def _told(predicted: Extrapolation) -> str:
+def _told(predicted: Extrapolation, *, whole_model: bool) -> str:
     from geoscope.report.numbers import number
 
     folders = ", ".join(map(str, predicted.folders))
@@ -124,7 +128,7 @@ def _told(predicted: Extrapolation) -> str:
     return (
         f"{folders}: step {predicted.target} from checkpoints up to step {predicted.last}\n"
         f"{adapter}"
-        f"matrices by method: {counts}\n"
+        f"{'tensors' if whole_model else 'matrices'} by method: {counts}\n"
         f"held-out skill of {predicted.method}: {number(predicted.skill)} over holding the last "
         f"checkpoint; credible up to {number(predicted.horizon)} steps ahead, asked for "
         f"{predicted.ahead}\n"

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,8 @@ __all__ = [
 
 # Entries of the widest layer (2d) that are held at once; sums of gradients over parts are exact.
 _PART = 1 << 24
+# Rows whose products take as long as the optimiser does.
+_PASSES = 64
 # Looks at the held-out loss during training.
 _LOOKS = 20
 
@@ -101,6 +105,17 @@ class VectorExample:
     near: Tensor
     target: Tensor
 
+    @classmethod
+    def of(cls, weights: Tensor, horizon: int) -> VectorExample:
+        """From W_0 … W_T, (T + 1, d)."""
+        later = weights[1:]
+        ahead = later[horizon:] - later[: len(later) - horizon]
+        return cls(later - weights[0], weights.diff(dim=0), ahead)
+
+    def observed(self, count: int, horizon: int) -> VectorExample:
+        """What was known at checkpoint `count`."""
+        return VectorExample(self.far[:count], self.near[:count], self.target[: count - horizon])
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -130,6 +145,8 @@ class NextModel:
     networks: Mapping[str, nn.Module]
     fits: tuple[Fit, ...]
 
+
+Known = TypeVar("Known", Example, VectorExample)
 
 # --- data ---------------------------------------------------------------------------------------
 
@@ -263,8 +280,8 @@ class NetworkJob:
 
     @property
     def work(self) -> int:
-        """In proportion to the products of one step."""
-        return self.times * self.rows.far.shape[1] * self.length
+        """In proportion to the time of one step: products of the rows, and passes over weights."""
+        return (self.times * self.rows.far.shape[1] + _PASSES) * self.length
 
     @stage("train next")
     def run(self, stopped: Callable[[], bool] = lambda: False) -> tuple[nn.Module, Fit]:
@@ -301,13 +318,13 @@ def _fit(
     generator: torch.Generator,
     stopped: Callable[[], bool],
 ) -> tuple[nn.Module, Fit]:
-    start = Predictor(length, options.width, generator).state_dict()
+    start = Predictor(length, options.width, generator)
     everything = torch.ones(times, rows.far.shape[1], dtype=torch.bool)
     held = _held_out(everything, options, generator)
     taken, best = options.steps, None
     if held is not None:
         learned, kept = held
-        tried = _Training(length, start, rows, learned, options)
+        tried = _Training(start, rows, learned, options)
         looks = sorted({max(1, round(options.steps * i / _LOOKS)) for i in range(1, _LOOKS + 1)})
         losses = []
         for look in looks:
@@ -315,7 +332,7 @@ def _fit(
             losses.append(_loss_on(tried.network, rows, kept, options))
         best = min(losses)
         taken = looks[losses.index(best)]
-    training = _Training(length, start, rows, everything, options)
+    training = _Training(start, rows, everything, options)
     first = _loss_on(training.network, rows, everything, options)
     training.advance(taken, stopped)
     fit = Fit(
@@ -362,17 +379,14 @@ class _Training:
 
     def __init__(
         self,
-        length: int,
-        start: Mapping[str, Tensor],
+        start: Predictor,
         rows: _Rows,
         mask: Tensor,
         options: NextOptions,
     ) -> None:
-        blank = torch.Generator().manual_seed(0)  # overwritten by `start`
-        self.network = Predictor(length, options.width, blank)
-        self.network.load_state_dict(start)
-        self.network.to(options.device)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=options.rate, fused=True)
+        self.network = deepcopy(start).to(options.device)
+        joined = self.network.joined_parameters()
+        self.optimizer = torch.optim.AdamW([joined], lr=options.rate, fused=True)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, T_max=options.steps, eta_min=options.last_rate
         )
@@ -385,9 +399,7 @@ class _Training:
         while self.done < until:
             if stopped():
                 raise InterruptedError
-            self.optimizer.zero_grad()
-            for loss in _losses(self.network, self.data, self.options):
-                loss.backward()
+            _differentiate(self.network, self.data, self.options)
             self.optimizer.step()
             self.schedule.step()
             self.done += 1
@@ -404,13 +416,21 @@ def _selected(rows: _Rows, mask: Tensor, options: NextOptions) -> _Data:
     return far, near, target, times
 
 
-def _losses(network: nn.Module, data: _Data, options: NextOptions) -> Iterator[Tensor]:
-    """Σ|out − target| (or its square) over the number of checkpoints, in parts."""
-    far, near, target, times = data
-    size = max(1, _PART // (2 * far.shape[1]))
-    for start in range(0, len(far), size):
-        part = slice(start, start + size)
-        yield _distance(network(far[part], near[part]), target[part], options) / times
+def _parts(data: _Data) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    size = max(1, _PART // (2 * data[0].shape[1]))
+    return zip(*(one.split(size) for one in data[:3]), strict=True)
+
+
+def _differentiate(network: Predictor, data: _Data, options: NextOptions) -> None:
+    """Σ|out − target| (or its square) over the number of checkpoints by every parameter."""
+    times = data[3]
+    for i, (far, near, target) in enumerate(_parts(data)):
+
+        def slope(out: Tensor, target: Tensor = target) -> Tensor:
+            gap = out - target
+            return gap.sign_().div_(times) if options.loss == "l1" else gap.mul_(2 / times)
+
+        network.differentiate(far, near, slope, keep=float(i > 0))
 
 
 def _distance(out: Tensor, target: Tensor, options: NextOptions) -> Tensor:
@@ -421,7 +441,10 @@ def _distance(out: Tensor, target: Tensor, options: NextOptions) -> Tensor:
 @torch.no_grad()
 def _loss_on(network: nn.Module, rows: _Rows, mask: Tensor, options: NextOptions) -> float:
     data = _selected(rows, mask, options)
-    return sum(float(loss) for loss in _losses(network, data, options))
+    return sum(
+        float(_distance(network(far, near), target, options)) / data[3]
+        for far, near, target in _parts(data)
+    )
 
 
 def _plain_loss(rows: _Rows, mask: Tensor, options: NextOptions, *, near: bool) -> float:
@@ -469,9 +492,7 @@ def _unit(x: Tensor) -> Tensor:
     return nn.functional.normalize(x, dim=0)
 
 
-def observed(
-    examples: Mapping[str, Example], origin: int, options: NextOptions
-) -> dict[str, Example]:
+def observed(examples: Mapping[str, Known], origin: int, options: NextOptions) -> dict[str, Known]:
     """What was known of every tensor at an origin beyond H, for training as it was possible there.
 
     Predictions from it are held out for the backtest, with `outer_moves`.

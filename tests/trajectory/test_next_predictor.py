@@ -13,6 +13,7 @@ from geoscope.errors import OptionError
 from geoscope.trajectory import next_predictor
 from geoscope.trajectory.backtest import Moves, backtest
 from geoscope.trajectory.increments import increments_of_weights
+from geoscope.trajectory.next_network import Predictor
 from geoscope.trajectory.next_predictor import (
     Example,
     NextModel,
@@ -169,6 +170,34 @@ def test_trained_networks_are_those_of_the_published_loop(key: str) -> None:
     assert not torch.allclose(out, start.networks[key](far, near), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [3, 40])  # layers one by one, and taken as one
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_slopes_are_those_of_autograd(rows: int, keep: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    network = Predictor(6, 16, g).double()
+    joined = network.joined_parameters()
+    far, near, aim = (torch.randn(rows, 6, generator=g).double() for _ in range(3))
+    assert joined.grad is not None
+    joined.grad.fill_(0.5)
+    network.differentiate(far, near, lambda out: 2 * (out - aim), keep=keep)
+    theirs = Published(6, 16).double()
+    with torch.no_grad():
+        for mine, other in zip(network.parameters(), theirs.parameters(), strict=True):
+            other.copy_(mine)
+    (theirs(far, near) - aim).square().sum().backward()
+    for mine, other in zip(network.parameters(), theirs.parameters(), strict=True):
+        assert mine.grad is not None and other.grad is not None
+        expected = other.grad + keep / 2
+        torch.testing.assert_close(mine.grad, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_batch_in_parts_has_the_same_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(examples(), STEPS, QUICK)
+    monkeypatch.setattr(next_predictor, "_PART", 24)  # two rows of six at a time
+    for key, value in states(train(examples(), STEPS, QUICK)).items():
+        torch.testing.assert_close(value, states(whole)[key], rtol=1e-3, atol=1e-4)
+
+
 def test_same_seed_same_bytes_and_another_seed_others() -> None:
     torch.rand(3)  # whatever was drawn before
     one, two = (states(train(examples(), STEPS, QUICK)) for _ in range(2))
@@ -227,7 +256,10 @@ def test_a_steady_drift_is_learned() -> None:
 def test_vectors_share_the_network_of_their_length() -> None:
     g = torch.Generator().manual_seed(9)
     path = torch.randn(T + 1, 6, generator=g).double().cumsum(0)
-    vector = VectorExample(path[1:] - path[0], path.diff(dim=0), path[1 + H :] - path[1:-H])
+    vector = VectorExample.of(path, H)
+    assert torch.equal(vector.target[0], path[1 + H] - path[1])
+    known = observed({"norm": vector}, 4, QUICK)["norm"]
+    assert (len(known.far), len(known.near), len(known.target)) == (4, 4, 4 - H)
     model = train(examples(), STEPS, QUICK, vectors={"norm": vector})
     assert sorted(model.networks) == ["sigma:1", "u:6", "v:5"]
     assert {fit.key: fit.rows for fit in model.fits}["u:6"] == 4 * (T - H)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
 from geoscope.verbs.series.extrapolate_adapter import write_adapter
 from geoscope.verbs.series.follow import measure_series
-from geoscope.verbs.series.next_series import NEXT, NextForecast, next_forecast
+from geoscope.verbs.series.model_vectors import ModelVector, model_vectors
+from geoscope.verbs.series.next_series import HORIZON_ORIGINS, NEXT, NextForecast, next_forecast
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory, traps_of
 from geoscope.verbs.series.tensors import Followed, ModelTensor, open_followed
@@ -88,6 +89,8 @@ def extrapolate(
     options: FollowOptions | None = None,
     extend: Sequence[float] = (),
     training: int = 1000,
+    origins: int | None = None,
+    whole_model: bool = False,
     device: str = "cpu",
     rank: int | None = None,
     force: bool = False,
@@ -98,7 +101,10 @@ def extrapolate(
     method: one of `methods`; `auto` takes for each tensor the one with the best held-out skill and
     holds where none has any; it leaves out `next`, whose networks take minutes. extend: of `next`,
     the published family W_T + c·Ẑ, a model in `out`/c… for each c. training: steps of its networks,
-    1000 as published. device: where they train. rank: of a predicted adapter; default twice that
+    1000 as published. origins: of the backtest, at which they train again for the held-out skill;
+    default three, as many as a credible horizon takes, and one with `force`. whole_model: norms and
+    biases train them and are predicted, too, and without `include` also embeddings and the output
+    head, as published. device: where they train. rank: of a predicted adapter; default twice that
     of the series. force: beyond the credible horizon, too, of a series that is far from its base,
     and over an earlier output. Tensors that are not followed are copied from the last checkpoint.
     Raises GeoscopeError.
@@ -110,10 +116,14 @@ def extrapolate(
     method = _ALIASES.get(method, method.replace("-", "_"))
     if method not in methods():
         raise OptionError(f"`method` {method!r} is not one of {', '.join(methods())}")
+    is_next = method in (NEXT, f"damped({NEXT})")  # networks train
+    _refuse_of_next(is_next=is_next, extend=extend, origins=origins, whole_model=whole_model)
+    if whole_model and not options.include:
+        options = replace(options, include=(".",))
     progress = progress or Progress()
     found = open_followed(paths_of(references, "references"), options, progress, in_parts=False)
     of_adapters = found.series.kind == "adapter"
-    if of_adapters and _is_trained(method):
+    if of_adapters and is_next:
         raise OptionError("`method` next reads whole models; of adapters take another")
     if of_adapters and options.initial_adapter is not None and options.base is None:
         raise OptionError(
@@ -131,8 +141,10 @@ def extrapolate(
     far = series_distance(found, made.increments)
     if far is not None and not force:
         raise OptionError(f"{far.text}, or `force` to go on")
-    forecast = None
-    if _is_trained(method):
+    forecast, vectors = None, {}
+    if is_next:
+        if whole_model:
+            vectors = model_vectors(found, options, progress)
         forecast = next_forecast(
             found,
             made,
@@ -140,11 +152,11 @@ def extrapolate(
             seed=options.seed,
             device=device,
             training=training,
+            origins=origins or (1 if force else HORIZON_ORIGINS),
+            vectors=vectors,
             jobs=options.jobs,
             progress=progress,
         )
-    elif extend:
-        raise OptionError("`extend` is the family of `method` next; leave it out")
     test = made.backtest(None if forecast is None else {NEXT: forecast.moves})
     if forecast is not None:
         test = test.at(forecast.origins)
@@ -153,6 +165,7 @@ def extrapolate(
     if method != "hold" and target - last > horizon and not force:
         raise OptionError(_beyond(method, target - last, horizon, skill))
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
+    chosen |= dict.fromkeys(vectors, method)
     traps = traps_of(found, made, base_exact=options.base is not None)
     told = () if far is None else (far.text,)
     tried = () if forecast is None else (_tried(found, forecast),)
@@ -162,25 +175,39 @@ def extrapolate(
     if of_adapters:
         return _write_adapter(found, made, test, result, options, rank=rank, force=force)
     if forecast is None or not extend:
-        return _write(found, made, test, result, forecast, force=force)
+        return _write(found, made, test, result, forecast, vectors, force=force)
     for factor, folder in zip(extend, folders, strict=True):
         place = replace(result, out=folder)
-        written = _write(found, made, test, place, replace(forecast, scale=factor), force=force)
+        scaled = replace(forecast, scale=factor)
+        written = _write(found, made, test, place, scaled, vectors, force=force)
         notes = dict.fromkeys([*result.notes, *written.notes])
         result = replace(result, chosen=written.chosen, notes=tuple(notes))
     return result
 
 
-def _is_trained(method: str) -> bool:
-    """Whether networks train for it."""
-    return method in (NEXT, f"damped({NEXT})")
+def _refuse_of_next(
+    *, is_next: bool, extend: Sequence[float], origins: int | None, whole_model: bool
+) -> None:
+    """What has a meaning for `next` alone, and a number of origins that is none."""
+    if origins is not None and origins < 1:
+        raise OptionError(f"`origins` {origins}: at least one is needed")
+    given = {"extend": bool(extend), "origins": origins is not None, "whole_model": whole_model}
+    if not is_next and any(given.values()):
+        name = next(name for name, is_given in given.items() if is_given)
+        raise OptionError(f"`{name}` is of `method` next; leave it out")
 
 
 def _tried(found: Followed, forecast: NextForecast) -> str:
+    count = len(forecast.origins)
     at = ", ".join(f"{found.steps[origin]:g}" for origin in forecast.origins)
+    where = f"step {at}" if count == 1 else f"steps {at}"
+    lacking = f"; a credible horizon takes {HORIZON_ORIGINS} (`origins`)"
+    others = "norms and biases are as in the last checkpoint (`whole_model` predicts them)"
+    if forecast.vectors:
+        others = f"{len(forecast.vectors)} norms and biases are predicted, and not backtested"
     return (
-        f"next: its held-out skill is that of networks trained again at steps {at} on what was "
-        "known there; norms and biases are as in the last checkpoint"
+        f"next: its held-out skill is that of networks trained again at {where} on what was "
+        f"known there{lacking if count < HORIZON_ORIGINS else ''}; {others}"
     )
 
 
@@ -202,11 +229,13 @@ def _write(
     test: Backtest,
     result: Extrapolation,
     forecast: NextForecast | None,
+    vectors: Mapping[str, ModelVector],
     *,
     force: bool,
 ) -> Extrapolation:
     last = _models(found)[-1][0]
     stored = {_stored(found, name): name for name in made.increments}
+    stored |= {vector.places[-1][1]: name for name, vector in vectors.items()}
     replaced = {
         place: last.tensors[place].dtype
         for place, name in stored.items()
@@ -228,7 +257,14 @@ def _write(
         def replacement(place: str) -> Tensor | None:
             if place not in replaced:
                 return None
-            weight, reason = _predicted_or_held(found, made, test, stored[place], result, forecast)
+            name = stored[place]
+
+            def predicted() -> Tensor:
+                if name in vectors:
+                    return _moved_vector(vectors[name], name, test, result.chosen[name], forecast)
+                return _predicted(found, made, test, name, result, forecast)
+
+            weight, reason = _predicted_or_held(last, place, predicted)
             if reason is not None:
                 held[stored[place]] = reason
             return weight
@@ -296,22 +332,16 @@ def _stored(found: Followed, name: str) -> str:
 
 
 def _predicted_or_held(
-    found: Followed,
-    made: Trajectory,
-    test: Backtest,
-    name: str,
-    result: Extrapolation,
-    forecast: NextForecast | None,
+    last: Checkpoint, stored: str, predicted: Callable[[], Tensor]
 ) -> tuple[Tensor, str | None]:
     """The prediction; where it fails, or is not finite, the last weight, and why."""
     try:
         with matrix_boundary():
-            weight = _predicted(found, made, test, name, result, forecast)
+            weight = predicted()
             if not bool(torch.isfinite(weight).all()):
                 raise NumericsError(f"the prediction overflows {weight.dtype}")
         return weight, None
     except NumericsError as error:
-        last, stored = _model_tensor(found, name).places[-1]
         weight = last.read(stored)
         turned = weight.T.contiguous() if last.tensors[stored].transposed else weight
         return turned, f"{Status.NOT_CONVERGED.value}: {error}"
@@ -330,6 +360,14 @@ def _predicted(
     seen = Seen(made.increments[name], made.paths.get(name), step, test.factors)
     prediction = METHODS[result.chosen[name]].predict(seen, result.target)
     return _written(_model_tensor(found, name), prediction)
+
+
+def _moved_vector(
+    vector: ModelVector, name: str, test: Backtest, method: str, forecast: NextForecast | None
+) -> Tensor:
+    assert forecast is not None  # `next` alone predicts vectors
+    factor = 1.0 if method == NEXT else test.factors[NEXT]
+    return vector.moved(factor * forecast.scale * forecast.vectors[name])
 
 
 def _written(tensor: ModelTensor, prediction: Prediction) -> Tensor:

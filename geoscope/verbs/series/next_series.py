@@ -1,8 +1,9 @@
 """NExt on a series: its inputs from the files, its held-out moves, its prediction.
 
 Its networks are trained again at origins of the backtest, in full, on what was known there, and its
-skill is that from these origins. There are three, as few as a credible horizon takes: each is a
-training of its own. The networks of all origins train beside each other, a thread each.
+skill is that from these origins. A credible horizon takes three, and each is a training of its own;
+where no horizon is asked for there is one. The networks of all origins train beside each other, a
+thread each.
 """
 
 from __future__ import annotations
@@ -25,32 +26,38 @@ from geoscope.trajectory.next_predictor import (
     Example,
     NextModel,
     NextOptions,
+    VectorExample,
     joined_model,
     observed,
     predict,
+    predict_vectors,
     trainings,
 )
 from geoscope.trajectory.rank1 import Rank1Path
 from geoscope.trajectory.spatial_rank1 import Pair, outer_moves
 from geoscope.verbs.options import Progress
+from geoscope.verbs.series.model_vectors import ModelVector
 from geoscope.verbs.series.report import Trajectory
 from geoscope.verbs.series.tensors import Followed, ModelTensor
 
-__all__ = ["NEXT", "NextForecast", "next_forecast", "origins_of"]
+__all__ = ["HORIZON_ORIGINS", "NEXT", "NextForecast", "next_forecast", "origins_of"]
 
 NEXT = "next"
+# Origins that a credible horizon takes.
+HORIZON_ORIGINS = 3
 
 
 @dataclass(frozen=True)
 class NextForecast:
     """horizon: H, in checkpoints; scale: of the pair, for a target that is not H ahead. pairs:
-    tensor → predicted step. moves: for `backtest(others=)`, zeros but from `origins`, where the
-    networks were trained, too.
+    tensor → predicted step. vectors: the same of norms and biases, where they are predicted.
+    moves: for `backtest(others=)`, zeros but from `origins`, where the networks were trained, too.
     """
 
     horizon: int
     scale: float
     pairs: Mapping[str, Pair]
+    vectors: Mapping[str, Tensor]
     moves: Moves
     origins: tuple[int, ...]
 
@@ -63,11 +70,14 @@ def next_forecast(
     seed: int = 0,
     device: str = "cpu",
     training: int = 1000,
+    origins: int = HORIZON_ORIGINS,
+    vectors: Mapping[str, ModelVector] | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> NextForecast:
-    """Train and backtest NExt for a target step. training: steps of each network. jobs: networks
-    that train at once, default one a core.
+    """Train and backtest NExt for a target step. training: steps of each network. origins: how many
+    of the backtest it trains at. vectors: norms and biases that train and are predicted, too. jobs:
+    networks that train at once, default one a core.
 
     Raises OptionError for a series it cannot take.
     """
@@ -80,29 +90,33 @@ def next_forecast(
     workers = (jobs or torch.get_num_threads()) if device == "cpu" else 1
     with one_blas_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
         examples = _examples(found, made, horizon, seed, pool)
-        origins = origins_of(T, horizon)
-        seen = {origin: observed(examples, origin, options) for origin in origins}
-        models = _trained({**seen, T: examples}, found.steps, options, pool, progress)
-    guesses = {
-        origin: predict(model, seen[origin]) for origin, model in models.items() if origin < T
-    }
-    pairs = predict(models[T], examples)
-    rows = [_moves(found, made, name, guesses, horizon) for name in made.increments]
+        norms = {name: vector.example(horizon) for name, vector in (vectors or {}).items()}
+        tried = origins_of(T, horizon, origins)
+        known = {
+            origin: (observed(examples, origin, options), observed(norms, origin, options))
+            for origin in (*tried, T)
+        }
+        models = _trained(known, found.steps, options, pool, progress)
+        guesses = {origin: predict(models[origin], known[origin][0]) for origin in tried}
+        pairs, steps = predict(models[T], examples), predict_vectors(models[T], norms)
+        rows = [_moves(found, made, name, guesses, horizon) for name in made.increments]
     moves = Moves(*(torch.stack([row[i] for row in rows]) for i in range(2)))
-    return NextForecast(
-        horizon, (target - found.steps[-1]) / (horizon * gap), pairs, moves, origins
-    )
+    scale = (target - found.steps[-1]) / (horizon * gap)
+    return NextForecast(horizon, scale, pairs, steps, moves, tried)
 
 
-def origins_of(T: int, horizon: int) -> tuple[int, ...]:
-    """Origins at which the networks train again: of those that a backtest reports and that have
-    seen a target, the first, the middle one of those up to two thirds of T, and the last of these.
+def origins_of(T: int, horizon: int, count: int = HORIZON_ORIGINS) -> tuple[int, ...]:
+    """`count` origins at which the networks train again, of those that a backtest reports and that
+    have seen a target; fewer where there are fewer.
 
-    Late origins have the most to learn from, and cost as much as the prediction itself.
+    The last is the one at two thirds of T: it is the nearest to the prediction that leaves a third
+    to be tried on. Others are spread evenly from the first one up to it, or follow it where there
+    are not so many. Later ones cost as much as the prediction itself.
     """
     first = max(3, math.ceil(T / 3), horizon + 1)
-    last = max(min(first + 2, T - 1), 2 * T // 3)
-    return tuple(sorted({first, (first + last) // 2, last} & set(range(first, T))))
+    last = min(T - 1, max(first + count - 1, 2 * T // 3))
+    count = min(count, last - first + 1)
+    return tuple(last - (last - first) * i // max(count - 1, 1) for i in reversed(range(count)))
 
 
 def _examples(
@@ -120,8 +134,11 @@ def _examples(
     }
 
 
+_Known = tuple[Mapping[str, Example], Mapping[str, VectorExample]]
+
+
 def _trained(
-    examples: Mapping[int, Mapping[str, Example]],
+    known: Mapping[int, _Known],
     steps: Sequence[float],
     options: NextOptions,
     pool: ThreadPoolExecutor,
@@ -130,8 +147,8 @@ def _trained(
     """origin → its networks, all trained beside each other, the largest first."""
     jobs = [
         (origin, job)
-        for origin, known in examples.items()
-        for job in trainings(known, steps[: origin + 1], options)
+        for origin, (examples, vectors) in known.items()
+        for job in trainings(examples, steps[: origin + 1], options, vectors=vectors)
     ]
     jobs.sort(key=lambda one: -one[1].work)
     tell, stop = (progress or Progress()).on_network, Event()
@@ -148,7 +165,7 @@ def _trained(
             future.cancel()
     return {
         origin: joined_model(options, [one.result() for one in running if running[one] == origin])
-        for origin in examples
+        for origin in known
     }
 
 
