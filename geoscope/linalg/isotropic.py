@@ -72,7 +72,9 @@ def _sizes(base: Side) -> tuple[Tensor, Tensor]:
         sizes = sizes.sort().values
     stride = 2 * (len(sizes) // (2 * _LEVELS)) + 1  # odd: no power of two is its multiple
     padded = torch.nn.functional.pad(shares, (0, -len(shares) % stride))
-    return sizes[stride // 2 :: stride], padded.view(-1, stride).sum(-1)
+    parts = padded.view(-1, stride).sum(-1)
+    middles = torch.arange(len(parts), device=sizes.device) * stride + stride // 2
+    return sizes[middles.clamp_max(len(sizes) - 1)], parts
 
 
 def expected_energy(sizes: Tensor, shares: Tensor, fmt: FloatFormat, spread: float) -> float:

@@ -17,9 +17,10 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from geoscope.engine import one_blas_thread
-from geoscope.linalg.changes import side
+from geoscope.linalg.changes import Side, side
 from geoscope.linalg.isotropic import expected_energy, isotropic_spread
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
+from geoscope.linalg.storage import FORMATS
 from geoscope.records import Status
 
 from .measuring import row
@@ -221,6 +222,15 @@ def test_sampled_spectra_are_those_of_dense_draws(
     found = (tuned_spectra(S, spread, shape=shape, seed=0) - S).norm(dim=-1)
     error = float(dense.std()) / math.sqrt(12) + float(found.std()) / math.sqrt(len(found))
     assert abs(float(found.mean() - dense.mean())) <= 4 * error + 0.03 * float(dense.mean())
+
+
+@pytest.mark.parametrize("count", [8192, 8193, 9001, 24577, 65536, 70001])
+def test_every_level_of_a_wide_base_counts(count: int) -> None:
+    """A last part of less than half a stride had a share and no size."""
+    levels = torch.linspace(0.01, 0.02, count, dtype=torch.float64)
+    base = Side(1.0, 1e-9, FORMATS[torch.float32], levels, torch.ones_like(levels))
+    spread = isotropic_spread(base, base, 1e-9)
+    assert 0 < spread < 2e-9
 
 
 def test_nothing_added_moves_nothing() -> None:
