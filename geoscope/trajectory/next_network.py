@@ -139,7 +139,7 @@ class _Narrow(nn.Module):
         return nn.functional.linear(x, weight, bias), back
 
 
-def _add(parameter: nn.Parameter, left: Tensor, right: Tensor | None, keep: float) -> None:
+def _add(parameter: Tensor, left: Tensor, right: Tensor | None, keep: float) -> None:
     """grad ← keep·grad + left·right; of a bias the right one is a column, by default of ones."""
     grad = parameter.grad
     assert grad is not None
