@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -50,3 +52,15 @@ def _own_signals() -> Iterator[None]:
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards as trainers write them, made once by four processes; not to be written to."""
+    writer = Path(__file__).with_name("helpers") / "write_shards.py"
+    folder = tmp_path_factory.mktemp("shards")
+    done = subprocess.run(
+        [sys.executable, str(writer), str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matrices import DTYPES, gaussian, save_model, updated, with_spectrum
-from oracle import OracleRow, oracle_row
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from geoscope import Options, Report, compare
 from geoscope.metrics import Settings, pair_factors
 from geoscope.records import LayerRecord
+from tests.helpers.matrices import DTYPES, gaussian, save_model, updated, with_spectrum
+from tests.helpers.oracle import OracleRow, oracle_row
 
 KS = (8, 64)
 

@@ -8,8 +8,6 @@ import re
 import tokenize
 from pathlib import Path
 
-from pages import DOCS, PAGES, ROOT, name_of, sections, text_of
-
 from geoscope.adapters.facts import FACTS
 from geoscope.metrics import METRICS, THRESHOLDS
 from geoscope.records import Status
@@ -17,6 +15,7 @@ from geoscope.trajectory.extrapolators import EXTRAPOLATORS
 from geoscope.trajectory.metric_relation import METRIC_RELATIONS
 from geoscope.trajectory.spatial_rank1 import SPATIAL
 from geoscope.trajectory.statistics import STATISTICS
+from tests.helpers.pages import DOCS, PAGES, ROOT, name_of, sections, text_of
 
 METHODS = sections(DOCS / "methods.md")
 SOURCES = [

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import gaussian, orthonormal, save_model, updated
 from torch import Tensor
 
 from geoscope import Options, Report, compare
 from geoscope.engine import plan
 from geoscope.linalg import Factors, Operand, choice, stacked, svd_leading
 from geoscope.linalg import svd as svd_module
+from tests.helpers.matrices import gaussian, orthonormal, save_model, updated
 
 SHAPES = {"self_attn.q_proj": (300, 300), "mlp.up_proj": (640, 280), "mlp.down_proj": (280, 640)}
 LAYERS = 3

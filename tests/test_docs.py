@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from option_tables import with_table
-from pages import DOCS, PAGES, ROOT, name_of, prose_of, sections, text_of
 from typer.testing import CliRunner
 
 import geoscope
@@ -33,6 +31,8 @@ from geoscope.metrics import CAPACITY_CODES, CODES, METRICS, THRESHOLDS
 from geoscope.metrics.describe import reference_page
 from geoscope.metrics.precision import FLOORS
 from geoscope.records import Status
+from tests.helpers.option_tables import with_table
+from tests.helpers.pages import DOCS, PAGES, ROOT, name_of, prose_of, sections, text_of
 
 DEMO = "geoscope-demo"
 ELLIPSIS = "…"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from forked import run_forked
+
+from tests.helpers.forked import run_forked
 
 PROGRAM = """
 import json, os, sys

@@ -10,7 +10,9 @@ import math
 
 import numpy as np
 import pytest
-from oracle import (
+from scipy.linalg import hadamard
+
+from tests.helpers.oracle import (
     INTRUDERS,
     NULL_STATUSES,
     ROLES,
@@ -25,7 +27,6 @@ from oracle import (
     simulated_turns,
     ulp,
 )
-from scipy.linalg import hadamard
 
 EXACT = 1e-12
 DEGREE = math.pi / 180

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import typer
-from cli.running import run, write_pair
-from matrices import save_model
 
 import geoscope
 from geoscope.cli import app
@@ -23,6 +21,8 @@ from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection
 from geoscope.verbs.adapters.convert import convert_adapter
 from geoscope.verbs.series.extrapolate import extrapolate
+from tests.helpers.matrices import save_model
+from tests.helpers.running import run, write_pair
 
 PACKAGE = Path(geoscope.__file__).parent
 

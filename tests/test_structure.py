@@ -444,3 +444,24 @@ def swallowed(path: Path) -> Iterator[str]:
 
 def test_no_exception_is_swallowed_without_a_reason() -> None:
     assert offenders(swallowed) == {}
+
+
+# --- the tests ----------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+TEST_MODULES = sorted(TESTS.rglob("test_*.py"))
+
+
+def test_the_tests_stand_in_the_folders_of_the_package() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TEST_MODULES}
+    assert {folder.as_posix() for folder in folders if not (PACKAGE / folder).is_dir()} == set()
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several of them need stands in tests/helpers."""
+    shared = {
+        path.relative_to(TESTS).as_posix(): sorted(names)
+        for path in TESTS.rglob("*.py")
+        if (names := {name for name in imports(path) if re.search(r"(^|\.)test_", name)})
+    }
+    assert shared == {}

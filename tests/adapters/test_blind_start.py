@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, orthonormal, with_spectrum
 from torch import Tensor
 
 from geoscope.adapters import INITIALISATIONS, LoraFactors, geora, lora, milora, olora, pissa
 from geoscope.adapters.blind_start import blind_start
 from geoscope.linalg.product import Product
+from tests.helpers.matrices import gaussian, orthonormal, with_spectrum
 
 RANK, ALPHA = 4, 12.0
 SCALING = ALPHA / RANK

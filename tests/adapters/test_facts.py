@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrices import gaussian
 
 from geoscope.adapters import geora
 from geoscope.adapters.facts import FACTS, ILL_CONDITIONED, captured, completed, gap_note
 from geoscope.records import Status
+from tests.helpers.matrices import gaussian
 
 
 def test_captured_is_all_or_nothing_along_and_across() -> None:

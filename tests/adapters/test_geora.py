@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import DTYPES, gaussian, orthonormal, with_spectrum
-from oracle_initial import geora as oracle
 from torch import Tensor
 
 from geoscope.adapters import LoraFactors, geora
 from geoscope.errors import NumericsError, OptionError
 from geoscope.records import Status
+from tests.helpers.matrices import DTYPES, gaussian, orthonormal, with_spectrum
+from tests.helpers.oracle_initial import geora as oracle
 
 SHAPES = {
     "tall": (96, 40), "wide": (40, 96), "square": (64, 64), "narrow": (200, 6),

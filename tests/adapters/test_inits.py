@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matrices import DTYPES, gaussian, with_spectrum
-from oracle_initial import part, qr_part
 from torch import Tensor, nn
 
 from geoscope.adapters import INITIALISATIONS, LoraFactors, lora, milora, olora, pissa
 from geoscope.adapters.facts import FACTS
 from geoscope.errors import NumericsError, OptionError
 from geoscope.records import Status
+from tests.helpers.matrices import DTYPES, gaussian, with_spectrum
+from tests.helpers.oracle_initial import part, qr_part
 
 every_one = pytest.mark.parametrize("name", INITIALISATIONS)
 SHAPES = [(72, 40), (40, 72), (48, 48)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from matrices import save_model
 
-from .running import weights, write_pair
+from tests.helpers.matrices import save_model
+from tests.helpers.running import weights, write_pair
 
 
 @pytest.fixture(scope="session")

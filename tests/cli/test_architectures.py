@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import gaussian, save_model, updated
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .running import Done, Weights, run, weights, write_pair
+from tests.helpers.matrices import gaussian, save_model, updated
+from tests.helpers.running import Done, Weights, run, weights, write_pair
 
 with warnings.catch_warnings():  # of packages that transformers imports
     warnings.simplefilter("ignore")

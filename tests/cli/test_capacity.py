@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import tiny_models
-from matrices import orthonormal
 
 from geoscope.report import SUFFIXES, read
-
-from .running import run
+from tests.helpers import tiny_models
+from tests.helpers.matrices import orthonormal
+from tests.helpers.running import run
 
 with warnings.catch_warnings():  # of packages that it imports
     warnings.simplefilter("ignore")

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import save_model
 
 from geoscope.report import SUFFIXES, read
-
-from .running import Done, Weights, process, run, weights, write_pair
+from tests.helpers.matrices import save_model
+from tests.helpers.running import Done, Weights, process, run, weights, write_pair
 
 Models = dict[str, Path]
 

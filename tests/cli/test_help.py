@@ -14,8 +14,7 @@ from typer.main import get_command
 
 import geoscope
 from geoscope.cli import app
-
-from .running import process, run
+from tests.helpers.running import process, run
 
 # What help may not wait for: seconds each.
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "safetensors", "huggingface_hub"}

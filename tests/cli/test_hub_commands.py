@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked import GEOSCOPE, run_forked
-from hub_server import HubServer, Repo, commit_of
 from safetensors import safe_open
+
+from tests.helpers.forked import GEOSCOPE, run_forked
+from tests.helpers.hub_server import HubServer, Repo, commit_of
 
 with warnings.catch_warnings():  # of packages that peft imports
     warnings.simplefilter("ignore")

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import gaussian, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geoscope.linalg import Operand
 from geoscope.linalg.product import _Thin
 from geoscope.trajectory.factor_series import FactorSeries
-
-from .running import Done, run
+from tests.helpers.matrices import gaussian, save_model
+from tests.helpers.running import Done, run
 
 NAMES = [
     f"model.layers.{i}.{module}.weight"

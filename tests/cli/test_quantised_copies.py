@@ -9,8 +9,8 @@ import torch
 
 import geoscope
 from geoscope.records import Report
-from tests.matrices import gaussian, save_model, updated
-from tests.quantisers import GRIDS
+from tests.helpers.matrices import gaussian, save_model, updated
+from tests.helpers.quantisers import GRIDS
 
 SHAPES = {"self_attn.q_proj": (128, 128), "mlp.up_proj": (256, 128), "mlp.down_proj": (128, 256)}
 BASE = {

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrices import gaussian, save_model
+
+from tests.helpers.matrices import gaussian, save_model
 
 MATRICES = 60
 

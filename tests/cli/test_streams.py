@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.running import write_pair
+from tests.helpers.running import write_pair
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import gaussian, save_model, updated
 from torch import Tensor
 
 import geoscope.engine.cache as cache_module
@@ -19,6 +18,7 @@ from geoscope import Options, Report, compare
 from geoscope.engine.cache import ResultCache, code_version, content_of
 from geoscope.errors import NumericsError
 from geoscope.verbs.options import Interrupted, Progress
+from tests.helpers.matrices import gaussian, save_model, updated
 
 Weights = dict[str, Tensor]
 NAMES = [

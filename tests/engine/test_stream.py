@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from matrices import gaussian, save_model, updated
 from torch import Tensor
 
 from geoscope import Options, Report, compare
@@ -23,6 +22,7 @@ from geoscope.engine import Batch, Outcome, one_blas_thread, stream
 from geoscope.engine.plan import BASELINE
 from geoscope.errors import Stopped
 from geoscope.records import TensorInfo, WeightPair
+from tests.helpers.matrices import gaussian, save_model, updated
 
 CPU = torch.device("cpu")
 PATIENCE = 20.0  # seconds that a test waits for a thread before it fails

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, orthonormal, with_spectrum
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from geoscope.linalg import Operand, factorise, principal_angles
+from tests.helpers.matrices import gaussian, orthonormal, with_spectrum
 
 
 def bases_at(theta: list[float], d: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:

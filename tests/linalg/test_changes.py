@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from matrices import DTYPES, gaussian, updated
 from torch import Tensor
 
 from geoscope.linalg import FORMATS
 from geoscope.linalg.changes import changed_mask, nonfinite_entries, side, unchanged
 from geoscope.linalg.storage import squared_spacing
+from tests.helpers.matrices import DTYPES, gaussian, updated
 
 WIDE = {**DTYPES, "fp64": torch.float64}
 every_dtype = pytest.mark.parametrize("dtype", WIDE.values(), ids=WIDE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, with_spectrum
 from torch import Tensor
 
 from geoscope.linalg.factor_grams import GRAM_ERROR, GramPair, gram_pairs
+from tests.helpers.matrices import gaussian, with_spectrum
 
 
 def stacked(m: int, n: int, r: int, *, count: int = 3) -> tuple[Tensor, Tensor]:

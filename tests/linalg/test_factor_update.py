@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from matrices import gaussian, with_spectrum
 from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.factor_update import FactorUpdate
+from tests.helpers.matrices import gaussian, with_spectrum
 
 M, N, R = 14, 9, 3
 

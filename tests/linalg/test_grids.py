@@ -11,8 +11,8 @@ from torch import Tensor
 
 from geoscope.linalg.changes import side
 from geoscope.linalg.grids import grid_of
-from tests.matrices import DTYPES, gaussian
-from tests.quantisers import GRIDS
+from tests.helpers.matrices import DTYPES, gaussian
+from tests.helpers.quantisers import GRIDS
 
 
 def _weight(m: int, n: int, seed: int) -> Tensor:

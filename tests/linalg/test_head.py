@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matrices import DTYPES, gaussian, with_spectrum
 from torch import Tensor
 
 from geoscope.linalg.head import head_triplets
@@ -13,6 +12,7 @@ from geoscope.linalg.iid import iid_top_share
 from geoscope.linalg.masked import keep_small, part_threshold, threshold
 from geoscope.linalg.tail import tail_triplets
 from geoscope.linalg.triangular import leading_qr
+from tests.helpers.matrices import DTYPES, gaussian, with_spectrum
 
 Q = 520  # the least side that is searched in fp32, and a little
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, generator, orthonormal, updated
 from torch import Tensor
 
 from geoscope.linalg import Operand, factorise, factorise_leading
 from geoscope.linalg.leading import leading_triplets
+from tests.helpers.matrices import gaussian, generator, orthonormal, updated
 
 
 def realistic(m: int, n: int, *, seed: int = 0) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian
 from torch import Tensor
 
 from geoscope.linalg import Operand
+from tests.helpers.matrices import gaussian
 
 # Around the block lengths (512 along the longer side, 256 in the Gram matrix), and off by one.
 SHAPES = {

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import gaussian, orthonormal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import Product, factorise_product, principal_angles
+from tests.helpers.matrices import gaussian, orthonormal
 
 seeded = settings(deadline=None, derandomize=True, database=None)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian
 
 from geoscope.linalg import quantile
+from tests.helpers.matrices import gaussian
 
 LEVELS = (0.0, 1e-9, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 1 - 1e-9, 1.0)
 

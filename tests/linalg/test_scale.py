@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian
 from torch import Tensor
 
 from geoscope.errors import NumericsError
@@ -18,6 +17,7 @@ from geoscope.linalg.scale import outside, power_of_two
 from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.linalg.svd import Factors
 from geoscope.linalg.tail import tail_triplets
+from tests.helpers.matrices import gaussian
 
 SIDE = 512  # from which on leading triplets have a route of their own
 SCALES = (1e-300, 1e-200, 1e-40, 1e-30, 1e30, 1e38, 1e200, 1e300)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, orthonormal, with_spectrum
 from torch import Tensor
 
 from geoscope.linalg import (
@@ -27,6 +26,7 @@ from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.precision import full_precision
 from geoscope.linalg.stacked import eigenpairs
 from geoscope.linalg.stacked_leading import stacked_leading
+from tests.helpers.matrices import gaussian, orthonormal, with_spectrum
 
 # Around the block lengths (2048 along the longer side, 512 in the Gram matrix).
 SHAPES = {

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, generator
 from scipy.stats import norm
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from geoscope.linalg.storage import (
     rounding_cell,
     squared_spacing,
 )
+from tests.helpers.matrices import gaussian, generator
 
 NARROW = (torch.bfloat16, torch.float16)
 BF16 = FORMATS[torch.bfloat16]

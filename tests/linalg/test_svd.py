@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, generator, orthonormal, updated, with_spectrum
 from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import Factors, Operand, blas, factorise, principal_angles
 from geoscope.linalg import svd as svd_module
+from tests.helpers.matrices import gaussian, generator, orthonormal, updated, with_spectrum
 
 CUTS = (1, 8, 16)
 ANGLE = 1e-8  # radians, promised wherever the gap is 1e-6 or more

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 
 import pytest
-from matrices import gaussian, updated
 
 from geoscope.metrics import METRICS, Instance, Measured, aggregate, instances
 from geoscope.records import Status
-
-from .measuring import all_instances, rows
+from tests.helpers.matrices import gaussian, updated
+from tests.helpers.measuring import all_instances, rows
 
 KS = (2, 8)
 INSTANCES = {one.id: one for one in all_instances(KS)}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.running import run, write_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoscope.metrics.budget import ranks_within
+from tests.helpers.running import run, write_pair
 
 SHAPES = [(4, 6), (10, 3), (5, 5)]
 SPECTRA = st.tuples(

@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import oracle_capacity as oracle
 import pytest
 import torch
-from matrices import DTYPES, gaussian, orthonormal, updated
 from torch import Tensor
 
 from geoscope.linalg.factor_update import FactorUpdate
@@ -26,8 +24,9 @@ from geoscope.metrics import (
 )
 from geoscope.metrics.capacity import servable
 from geoscope.records import Status
-
-from .measuring import row
+from tests.helpers import oracle_capacity as oracle
+from tests.helpers.matrices import DTYPES, gaussian, orthonormal, updated
+from tests.helpers.measuring import row
 
 FAMILY = [one for metric in METRICS if metric.family in ("size", "capacity")
           for one in instances(metric, ())]  # fmt: skip

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import gaussian, orthonormal, save_model, with_spectrum
 from scipy.linalg import hadamard
 from torch import Tensor
 
@@ -16,8 +15,8 @@ from geoscope.linalg import principal_angles
 from geoscope.linalg.changes import side
 from geoscope.metrics import alignment, collapse, nulls, size, spectrum
 from geoscope.metrics.metric import ROLES
-
-from .measuring import numbers, row
+from tests.helpers.matrices import gaussian, orthonormal, save_model, with_spectrum
+from tests.helpers.measuring import numbers, row
 
 DEGREE = math.pi / 180
 E = 1e-12

@@ -12,9 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from matrices import DTYPES, gaussian, orthonormal, updated, with_spectrum
-from oracle import ids as oracle_ids
-from oracle_capacity import CAPACITY
 from torch import Tensor
 
 from geoscope.metrics import FAMILIES, METRICS, Measured, Metric, instances, measure_nothing
@@ -27,8 +24,10 @@ from geoscope.metrics.spectrum import (
     stable_rank,
 )
 from geoscope.records import Status
-
-from .measuring import all_instances, numbers, row, rows, stored
+from tests.helpers.matrices import DTYPES, gaussian, orthonormal, updated, with_spectrum
+from tests.helpers.measuring import all_instances, numbers, row, rows, stored
+from tests.helpers.oracle import ids as oracle_ids
+from tests.helpers.oracle_capacity import CAPACITY
 
 KS = (2, 8, 80)  # 80 exceeds every matrix here
 SHAPES = {"square": (70, 70), "tall": (96, 66), "wide": (66, 96)}

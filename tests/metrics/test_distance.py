@@ -11,7 +11,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from matrices import gaussian, updated, with_spectrum
 from torch import Tensor
 
 from geoscope.metrics import (
@@ -26,8 +25,8 @@ from geoscope.metrics import (
 )
 from geoscope.metrics.distance import cosine_and_deviation
 from geoscope.metrics.table import METRICS
-
-from .measuring import judged, row
+from tests.helpers.matrices import gaussian, updated, with_spectrum
+from tests.helpers.measuring import judged, row
 
 LIMIT = THRESHOLDS["too_far.cosine"].value
 

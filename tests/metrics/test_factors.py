@@ -16,7 +16,7 @@ from geoscope.metrics import METRICS, Settings, instances, pair_factors, takes_o
 from geoscope.metrics import factors as module
 from geoscope.metrics.factors import FACTORS, GIVEN
 from geoscope.metrics.resolver import Provider, Step, names_made, plan, resolve
-from tests.matrices import gaussian
+from tests.helpers.matrices import gaussian
 
 KS = (2, 8)
 EVERYTHING = takes_of([one for metric in METRICS for one in instances(metric, KS)])

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from matrices import DTYPES, gaussian, heavy_headed, orthonormal, updated, with_spectrum
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
@@ -22,8 +21,15 @@ from geoscope.linalg.isotropic import expected_energy, isotropic_spread
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.linalg.storage import FORMATS
 from geoscope.records import Status
-
-from .measuring import row
+from tests.helpers.matrices import (
+    DTYPES,
+    gaussian,
+    heavy_headed,
+    orthonormal,
+    updated,
+    with_spectrum,
+)
+from tests.helpers.measuring import row
 
 SHAPES = [(160, 160), (320, 96), (96, 320)]
 RHOS = [1e-1, 1e-2, 3e-3, 1e-3]

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matrices import DTYPES, gaussian, save_model, updated
 from torch import Tensor
 
 from geoscope import Options, compare
@@ -19,8 +18,8 @@ from geoscope.linalg import FORMATS, Operand, factorise, iid
 from geoscope.linalg.changes import changed_mask, expected_unchanged, side, unchanged
 from geoscope.metrics import METRICS, Measured, nulls, spectrum
 from geoscope.metrics.masks import MaskOverlaps, mask_overlaps
-
-from .measuring import rows
+from tests.helpers.matrices import DTYPES, gaussian, save_model, updated
+from tests.helpers.measuring import rows
 
 BF16 = FORMATS[torch.bfloat16]
 

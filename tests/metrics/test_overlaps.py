@@ -12,10 +12,8 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from matrices import DTYPES, gaussian, orthonormal, save_model, updated, with_spectrum
 from torch import Tensor
 
 from geoscope import Options, Report, compare
@@ -23,6 +21,8 @@ from geoscope.engine import one_blas_thread
 from geoscope.errors import Stopped
 from geoscope.metrics.overlaps import PHI_DIMENSIONS, overlap
 from geoscope.verbs.options import Interrupted
+from tests.helpers import oracle
+from tests.helpers.matrices import DTYPES, gaussian, orthonormal, save_model, updated, with_spectrum
 
 SHAPES = {"square": (40, 40), "tall": (60, 30), "wide": (30, 60)}
 KS = (2, 8, 30)

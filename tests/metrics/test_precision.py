@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from matrices import DTYPES, gaussian, save_model, updated
 from torch import Tensor
 
 from geoscope import Options, compare
@@ -29,8 +27,9 @@ from geoscope.metrics import (
 )
 from geoscope.metrics.precision import FLOORS, floor_status
 from geoscope.records import Status
-
-from .measuring import all_instances, row
+from tests.helpers import oracle
+from tests.helpers.matrices import DTYPES, gaussian, save_model, updated
+from tests.helpers.measuring import all_instances, row
 
 OK, CAUTION, BELOW = Status.OK, Status.CAUTION, Status.BELOW_RESOLUTION
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from matrices import DTYPES, gaussian, updated, with_spectrum
 from torch import Tensor
 
 from geoscope.errors import OptionError
@@ -25,8 +24,8 @@ from geoscope.metrics import (
     verdict_dimension,
 )
 from geoscope.records import Status, Verdict
-
-from .measuring import all_instances, judged, numbers, stored
+from tests.helpers.matrices import DTYPES, gaussian, updated, with_spectrum
+from tests.helpers.measuring import all_instances, judged, numbers, stored
 
 DEGREE = math.pi / 180
 K = 8

@@ -10,8 +10,7 @@ from geoscope.records import NOT_READ, Report, Status
 from geoscope.report import render_text
 from geoscope.report.coverage import status_block
 from geoscope.report.markdown import render_markdown
-
-from .examples import all_null, example
+from tests.helpers.examples import all_null, example
 
 ENTRIES = "An update in its factors has no stored entries."
 NO_BASE = "The base was not read."

@@ -10,9 +10,7 @@ import pytest
 import geoscope
 from geoscope.records import Coverage, Report, ShapeMismatch, Skipped, Status
 from geoscope.report.coverage import _FALLBACKS, status_block
-
-from .examples import FALLBACK, example
-from .test_text import lines_with, plain
+from tests.helpers.examples import FALLBACK, example, lines_with, plain
 
 
 def test_complete_coverage_is_one_line() -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from geoscope.records import LayerRecord, Report
 from geoscope.report.csvs import render_csv
-
-from .examples import example
+from tests.helpers.examples import example
 
 
 def rows_of(report: Report) -> list[dict[str, str]]:

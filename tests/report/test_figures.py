@@ -16,8 +16,7 @@ from geoscope.report.figures import render_figure
 from geoscope.report.numbers import number
 from geoscope.report.panels import PANELS
 from geoscope.report.panels.curves import middle_of, points
-
-from .examples import all_null, example
+from tests.helpers.examples import all_null, example
 
 FEW = ("q_proj", "k_proj", "up_proj")
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from geoscope.errors import GeoscopeError, OptionError, ReportError
 from geoscope.records import LayerRecord, Report, Status
 from geoscope.report import SUFFIXES, check_output, read, write
-
-from .examples import all_null, example
+from tests.helpers.examples import all_null, example
 
 KINDS = ("collapse", "anisotropy", "alignment", "compare")
 

@@ -10,8 +10,7 @@ import pytest
 from geoscope.kinds import KINDS
 from geoscope.records import Report
 from geoscope.report.markdown import render_markdown
-
-from .examples import example
+from tests.helpers.examples import example
 
 
 def tables(report: Report) -> list[list[str]]:

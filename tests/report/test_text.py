@@ -15,19 +15,10 @@ from geoscope.report import render_text
 from geoscope.report.markdown import render_markdown
 from geoscope.report.numbers import number
 from geoscope.report.tables import QUANTITIES
-
-from .examples import FALLBACK, MODULES, all_null, example
+from tests.helpers.examples import FALLBACK, MODULES, all_null, example, lines_with, plain
 
 GOLDEN = Path(__file__).parent / "golden"
 DIMENSIONAL = [quantity for quantity in QUANTITIES.values() if quantity.id.endswith("@k")]
-
-
-def plain(report: Report, width: int = 80, **options: bool) -> str:
-    return render_text(report, width=width, colour=False, **options)
-
-
-def lines_with(text: str, start: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip().startswith(start)]
 
 
 @pytest.mark.parametrize(("kind", "width"), [("compare", 80), ("compare", 120), ("anisotropy", 80)])

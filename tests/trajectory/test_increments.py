@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trajectory.series import simulated
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.product import Product
@@ -16,6 +15,7 @@ from geoscope.trajectory.increments import (
     increments_of_products,
     increments_of_weights,
 )
+from tests.helpers.series import simulated
 
 STEPS = (0, 10, 20, 50, 60, 100)
 

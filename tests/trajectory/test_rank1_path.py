@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trajectory.series import number, simulated
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.operand import Operand
@@ -25,6 +24,7 @@ from geoscope.trajectory.rank1 import (
     rank1_totals,
 )
 from geoscope.trajectory.statistics import statistics
+from tests.helpers.series import number, simulated
 
 STEPS = (0, 10, 20, 40, 50, 80, 100)
 M, N = 24, 40

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from trajectory.series import from_steps, number, simulated
 
 from geoscope.errors import NumericsError
 from geoscope.trajectory.increments import increments_of_weights
 from geoscope.trajectory.scalar_r2 import ScalarR2, ScalarR2Counts, scalar_r2_walk
+from tests.helpers.series import from_steps, number, simulated
 
 STEPS = (0, 1, 2, 5, 6, 10, 11, 12, 18)
 

@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from trajectory.series import curve, from_steps, number, simulated
 
 from geoscope.kinds import MOTION
 from geoscope.records import Status
@@ -19,6 +18,7 @@ from geoscope.trajectory.statistics import STATISTICS, statistics
 from geoscope.trajectory.storage_noise import corrected_gram, with_exact_base
 from geoscope.trajectory.temporal import rank1_coefficients
 from geoscope.trajectory.walk import sign_flip_p, walk
+from tests.helpers.series import curve, from_steps, number, simulated
 
 
 def one(T: int, drift: float = 0.0) -> Increments:
