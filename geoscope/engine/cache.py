@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from geoscope.files import keep
 
 __all__ = ["ResultCache", "content_of"]
 
@@ -43,18 +43,7 @@ class ResultCache:
 
     def put(self, key: str, result: Mapping[str, Any]) -> None:
         """Keeps a result. A full or read-only disk is no reason to fail: it is then not kept."""
-        path = self._path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        except OSError:
-            return
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(result, file, allow_nan=False)
-            Path(scratch).replace(path)
-        except OSError:
-            Path(scratch).unlink(missing_ok=True)
+        keep(self._path(key), json.dumps(result, allow_nan=False).encode())
 
     def files(self) -> Iterator[Path]:
         """The file of every result."""

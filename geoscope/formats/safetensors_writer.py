@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,16 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from geoscope import files
 from geoscope.errors import CheckpointError
 from geoscope.formats.safetensors_file import DTYPES, SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TEMPORARY", "FilePlan", "TensorPlan", "TensorWriter", "replacing", "write_tensors"]
+__all__ = ["FilePlan", "TensorPlan", "TensorWriter", "replacing", "write_tensors"]
 
-# Temporary names: `.NAME.PROCESS.geoscope-part`, in the folder of NAME.
-TEMPORARY = ".geoscope-part"
 _CHUNK = 8 << 20
 # Readers that map files, and torch's typed views, want data to start at a multiple of 8.
 _ALIGNMENT = 8
@@ -190,31 +188,12 @@ def write_tensors(path: Path, plan: FilePlan) -> Iterator[TensorWriter]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` when it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    """Like `files.replacing`. Raises CheckpointError."""
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _flush_folder(path.parent)
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written: {error.strerror or error}; "
             "make room, or give another output folder"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """So that the new name survives a power cut, too; not every system has this."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geoscope.linalg.precision import EPS
 from geoscope.profile import stage
 
 __all__ = ["GRAM_ERROR", "GramPair", "gram_pairs"]
 
 # A Gram matrix of columns of some ten thousand entries, and sums of a few dozen blocks of it, err
 # by less than this, relative to the lengths of the columns.
-GRAM_ERROR = 64 * 2.0**-53
+GRAM_ERROR = 64 * EPS
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.precision import EPS
 from geoscope.linalg.scale import outside
 from geoscope.linalg.svd import SUBSPACE_TOLERANCE, Factors, factorise
 from geoscope.profile import stage
@@ -40,7 +41,6 @@ _ERROR32 = 3e-6
 # are short), the whole spectrum in fp64 is as cheap.
 _LEAST_SIDE = 512
 _MOST_OF_Q = 1 / 24
-_EPS = 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _refined(A: Operand, k: int) -> Head | str:
     pairs = _Pairs.of(A, reduced.back(reduced.vectors), k, reduced.following)
     passes = 1
     while pairs.sine > TOLERANCE:
-        if passes == _PASSES or pairs.gap < 1e3 * _EPS * pairs.top:
+        if passes == _PASSES or pairs.gap < 1e3 * EPS * pairs.top:
             return f"refinement stopped at a subspace bound of {pairs.sine:.1e}"
         top = pairs.top
         step = reduced.correction(pairs.misfit / top, pairs.energies / top, top)
@@ -161,7 +161,7 @@ class _Pairs:
         error = together**2 / self.gap / (2 * float(S[k - 1]) * float(S[0]))
         method = {
             "how": f"gram32-refined-{passes}",
-            "bound": error + 8 * _EPS,
+            "bound": error + 8 * EPS,
             "subspace_bound": self.sine,
             "fallback": None,
         }
@@ -182,7 +182,7 @@ def _sine(energies: Tensor, misfit: Tensor, k: int, following: float) -> float:
     outside = float(energies[k - 1]) - (following + _ERROR32 * top + whole)
     if gap <= 0 or outside <= 0:
         return math.inf
-    return leading / outside + whole**2 / (gap * outside) + 8 * _EPS * top / gap
+    return leading / outside + whole**2 / (gap * outside) + 8 * EPS * top / gap
 
 
 # --- the fp32 tridiagonal form ------------------------------------------------------------------

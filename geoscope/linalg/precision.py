@@ -1,4 +1,4 @@
-"""fp32 products with all their bits, whatever the caller has switched on."""
+"""fp32 products with all their bits, whatever the caller has switched on; roundoff of fp64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-__all__ = ["full_precision"]
+__all__ = ["CAUTION_ABOVE", "EPS", "UNRESOLVED_ABOVE", "full_precision"]
+
+# Unit roundoff of fp64.
+EPS = 2.0**-53
+# ν, rounding over update, up to which a number of the leading directions is OK, and from which it
+# is BELOW_RESOLUTION (docs/methods.md#floors).
+CAUTION_ABOVE, UNRESOLVED_ABOVE = 0.2, 0.6
 
 
 class full_precision:

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
+from geoscope.linalg.precision import EPS
 from geoscope.linalg.scale import power_of_two
 from geoscope.linalg.svd import LEAST_GAP, Factors, concatenate
 from geoscope.profile import stage
 
 __all__ = ["Product", "factorise_product"]
-
-_EPS = 2.0**-53
 
 # c above is _ERROR + _ERROR_BY_LENGTH·(m + n). Sums along columns of equal entries round to one
 # side, so that c grows with their length: .015·(m + n) is the most seen there, 4 on random columns
@@ -174,7 +173,7 @@ class _Thin:
         core = (R_B * scale) @ R_A.T
         lengths = torch.linalg.vector_norm(R_B, dim=0) * torch.linalg.vector_norm(R_A, dim=0)
         c = _ERROR + _ERROR_BY_LENGTH * (len(left) + len(right))
-        error = c * _EPS * float(scale.abs() @ lengths)
+        error = c * EPS * float(scale.abs() @ lengths)
         if float(torch.linalg.vector_norm(core)) <= error:
             core = torch.zeros_like(core)
         return cls(left, core, right, size, error)

@@ -21,13 +21,12 @@ from torch import Tensor
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.precision import EPS
 from geoscope.linalg.scale import outside
 from geoscope.linalg.stacked import LAST, Eigenpairs, eigenpairs
 from geoscope.profile import stage
 
 __all__ = ["LEAST_GAP", "SUBSPACE_TOLERANCE", "Factors", "concatenate", "factorise", "take"]
-
-_EPS = 2.0**-53
 
 # The eigenvalues of the computed Gram matrix are off by at most this many eps·σ1². 1 is the most
 # seen over Gaussian, decaying and repeated spectra up to n = 4096; 8 leaves room.
@@ -237,9 +236,9 @@ def _method(
     largest, least = float(S[0]), float(S[-1])
     if mended:
         least = max(least, _MEND_FROM * largest)  # below it σ is good to eps·σ1
-    bound = math.sqrt(_GRAM_ERROR * _EPS)
+    bound = math.sqrt(_GRAM_ERROR * EPS)
     if largest > 0 and least > 0:
-        bound = min(bound, _GRAM_ERROR * _EPS * largest / (2 * least))
+        bound = min(bound, _GRAM_ERROR * EPS * largest / (2 * least))
     subspace = None
     if residuals is not None:
         subspace = max((_subspace_bound(S, k, residuals) for k in cuts), default=None)
@@ -255,7 +254,7 @@ def _subspace_bound(S: Tensor, k: int, residuals: Tensor) -> float:
     dropped = float(S[k]) if k < len(S) else 0.0
     if kept - dropped < LEAST_GAP * kept:
         return 0.0
-    error = float(torch.linalg.vector_norm(residuals[:k])) + _GRAM_ERROR * _EPS * float(S[0]) ** 2
+    error = float(torch.linalg.vector_norm(residuals[:k])) + _GRAM_ERROR * EPS * float(S[0]) ** 2
     gap = kept**2 - dropped**2
     return error / gap if gap > 0 else math.inf
 

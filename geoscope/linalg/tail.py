@@ -17,6 +17,7 @@ from torch import Tensor
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
+from geoscope.linalg.precision import EPS
 from geoscope.linalg.scale import outside
 from geoscope.linalg.svd import factorise
 from geoscope.profile import stage
@@ -25,7 +26,6 @@ __all__ = ["Tail", "tail_triplets"]
 
 # Sine of the subspace's error up to which the Gram route serves.
 _TOLERANCE = 1e-9
-_EPS = 2.0**-53
 _GRAM_ERROR = 8  # as in svd.py
 _MOST_OF_Q = 1 / 8  # beyond it inverse iteration and its orthogonalisation cost as much as all
 
@@ -85,7 +85,7 @@ def _through_gram(A: Operand, k: int) -> Tail | str:
     gram.diagonal().copy_(diagonal)
     misfit = blas.symmetric_times(gram, rows) - energies[q - k :, None] * rows
     gap = float(energies[q - k - 1] - energies[q - k])
-    error = float(torch.linalg.vector_norm(misfit)) + _GRAM_ERROR * _EPS * float(energies[0])
+    error = float(torch.linalg.vector_norm(misfit)) + _GRAM_ERROR * EPS * float(energies[0])
     sine = error / gap if gap > 0 else math.inf
     if sine > _TOLERANCE:
         return f"subspace bound {sine:.1e} above {_TOLERANCE:g}"
@@ -94,7 +94,7 @@ def _through_gram(A: Operand, k: int) -> Tail | str:
     basis, core = torch.linalg.qr(images.T)  # A·rowsᵀ = basis·core
     U, S, Vh = torch.linalg.svd(core)
     long, short = basis @ U, Vh @ rows
-    method = {"how": "gram-tail", "bound": 8 * _EPS, "subspace_bound": sine, "fallback": None}
+    method = {"how": "gram-tail", "bound": 8 * EPS, "subspace_bound": sine, "fallback": None}
     spectrum = energies.clamp_min(0).sqrt()
     spectrum[q - k :] = S
     if A.is_tall:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from geoscope.linalg.precision import CAUTION_ABOVE, UNRESOLVED_ABOVE
 from geoscope.records import Status
 
 __all__ = ["FLOORS", "floor_status"]
@@ -15,7 +16,7 @@ __all__ = ["FLOORS", "floor_status"]
 # class → (largest ν that is OK, largest ν that is CAUTION). For `amplitude` ν is weighed by
 # √(q/PR), PR the participation ratio of the update. All thresholds are ours.
 FLOORS = {
-    "top": (0.2, 0.6),
+    "top": (CAUTION_ABOVE, UNRESOLVED_ABOVE),
     "energy": (0.1, 0.2),
     "amplitude": (0.02, 0.1),
 }

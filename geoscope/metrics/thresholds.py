@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from geoscope.errors import OptionError, first_names
+from geoscope.linalg.precision import UNRESOLVED_ABOVE
 
 __all__ = ["THRESHOLDS", "Threshold", "limits_in_force"]
 
@@ -26,7 +27,7 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "init_mismatch.relative_update": Threshold(0.2, "ours, algebra"),
     "init_mismatch.spectral_share": Threshold(0.9, "ours, algebra"),
     "init_mismatch.versus_base": Threshold(1.2, "ours, algebra"),
-    "undetermined.precision_ratio": Threshold(0.6, "ours, docs/methods.md#floors"),
+    "undetermined.precision_ratio": Threshold(UNRESOLVED_ABOVE, "ours, docs/methods.md#floors"),
     "rank_collapse.top_share": Threshold(0.9, "ours"),
     "on_principal.energy_two_sided": Threshold(0.5, "ours; PiSSA ≈ .98, GeoRA ≤ .02"),
     "on_principal.spectral_share": Threshold(0.3, "ours"),

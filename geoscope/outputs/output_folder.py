@@ -21,10 +21,10 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from geoscope.errors import CheckpointError, first_names
+from geoscope.files import TEMPORARY
 from geoscope.formats.disk import in_units, nearest
 from geoscope.formats.links import leads_elsewhere
 from geoscope.formats.safetensors_writer import (
-    TEMPORARY,
     FilePlan,
     TensorWriter,
     replacing,

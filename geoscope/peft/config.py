@@ -10,9 +10,16 @@ from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedForm
 from geoscope.formats.layout import parse_object
 from geoscope.peft.keys import MERGE
 
-__all__ = ["ADAPTER_CONFIG", "check_type", "drawn_start", "read_config", "start_of"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "check_type",
+    "drawn_start",
+    "read_config",
+    "start_of",
+]
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Initialisations whose product is not zero before training, and is taken out of the base: a name
 # begins so (pissa_niter_16). In eva, gaussian, mica and orthogonal it is zero.

@@ -17,7 +17,7 @@ from geoscope.formats.container import Container, FileHeader
 from geoscope.formats.layout import weight_map
 from geoscope.formats.links import refuse_link_to_elsewhere
 from geoscope.formats.readers import open_container
-from geoscope.peft.config import ADAPTER_CONFIG
+from geoscope.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ __all__ = ["adapter_files", "open_adapter_file"]
 
 _INDEX = ".index.json"
 _SHARD = re.compile(r"adapter_model-.*-of-")
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
 @dataclass(frozen=True)

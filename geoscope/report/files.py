@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from geoscope.arguments import Place, path_of
 from geoscope.errors import OptionError, ReportError
+from geoscope.files import replacing
 from geoscope.records import Report
 
 __all__ = ["SUFFIXES", "check_output", "read", "write"]
@@ -48,18 +47,11 @@ def write(report: Report, path: Place) -> None:
     path = path_of(path, "path")
     _check_suffix(path)
     content = _rendered(report, path.suffix.lower())
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write(content)
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _rendered(report: Report, suffix: str) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from geoscope.linalg.precision import UNRESOLVED_ABOVE
 from geoscope.records import Status
 from geoscope.trajectory.statistics import Statistics
 
@@ -23,6 +24,9 @@ THRESHOLDS: Mapping[str, float] = {
     "least": 3,  # checkpoints after the base below which nothing is said
     "reversal": -0.1,  # corrected increment cosine at or below which steps undo one another
 }
+
+
+_LIMIT = f"{UNRESOLVED_ABOVE:g}".removeprefix("0")
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ def drift_or_diffusion(
         noise = stats.values["step_precision_ratio"]
         return Motion(
             "UNDETERMINED",
-            f"undetermined: rounding is {_number(noise)} of the increments as stored (limit .6); "
-            "compare checkpoints further apart, or saved in fp32",
+            f"undetermined: rounding is {_number(noise)} of the increments as stored "
+            f"(limit {_LIMIT}); compare checkpoints further apart, or saved in fp32",
         )
     share, p = stats.values["drift_fraction_corrected"], stats.values["drift_p"]
     if share is None or p is None or thresholds["least"] > T:

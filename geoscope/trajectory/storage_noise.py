@@ -14,12 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from geoscope.linalg.precision import CAUTION_ABOVE, UNRESOLVED_ABOVE
 from geoscope.records import Status
 from geoscope.trajectory.increments import Increments
 
 __all__ = [
-    "CAUTION_ABOVE",
-    "UNRESOLVED_ABOVE",
     "corrected_gram",
     "noise_state",
     "noise_status",
@@ -29,10 +28,6 @@ __all__ = [
     "update_precision_ratios",
     "with_exact_base",
 ]
-
-# ν up to which a number is OK, and from which it is BELOW_RESOLUTION (docs/methods.md#floors,
-# top-weighted).
-CAUTION_ABOVE, UNRESOLVED_ABOVE = 0.2, 0.6
 
 
 def with_exact_base(inc: Increments) -> Increments:

@@ -212,7 +212,7 @@ def test_a_signal_during_the_write_leaves_no_half_file(
     assert (out.read_text() if out.exists() else None) == old
     if number is signal.SIGKILL:  # nobody can tidy up; the rest is hidden and marked
         rest = [path for path in folder.iterdir() if path != out]
-        assert all(path.name.startswith(".") and path.suffix == ".tmp" for path in rest)
+        assert all(path.name.startswith(".") and path.suffix == ".geoscope-part" for path in rest)
     else:
         assert process.returncode == 128 + number
         assert [path.name for path in folder.iterdir()] == ([out.name] if old else [])

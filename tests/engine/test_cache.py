@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_no_scraps(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(cache_module.json, "dump", full)
+    monkeypatch.setattr(Path, "replace", full)
     cache = ResultCache(tmp_path / "results")
     cache.put("ab" + 62 * "0", {"number": 1})
     assert [path for path in cache.folder.rglob("*") if path.is_file()] == []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+from geoscope.files import keep
 from geoscope.sources.hub.errors import hub_errors
 from geoscope.sources.hub.progress import OnDownload, quiet_download
 
@@ -29,14 +29,7 @@ def remember(repo: str, revision: str, commit: str) -> None:
     """
     if revision == commit or not _stays_inside(revision):
         return
-    path = cache_of(repo) / "refs" / revision
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(commit, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:  # a cache that only others may write to
-        return
+    keep(cache_of(repo) / "refs" / revision, commit.encode())
 
 
 def cached_commit(repo: str, revision: str) -> str | None:

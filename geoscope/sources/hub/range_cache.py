@@ -12,9 +12,7 @@ complete, and one process at a time writes into a folder.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from types import TracebackType
 from urllib.parse import quote
 
 from geoscope.errors import CheckpointError
+from geoscope.files import keep
 from geoscope.folders import cache_folder
 from geoscope.sources.hub.byte_ranges import Piece, Run, Span
 
@@ -55,7 +54,7 @@ def keep_listing(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
     """Notes the files of a commit, for the time without a network."""
     path = commit_folder(repo, commit) / _LISTING
     if not path.exists():
-        _replace(path, json.dumps(dict(sizes)).encode())
+        keep(path, json.dumps(dict(sizes)).encode())
 
 
 def cached_listing(repo: str, commit: str) -> dict[str, int] | None:
@@ -99,7 +98,7 @@ class RangeCache:
             return None
 
     def keep_header(self, raw: bytes) -> None:
-        _replace(self.folder / _HEADER, raw)
+        keep(self.folder / _HEADER, raw)
 
     def path(self, span: Span) -> Path:
         return self.folder / f"{span.begin}-{span.end}"
@@ -191,18 +190,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a small file whole. A full or read-only disk is no reason to fail."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(scratch).replace(path)
-    except OSError:
-        Path(scratch).unlink(missing_ok=True)

@@ -6,7 +6,6 @@ in a nameless file on the same disk; a model of any size then costs one matrix o
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +26,13 @@ from geoscope.adapters.peft_config import (
     vllm_findings,
 )
 from geoscope.adapters.peft_names import lora_keys
+from geoscope.files import SMALL, record_bytes, record_size
 from geoscope.formats.hashes import tensor_sha256
 from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.outputs.model_folder import ModelPlan, plan_model
 from geoscope.outputs.output_folder import OutputFolder
+from geoscope.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from geoscope.peft.folder import CONVERTED, RECORD, RECORD_SCHEMA
 from geoscope.report.card import ConversionCard, conversion_card
 from geoscope.verbs.adapters.convert import Conversion, ModuleEnergy, discarded_share
@@ -47,9 +48,7 @@ __all__ = [
     "write_record",
 ]
 
-_WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-# Room for what is written at the end: the record of one matrix, the card and the configuration.
-_RECORD_BYTES, _SMALL = 4096, 1 << 16
+_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,10 @@ class AdapterFiles:
 
     def sizes(self, matrices: int) -> dict[str, int]:
         """Name → bytes of every file, a bound for those that are written at the end."""
-        sizes: dict[str, int] = {RECORD: _SMALL + _RECORD_BYTES * matrices, self.card: _SMALL}
+        sizes: dict[str, int] = {RECORD: record_size(matrices), self.card: SMALL}
         for folder in self.folders:
-            sizes[folder + _WEIGHTS] = self.plan.nbytes
-            sizes[folder + _CONFIG] = _SMALL
+            sizes[folder + ADAPTER_WEIGHTS] = self.plan.nbytes
+            sizes[folder + ADAPTER_CONFIG] = SMALL
         if self.model is not None:
             sizes |= {f"residual/{name}": size for name, size in self.model.sizes.items()}
             sizes |= {
@@ -149,7 +148,7 @@ class Spool:
     def write(self, out: OutputFolder, files: AdapterFiles) -> None:
         """The weight file of every adapter."""
         for number, folder in enumerate(files.folders):
-            with out.tensors(folder + _WEIGHTS, files.plan) as writer:
+            with out.tensors(folder + ADAPTER_WEIGHTS, files.plan) as writer:
                 for key in files.plan.order:
                     writer.write(key, self._read(number, key))
 
@@ -175,13 +174,12 @@ def write_configs(
         fan_in_fan_out=targets.fan_in_fan_out,
     )
     for folder in files.folders:
-        out.write(folder + _CONFIG, config_bytes(config))
+        out.write(folder + ADAPTER_CONFIG, config_bytes(config))
 
 
 def write_record(out: OutputFolder, record: Mapping[str, Any]) -> None:
     """geoscope.json."""
-    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    out.write(RECORD, (text + "\n").encode())
+    out.write(RECORD, record_bytes(record))
 
 
 def write_conversion(
@@ -198,15 +196,15 @@ def write_conversion(
     config = config_bytes(conversion.config)
     modules = conversion.trained.modules
     sizes = {
-        _WEIGHTS: conversion.plan.nbytes,
-        _CONFIG: len(config),
-        _CARD: _SMALL,
-        RECORD: _SMALL + _RECORD_BYTES * len(modules),
+        ADAPTER_WEIGHTS: conversion.plan.nbytes,
+        ADAPTER_CONFIG: len(config),
+        _CARD: SMALL,
+        RECORD: record_size(len(modules)),
     }
     inputs = [Path(one) for one in conversion.origin["from"].values()]
     hashes: dict[str, str] = {}
     with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
-        with folder.tensors(_WEIGHTS, conversion.plan) as writer:
+        with folder.tensors(ADAPTER_WEIGHTS, conversion.plan) as writer:
 
             def put(name: str, tensor: Tensor) -> None:
                 hashes[name] = tensor_sha256(tensor)
@@ -216,7 +214,7 @@ def write_conversion(
         card = _conversion_card(conversion, out, found, command)
         folder.write(_CARD, conversion_card(card).encode())
         write_record(folder, _conversion_record(conversion, hashes, card))
-        folder.write(_CONFIG, config)
+        folder.write(ADAPTER_CONFIG, config)
     return found
 
 

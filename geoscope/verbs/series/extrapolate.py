@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from geoscope._version import __version__
 from geoscope.arguments import Place, path_of, paths_of
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, first_names
+from geoscope.files import record_bytes, record_size
 from geoscope.linalg import Product
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.writable import refuse_unwritable
@@ -40,7 +40,6 @@ from geoscope.verbs.series.tensors import Followed, ModelTensor, open_followed
 
 __all__ = ["Extrapolation", "extrapolate", "methods"]
 
-_SMALL, _PER_TENSOR = 1 << 16, 2048
 _ALIASES = {"damped": "damped(linear)"}
 # Entries of a block of all checkpoints.
 _BLOCK = 1 << 22
@@ -246,7 +245,7 @@ def _write(
     sizes = {
         **plan.sizes,
         **{name: path.stat().st_size for name, path in travelling.items()},
-        RECORD: _SMALL + _PER_TENSOR * len(stored),
+        RECORD: record_size(len(stored)),
     }
     given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
     # the folder of a run is no place for a model either
@@ -274,7 +273,7 @@ def _write(
             folder.copy(name, path)
         scale = None if forecast is None else forecast.scale
         result = _with_held(result, held)
-        folder.write(RECORD, _record(found, test, result, scale))
+        folder.write(RECORD, record_bytes(_record(found, test, result, scale)))
     return result
 
 
@@ -303,7 +302,7 @@ def _write_adapter(
         seen = Seen(inc, made.paths.get(name), factors=test.factors)
         return METHODS[method].predict(seen, result.target).of(updates)
 
-    record = json.loads(_record(found, test, result, None))
+    record = _record(found, test, result, None)
     rank, discarded, held = write_adapter(
         found,
         predict,
@@ -415,8 +414,10 @@ def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
     return (*failed, f"{names}; copied from the last checkpoint")
 
 
-def _record(found: Followed, test: Backtest, result: Extrapolation, scale: float | None) -> bytes:
-    record: dict[str, Any] = {
+def _record(
+    found: Followed, test: Backtest, result: Extrapolation, scale: float | None
+) -> dict[str, Any]:
+    return {
         "schema": EXTRAPOLATION,
         "geoscope_version": __version__,
         "method": result.method,
@@ -431,5 +432,3 @@ def _record(found: Followed, test: Backtest, result: Extrapolation, scale: float
         "tensors": dict(result.chosen),
         "notes": list(result.notes),
     }
-    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()

@@ -6,7 +6,6 @@ approximation of a smaller rank [Eckart & Young 1936], on the base that the upda
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from geoscope.adapters.peft_config import config_bytes
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, PairingError, first_names
+from geoscope.files import record_bytes, record_size
 from geoscope.formats.hashes import tensor_sha256
 from geoscope.linalg import Product
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.adapter import Adapter
-from geoscope.peft.config import ADAPTER_CONFIG
+from geoscope.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from geoscope.peft.folder import RECORD, RECORD_SCHEMA
 from geoscope.peft.lora import unstacked
 from geoscope.records import Status
@@ -33,9 +33,6 @@ from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan
 from geoscope.verbs.series.tensors import AdapterTensor, Followed
 
 __all__ = ["Predict", "write_adapter"]
-
-_WEIGHTS = "adapter_model.safetensors"
-_SMALL, _PER_MODULE = 1 << 16, 2048
 
 # The update of a module at the target step, from those of all steps.
 Predict = Callable[[str, list[Product]], Product]
@@ -83,9 +80,9 @@ def write_adapter(
     revision = last.revision if base is None else None
     config = config_bytes(plain_config(last, chosen, reference, revision))
     sizes = {
-        _WEIGHTS: plan.nbytes,
+        ADAPTER_WEIGHTS: plan.nbytes,
         ADAPTER_CONFIG: len(config),
-        RECORD: _SMALL + _PER_MODULE * len(last.modules),
+        RECORD: record_size(len(last.modules)),
     }
     given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
     inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
@@ -94,7 +91,7 @@ def write_adapter(
     hashes: dict[str, str] = {}
     held: dict[str, str] = {}
     with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
-        with folder.tensors(_WEIGHTS, plan) as writer:
+        with folder.tensors(ADAPTER_WEIGHTS, plan) as writer:
 
             def put(name: str, tensor: Tensor) -> None:
                 hashes[name] = tensor_sha256(tensor)
@@ -132,8 +129,7 @@ def write_adapter(
             "discarded": discarded,
             "sha256": hashes,
         }
-        text = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        folder.write(RECORD, (text + "\n").encode())
+        folder.write(RECORD, record_bytes(whole))
         folder.write(ADAPTER_CONFIG, config)
     return chosen, discarded, held
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+from geoscope.linalg.precision import UNRESOLVED_ABOVE
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.storage_noise import (
-    UNRESOLVED_ABOVE,
     step_precision_ratios,
     with_exact_base,
 )
