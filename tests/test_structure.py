@@ -99,8 +99,6 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Taken across the arrows, each for its reason.
 EXCEPTIONS = {
-    # what inspect and --dry-run hand to the renderer is a report's noun without a metric in it
-    ("verbs", "geoscope.report.survey"),
     # the card is one of the output's files, and is written before what makes the folder loadable
     ("verbs", "geoscope.report.card"),
     # the commands name metrics and codes without running them
