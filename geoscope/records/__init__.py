@@ -5,7 +5,7 @@ Numbers that are undefined are None and carry a `Status`; nothing is ever replac
 
 from geoscope.records.codec import decode, encode
 from geoscope.records.layers import LayerRecord, Overlap, Run, Summary, Verdict
-from geoscope.records.numbers import Curve, Numbers, Status, Steps, Values
+from geoscope.records.numbers import Collected, Curve, Numbers, Status, Steps, Values
 from geoscope.records.report import SCHEMA, Coverage, Provenance, Report
 from geoscope.records.survey import Survey
 from geoscope.records.tensors import (
@@ -22,6 +22,7 @@ from geoscope.records.tensors import (
 __all__ = [
     "NOT_READ",
     "SCHEMA",
+    "Collected",
     "Coverage",
     "Curve",
     "LayerRecord",

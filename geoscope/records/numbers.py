@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["Curve", "Numbers", "Status", "Steps", "Values"]
+__all__ = ["Collected", "Curve", "Numbers", "Status", "Steps", "Values"]
 
 Values = Mapping[str, float | int | None]
 Curve = tuple[tuple[float, float], ...]
@@ -68,3 +68,31 @@ class Numbers:
     def status_of(self, key: str) -> Status:
         """OK where none is listed."""
         return self.status.get(key, Status.OK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected(Numbers):
+    """Numbers as they are collected, in dicts; `put` keeps values, status and raw in step."""
+
+    values: dict[str, float | int | None] = field(default_factory=dict)
+    nulls: dict[str, float] = field(default_factory=dict)
+    status: dict[str, Status] = field(default_factory=dict)
+    raw: dict[str, float] = field(default_factory=dict)
+
+    def put(self, key: str, value: float | None, status: Status = Status.OK) -> None:
+        """A number with its status; None is NOT_APPLICABLE where the status says nothing else."""
+        if value is None and not status.is_null:
+            status = Status.NOT_APPLICABLE
+        self.values[key] = None if status.is_null else value
+        if status is not Status.OK:
+            self.status[key] = status
+        if status is Status.BELOW_RESOLUTION and value is not None:
+            self.raw[key] = value
+
+    def add(self, others: Numbers, names: Mapping[str, str] | None = None) -> None:
+        """All of `others`, under new names where `names` has one."""
+        new = names or {}
+        self.values.update({new.get(key, key): value for key, value in others.values.items()})
+        self.nulls.update({new.get(key, key): value for key, value in others.nulls.items()})
+        self.status.update({new.get(key, key): value for key, value in others.status.items()})
+        self.raw.update({new.get(key, key): value for key, value in others.raw.items()})
