@@ -85,7 +85,7 @@ def init_adapter(
 
 def _tell(made: Initialised, options: InitOptions, quiet: bool) -> None:
     """Start error, the KL rule and where the recipe stands, on standard error."""
-    from geoscope.report.card import kl_rule, layout_words
+    from geoscope.records.card import kl_rule, layout_words
     from geoscope.report.numbers import number
 
     errors = made.card.start_errors

@@ -19,7 +19,7 @@ from geoscope.metrics.precision import floor_status
 from geoscope.metrics.spectrum import participation_ratio, top_share
 from geoscope.metrics.subspaces import LEAST_GAP
 from geoscope.profile import stage
-from geoscope.records import Status
+from geoscope.records import Collected, Status
 
 __all__ = ["Measured", "measure", "measure_nothing", "verdict_dimension"]
 
@@ -29,8 +29,8 @@ _CLEAR = 3.0
 _OPENED = 3.0
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, kw_only=True)
+class Measured(Collected):
     """Numbers of one matrix, and the weights by which it enters an aggregate.
 
     floors: id → the angle that rounding alone may give, where a measured angle is below it.
@@ -38,10 +38,6 @@ class Measured:
     what of it is the rounding of grids, `changed` |M|, and `share@k` E_k of the base.
     """
 
-    values: dict[str, float | int | None] = field(default_factory=dict)
-    nulls: dict[str, float] = field(default_factory=dict)
-    status: dict[str, Status] = field(default_factory=dict)
-    raw: dict[str, float] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
@@ -65,7 +61,7 @@ def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) ->
         if not inside or not instance.known(values):
             for i, row in enumerate(rows):
                 zero = instance.of_update and floors.zero[i]
-                _mark(row, instance.id, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
+                row.put(instance.id, None, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
             continue
         numbers = instance.call(values, factors.shape)
         for i, row in enumerate(rows):
@@ -80,7 +76,7 @@ def measure_nothing(
     row = Measured(weights={"parameters": float(shape[0] * shape[1])})
     known: dict[str, Tensor] = {"iid.S": iid_spectra(*shape, seed)}
     for instance in selected:
-        _mark(row, instance.id, status)
+        row.put(instance.id, None, status)
         if instance.k is None or instance.k <= min(shape):
             _add_nulls([row], instance, known, shape)
     return row
@@ -192,7 +188,7 @@ class _Floors:
 def _add_value(row: Measured, instance: Instance, value: float, floors: _Floors, i: int) -> None:
     if math.isnan(value):
         zero = instance.of_update and floors.zero[i]
-        _mark(row, instance.id, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
+        row.put(instance.id, None, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
         return
     if math.isinf(value):
         raise NumericsError(f"{instance.id} overflows fp64")
@@ -206,18 +202,7 @@ def _add_value(row: Measured, instance: Instance, value: float, floors: _Floors,
     else:
         status = floors.of(instance, i, value)
     number = round(value) if instance.metric.integer else value
-    if status.is_null:
-        _mark(row, instance.id, status)
-        row.raw[instance.id] = number
-        return
-    row.values[instance.id] = number
-    if status is not Status.OK:
-        row.status[instance.id] = status
-
-
-def _mark(row: Measured, key: str, status: Status) -> None:
-    row.values[key] = None
-    row.status[key] = status
+    row.put(instance.id, number, status)
 
 
 def _add_nulls(

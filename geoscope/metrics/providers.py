@@ -150,21 +150,9 @@ def _side(weight: Tensor, noise: float | None) -> Side:
 
 def entry_sizes(sides: Sequence[Side], weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, rounding noise and spacing at 1; (b,) each."""
-    columns = ([f(one) for one in sides] for f in (_norm, _noise, _eps))
-    norm, noise, eps = (_column(numbers, weights) for numbers in columns)
+    rows = [(side.norm, side.noise, side.fmt.eps) for side in sides]
+    norm, noise, eps = (_column(numbers, weights) for numbers in zip(*rows, strict=True))
     return norm, noise, eps
-
-
-def _norm(side: Side) -> float:
-    return side.norm
-
-
-def _noise(side: Side) -> float:
-    return side.noise
-
-
-def _eps(side: Side) -> float:
-    return side.fmt.eps
 
 
 def _column(numbers: Sequence[float], beside: Tensor) -> Tensor:

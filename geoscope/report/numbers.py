@@ -5,28 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from geoscope.digits import DASH, number, significant
+
 __all__ = ["DASH", "degrees", "number", "percent", "shorten", "shorten_all", "times"]
 
-DASH = "–"
 _ELLIPSIS = "…"
-
-
-def number(value: float | int | None) -> str:
-    """Three significant digits, counts whole, – for no number.
-
-    >>> [number(x) for x in (0.03134, 58.23, 1240.4, 1.2e-5, 7, None)]
-    ['.0313', '58.2', '1240', '1.2e-5', '7', '–']
-    """
-    if value is None or not math.isfinite(value):
-        return DASH
-    return str(value) if isinstance(value, int) else _significant(value, 3)
 
 
 def times(value: float | None) -> str:
     """A ratio, two significant digits: `5.0×`."""
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{_significant(float(value), 2)}×"
+    return f"{significant(float(value), 2)}×"
 
 
 def degrees(radians: float | None) -> str:
@@ -41,19 +31,6 @@ def percent(share: float) -> str:
     if 0.995 <= share < 1:
         return ">99 %"
     return f"{100 * share:.0f} %"
-
-
-def _significant(value: float, digits: int) -> str:
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 1e-3 or size >= 1e6:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    if size >= 10**digits - 0.5:
-        return f"{value:.0f}"
-    text = f"{value:#.{digits}g}".rstrip(".")
-    return text.replace("0.", ".", 1) if size < 1 and text.lstrip("-").startswith("0.") else text
 
 
 def shorten(name: str, limit: int) -> str:

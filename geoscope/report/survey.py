@@ -2,85 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from geoscope.records import Pairing, TensorInfo
+from geoscope.records import Pairing, Survey, TensorInfo
 
-__all__ = ["Survey", "render_survey"]
-
-SURVEY_SCHEMA = "geoscope.inspect/1"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Headers of one model, or of a pair, and what comparing them would take.
-
-    models: {"given", "resolved", "commit", "storage_dtype", "tensors", "parameters", "bytes",
-    "model_type"} of each. bytes_to_fetch is for the Hub, 0 for local folders; free_disk are the
-    free bytes where they go, None where nothing is to be fetched.
-    """
-
-    models: tuple[Mapping[str, Any], ...]
-    pairing: Pairing
-    notes: tuple[str, ...]
-    bytes_to_fetch: int
-    free_disk: int | None
-    memory: int
-    workers: int
-    device: str
-    seconds: float
-
-    @property
-    def paired(self) -> bool:
-        """Whether two different models are looked at."""
-        return len(self.models) > 1
-
-    def dumps(self) -> str:
-        """The survey as strict JSON, keys sorted."""
-        pairing = self.pairing
-        document = {
-            "schema": SURVEY_SCHEMA,
-            "models": [dict(model) for model in self.models],
-            "matrices": [_tensor(one.base, one.layer, one.module) for one in pairing.matrices],
-            "vectors": [_tensor(one.base, one.layer, one.module) for one in pairing.vectors],
-            "base_only": list(pairing.base_only),
-            "tuned_only": list(pairing.tuned_only),
-            "shape_mismatch": [
-                {"name": one.name, "base": list(one.base), "tuned": list(one.tuned)}
-                for one in pairing.shape_mismatch
-            ],
-            "skipped": [{"name": one.name, "reason": one.reason} for one in pairing.skipped],
-            "renamed": [
-                {"base": one.base, "tuned": one.tuned, "rule": one.rule} for one in pairing.renamed
-            ],
-            "missing": list(pairing.missing),
-            "notes": list(self.notes),
-            "plan": {
-                "bytes_to_fetch": self.bytes_to_fetch,
-                "free_disk": self.free_disk,
-                "memory": self.memory,
-                "workers": self.workers,
-                "device": self.device,
-                "seconds": self.seconds,
-            },
-        }
-        return json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False)
-
-
-def _tensor(info: TensorInfo, layer: int | None, module: str) -> dict[str, Any]:
-    return {
-        "name": info.name,
-        "layer": layer,
-        "module": module,
-        "shape": list(info.shape),
-        "dtype": info.dtype,
-        "transposed": info.transposed,
-        "source": info.source,
-    }
+__all__ = ["render_survey"]
 
 
 def render_survey(survey: Survey, *, verbose: bool) -> str:

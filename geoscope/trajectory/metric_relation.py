@@ -14,18 +14,17 @@ sided. Held-out skill is against persistence, the last value of y seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
 from geoscope.errors import NumericsError
-from geoscope.records import Status
+from geoscope.records import Numbers, Status
 from geoscope.trajectory.pls import LEAST_POINTS, PlsKernels, pls_forecast, pls_r2
 
-__all__ = ["METRIC_RELATIONS", "PERMUTATIONS", "MetricRelation", "metric_relation"]
+__all__ = ["METRIC_RELATIONS", "PERMUTATIONS", "metric_relation"]
 
 PERMUTATIONS = 999
 _TESTED = (
@@ -49,17 +48,6 @@ _EQUAL = 1e-9
 _CONSTANT = 1e-12
 
 
-@dataclass(frozen=True)
-class MetricRelation:
-    """values: id → number, None where `status` says why. nulls: of `pls_r2`, the median over the
-    shuffles of y; that of a correlation is 0.
-    """
-
-    values: Mapping[str, float | None]
-    nulls: Mapping[str, float]
-    status: Mapping[str, Status]
-
-
 def metric_relation(
     steps: Sequence[float],
     y: Sequence[float],
@@ -70,13 +58,14 @@ def metric_relation(
     features: PlsKernels | None = None,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
-) -> MetricRelation:
+) -> Numbers:
     """All of them, at the checkpoints where the metric has a value.
 
     steps, y, coefficient, norm, sigma1: (T,), in order of steps. features: of sign-aligned u1 at
     the same checkpoints. Without sigma1 or features their numbers are NOT_APPLICABLE, and so is all
     with fewer than 3 points (4 for increments, 6 for the fit, which never stands in-sample alone)
-    or for a curve that does not move. Raises NumericsError where lengths differ.
+    or for a curve that does not move. The null of `pls_r2` is its median over the shuffles of y;
+    that of a correlation is 0. Raises NumericsError where lengths differ.
     """
     T = len(steps)
     given = [one for one in (coefficient, norm, sigma1) if one is not None]
@@ -104,7 +93,7 @@ def metric_relation(
                 if permutations:
                     nulls["pls_r2"] = float(fit[1 : 1 + permutations].nanmedian())
     status = {key: Status.NOT_APPLICABLE for key, value in values.items() if value is None}
-    return MetricRelation(values, nulls, status)
+    return Numbers(values=values, nulls=nulls, status=status)
 
 
 def _curves(y: Tensor, permutations: int, seed: int) -> Tensor:

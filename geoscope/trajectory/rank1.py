@@ -20,7 +20,7 @@ from geoscope.linalg.operand import Operand
 from geoscope.linalg.product import Product
 from geoscope.linalg.small import gram_eigen
 from geoscope.profile import stage
-from geoscope.records import Status
+from geoscope.records import Collected, Numbers, Status
 from geoscope.trajectory import storage_noise
 from geoscope.trajectory.increments import Increments, increment_gram
 from geoscope.trajectory.statistics import Statistics, statistics
@@ -86,19 +86,15 @@ class Rank1Path:
         return min(1.0, 1 / math.sqrt(m) + 1 / math.sqrt(n))
 
 
-@dataclass(frozen=True)
-class Rank1Statistics:
+@dataclass(frozen=True, kw_only=True)
+class Rank1Statistics(Numbers):
     """Of one tensor.
 
-    values, nulls, status, raw as in `Statistics`. series: id → one number per step, or per pair of
+    series: id → one number per step, or per pair of
     neighbours. linearity: docs/methods.md#drift on K.
     ill_defined: places of the steps with gap21 > .9.
     """
 
-    values: Mapping[str, float | None]
-    nulls: Mapping[str, float]
-    status: Mapping[str, Status]
-    raw: Mapping[str, float]
     series: Mapping[str, Series]
     linearity: Statistics
     ill_defined: tuple[int, ...]
@@ -281,16 +277,14 @@ def rank1_statistics(
     if local is not None:
         found["local_global_cosine"] = _mean(series["local_global_cosine"])
     state = storage_noise.noise_state(inc, base_exact=base_exact)
-    status = {key: _status(value, path, state) for key, value in found.items()}
+    numbers = Collected()
+    for key, value in found.items():
+        numbers.put(key, value, _status(value, path, state))
     return Rank1Statistics(
-        values={key: None if status[key].is_null else value for key, value in found.items()},
+        values=numbers.values,
         nulls=_nulls(path, inc, linearity),
-        status={key: one for key, one in status.items() if one is not Status.OK},
-        raw={
-            key: value
-            for key, value in found.items()
-            if value is not None and status[key] is Status.BELOW_RESOLUTION
-        },
+        status=numbers.status,
+        raw=numbers.raw,
         series=series,
         linearity=linearity,
         ill_defined=tuple(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from geoscope.profile import stage
-from geoscope.records import Status
+from geoscope.records import Collected, Numbers, Status
 from geoscope.trajectory import storage_noise, temporal
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.walk import sign_flip_p, walk
@@ -38,28 +38,21 @@ class Statistic:
     null: bool = True
 
 
-@dataclass(frozen=True)
-class Statistics:
+@dataclass(frozen=True, kw_only=True)
+class Statistics(Numbers):
     """Of one tensor, or of a sum of tensors.
 
-    steps: t_1 … t_T. values: id → number, None exactly where `status[id]` is a null status (those
-    that are OK are not listed). nulls: the same code on diag(H). raw: the number behind a
-    BELOW_RESOLUTION. series, null_series: id → one number per step, or per pair of neighbours,
-    None where it is 0/0. step_status, update_status: whether rounding is below δ_i, Δ_i.
+    nulls: the same code on diag(H).
+    steps: t_1 … t_T.
+    series, null_series: id → one number per step, or per pair of neighbours, None where it is 0/0.
+    step_status, update_status: whether rounding is below δ_i, Δ_i.
     """
 
     steps: tuple[float, ...]
-    values: Mapping[str, float | None]
-    nulls: Mapping[str, float]
-    status: Mapping[str, Status]
-    raw: Mapping[str, float]
-    series: Mapping[str, Series]
-    null_series: Mapping[str, Series]
+    series: Mapping[str, Series] = field(default_factory=dict)
+    null_series: Mapping[str, Series] = field(default_factory=dict)
     step_status: tuple[Status, ...]
     update_status: tuple[Status, ...]
-
-    def status_of(self, key: str) -> Status:
-        return self.status.get(key, Status.OK)
 
 
 def _corrected_drift(inc: Increments) -> float | None:
@@ -183,16 +176,20 @@ def statistics(inc: Increments, *, base_exact: bool = True) -> Statistics:
     """
     steps = inc.steps[1:]
     if not bool(torch.isfinite(inc.H).all()):
-        missing = dict.fromkeys(STATISTICS)
         states = (Status.NON_FINITE,) * len(inc)
         return Statistics(
-            steps, missing, {}, dict.fromkeys(STATISTICS, Status.NON_FINITE), {}, {}, {},
-            states, states,
-        )  # fmt: skip
+            steps=steps,
+            values=dict.fromkeys(STATISTICS),
+            status=dict.fromkeys(STATISTICS, Status.NON_FINITE),
+            step_status=states,
+            update_status=states,
+        )
     if base_exact:
         inc = storage_noise.with_exact_base(inc)
     null = walk(inc)
-    found = {key: _measure(key, one, inc) for key, one in STATISTICS.items()}
+    numbers = Collected()
+    for key, statistic in STATISTICS.items():
+        numbers.put(key, *_measure(key, statistic, inc))
     nulls = {
         key: value
         for key, one in STATISTICS.items()
@@ -200,14 +197,10 @@ def statistics(inc: Increments, *, base_exact: bool = True) -> Statistics:
     }
     return Statistics(
         steps=steps,
-        values={key: None if status.is_null else value for key, (value, status) in found.items()},
+        values=numbers.values,
         nulls=nulls,
-        status={key: status for key, (_, status) in found.items() if status is not Status.OK},
-        raw={
-            key: value
-            for key, (value, status) in found.items()
-            if status is Status.BELOW_RESOLUTION and value is not None
-        },
+        status=numbers.status,
+        raw=numbers.raw,
         series={key: fn(inc) for key, fn in SERIES.items()},
         null_series={key: fn(null) for key, fn in SERIES.items() if key not in _WITHOUT_NULL},
         step_status=_per_step(inc.H, storage_noise.step_precision_ratios(inc)),

@@ -48,7 +48,7 @@ def test_verdict_and_tuned_have_columns_where_there_are_any() -> None:
 
 def test_names_with_commas_and_quotes_are_quoted() -> None:
     report = example(layers=0)
-    layer = LayerRecord('odd, "name"', None, "x", (2, 3), {"nss": 1.0})
+    layer = LayerRecord('odd, "name"', None, "x", (2, 3), values={"nss": 1.0})
     row = rows_of(Report("compare", report.provenance, report.coverage, (layer,), report.summary))[
         0
     ]

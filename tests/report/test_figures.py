@@ -140,8 +140,8 @@ def test_every_panel_of_a_kind_exists() -> None:
 
 
 def test_middle_of_curves_is_their_mean_where_all_are_defined() -> None:
-    short = LayerRecord("a", 0, "x", (4, 4), {}, curves={"c": ((1, 0.1), (4, 0.4))})
-    long = LayerRecord("b", 0, "x", (8, 8), {}, curves={"c": ((0, 9), (1, 0.3), (8, 0.9))})
+    short = LayerRecord("a", 0, "x", (4, 4), curves={"c": ((1, 0.1), (4, 0.4))})
+    long = LayerRecord("b", 0, "x", (8, 8), curves={"c": ((0, 9), (1, 0.3), (8, 0.9))})
     curves = [found for layer in (short, long) if (found := points(layer, "c"))]
     middle = middle_of(curves)
     assert middle is not None

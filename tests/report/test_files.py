@@ -134,7 +134,11 @@ def test_any_layer_reads_back_equal(
     curve: list[tuple[float, float]],
 ) -> None:
     layer = LayerRecord(
-        name, None, "q_proj", (3, 4), values, nulls, status, curves={"update.S": tuple(curve)}
+        *(name, None, "q_proj", (3, 4)),
+        values=values,
+        nulls=nulls,
+        status=status,
+        curves={"update.S": tuple(curve)},
     )
     report = replace(example(layers=1), layers=(layer,))
     path = tmp_path / "report.json"

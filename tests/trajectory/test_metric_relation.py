@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geoscope.errors import NumericsError
-from geoscope.records import Status
-from geoscope.trajectory.metric_relation import METRIC_RELATIONS, MetricRelation, metric_relation
+from geoscope.records import Numbers, Status
+from geoscope.trajectory.metric_relation import METRIC_RELATIONS, metric_relation
 from geoscope.trajectory.pls import pls_forecast, pls_kernels, pls_r2
 from geoscope.trajectory.rank1 import Rank1Path, align_signs
 
@@ -41,7 +41,7 @@ def related(
     c: Tensor | None = None,
     permutations: int = 99,
     seed: int = 0,
-) -> MetricRelation:
+) -> Numbers:
     T = len(y)
     c = normal(T, seed=5) if c is None else c
     return metric_relation(

@@ -37,7 +37,7 @@ from geoscope.outputs.model_folder import write_model
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.folder import RECORD_SCHEMA, refuse_as_base
 from geoscope.records import ModelRef, Report, TensorInfo
-from geoscope.report.card import AdapterCard, adapter_card
+from geoscope.records.card import AdapterCard, adapter_card
 from geoscope.sources.open import open_checkpoint
 from geoscope.verbs.adapters.options import InitOptions
 from geoscope.verbs.adapters.output import (

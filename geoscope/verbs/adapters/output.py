@@ -34,7 +34,7 @@ from geoscope.outputs.model_folder import ModelPlan, plan_model
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from geoscope.peft.folder import CONVERTED, RECORD, RECORD_SCHEMA
-from geoscope.report.card import ConversionCard, conversion_card
+from geoscope.records.card import ConversionCard, conversion_card
 from geoscope.verbs.adapters.convert import Conversion, ModuleEnergy, discarded_share
 from geoscope.verbs.adapters.options import InitOptions
 from geoscope.verbs.adapters.targets import Targets

@@ -16,6 +16,7 @@ from geoscope.records import (
     Run,
     Skipped,
     Summary,
+    encode,
 )
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs.matrices import Matrix
@@ -208,7 +209,7 @@ def anchored(run: TunedRun, anchor: TunedRun, given: str) -> dict[str, Any]:
     nss, other = ours.get("nss"), theirs.get("nss")
     preserving = None if nss is None or other is None else nss <= 0.5 * other
     return {
-        "ref": anchor.prepared.tuned.ref.to_json() | {"given": given},
+        "ref": encode(anchor.prepared.tuned.ref) | {"given": given},
         "ratios": ratios,
         "spectrum_preserving": preserving,
     }

@@ -26,8 +26,7 @@ from geoscope.formats.disk import free_bytes
 from geoscope.metrics import Rounding
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import NameMap
-from geoscope.records import Pairing, WeightPair
-from geoscope.report.survey import Survey
+from geoscope.records import Pairing, Survey, WeightPair, encode
 from geoscope.verbs.models import open_model, open_tuned
 from geoscope.verbs.options import Options, Progress
 from geoscope.verbs.pairs.matching import match_models
@@ -149,7 +148,7 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
     return Survey(
         models=tuple(
             {
-                **side.ref.to_json(),
+                **encode(side.ref),
                 "tensors": side.stored,
                 "parameters": sum(math.prod(one.shape) for one in side.tensors.values()),
                 "bytes": sum(one.nbytes for one in side.tensors.values()),

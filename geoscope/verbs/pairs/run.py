@@ -218,7 +218,7 @@ def _vector_record(prepared: Prepared, one: WeightPair) -> LayerRecord:
             if values["relative_update"] is None:
                 status["relative_update"] = Status.NOT_APPLICABLE
     return LayerRecord(
-        one.name, one.layer, one.module, one.shape, values, status=status, notes=notes
+        one.name, one.layer, one.module, one.shape, values=values, status=status, notes=notes
     )
 
 

@@ -10,10 +10,11 @@ from operator import add
 import torch
 
 from geoscope.errors import CheckpointError, OptionError
+from geoscope.records import Numbers
 from geoscope.sources.metric_file import TRAINER_STATE, read_metrics, trainer_state_of
 from geoscope.sources.series import Series
 from geoscope.trajectory.increments import Increments
-from geoscope.trajectory.metric_relation import MetricRelation, metric_relation
+from geoscope.trajectory.metric_relation import metric_relation
 from geoscope.trajectory.pls import LEAST_POINTS, PlsKernels, pls_kernels
 from geoscope.trajectory.rank1 import Rank1Path, align_signs
 from geoscope.trajectory.temporal import rank1_coefficients
@@ -92,7 +93,7 @@ class MetricLink:
     features: Mapping[str, PlsKernels]
     seed: int
 
-    def of(self, names: Sequence[str]) -> MetricRelation:
+    def of(self, names: Sequence[str]) -> Numbers:
         """Of these matrices together: sums of Grams, √Σσ1², features side by side."""
         inc = reduce(add, (self.increments[name] for name in names))
         rows = list(self.rows)

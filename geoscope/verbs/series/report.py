@@ -21,6 +21,7 @@ from geoscope._version import __version__
 from geoscope.linalg.small import gram_eigen
 from geoscope.names import layer_index, module_kind
 from geoscope.records import (
+    Collected,
     Coverage,
     LayerRecord,
     Provenance,
@@ -101,15 +102,11 @@ class Trajectory:
         return reduce(add, self.increments.values())
 
 
-@dataclass(frozen=True)
-class _Numbers:
+@dataclass(frozen=True, kw_only=True)
+class _Numbers(Collected):
     """Values of one subject with all that stands beside them."""
 
-    values: dict[str, float | None]
-    nulls: dict[str, float]
-    status: dict[str, Status]
-    raw: dict[str, float]
-    series: dict[str, _Series]
+    series: dict[str, _Series] = field(default_factory=dict)
 
 
 def trajectory_report(
@@ -180,7 +177,7 @@ def _record(
     if name in made.paths:
         _add_rank1(numbers, name, inc, made, base_exact=base_exact)
     for one, skill in skills.items():
-        _put(numbers, f"skill@{one}", skill[name])
+        numbers.put(f"skill@{one}", skill[name])
     _add_scalar_r2(numbers, made, [name], base_exact=base_exact)
     _add_relation(numbers, link, [name])
     return LayerRecord(
@@ -227,20 +224,21 @@ def _failed(one: Skipped, found: Followed, ids: Sequence[str]) -> LayerRecord:
 
 
 def _of_statistics(found: Statistics) -> _Numbers:
-    series = {
-        f"{key}_by_step" if key in found.values else key: value
-        for key, value in found.series.items()
-    }
-    return _Numbers(
-        dict(found.values), dict(found.nulls), dict(found.status), dict(found.raw), series
+    numbers = _Numbers(
+        series={
+            f"{key}_by_step" if key in found.values else key: value
+            for key, value in found.series.items()
+        }
     )
+    numbers.add(found)
+    return numbers
 
 
 def _add_cosine(numbers: _Numbers, inc: Increments) -> None:
     """Cosine of the base and each checkpoint, where both were read."""
     if inc.along is not None:
         numbers.series["base_cosine_by_step"] = inc.base_cosines
-        _put(numbers, "base_cosine", inc.base_cosines[-1])
+        numbers.put("base_cosine", inc.base_cosines[-1])
         numbers.nulls["base_cosine"] = 0.0
 
 
@@ -251,25 +249,13 @@ def _add_rank1(
         made.paths[name], inc, local=made.local.get(name), base_exact=base_exact
     )
     renamed = _LAST | _MEAN
-    for target, source in (
-        (numbers.values, found.values),
-        (numbers.nulls, found.nulls),
-        (numbers.status, found.status),
-        (numbers.raw, found.raw),
-    ):
-        target.update({renamed.get(key, key): value for key, value in source.items()})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    numbers.add(found, renamed)
     numbers.series.update(
         {
             f"{key}_by_step" if key in found.values and key not in renamed else key: value
             for key, value in found.series.items()
         }
     )
-
-
-def _put(numbers: _Numbers, key: str, value: float | None) -> None:
-    numbers.values[key] = value
-    if value is None:
-        numbers.status[key] = Status.NOT_APPLICABLE
 
 
 def _summary(
@@ -292,11 +278,11 @@ def _summary(
         _add_totals(numbers, [*made.paths.values()], total, base_exact=base_exact)
     _add_scalar_r2(numbers, made, [*made.increments], base_exact=base_exact)
     for one in test.methods:
-        _put(numbers, f"skill@{one}", test.skill(one))
+        numbers.put(f"skill@{one}", test.skill(one))
     best = test.best()
     horizon = credible_horizon(test, best, seed=options.seed) if best != "hold" else None
-    _put(numbers, "horizon", 0.0 if horizon is None else horizon.steps)
-    _put(numbers, "horizon_resolved", 0.0 if horizon is None else horizon.resolved)
+    numbers.put("horizon", 0.0 if horizon is None else horizon.steps)
+    numbers.put("horizon_resolved", 0.0 if horizon is None else horizon.resolved)
     _add_relation(numbers, link, [*made.increments])
     if link is not None:
         _add_means(numbers, layers)
@@ -375,17 +361,14 @@ def _add_relation(numbers: _Numbers, link: MetricLink | None, names: Sequence[st
     """How these matrices go with the metric, where there is one."""
     if link is None:
         return
-    relation = link.of(names)
-    numbers.values.update(relation.values)
-    numbers.nulls.update(relation.nulls)
-    numbers.status.update(relation.status)
+    numbers.add(link.of(names))
 
 
 def _add_means(numbers: _Numbers, layers: Sequence[LayerRecord]) -> None:
     """AlphaRL's average over matrices, of the fit in sample and held out."""
     for key in ("pls_r2", "pls_skill"):
         values = [one for layer in layers if (one := layer.values[key]) is not None]
-        _put(numbers, f"{key}_mean", math.fsum(values) / len(values) if values else None)
+        numbers.put(f"{key}_mean", math.fsum(values) / len(values) if values else None)
         if nulls := [layer.nulls[key] for layer in layers if key in layer.nulls]:
             numbers.nulls[f"{key}_mean"] = math.fsum(nulls) / len(nulls)
 
@@ -404,11 +387,9 @@ def _add_totals(
     ):
         if key in numbers.series:
             numbers.series[f"{key}_by_step"] = numbers.series.pop(key)
-        _put(numbers, key, value)
+        numbers.put(key, value, state if value is not None else Status.NOT_APPLICABLE)
         if null is not None:
             numbers.nulls[key] = null
-        if value is not None:
-            _mark(numbers, key, value, state)
 
 
 def _add_scalar_r2(
@@ -427,21 +408,10 @@ def _add_scalar_r2(
         ("scalar_r2_share", together.share_linear, null.share_linear),
         ("scalar_r2_kept", together.kept_fraction, None),
     ):
-        _put(numbers, key, value)
+        floor = Status.OK if expected is None else state
+        numbers.put(key, value, Status.NOT_APPLICABLE if value is None else floor)
         if expected is not None:
             numbers.nulls[key] = expected
-            if value is not None:
-                _mark(numbers, key, value, state)
-
-
-def _mark(numbers: _Numbers, key: str, value: float, state: Status) -> None:
-    """The status of a number; one below resolution is null, and its raw value stands aside."""
-    if state is Status.OK:
-        return
-    numbers.status[key] = state
-    if state.is_null:
-        numbers.values[key] = None
-        numbers.raw[key] = value
 
 
 def _paths_of(total: Increments) -> dict[str, _Series]:

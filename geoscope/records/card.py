@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from geoscope.report.numbers import number
+from geoscope.digits import number
 
 __all__ = [
     "AdapterCard",

@@ -1,0 +1,109 @@
+"""What was measured, and what it comes to: of one matrix, of a model, of two models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from geoscope.records.codec import added, spare, within
+from geoscope.records.numbers import Curve, Numbers, Steps, Values
+
+__all__ = ["LayerRecord", "Overlap", "Run", "Summary", "Verdict"]
+
+
+@dataclass(frozen=True)
+class LayerRecord(Numbers):
+    """All that was measured on one matrix (or, with `verdict` None, on one norm or bias).
+
+    values: id → number, None exactly where `status[id]` is a null status. nulls: id → what an
+    isotropic update of the same shape and size gives. raw: the number behind a BELOW_RESOLUTION.
+    verdict: {"code": str, "k": int, "clause": str}. method: factor → {"how", "bound", "fallback"}.
+    curves: id → points for figures. tuned: number of the tuned model when there are several, as in
+    `provenance.refs`. series: id → one number a step, and gram, the H of docs/methods.md#increments
+    (T, T): of trajectories.
+    """
+
+    name: str
+    layer: int | None
+    module: str
+    shape: tuple[int, ...]
+    verdict: Mapping[str, Any] | None = spare(None)
+    method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    curves: Mapping[str, Curve] = spare({})
+    notes: tuple[str, ...] = spare(())
+    tuned: int | None = spare(None)
+    series: Mapping[str, Steps] = within("values")
+    gram: tuple[tuple[float, ...], ...] = spare(())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on a model: the code that holds at least half of the update's energy.
+
+    shares: code → share of Σ‖ΔW‖². flagged: names of the matrices whose code asks for attention,
+    worst first. counts: code → number of matrices. thresholds: the limits in force. explain: one
+    entry per condition of the rules, {"code", "condition", "threshold", "standing", "holds" (number
+    of matrices), "of", "least", "largest"} (the range of the values it met). apart: matrices that
+    are far from the base in a model that is not; `share` is of the energy of the others.
+    """
+
+    code: str
+    share: float | None
+    shares: Mapping[str, float]
+    flagged: tuple[str, ...]
+    counts: Mapping[str, int]
+    text: str
+    thresholds: Mapping[str, float]
+    explain: tuple[Mapping[str, Any], ...] = added(())
+    apart: tuple[str, ...] = spare(())
+
+
+@dataclass(frozen=True)
+class Run:
+    """Summary of one tuned model where there are several."""
+
+    tuned: int
+    model: Values
+    nulls: Mapping[str, float]
+    modules: Mapping[str, Values]
+    module_nulls: Mapping[str, Mapping[str, float]]
+    verdict: Verdict | None
+    distance: Mapping[str, Any] | None = spare(None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Aggregates over the model and over each module kind, with their nulls.
+
+    See docs/methods.md#aggregation. `anchor`, with `--anchor`: {"ref": as in `provenance.refs`,
+    "ratios": {id: ratio}, "spectrum_preserving": bool|None}. `distance`, where matrices are far
+    from the base: {"code": of the whole model where most are, else None, "matrices": their names,
+    "text"}. steps, of a trajectory: that of the base, then of each checkpoint; series: id → one
+    number a step.
+    """
+
+    model: Values
+    nulls: Mapping[str, float]
+    modules: Mapping[str, Values]
+    module_nulls: Mapping[str, Mapping[str, float]]
+    verdict: Verdict | None = spare(None)
+    runs: tuple[Run, ...] = spare(())
+    anchor: Mapping[str, Any] | None = spare(None)
+    distance: Mapping[str, Any] | None = spare(None)
+    steps: tuple[int, ...] = spare(())
+    series: Mapping[str, Steps] = within("model")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How the updates of two tuned models relate on one matrix.
+
+    See docs/methods.md#two-tuned-models.
+    """
+
+    name: str
+    a: int
+    b: int
+    values: Values
+    nulls: Mapping[str, float]

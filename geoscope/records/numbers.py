@@ -1,0 +1,98 @@
+"""Numbers, and why one is marked or missing. Nothing is ever replaced by 0, 1 or -1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = ["Collected", "Curve", "Numbers", "Status", "Steps", "Values"]
+
+Values = Mapping[str, float | int | None]
+Curve = tuple[tuple[float, float], ...]
+# One number for each step of a series.
+Steps = tuple[float | None, ...]
+
+
+class Status(StrEnum):
+    """Why a number is marked or missing. Members stand in order of precedence.
+
+    See docs/methods.md#statuses.
+    """
+
+    NON_FINITE = "NON_FINITE"
+    ZERO_UPDATE = "ZERO_UPDATE"
+    NOT_APPLICABLE = "NOT_APPLICABLE"
+    NOT_CONVERGED = "NOT_CONVERGED"
+    BELOW_RESOLUTION = "BELOW_RESOLUTION"
+    CAUTION = "CAUTION"
+    OK = "OK"
+
+    @property
+    def is_null(self) -> bool:
+        """Whether a value with this status is None."""
+        return self not in (Status.OK, Status.CAUTION)
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for the user."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.NON_FINITE: "The tensor holds NaN or Inf.",
+    Status.ZERO_UPDATE: "The update is exactly zero, so the quantity is undefined.",
+    Status.NOT_APPLICABLE: "The quantity is not defined for this matrix.",
+    Status.NOT_CONVERGED: "No method reached its residual bound, or computing it failed.",
+    Status.BELOW_RESOLUTION: "Storage rounding is as large as what would be measured.",
+    Status.CAUTION: "Storage rounding is a visible part of this number.",
+    Status.OK: "Defined and resolved.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Numbers of one subject, each beside its null and its status.
+
+    values: id → number, None exactly where `status[id]` is a null status.
+    nulls: id → what chance gives for the same shape and size.
+    status: id → why it is marked or missing; OK is not listed.
+    raw: id → the number behind a BELOW_RESOLUTION.
+    """
+
+    values: Values = field(default_factory=dict)
+    nulls: Mapping[str, float] = field(default_factory=dict)
+    status: Mapping[str, Status] = field(default_factory=dict)
+    raw: Mapping[str, float] = field(default_factory=dict)
+
+    def status_of(self, key: str) -> Status:
+        """OK where none is listed."""
+        return self.status.get(key, Status.OK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected(Numbers):
+    """Numbers as they are collected, in dicts; `put` keeps values, status and raw in step."""
+
+    values: dict[str, float | int | None] = field(default_factory=dict)
+    nulls: dict[str, float] = field(default_factory=dict)
+    status: dict[str, Status] = field(default_factory=dict)
+    raw: dict[str, float] = field(default_factory=dict)
+
+    def put(self, key: str, value: float | None, status: Status = Status.OK) -> None:
+        """A number with its status; None is NOT_APPLICABLE where the status says nothing else."""
+        if value is None and not status.is_null:
+            status = Status.NOT_APPLICABLE
+        self.values[key] = None if status.is_null else value
+        if status is not Status.OK:
+            self.status[key] = status
+        if status is Status.BELOW_RESOLUTION and value is not None:
+            self.raw[key] = value
+
+    def add(self, others: Numbers, names: Mapping[str, str] | None = None) -> None:
+        """All of `others`, under new names where `names` has one."""
+        new = names or {}
+        self.values.update({new.get(key, key): value for key, value in others.values.items()})
+        self.nulls.update({new.get(key, key): value for key, value in others.nulls.items()})
+        self.status.update({new.get(key, key): value for key, value in others.status.items()})
+        self.raw.update({new.get(key, key): value for key, value in others.raw.items()})

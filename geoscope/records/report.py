@@ -1,0 +1,120 @@
+"""`Report` is the only currency between computing and rendering.
+
+Its JSON form (schema `geoscope.report/1`) is canonical and reads back equal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+from geoscope.errors import ReportError
+from geoscope.records.codec import decode, encode, spare
+from geoscope.records.layers import LayerRecord, Overlap, Summary
+from geoscope.records.tensors import ModelRef, Rename, ShapeMismatch, Skipped
+
+__all__ = ["SCHEMA", "Coverage", "Provenance", "Report"]
+
+SCHEMA = "geoscope.report/1"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a report came about; with it the run can be repeated."""
+
+    tool_version: str
+    argv: tuple[str, ...]
+    refs: tuple[ModelRef, ...]
+    device: str
+    compute_dtype: str
+    seed: int
+    parameters: Mapping[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was compared and what was not. `status` is COMPLETE or PARTIAL.
+
+    `missing` names the matrices in scope without a comparison: one-sided, reshaped, non-finite,
+    not converged, unsupported. PARTIAL means that there is one.
+    """
+
+    matched: tuple[str, ...]
+    base_only: tuple[str, ...] = ()
+    tuned_only: tuple[str, ...] = ()
+    shape_mismatch: tuple[ShapeMismatch, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    renamed: tuple[Rename, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    WRITTEN: ClassVar = ("status",)
+
+    @property
+    def status(self) -> str:
+        return "PARTIAL" if self.missing else "COMPLETE"
+
+    def decoded(self) -> Coverage:
+        """With what was skipped told apart, as `missing` does in JSON."""
+        skipped = (replace(item, missing=item.name in self.missing) for item in self.skipped)
+        return replace(self, skipped=tuple(skipped))
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Everything a command found. `to_json` and `from_json` are inverse to each other."""
+
+    kind: str
+    provenance: Provenance
+    coverage: Coverage
+    layers: tuple[LayerRecord, ...]
+    summary: Summary
+    vectors: tuple[LayerRecord, ...] = spare(())
+    overlaps: tuple[Overlap, ...] = spare(())
+
+    def __repr__(self) -> str:
+        models = " → ".join(ref.given for ref in self.provenance.refs)
+        verdict = None if self.summary.verdict is None else self.summary.verdict.code
+        count = f"{len(self.layers)} matrices, {len(self.coverage.missing)} missing"
+        return f"<geoscope.Report {self.kind}: {models}; {count}; verdict {verdict}>"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **encode(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        """The report of a parsed JSON document. Raises ReportError on anything else."""
+        schema = data.get("schema")
+        if schema != SCHEMA:
+            raise ReportError(f"schema is {schema!r}; this version reads {SCHEMA!r}")
+        try:
+            return decode(cls, data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ReportError(
+                f"not a complete {SCHEMA} document ({type(error).__name__}: {error}); "
+                "write it again with -o report.json"
+            ) from None
+
+    def dumps(self) -> str:
+        """Strict JSON: keys sorted, floats in full precision. Raises ReportError for a NaN."""
+        try:
+            return json.dumps(self.to_json(), sort_keys=True, allow_nan=False, ensure_ascii=False)
+        except ValueError as error:
+            raise ReportError(f"the report is no strict JSON: {error}") from None
+
+    @classmethod
+    def loads(cls, text: str) -> Report:
+        """Read back what `dumps` wrote. Raises ReportError."""
+        try:
+            data: Any = json.loads(text, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise ReportError(f"not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ReportError("not a report: the document is no JSON object")
+        return cls.from_json(cast(dict[str, Any], data))
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not strict JSON")

@@ -1,0 +1,128 @@
+"""What is known of tensors and models from headers alone, and what corresponds to what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from geoscope.records.codec import unwritten
+
+__all__ = [
+    "NOT_READ",
+    "ModelRef",
+    "Pairing",
+    "Rename",
+    "ShapeMismatch",
+    "Skipped",
+    "TensorInfo",
+    "WeightPair",
+]
+
+# In place of the storage dtype of a model that is named and not looked at.
+NOT_READ = "(base not read)"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor, from the header alone.
+
+    `shape` is (out, in) after the turns of the reading boundary; `transposed` says that the file
+    holds it as (in, out) (Conv1D). `dtype` is the storage dtype, spelled as torch does
+    (`bfloat16`), and `nbytes` counts it. `source` names the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    source: str
+    transposed: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes once it is read: FP8 becomes fp32."""
+        return self.nbytes * (4 if self.dtype.startswith("float8") else 1)
+
+
+@dataclass(frozen=True)
+class WeightPair:
+    """A base tensor and the tuned tensor that corresponds to it."""
+
+    name: str
+    layer: int | None
+    module: str
+    shape: tuple[int, ...]
+    base: TensorInfo
+    tuned: TensorInfo
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that was not compared, and why.
+
+    `missing` tells the two kinds apart: True for a matrix in scope that should have been compared
+    (it makes the coverage PARTIAL), False for what is fine to leave out.
+    """
+
+    name: str
+    reason: str
+    missing: bool = unwritten(False)
+
+
+@dataclass(frozen=True)
+class ShapeMismatch:
+    """Two tensors of one name and different shapes."""
+
+    name: str
+    base: tuple[int, ...]
+    tuned: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rename:
+    """A tuned name that was matched to a base name through its canonical form."""
+
+    base: str
+    tuned: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What corresponds to what, and everything that does not. Made from headers alone.
+
+    `matrices` are the 2-D weights in scope; `vectors` the norms and biases (norm of change and
+    changed fraction only). `base_only`, `tuned_only` and `shape_mismatch` list every tensor of
+    those kinds; `missing` holds the names among them that are matrices in scope.
+    """
+
+    matrices: tuple[WeightPair, ...]
+    vectors: tuple[WeightPair, ...]
+    base_only: tuple[str, ...]
+    tuned_only: tuple[str, ...]
+    shape_mismatch: tuple[ShapeMismatch, ...]
+    skipped: tuple[Skipped, ...]
+    renamed: tuple[Rename, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as it was given and as it was resolved.
+
+    storage_dtype: of most weights; NOT_READ for a base that is not looked at.
+    """
+
+    given: str
+    resolved: str
+    commit: str | None
+    storage_dtype: str
+
+    @classmethod
+    def not_read(cls, name: str | None) -> ModelRef:
+        """A base that an adapter names, if it does, and that is not looked at."""
+        return cls(name or NOT_READ, NOT_READ, None, NOT_READ)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its weights were looked at; the base of an adapter alone is only named."""
+        return self.storage_dtype != NOT_READ
