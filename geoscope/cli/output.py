@@ -21,8 +21,7 @@ from geoscope.records import Report
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from geoscope.verbs.options import Progress
-    from geoscope.verbs.pairs.prepare import Prepared
+    from geoscope.verbs.options import Planned, Progress
 
 __all__ = [
     "Show",
@@ -217,12 +216,12 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
     noted: set[str] = set()
 
-    def plan(prepared: Prepared) -> None:
-        say(_plan_line(prepared), quiet=quiet)
-        for line in _note_lines(prepared):
-            if line not in noted:  # the base is the same for every tuned model
-                say(line, quiet=quiet)
-            noted.add(line)
+    def plan(planned: Planned) -> None:
+        say(_plan_line(planned), quiet=quiet)
+        for note in planned.notes:
+            if note not in noted:  # the base is the same for every tuned model
+                say(f"note: {note}", quiet=quiet)
+            noted.add(note)
 
     def recalled(count: int, total: int) -> None:
         say(f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet)
@@ -236,12 +235,11 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     bar = _bar()
     tasks: dict[str, Any] = {}
 
-    def planned(prepared: Prepared) -> None:
+    def between_bars(planned: Planned) -> None:
         bar.stop()
-        plan(prepared)
+        plan(planned)
         bar.start()
-        total = len(prepared.pairing.matrices)
-        tasks["matrices"] = bar.add_task("matrices", total=total)
+        tasks["matrices"] = bar.add_task("matrices", total=planned.matrices)
 
     def paired(done: int, _total: int, _name: str) -> None:
         bar.update(tasks["matrices"], completed=done)
@@ -249,7 +247,7 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     with bar:
         yield Progress(
             on_download=_downloads(bar),
-            on_plan=planned,
+            on_plan=between_bars,
             on_pair=paired,
             on_recalled=recalled,
             on_note=note,
@@ -320,24 +318,15 @@ def _bar() -> Bar:
     )
 
 
-def _note_lines(prepared: Prepared) -> list[str]:
-    """The notes of both sides, each under the name that its model was given by; of the pair."""
-    sides = (prepared.base, prepared.tuned)
-    lines = [f"note: {side.ref.given}: {note}" for side in sides for note in side.notes]
-    return [*lines, *(f"note: {note}" for note in prepared.notes)]
-
-
-def _plan_line(prepared: Prepared) -> str:
-    pairing = prepared.pairing
-    what = f"{len(pairing.matrices)} matrices of {prepared.tuned.ref.given}"
-    if prepared.has_base:
-        what, where = f"comparing {what}", f"with {prepared.base.ref.given}"
-    else:
-        what, where = f"measuring {what}", "without its base"
-    where += f" on {prepared.device}"
-    if prepared.bytes_to_fetch:
-        where += f", {_fetching(prepared.bytes_to_fetch, prepared.free_disk or 0)}"
-    return f"{what} {where}"
+def _plan_line(plan: Planned) -> str:
+    matrices = f"{plan.matrices} matrices of {plan.tuned}"
+    work = f"measuring {matrices} without its base"
+    if plan.base is not None:
+        work = f"comparing {matrices} with {plan.base}"
+    work += f" on {plan.device}"
+    if plan.bytes_to_fetch:
+        work += f", {_fetching(plan.bytes_to_fetch, plan.free_disk or 0)}"
+    return work
 
 
 def _fetching(nbytes: int, free: int) -> str:

@@ -137,22 +137,22 @@ def _joined(*parts: str) -> str:
     return "; ".join(one for one in parts if one)
 
 
-def _rules(numbers: _Numbers) -> list[tuple[str, list[list[Check]]]]:
+_Rules = list[tuple[str, list[list[Check]]]]
+
+
+def _rules(numbers: _Numbers) -> _Rules:
     """The rules in order: code → alternatives, each a conjunction of conditions."""
-    k = numbers.k
-    two_sided, versus = f"energy_two_sided@{k}", f"versus_base@{k}"
-    c_lr, over_base = f"C_LR({k})", f"C_LR/E_{k}"
+    return [*_first_rules(numbers), *_principal_rules(numbers), *_last_rules(numbers)]
 
-    def on(rule: str) -> Callable[..., Check]:
-        return lambda name, key, sign, threshold: numbers.check(rule, name, key, sign, threshold)
 
-    init, undetermined = on("INIT_MISMATCH"), on("UNDETERMINED")
-    rank, principal = on("RANK_COLLAPSE"), on("ON_PRINCIPAL")
-    distorted, off = on("SPECTRUM_DISTORTED"), on("OFF_PRINCIPAL")
-    one_sided = [
-        off(f"C_{letter}({k})", f"energy_{side}@{k}", "≤", "off_principal.energy_one_sided")
-        for letter, side in (("L", "left"), ("R", "right"))
-    ]
+def _on(numbers: _Numbers, rule: str) -> Callable[..., Check]:
+    return lambda name, key, sign, limit: numbers.check(rule, name, key, sign, limit)
+
+
+def _first_rules(numbers: _Numbers) -> _Rules:
+    init = _on(numbers, "INIT_MISMATCH")
+    undetermined, rank = _on(numbers, "UNDETERMINED"), _on(numbers, "RANK_COLLAPSE")
+    versus = f"versus_base@{numbers.k}"
     return [
         (
             "INIT_MISMATCH",
@@ -160,7 +160,7 @@ def _rules(numbers: _Numbers) -> list[tuple[str, list[list[Check]]]]:
                 [
                     init("ρ", "relative_update", ">", "init_mismatch.relative_update"),
                     init("NSS/ρ", "spectral_share", ">", "init_mismatch.spectral_share"),
-                    init(over_base, versus, ">", "init_mismatch.versus_base"),
+                    init(_over_base(numbers), versus, ">", "init_mismatch.versus_base"),
                 ]
             ],
         ),
@@ -172,14 +172,26 @@ def _rules(numbers: _Numbers) -> list[tuple[str, list[list[Check]]]]:
             "RANK_COLLAPSE",
             [[rank("top share", "update.top_share@1", ">", "rank_collapse.top_share")]],
         ),
+    ]
+
+
+def _over_base(numbers: _Numbers) -> str:
+    return f"C_LR/E_{numbers.k}"
+
+
+def _principal_rules(numbers: _Numbers) -> _Rules:
+    k, principal = numbers.k, _on(numbers, "ON_PRINCIPAL")
+    two_sided, versus = f"energy_two_sided@{k}", f"versus_base@{k}"
+    distorted = _on(numbers, "SPECTRUM_DISTORTED")
+    return [
         (
             "ON_PRINCIPAL",
             [
-                [principal(c_lr, two_sided, "≥", "on_principal.energy_two_sided")],
+                [principal(f"C_LR({k})", two_sided, "≥", "on_principal.energy_two_sided")],
                 [
                     principal("NSS/ρ", "spectral_share", "≥", "on_principal.spectral_share"),
                     principal("NSS lift", "spectral_lift", "≥", "on_principal.spectral_lift"),
-                    principal(over_base, versus, "≥", "on_principal.versus_base"),
+                    principal(_over_base(numbers), versus, "≥", "on_principal.versus_base"),
                 ],
             ],
         ),
@@ -191,17 +203,28 @@ def _rules(numbers: _Numbers) -> list[tuple[str, list[list[Check]]]]:
                 [numbers.angle("SPECTRUM_DISTORTED", ">", "distorted.angle")],
             ],
         ),
+    ]
+
+
+def _last_rules(numbers: _Numbers) -> _Rules:
+    k, off = numbers.k, _on(numbers, "OFF_PRINCIPAL")
+    two_sided, versus = f"energy_two_sided@{k}", f"versus_base@{k}"
+    one_sided = [
+        off(f"C_{letter}({k})", f"energy_{side}@{k}", "≤", "off_principal.energy_one_sided")
+        for letter, side in (("L", "left"), ("R", "right"))
+    ]
+    return [
         (
             "OFF_PRINCIPAL",
             [
                 [
-                    off(c_lr, two_sided, "≤", "off_principal.energy_two_sided"),
-                    off(over_base, versus, "≤", "off_principal.versus_base"),
+                    off(f"C_LR({k})", two_sided, "≤", "off_principal.energy_two_sided"),
+                    off(_over_base(numbers), versus, "≤", "off_principal.versus_base"),
                     *one_sided,
                     numbers.angle("OFF_PRINCIPAL", "≤", "off_principal.angle"),
                 ]
             ],
-        ),
+        )
     ]
 
 

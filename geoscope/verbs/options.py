@@ -17,9 +17,8 @@ from geoscope.verbs.choices import Compute, Rename, Select, Start, form
 
 if TYPE_CHECKING:
     from geoscope.metrics import Settings
-    from geoscope.verbs.pairs.prepare import Prepared
 
-__all__ = ["Interrupted", "Options", "Progress"]
+__all__ = ["Interrupted", "Options", "Planned", "Progress"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +96,43 @@ def _ignore(*_: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What is going to be computed, before it is.
+
+    base: as it was given; None where it is not read.
+    tuned: as it was given.
+    matrices: how many.
+    device: the devices by name.
+    bytes_to_fetch: from the Hub.
+    free_disk: bytes where they go, None where nothing is to be fetched.
+    notes: remarks on the models and on the pair.
+    """
+
+    base: str | None
+    tuned: str
+    matrices: int
+    device: str
+    bytes_to_fetch: int
+    free_disk: int | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Progress:
     """Who is told what happens; by default nobody.
 
-    on_fetch(bytes, free bytes of the disk), before downloads that no plan tells of;
-    on_download(file, bytes done, bytes in all); on_plan(prepared); on_pair(done, total, name);
-    on_recalled(count, total): so many results of a model came from the cache.
-    on_network(done, total), as networks are trained. on_note(text): what
-    came out on the way.
+    on_fetch: (bytes, free bytes of the disk), before downloads that no plan tells of.
+    on_download: (file, bytes done, bytes in all).
+    on_plan: (what is going to be computed).
+    on_pair: (done, total, name).
+    on_recalled: (count, total): so many results of a model came from the cache.
+    on_network: (done, total), as networks are trained.
+    on_note: (text): what came out on the way.
     """
 
     on_fetch: Callable[[int, int], None] = _ignore
     on_download: Callable[[str, int, int], None] = _ignore
-    on_plan: Callable[[Prepared], None] = _ignore
+    on_plan: Callable[[Planned], None] = _ignore
     on_pair: Callable[[int, int, str], None] = _ignore
     on_recalled: Callable[[int, int], None] = _ignore
     on_network: Callable[[int, int], None] = _ignore

@@ -231,12 +231,12 @@ def test_a_prediction_that_fails_is_held_and_told(
 
     inner = extrapolate._combination
 
-    def failing(tensor: Any, coefficients: Tensor) -> Tensor:
+    def failing(tensor: Any, weights: Tensor, start: int, stop: int) -> Tensor:
         if tensor.name != TALL:
-            return inner(tensor, coefficients)
+            return inner(tensor, weights, start, stop)
         if not overflows:
             raise MemoryError
-        return inner(tensor, coefficients) * float("inf")
+        return inner(tensor, weights, start, stop) * float("inf")
 
     monkeypatch.setattr(extrapolate, "_combination", failing)
     found = extrapolated(made, tmp_path / "out", "run", "linear")
@@ -253,16 +253,16 @@ def test_a_prediction_that_fails_is_held_and_told(
 def test_a_predicted_adapter_holds_a_module_that_fails(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geoscope.verbs.series import extrapolate
+    from geoscope.trajectory.prediction import Prediction
 
-    inner = extrapolate.combination
+    inner = Prediction.of
 
-    def failing(updates: Any, coefficients: list[float]) -> Any:
+    def failing(prediction: Prediction, updates: Any) -> Any:
         if updates[0].shape[0] == 40:
             raise LINALG
-        return inner(updates, coefficients)
+        return inner(prediction, updates)
 
-    monkeypatch.setattr(extrapolate, "combination", failing)
+    monkeypatch.setattr(Prediction, "of", failing)
     found = extrapolated(made, tmp_path / "out", "loras", "linear")
     assert found.code == 0, found.err
     assert found.report["tensors"][PATH] == "hold"

@@ -45,7 +45,7 @@ def measure_adapter(
     options, progress = options or Options(), progress or Progress()
     started = time.perf_counter()
     prepared = prepare_alone(path_text(reference, "reference"), options, progress)
-    progress.on_plan(prepared)
+    progress.on_plan(prepared.planned)
     run = run_one(prepared, kind, options, progress)
     report = assemble([prepared], [run], kind, options, argv, time.perf_counter() - started)
     if run.interrupted is not None:

@@ -57,13 +57,13 @@ def compare(
         beside = prepare(first, given, alone, progress)
     runs: list[TunedRun] = []
     for one in prepared:
-        progress.on_plan(one)
+        progress.on_plan(one.planned)
         runs.append(run_one(one, kind, options, progress))
         if runs[-1].interrupted:
             break
     reference = None
     if beside is not None and not runs[-1].interrupted:
-        progress.on_plan(beside)
+        progress.on_plan(beside.planned)
         reference = run_one(beside, kind, options, progress)
     report = assemble(prepared, runs, kind, options, argv, time.perf_counter() - started)
     if KINDS[kind].overlaps and len(runs) == len(prepared) and not runs[-1].interrupted:

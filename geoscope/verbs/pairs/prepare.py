@@ -28,7 +28,7 @@ from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import NameMap
 from geoscope.records import Pairing, Survey, WeightPair, encode
 from geoscope.verbs.models import open_model, open_tuned
-from geoscope.verbs.options import Options, Progress
+from geoscope.verbs.options import Options, Planned, Progress
 from geoscope.verbs.pairs.matching import match_models
 
 __all__ = [
@@ -77,6 +77,21 @@ class Prepared:
     def stacks(self) -> bool:
         """Whether several pairs are computed together."""
         return _stacks(self.devices, self.tuned)
+
+    @property
+    def planned(self) -> Planned:
+        """What is going to be computed, for who watches."""
+        sides = (self.base, self.tuned)
+        notes = [f"{side.ref.given}: {note}" for side in sides for note in side.notes]
+        return Planned(
+            base=self.base.ref.given if self.has_base else None,
+            tuned=self.tuned.ref.given,
+            matrices=len(self.pairing.matrices),
+            device=self.device,
+            bytes_to_fetch=self.bytes_to_fetch,
+            free_disk=self.free_disk,
+            notes=(*notes, *self.notes),
+        )
 
     def rounding(self, one: WeightPair) -> Rounding:
         """What FP8 blocks rounded away on both sides of a pair."""
