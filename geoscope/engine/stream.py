@@ -136,80 +136,109 @@ def stream(
     What `work` raises on a pair is the failure of its outcome; the others are computed. What `read`
     raises is raised here, after the threads have stopped; so is KeyboardInterrupt.
     """
-    distinct = list(dict.fromkeys(devices))[:workers]
-    places = [distinct[i % len(distinct)] for i in range(workers)]
-    gate = _Gate(room_for_batches(memory) * len(distinct))
-    # At most one batch waits beyond those in work: that is the read-ahead.
-    ready: queue.Queue[_Item | None] = queue.Queue(maxsize=1)
-    done: queue.Queue[list[Outcome[T]] | BaseException] = queue.Queue()
-    stop = threading.Event()
-    lanes = {one: _Lane(one, places.count(one)) for one in distinct if one.type != "cpu"}
-    takers = len(lanes) + sum(one not in lanes for one in places)
-
-    def reader() -> None:
-        pin = any(one.type == "cuda" for one in distinct)
-        try:
-            for batch in batches:
-                gate.enter(batch.working_bytes)
-                if stop.is_set():
-                    break
-                with stage("read"), current(distinct[0]):
-                    stacks = load(batch.pairs, read, pin=pin)
-                ready.put((batch, Sent(stacks)))
-                del stacks
-        except BaseException as error:
-            done.put(error)
-        finally:
-            for _ in range(takers):
-                ready.put(None)
-
-    def mover(lane: _Lane) -> None:
-        try:
-            lane.move(ready)
-        except BaseException as error:
-            done.put(error)
-            while ready.get() is not None:
-                pass  # the reader must not be left waiting
-        finally:
-            lane.close()
-
-    def worker(device: torch.device) -> None:
-        take = lanes[device].take if device in lanes else ready.get
-        while (item := take()) is not None:
-            batch, sent = item
-            del item
-            if not stop.is_set():
-                try:
-                    with current(device):
-                        done.put(_attempt(batch, sent.received(), work, device))
-                except BaseException as error:
-                    done.put(error)
-            del sent
-            gate.leave(batch.working_bytes)
-
-    # Each thread runs in a copy of this context: a profile that is being taken goes with it.
-    jobs: list[Callable[[], None]] = [reader]
-    jobs += [partial(mover, lane) for lane in lanes.values()]
-    jobs += [partial(worker, place) for place in places]
-    threads = [
-        threading.Thread(target=copy_context().run, args=(job,), daemon=True) for job in jobs
-    ]
+    run = _Run(batches, read, work, devices, workers, memory)
     with one_blas_thread():
-        for thread in threads:
-            thread.start()
+        run.start()
         try:
             for _ in batches:
-                item = done.get()
+                item = run.done.get()
                 if isinstance(item, BaseException):
                     raise item
                 yield from item
         finally:
-            stop.set()
-            gate.close()
-            while any(thread.is_alive() for thread in threads):
-                _drain(ready)
-                for thread in threads:
-                    thread.join(timeout=0.05)
+            run.end()
+
+
+class _Run(Generic[T]):
+    """The threads of one stream, and the queues between them.
+
+    ready: batches that are read; at most one waits beyond those in work, the read-ahead.
+    done: outcomes of a batch, or what a thread raised.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        read: Read,
+        work: Work[T],
+        devices: Sequence[torch.device],
+        workers: int,
+        memory: int,
+    ) -> None:
+        self._batches, self._read, self._work = batches, read, work
+        self._devices = list(dict.fromkeys(devices))[:workers]
+        self._places = [self._devices[i % len(self._devices)] for i in range(workers)]
+        self._gate = _Gate(room_for_batches(memory) * len(self._devices))
+        self._ready: queue.Queue[_Item | None] = queue.Queue(maxsize=1)
+        self.done: queue.Queue[list[Outcome[T]] | BaseException] = queue.Queue()
+        self._stop = threading.Event()
+        self._lanes = {
+            device: _Lane(device, self._places.count(device))
+            for device in self._devices
+            if device.type != "cpu"
+        }
+        # Each thread runs in a copy of this context: a profile that is being taken goes with it.
+        jobs: list[Callable[[], None]] = [self._reader]
+        jobs += [partial(self._mover, lane) for lane in self._lanes.values()]
+        jobs += [partial(self._worker, place) for place in self._places]
+        self._threads = [
+            threading.Thread(target=copy_context().run, args=(job,), daemon=True) for job in jobs
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def end(self) -> None:
+        """Stops the threads, whatever they wait for."""
+        self._stop.set()
+        self._gate.close()
+        while any(thread.is_alive() for thread in self._threads):
+            _drain(self._ready)
+            for thread in self._threads:
+                thread.join(timeout=0.05)
+
+    def _reader(self) -> None:
+        pin = any(device.type == "cuda" for device in self._devices)
+        try:
+            for batch in self._batches:
+                self._gate.enter(batch.working_bytes)
+                if self._stop.is_set():
+                    break
+                with stage("read"), current(self._devices[0]):
+                    stacks = load(batch.pairs, self._read, pin=pin)
+                self._ready.put((batch, Sent(stacks)))
+                del stacks
+        except BaseException as error:
+            self.done.put(error)
+        finally:
+            takers = len(self._lanes) + sum(place not in self._lanes for place in self._places)
+            for _ in range(takers):
+                self._ready.put(None)
+
+    def _mover(self, lane: _Lane) -> None:
+        try:
+            lane.move(self._ready)
+        except BaseException as error:
+            self.done.put(error)
+            while self._ready.get() is not None:
+                pass  # the reader must not be left waiting
+        finally:
+            lane.close()
+
+    def _worker(self, device: torch.device) -> None:
+        take = self._lanes[device].take if device in self._lanes else self._ready.get
+        while (item := take()) is not None:
+            batch, sent = item
+            del item
+            if not self._stop.is_set():
+                try:
+                    with current(device):
+                        self.done.put(_attempt(batch, sent.received(), self._work, device))
+                except BaseException as error:
+                    self.done.put(error)
+            del sent
+            self._gate.leave(batch.working_bytes)
 
 
 def _drain(ready: queue.Queue[_Item | None]) -> None:

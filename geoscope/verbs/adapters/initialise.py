@@ -134,11 +134,8 @@ def initialise(
     )
     if on_start is not None:
         on_start(len(targets.matrices))
-    names = [*checkpoint.tensors] if files.model is not None else [*targets.matrices]
-    fetch([(checkpoint, names)], progress)
-    order = [
-        name for name in (files.model.order if files.model else names) if name in targets.matrices
-    ]
+    fetch([(checkpoint, _read_names(checkpoint, files, targets))], progress)
+    order = _order(files, targets)
     with ExitStack() as stack:
         output = stack.enter_context(folder)
         spool = stack.enter_context(Spool(out, options.chosen_layout))
@@ -177,6 +174,17 @@ def initialise(
         seconds=time.perf_counter() - started,
     )  # fmt: skip
     return Initialised(report, out, card, out / files.card)
+
+
+def _read_names(checkpoint: Checkpoint, files: AdapterFiles, targets: Targets) -> list[str]:
+    """Tensors that are read: all of a model that is written anew, else the targets."""
+    return [*checkpoint.tensors] if files.model is not None else [*targets.matrices]
+
+
+def _order(files: AdapterFiles, targets: Targets) -> list[str]:
+    """The targets in the order in which they are written."""
+    names = files.model.order if files.model is not None else [*targets.matrices]
+    return [name for name in names if name in targets.matrices]
 
 
 # --- the matrices, computed ahead -----------------------------------------------------------------

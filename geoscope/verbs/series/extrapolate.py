@@ -34,9 +34,10 @@ from geoscope.verbs.series.extrapolate_adapter import write_adapter
 from geoscope.verbs.series.follow import measure_series
 from geoscope.verbs.series.model_vectors import ModelVector, model_vectors
 from geoscope.verbs.series.next_series import HORIZON_ORIGINS, NEXT, NextForecast, next_forecast
+from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory, traps_of
-from geoscope.verbs.series.tensors import Followed, ModelTensor, open_followed
+from geoscope.verbs.series.tensors import Followed, ModelTensor
 
 __all__ = ["Extrapolation", "extrapolate", "methods"]
 
@@ -109,33 +110,14 @@ def extrapolate(
     Raises GeoscopeError.
     """
     options, out = options or FollowOptions(), path_of(out, "out")
-    if not all(map(math.isfinite, extend)) or len({f"{c:g}" for c in extend}) < len(extend):
-        given = ",".join(map(repr, extend))
-        raise OptionError(f"`extend` {given}: finite numbers, each once, are needed")
-    method = _ALIASES.get(method, method.replace("-", "_"))
-    if method not in methods():
-        raise OptionError(f"`method` {method!r} is not one of {', '.join(methods())}")
+    method, extend = _method_named(method), tuple(extend)
     is_next = method in (NEXT, f"damped({NEXT})")  # networks train
     _refuse_of_next(is_next=is_next, extend=extend, origins=origins, whole_model=whole_model)
     if whole_model and not options.include:
         options = replace(options, include=(".",))
     progress = progress or Progress()
     found = open_followed(paths_of(references, "references"), options, progress, in_parts=False)
-    of_adapters = found.series.kind == "adapter"
-    if of_adapters and is_next:
-        raise OptionError("`method` next reads whole models; of adapters take another")
-    if of_adapters and options.initial_adapter is not None and options.base is None:
-        raise OptionError(
-            "`initial_adapter`: the prediction lies on the original model; give it as `base`"
-        )
-    if rank is not None and not of_adapters:
-        raise OptionError("`rank` is of a predicted adapter; these are whole models")
-    for point in found.series.points:
-        if point.checkpoint is not None:
-            refuse_unwritable(point.checkpoint, "extrapolate")
-    last = found.steps[-1]
-    if target <= last:
-        raise OptionError(f"`target` {target}: the series ends at step {last}; give a later step")
+    _refuse_series(found, options, target, is_next=is_next, rank=rank)
     made = measure_series(found, options, progress)
     far = series_distance(found, made.increments)
     if far is not None and not force:
@@ -159,23 +141,80 @@ def extrapolate(
     test = made.backtest(None if forecast is None else {NEXT: forecast.moves})
     if forecast is not None:
         test = test.at(forecast.origins)
-    horizon = 0.0 if method == "hold" else credible_horizon(test, method, seed=options.seed).steps
-    skill = test.skill(method)
-    if method != "hold" and target - last > horizon and not force:
-        raise OptionError(_beyond(method, target - last, horizon, skill))
+    result = _planned(found, test, method, target, seed=options.seed, force=force)
     chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
-    chosen |= dict.fromkeys(vectors, method)
     traps = traps_of(found, made, base_exact=options.base is not None)
     told = () if far is None else (far.text,)
     tried = () if forecast is None else (_tried(found, forecast),)
-    notes = (*told, *found.notes, *traps, *tried, *_not_followed(found, made))
-    folders = tuple(out / f"c{factor:g}" for factor in extend) or (out,)
-    result = Extrapolation(out, target, last, method, chosen, skill, horizon, notes, folders)
-    if of_adapters:
+    result = replace(
+        result,
+        out=out,
+        chosen=chosen | dict.fromkeys(vectors, method),
+        notes=(*told, *found.notes, *traps, *tried, *_not_followed(found, made)),
+        folders=tuple(out / f"c{factor:g}" for factor in extend) or (out,),
+    )
+    if found.series.kind == "adapter":
         return _write_adapter(found, made, test, result, options, rank=rank, force=force)
     if forecast is None or not extend:
         return _write(found, made, test, result, forecast, vectors, force=force)
-    for factor, folder in zip(extend, folders, strict=True):
+    return _write_family(found, made, test, result, forecast, vectors, extend, force=force)
+
+
+def _method_named(name: str) -> str:
+    """The method as the backtest spells it. Raises OptionError for an unknown one."""
+    method = _ALIASES.get(name, name.replace("-", "_"))
+    if method not in methods():
+        raise OptionError(f"`method` {method!r} is not one of {', '.join(methods())}")
+    return method
+
+
+def _refuse_series(
+    found: Followed, options: FollowOptions, target: int, *, is_next: bool, rank: int | None
+) -> None:
+    """Raises for a series that the method or the target does not fit, or that cannot be written."""
+    of_adapters = found.series.kind == "adapter"
+    if of_adapters and is_next:
+        raise OptionError("`method` next reads whole models; of adapters take another")
+    if of_adapters and options.initial_adapter is not None and options.base is None:
+        raise OptionError(
+            "`initial_adapter`: the prediction lies on the original model; give it as `base`"
+        )
+    if rank is not None and not of_adapters:
+        raise OptionError("`rank` is of a predicted adapter; these are whole models")
+    for point in found.series.points:
+        if point.checkpoint is not None:
+            refuse_unwritable(point.checkpoint, "extrapolate")
+    if target <= found.steps[-1]:
+        raise OptionError(
+            f"`target` {target}: the series ends at step {found.steps[-1]}; give a later step"
+        )
+
+
+def _planned(
+    found: Followed, test: Backtest, method: str, target: int, *, seed: int, force: bool
+) -> Extrapolation:
+    """Skill and horizon of the method. Raises OptionError for a target beyond the horizon."""
+    last = found.steps[-1]
+    horizon = 0.0 if method == "hold" else credible_horizon(test, method, seed=seed).steps
+    skill = test.skill(method)
+    if method != "hold" and target - last > horizon and not force:
+        raise OptionError(_beyond(method, target - last, horizon, skill))
+    return Extrapolation(Path(), target, last, method, {}, skill, horizon, (), ())
+
+
+def _write_family(
+    found: Followed,
+    made: Trajectory,
+    test: Backtest,
+    result: Extrapolation,
+    forecast: NextForecast,
+    vectors: Mapping[str, ModelVector],
+    extend: Sequence[float],
+    *,
+    force: bool,
+) -> Extrapolation:
+    """A model for each factor c: W_T + c·Δ̂."""
+    for factor, folder in zip(extend, result.folders, strict=True):
         place = replace(result, out=folder)
         scaled = replace(forecast, scale=factor)
         written = _write(found, made, test, place, scaled, vectors, force=force)
@@ -187,7 +226,10 @@ def extrapolate(
 def _refuse_of_next(
     *, is_next: bool, extend: Sequence[float], origins: int | None, whole_model: bool
 ) -> None:
-    """What has a meaning for `next` alone, and a number of origins that is none."""
+    """What has a meaning for `next` alone, and numbers that cannot be."""
+    if not all(map(math.isfinite, extend)) or len({f"{c:g}" for c in extend}) < len(extend):
+        given = ",".join(map(repr, extend))
+        raise OptionError(f"`extend` {given}: finite numbers, each once, are needed")
     if origins is not None and origins < 1:
         raise OptionError(f"`origins` {origins}: at least one is needed")
     given = {"extend": bool(extend), "origins": origins is not None, "whole_model": whole_model}

@@ -22,6 +22,7 @@ from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, PairingError, first_names
 from geoscope.files import record_bytes, record_size
 from geoscope.formats.hashes import tensor_sha256
+from geoscope.formats.safetensors_writer import FilePlan, TensorWriter
 from geoscope.linalg import Product
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.adapter import Adapter
@@ -61,61 +62,23 @@ def write_adapter(
     adapter. record: goes into geoscope.json. Raises OptionError, CheckpointError, PairingError.
     """
     last = _tensors(found)[0].adapters[-1]
-    last.refuse_more_than_plain("extrapolate")
-    reference = base or _named_base(last)
-    if reference is None:
-        raise OptionError(f"{last.given}: names no base; give it as `base`")
-    followed = {one.module for one in _tensors(found)}
-    if unfollowed := [name for name in last.modules if name not in followed]:
-        raise PairingError(
-            f"{last.given}: {len(unfollowed)} modules are not followed "
-            f"({first_names(unfollowed)}), so no whole adapter can be written; leave `include`, "
-            "`exclude` and `layers` out"
-        )
-    least = min(min(one.shape) for one in last.modules.values())
-    chosen = min(2 * int(last.config["r"]), least) if rank is None else rank
-    _check_rank(chosen, least, last)
-    others = carried(last)
-    plan = plain_plan(last, chosen, others)
+    reference = _checked_base(found, last, base)
+    rank = _rank_of(last, rank)
+    plan = plain_plan(last, rank, carried(last))
     revision = last.revision if base is None else None
-    config = config_bytes(plain_config(last, chosen, reference, revision))
+    config = config_bytes(plain_config(last, rank, reference, revision))
     sizes = {
         ADAPTER_WEIGHTS: plan.nbytes,
         ADAPTER_CONFIG: len(config),
         RECORD: record_size(len(last.modules)),
     }
-    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
-    inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
-    scaling = scaling_of_all(last)
-    written: list[_Written] = []
-    hashes: dict[str, str] = {}
     held: dict[str, str] = {}
-    with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
+    with OutputFolder(out, sizes, force=force, inputs=_inputs(found)) as folder:
         with folder.tensors(ADAPTER_WEIGHTS, plan) as writer:
-
-            def put(name: str, tensor: Tensor) -> None:
-                hashes[name] = tensor_sha256(tensor)
-                writer.write(name, tensor)
-
-            keys = {lora_keys(one.path)[0]: one for one in last.modules.values()}
-            waiting: dict[str, Tensor] = {}
-            for name in plan.order:
-                if name in keys:
-                    module = keys[name]
-                    of_module = [one for one in _tensors(found) if one.module == module.name]
-                    made = [_compressed(one, predict, chosen, scaling, held) for one in of_module]
-                    written += [_Written(one.energy, one.discarded) for one in made]
-                    B, A = (
-                        torch.cat(side) for side in zip(*((x.B, x.A) for x in made), strict=True)
-                    )
-                    waiting[lora_keys(module.path)[1]], A = unstacked(
-                        B, A, is_turned=module.is_turned
-                    )
-                    put(name, A)
-                else:
-                    put(name, waiting.pop(name) if name in waiting else last.read(name))
-        energy = math.fsum(one.energy for one in written)
-        discarded = math.fsum(one.discarded for one in written) / energy if energy > 0 else 0.0
+            written, hashes = _write_factors(found, last, predict, rank, plan, writer, held)
+        energy = math.fsum(module.energy for module in written)
+        discarded = math.fsum(module.discarded for module in written)
+        discarded = discarded / energy if energy > 0 else 0.0
         whole = {
             **record,
             "tensors": {**record["tensors"], **dict.fromkeys(held, "hold")},
@@ -125,13 +88,72 @@ def write_adapter(
             "method": "extrapolated",
             "extrapolator": record["method"],
             "layout": None,
-            "rank": chosen,
+            "rank": rank,
             "discarded": discarded,
             "sha256": hashes,
         }
         folder.write(RECORD, record_bytes(whole))
         folder.write(ADAPTER_CONFIG, config)
-    return chosen, discarded, held
+    return rank, discarded, held
+
+
+def _checked_base(found: Followed, last: Adapter, base: str | None) -> str:
+    """The reference of the base. Raises for an adapter that cannot be written as a plain one."""
+    last.refuse_more_than_plain("extrapolate")
+    reference = base or _named_base(last)
+    if reference is None:
+        raise OptionError(f"{last.given}: names no base; give it as `base`")
+    followed = {tensor.module for tensor in _tensors(found)}
+    if unfollowed := [name for name in last.modules if name not in followed]:
+        raise PairingError(
+            f"{last.given}: {len(unfollowed)} modules are not followed "
+            f"({first_names(unfollowed)}), so no whole adapter can be written; leave `include`, "
+            "`exclude` and `layers` out"
+        )
+    return reference
+
+
+def _rank_of(last: Adapter, rank: int | None) -> int:
+    """The rank to write, by default twice that of the last adapter. Raises OptionError."""
+    least = min(min(module.shape) for module in last.modules.values())
+    chosen = min(2 * int(last.config["r"]), least) if rank is None else rank
+    _check_rank(chosen, least, last)
+    return chosen
+
+
+def _inputs(found: Followed) -> list[Path]:
+    """Files and folders that the output must not be written over."""
+    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
+    return [path for path in (*given, *(point.parent for point in given[1:])) if path.exists()]
+
+
+def _write_factors(
+    found: Followed,
+    last: Adapter,
+    predict: Predict,
+    rank: int,
+    plan: FilePlan,
+    writer: TensorWriter,
+    held: dict[str, str],
+) -> tuple[list[_Written], dict[str, str]]:
+    """Factors of every module, and what is carried over; their energies, and hashes by name."""
+    scaling, hashes = scaling_of_all(last), dict[str, str]()
+    keys = {lora_keys(module.path)[0]: module for module in last.modules.values()}
+    waiting: dict[str, Tensor] = {}
+    written: list[_Written] = []
+    for name in plan.order:
+        if name in keys:
+            module = keys[name]
+            of_module = [tensor for tensor in _tensors(found) if tensor.module == module.name]
+            made = [_compressed(tensor, predict, rank, scaling, held) for tensor in of_module]
+            written += [_Written(each.energy, each.discarded) for each in made]
+            B, A = (torch.cat(side) for side in zip(*((x.B, x.A) for x in made), strict=True))
+            waiting[lora_keys(module.path)[1]], tensor = unstacked(B, A, is_turned=module.is_turned)
+        else:
+            tensor = waiting.pop(name) if name in waiting else last.read(name)
+        hashes[name] = tensor_sha256(tensor)
+        writer.write(name, tensor)
+    return written, hashes
 
 
 def _compressed(

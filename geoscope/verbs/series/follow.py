@@ -18,10 +18,11 @@ from geoscope.records import Report, Skipped, Status
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
 from geoscope.verbs.series.metric import metric_curve
+from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept, measured
 from geoscope.verbs.series.report import Trajectory, trajectory_report
-from geoscope.verbs.series.tensors import Followed, open_followed
+from geoscope.verbs.series.tensors import Followed
 from geoscope.verbs.series.vectors import write_vectors
 
 __all__ = ["follow", "measure_series"]

@@ -21,7 +21,10 @@ from geoscope.peft.adapter import Adapter
 from geoscope.records import Skipped
 from geoscope.sources.series import Series, SeriesPoint
 
-__all__ = ["after_start", "equal_adapters", "equal_models", "has_no_update"]
+__all__ = ["BASE", "INITIAL", "after_start", "equal_adapters", "equal_models", "has_no_update"]
+
+# What a series starts from, as notes name it.
+BASE, INITIAL = "the base", "the adapter before training"
 
 
 def after_start(series: Series, is_start: Callable[[SeriesPoint], bool], start: str) -> Series:

@@ -19,9 +19,10 @@ from geoscope.verbs.series.extrapolate import extrapolate
 from geoscope.verbs.series.follow import measure_series
 from geoscope.verbs.series.model_vectors import model_vectors
 from geoscope.verbs.series.next_series import next_forecast, origins_of
+from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory
-from geoscope.verbs.series.tensors import Followed, open_followed
+from geoscope.verbs.series.tensors import Followed
 from tests.helpers.matrices import gaussian, save_model
 
 NAME = "model.layers.{}.mlp.up_proj.weight"

@@ -1,0 +1,103 @@
+"""A series of whole models: the weights that all of them have with one shape."""
+
+from __future__ import annotations
+
+from geoscope.errors import OptionError, PairingError
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.pairing import pair
+from geoscope.models.split import common_config
+from geoscope.models.ungathered import refuse_ungathered
+from geoscope.names import NameMap, in_natural_order
+from geoscope.sources.series import Series
+from geoscope.verbs.fetching import fetch
+from geoscope.verbs.models import in_parts as parts_of
+from geoscope.verbs.options import Progress
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.start import BASE, after_start, equal_models
+from geoscope.verbs.series.tensors import Followed, ModelTensor, SeriesTensor, lost_steps
+
+__all__ = ["model_series"]
+
+
+def model_series(
+    series: Series,
+    options: FollowOptions,
+    progress: Progress,
+    start: Checkpoint | None,
+    *,
+    in_parts: bool,
+) -> Followed:
+    rules = NameMap(options.map_name)
+    series, base, checkpoints = _from_base(series, start, rules)
+    steps = series.steps if start is None else (series.start or 0, *series.steps)
+    notes: tuple[str, ...] = ()
+    if in_parts:
+        config = common_config(base, *checkpoints)
+        whole, (base, *checkpoints) = base, [parts_of(one, config) for one in (base, *checkpoints)]
+        notes = base.notes[len(whole.notes) :]
+    notes += rules.notes(name for one in (base, *checkpoints) for name in one.tensors)
+    pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
+    names = [{one.name: one for one in found.matrices} for found in pairings]
+    common = [name for name in names[0] if all(name in found for found in names)]
+    absent = {name for found in names for name in found} - set(common)
+    absent |= {name for found in pairings for name in found.missing}
+    if not common:
+        raise PairingError(
+            f"{base.ref.given}: no matrix is in all {len(checkpoints)} checkpoints with one shape; "
+            "see `geoscope inspect` on the first and the last"
+        )
+    tensors: dict[str, SeriesTensor] = {}
+    for name in in_natural_order(common):
+        pairs = [found[name] for found in names]
+        places = (
+            (base, pairs[0].base.name),
+            *((one, two.tuned.name) for one, two in zip(checkpoints, pairs, strict=True)),
+        )
+        if len({one.tensors[stored].transposed for one, stored in places}) > 1:
+            absent.add(name)
+            continue
+        m, n = pairs[0].shape
+        tensors[name] = ModelTensor(name, (m, n), places)
+    wanted = (
+        (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
+        for one in (base, *checkpoints)
+    )
+    fetch(wanted, progress)
+    return Followed(
+        steps=steps,
+        tensors=tensors,
+        refs=(base.ref, checkpoints[-1].ref),
+        points=tuple(point.given for point in series.points),
+        skipped=(*series.passed_over, *pairings[0].skipped),
+        missing=(*in_natural_order(absent), *lost_steps(series)),
+        notes=(*series.notes, *notes),
+        series=series,
+        base=base,
+    )
+
+
+def _from_base(
+    series: Series, base: Checkpoint | None, names: NameMap
+) -> tuple[Series, Checkpoint, list[Checkpoint]]:
+    """The series, its base, and the models after that; without a base the first one is it."""
+    if base is not None:
+        refuse_ungathered(base)
+        series = after_start(
+            series,
+            lambda point: (
+                point.checkpoint is not None and equal_models(base, point.checkpoint, names)
+            ),
+            BASE,
+        )
+    found = [point.checkpoint for point in series.points if point.checkpoint is not None]
+    if base is None and len(found) > 1:
+        return series, found[0], found[1:]
+    if base is None or not found:
+        given = [point.given for point in series.points] or [one.name for one in series.passed_over]
+        raise OptionError(f"{given[-1]}: one checkpoint makes no series; give more, or `base`")
+    return series, base, found
+
+
+def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
+    assert isinstance(tensor, ModelTensor)
+    return tensor.places

@@ -1,0 +1,64 @@
+"""From the references of a series to its tensors: checkpoints, base, and what corresponds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from geoscope.errors import OptionError
+from geoscope.models.checkpoint import Checkpoint
+from geoscope.peft.adapter import Adapter
+from geoscope.sources.open import open_adapter
+from geoscope.sources.series import open_series
+from geoscope.sources.steps import given_steps
+from geoscope.verbs.models import open_model
+from geoscope.verbs.options import Progress
+from geoscope.verbs.series.adapter_series import adapter_series
+from geoscope.verbs.series.model_series import model_series
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.start import BASE, INITIAL
+from geoscope.verbs.series.tensors import Followed
+
+__all__ = ["open_followed"]
+
+
+def open_followed(
+    references: Sequence[str],
+    options: FollowOptions,
+    progress: Progress | None = None,
+    *,
+    in_parts: bool = True,
+) -> Followed:
+    """The series and its base, matched tensor by tensor; data of the Hub is fetched.
+
+    in_parts: fused and stacked tensors of models in parts; without it as they are stored.
+    Raises OptionError, CheckpointError, PairingError.
+    """
+    progress = progress or Progress()
+    steps = None if options.steps is None else given_steps(options.steps)
+    base = initial = None
+    if options.base is not None:
+        base = open_model(options.base, on_progress=progress.on_download)
+    if options.initial_adapter is not None:
+        initial = open_adapter(
+            options.initial_adapter, alpha=options.lora_alpha, on_progress=progress.on_download
+        )
+    series = open_series(
+        references,
+        steps=steps,
+        alpha=options.lora_alpha,
+        starts=_starts(base, initial),
+        on_progress=progress.on_download,
+    )
+    if series.kind == "adapter":
+        return adapter_series(series, options, progress, base, initial)
+    if options.initial_adapter is not None:
+        raise OptionError("`initial_adapter` is for series of adapters; these are whole models")
+    if options.lora_alpha is not None:
+        raise OptionError("`lora_alpha` is for series of adapters; these are whole models")
+    return model_series(series, options, progress, base, in_parts=in_parts)
+
+
+def _starts(base: Checkpoint | None, initial: Adapter | None) -> dict[str, str]:
+    """Where what a series starts from lies → what it is."""
+    found = {} if base is None else {base.ref.resolved: BASE}
+    return found if initial is None else {**found, initial.resolved: INITIAL}
