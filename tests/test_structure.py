@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -453,6 +454,52 @@ def swallowed(path: Path) -> Iterator[str]:
 
 def test_no_exception_is_swallowed_without_a_reason() -> None:
     assert offenders(swallowed) == {}
+
+
+# --- circles and sizes ----------------------------------------------------------------------------
+
+
+def modules_used(path: Path) -> set[str]:
+    """Modules of the package that a file imports, wherever in it, for type checkers too."""
+    return {name for name in imports(path) if name in MODULES} - {module_of(path)}
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {module_of(path): modules_used(path) for path in FILES if path.name != "__init__.py"}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+# Tables of data, read from top to bottom.
+TABLES = {"metrics/table.py"}
+LONGEST_FILE, LONGEST_BODY, USUAL_BODY = 500, 60, 16
+
+
+def bodies(path: Path) -> Iterator[tuple[str, int]]:
+    """Name and lines of each function, without its head and docstring."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, (node.end_lineno or 0) - first[0].lineno + 1 if first else 0
+
+
+def test_functions_are_short() -> None:
+    lengths = sorted(length for path in FILES for _, length in bodies(path))
+    assert lengths[int(0.9 * len(lengths))] <= USUAL_BODY
+    long = {
+        f"{path.relative_to(PACKAGE)}:{name}": length
+        for path in FILES
+        for name, length in bodies(path)
+        if length > LONGEST_BODY
+    }
+    assert long == {}
+
+
+def test_files_are_short() -> None:
+    lines = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8").count("\n")
+        for path in FILES
+    }
+    assert {at: n for at, n in lines.items() if n > LONGEST_FILE and at not in TABLES} == {}
 
 
 # --- the tests ----------------------------------------------------------------------------------
