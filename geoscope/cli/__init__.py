@@ -60,6 +60,7 @@ for _command in (
     adapters.verify_adapter,
     adapters.convert_adapter,
     reading.show,
+    reading.join,
     reading.metrics,
     demo.demo,
 ):

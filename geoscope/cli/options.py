@@ -16,7 +16,7 @@ from geoscope.cli.cache import results_folder
 from geoscope.cli.limits import parse_limits
 from geoscope.errors import OptionError
 
-__all__ = ["Read", "read_numbers"]
+__all__ = ["Read", "read_numbers", "read_part"]
 
 
 def words(usage: str, text: str) -> Any:
@@ -53,6 +53,16 @@ def _dimensions(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise OptionError(f"--k {text!r}: write whole numbers such as 8,64") from None
+
+
+def read_part(text: str | None) -> tuple[int, int] | None:
+    """The numbers of `3/8`. Raises OptionError."""
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if not (slash and number.strip().isdecimal() and count.strip().isdecimal()):
+        raise OptionError(f"--part {text!r}: write I/N, such as 3/8")
+    return int(number), int(count)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -138,6 +148,9 @@ Budget = Annotated[str | None, words("--budget N",
 Limits = Annotated[list[str], words("--limit NAME=VALUE",
     "Another limit for a threshold of the verdict, by the name that --explain prints; an angle in "
     "radians, or as 15deg. May be given again."), Read(parse_limits, default=())]
+Part = Annotated[str | None, words("--part I/N",
+    "Compute the I-th of N parts of the matrices, and write it to the one FILE.json of --out; "
+    "geoscope join makes the report of all parts.")]
 Anchor = Annotated[str | None, words("--anchor MODEL",
     "Another tuned model of the same base: show every number as a ratio to its number.")]
 

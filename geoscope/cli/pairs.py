@@ -47,9 +47,10 @@ def collapse(
     show: Explained,
     options: Annotated[Options, taken(*_PAIR, "limits", "curves", "quick", "ks", *_COMPUTE)],
     anchor: opt.Anchor = None,
+    part: opt.Part = None,
 ) -> None:
     """Spectral collapse: shift, ranks, intruders, verdict."""
-    _run("collapse", base, [tuned], options, show, anchor)
+    _run("collapse", base, [tuned], options, show, anchor, part)
 
 
 def anisotropy(
@@ -61,13 +62,14 @@ def anisotropy(
     show: Shown,
     options: Annotated[Options, taken(*_PAIR, "quick", *_COMPUTE)],
     no_base: opt.NoBase = False,
+    part: opt.Part = None,
 ) -> None:
     """Update anisotropy: how many directions it uses."""
     if no_base and tuned is not None:
         raise OptionError("--no-base takes an adapter alone: one argument")
     if not no_base and tuned is None:
         raise OptionError("two models are needed, BASE TUNED; or one adapter with --no-base")
-    _run("anisotropy", *_alone_or_pair(base, tuned), options, show)
+    _run("anisotropy", *_alone_or_pair(base, tuned), options, show, part=part)
 
 
 def capacity(
@@ -78,9 +80,10 @@ def capacity(
     *,
     show: Explained,
     options: Annotated[Options, taken(*_PAIR, "limits", "budget", *_COMPUTE)],
+    part: opt.Part = None,
 ) -> None:
     """Rank used by an adapter; ranks that would hold an update."""
-    _run("capacity", *_alone_or_pair(base, tuned), options, show)
+    _run("capacity", *_alone_or_pair(base, tuned), options, show, part=part)
 
 
 def alignment(
@@ -89,9 +92,10 @@ def alignment(
     *,
     show: Shown,
     options: Annotated[Options, taken(*_PAIR, "masks", "curves", "quick", "ks", *_COMPUTE)],
+    part: opt.Part = None,
 ) -> None:
     """On or off the base's principal directions?"""
-    _run("alignment", base, tuned, options, show)
+    _run("alignment", base, tuned, options, show, part=part)
 
 
 def compare(
@@ -103,9 +107,10 @@ def compare(
         Options, taken(*_PAIR, "limits", "masks", "curves", "quick", "ks", *_COMPUTE)
     ],
     anchor: opt.Anchor = None,
+    part: opt.Part = None,
 ) -> None:
     """All of these in one pass, with the verdict."""
-    _run("compare", base, tuned, options, show, anchor)
+    _run("compare", base, tuned, options, show, anchor, part)
 
 
 def inspect(
@@ -135,6 +140,7 @@ def _run(
     options: Options,
     show: Show,
     anchor: str | None = None,
+    part: str | None = None,
 ) -> None:
     """One comparison, or without a base one adapter: refuse early, compute, show, exit."""
     from geoscope.verbs.pairs.alone import measure_adapter
@@ -144,6 +150,9 @@ def _run(
     if show.dry_run:
         for model in tuned:
             _survey(base, model, options, show)
+        return
+    if part is not None:
+        _part(kind, base, tuned, options, show, anchor, part)
         return
     profile = Profile()
     try:
@@ -163,6 +172,41 @@ def _run(
     if show.verbose:
         output.say(_profile_text(profile), quiet=show.quiet)
     leave(report, show, conditions, done="compared")
+
+
+def _part(
+    kind: str,
+    base: str | None,
+    tuned: list[str],
+    options: Options,
+    show: Show,
+    anchor: str | None,
+    text: str,
+) -> None:
+    """One part, into its file; what concerns all matrices waits for `join`."""
+    from geoscope.verbs.pairs.parts import compare_part, write_part
+
+    part = opt.read_part(text)
+    assert part is not None
+    if len(tuned) > 1 or anchor is not None:
+        raise OptionError("--part compares BASE with one TUNED; leave other models out")
+    if len(show.out) != 1 or show.out[0].suffix != ".json":
+        raise OptionError("--part writes one file: give -o FILE.json, another for each part")
+    if show.fail_on or show.strict:
+        raise OptionError("--part has no verdict: give --fail-on to `geoscope show` of the report")
+    try:
+        with output.progress(quiet=show.quiet) as progress:
+            how = {"kind": kind, "options": options, "progress": progress}
+            made = compare_part(base, tuned[0], part, **how)
+    except Interrupted as stop:
+        output.say("geoscope: interrupted; what was computed is kept, give the command again")
+        raise typer.Exit(128 + stop.signum) from None
+    write_part(made, show.out[0])
+    count, whole = len(made.matrices), len(made.about.pairing.matrices)
+    output.data(
+        f"part {made.number} of {made.of}: {count} of {whole} matrices in {show.out[0]}\n"
+        "With all parts there: geoscope join PART.json … -o report.json"
+    )
 
 
 def _profile_text(profile: Profile) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from geoscope.cli import output
 from geoscope.cli.command import leave, ready, taken
 from geoscope.cli.output import Show
 
-__all__ = ["metrics", "show"]
+__all__ = ["join", "metrics", "show"]
 
 Shown = Annotated[
     Show,
@@ -36,6 +37,32 @@ def show(
     conditions = ready(show, kind=report.kind, codes=codes, ids=report.summary.model.keys())
     output.emit(report, show)
     leave(report, show, conditions)
+
+
+def join(
+    parts: Annotated[
+        list[Path], typer.Argument(metavar="PART.json …", help="All files that --part wrote.")
+    ],
+    *,
+    show: Annotated[
+        Show,
+        taken(
+            *("as_json", "out", "force", "strict", "quiet", "verbose", "debug", "fail_on"),
+            "explain",
+        ),
+    ],
+) -> None:
+    """The report of all parts of a comparison; needs no weights."""
+    from geoscope.verbs.pairs.parts import join as run
+    from geoscope.verbs.pairs.parts import read_part
+
+    output.check_outputs(show.out, force=show.force)
+    opened = [read_part(path) for path in parts]
+    report = run(opened, names=[str(path) for path in parts], argv=sys.argv)
+    codes = None if report.summary.verdict else ()
+    conditions = ready(show, kind=report.kind, codes=codes, ids=report.summary.model.keys())
+    output.emit(report, show)
+    leave(report, show, conditions, done="compared")
 
 
 def metrics(

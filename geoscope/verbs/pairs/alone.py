@@ -47,7 +47,7 @@ def measure_adapter(
     prepared = prepare_alone(path_text(reference, "reference"), options, progress)
     progress.on_plan(prepared.planned)
     run = run_one(prepared, kind, options, progress)
-    report = assemble([prepared], [run], kind, options, argv, time.perf_counter() - started)
+    report = assemble([run.about], [run], kind, options, argv, time.perf_counter() - started)
     if run.interrupted is not None:
         raise Interrupted(report if report.layers else None, run.interrupted)
     return report

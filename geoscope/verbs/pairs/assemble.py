@@ -19,14 +19,15 @@ from geoscope.records import (
     encode,
 )
 from geoscope.verbs.options import Options
+from geoscope.verbs.pairs.about import About
 from geoscope.verbs.pairs.matrices import Matrix
-from geoscope.verbs.pairs.prepare import Prepared
 from geoscope.verbs.pairs.run import TunedRun
 
-__all__ = ["anchored", "assemble", "lacking"]
+__all__ = ["anchored", "assemble", "lacking", "record_of"]
 
 
-def _record(one: Matrix, tuned: int | None) -> LayerRecord:
+def record_of(one: Matrix, tuned: int | None) -> LayerRecord:
+    """What the report holds of a matrix."""
     return LayerRecord(
         name=one.pair.name,
         layer=one.pair.layer,
@@ -45,18 +46,21 @@ def _record(one: Matrix, tuned: int | None) -> LayerRecord:
 
 
 def assemble(
-    prepared: Sequence[Prepared],
+    sides: Sequence[About],
     runs: Sequence[TunedRun],
     kind: str,
     options: Options,
     argv: Sequence[str],
     seconds: float,
 ) -> Report:
-    """The report of one or several runs on one base."""
-    several = len(prepared) > 1
-    refs = (prepared[0].base.ref, *(one.tuned.ref for one in prepared))
+    """The report of one or several runs on one base.
+
+    sides: what is said of every tuned model, also of those that an interruption left undone.
+    """
+    several = len(sides) > 1
+    refs = (sides[0].base, *(side.tuned for side in sides))
     records = [
-        _record(one, i + 1 if several else None)
+        record_of(one, i + 1 if several else None)
         for i, run in enumerate(runs)
         for one in run.matrices
     ]
@@ -71,12 +75,12 @@ def assemble(
             tool_version=__version__,
             argv=tuple(argv),
             refs=refs,
-            device=prepared[0].device,
+            device=sides[0].device,
             compute_dtype=options.dtype,
             seed=options.seed,
             parameters={
                 **_parameters(options),
-                "notes": _notes(prepared, runs),
+                "notes": _notes(sides, runs),
                 "budget": runs[0].budget,
             },
             seconds=seconds,
@@ -88,10 +92,10 @@ def assemble(
     )
 
 
-def _notes(prepared: Sequence[Prepared], runs: Sequence[TunedRun]) -> list[str]:
+def _notes(sides: Sequence[About], runs: Sequence[TunedRun]) -> list[str]:
     """Remarks on the models, on their pairing and on what came out, each once."""
-    found = [note for one in prepared for note in (*one.base.notes, *one.tuned.notes, *one.notes)]
-    return list(dict.fromkeys([*found, *(note for run in runs for note in run.notes)]))
+    told = [note for side in sides for note in side.notes]
+    return list(dict.fromkeys([*told, *(note for run in runs for note in run.notes)]))
 
 
 def _parameters(options: Options) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def _coverage(runs: Sequence[TunedRun]) -> Coverage:
     missing: dict[str, None] = {}
     skipped: dict[tuple[str, str], Skipped] = {}
     for run in runs:
-        pairing = run.prepared.pairing
+        pairing = run.about.pairing
         missing.update(dict.fromkeys(pairing.missing))
         skipped.update({(one.name, one.reason): one for one in pairing.skipped})
         done = {one.pair.name for one in run.matrices}
@@ -124,7 +128,7 @@ def _coverage(runs: Sequence[TunedRun]) -> Coverage:
                 reason = "interrupted before it was computed"
                 skipped[one.name, reason] = Skipped(one.name, reason, True)
                 missing[one.name] = None
-    pairings = [run.prepared.pairing for run in runs]
+    pairings = [run.about.pairing for run in runs]
     return Coverage(
         matched=tuple(name for name in matched if name not in missing),
         base_only=_union(one.base_only for one in pairings),
@@ -209,7 +213,7 @@ def anchored(run: TunedRun, anchor: TunedRun, given: str) -> dict[str, Any]:
     nss, other = ours.get("nss"), theirs.get("nss")
     preserving = None if nss is None or other is None else nss <= 0.5 * other
     return {
-        "ref": encode(anchor.prepared.tuned.ref) | {"given": given},
+        "ref": encode(anchor.about.tuned) | {"given": given},
         "ratios": ratios,
         "spectrum_preserving": preserving,
     }

@@ -13,6 +13,7 @@ from geoscope.errors import OptionError, Stopped
 from geoscope.kinds import KINDS, PAIR_KINDS
 from geoscope.records import Overlap, Report, Skipped
 from geoscope.verbs.options import Interrupted, Options, Progress
+from geoscope.verbs.pairs.about import about
 from geoscope.verbs.pairs.assemble import anchored, assemble, lacking
 from geoscope.verbs.pairs.prepare import Prepared, prepare
 from geoscope.verbs.pairs.run import TunedRun, run_one
@@ -65,7 +66,8 @@ def compare(
     if beside is not None and not runs[-1].interrupted:
         progress.on_plan(beside.planned)
         reference = run_one(beside, kind, options, progress)
-    report = assemble(prepared, runs, kind, options, argv, time.perf_counter() - started)
+    sides = [about(each, is_whole=False) for each in prepared]
+    report = assemble(sides, runs, kind, options, argv, time.perf_counter() - started)
     if KINDS[kind].overlaps and len(runs) == len(prepared) and not runs[-1].interrupted:
         pairs = combinations(range(1, len(tuned) + 1), 2)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,7 @@ __all__ = [
     "planned_memory",
     "prepare",
     "survey",
+    "within",
     "workers_of",
 ]
 
@@ -140,6 +141,24 @@ def prepare(base: str, tuned: str, options: Options, progress: Progress | None =
         bytes_to_fetch=sum(nbytes for room in rooms for nbytes in room.values()),
         free_disk=free_bytes(rooms),
     )
+
+
+def within(
+    prepared: Prepared,
+    matrices: tuple[WeightPair, ...],
+    vectors: tuple[WeightPair, ...],
+    options: Options,
+) -> Prepared:
+    """The same, where only these matrices, and norms and biases, are read and computed."""
+    pairing = replace(prepared.pairing, matrices=matrices, vectors=vectors)
+    batches = plan(
+        matrices,
+        memory=prepared.memory,
+        stack=prepared.stacks,
+        parts=batches_a_shape(prepared.devices),
+        entry_bytes=_entry_bytes(options),
+    )
+    return replace(prepared, pairing=pairing, batches=batches)
 
 
 def _stacks(devices: Sequence[torch.device], tuned: Checkpoint) -> bool:

@@ -28,14 +28,14 @@ from geoscope.metrics import (
 from geoscope.metrics.budget import ranks_within
 from geoscope.models.checkpoint import fetch_all
 from geoscope.records import LayerRecord, Status, Verdict, WeightPair
-from geoscope.verbs.adapters.cut_factors import cut_factors
-from geoscope.verbs.adapters.start_check import LARGE, has_unknown_start, seen_start
+from geoscope.verbs.adapters.start_check import LARGE
 from geoscope.verbs.options import Options, Progress
+from geoscope.verbs.pairs.about import About, about
 from geoscope.verbs.pairs.matrices import Headers, Matrix, failed_matrix, two_sides, worker
 from geoscope.verbs.pairs.prepare import Prepared
 from geoscope.verbs.pairs.selection import all_selected
 
-__all__ = ["TunedRun", "run_one"]
+__all__ = ["TunedRun", "Work", "judged_run", "measure_pairs", "run_one"]
 
 
 _VECTOR_IDS = (
@@ -47,25 +47,52 @@ _VECTOR_IDS = (
 
 
 @dataclass(frozen=True)
-class TunedRun:
-    """One tuned model: its matrices in the order of the pairing, and its norms and biases."""
+class Work:
+    """What was measured: matrices in the order of the pairing, norms and biases.
 
-    prepared: Prepared
+    interrupted: the signal, where one stopped it.
+    """
+
+    matrices: tuple[Matrix, ...]
+    vectors: tuple[LayerRecord, ...]
+    interrupted: int | None = None
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """One tuned model: its matrices in the order of the pairing, and its norms and biases.
+
+    distance: what of it is far from the base.
+    interrupted: the signal, where one stopped it.
+    notes: what came out on the way.
+    budget: ranks within a budget, as reports hold them.
+    """
+
+    about: About
     matrices: tuple[Matrix, ...]
     vectors: tuple[LayerRecord, ...]
     selected: tuple[Instance, ...]
     verdict: Verdict | None
-    distance: Distance | None  # what of it is far from the base
-    interrupted: int | None  # the signal, when one stopped it
-    notes: tuple[str, ...] = ()  # what came out on the way
-    budget: Mapping[str, Any] | None = None  # ranks within a budget, as reports hold them
+    distance: Distance | None
+    interrupted: int | None
+    notes: tuple[str, ...] = ()
+    budget: Mapping[str, Any] | None = None
 
 
 def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
     """Downloads what is needed, and measures and judges every matrix; stops early on a signal."""
+    work = measure_pairs(prepared, kind, options, progress)
+    run = judged_run(about(prepared, is_whole=work.interrupted is None), work, kind, options)
+    for note in run.notes:
+        progress.on_note(note)
+    return run
+
+
+def measure_pairs(prepared: Prepared, kind: str, options: Options, progress: Progress) -> Work:
+    """Every matrix of the pairing; fewer where a signal stopped it."""
     pairing = prepared.pairing
     fetch_all(prepared.wanted)
-    found: dict[str, Matrix] = {}
+    done: dict[str, Matrix] = {}
     interrupted = None
     outcomes = stream(
         prepared.batches,
@@ -78,52 +105,48 @@ def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress)
     try:
         for outcome in outcomes:
             matrix = _finished(outcome, kind, options)
-            found[matrix.pair.name] = matrix
-            progress.on_pair(len(found), len(pairing.matrices), matrix.pair.name)
-        vectors = tuple(_vector_record(prepared, one) for one in pairing.vectors)
+            done[matrix.pair.name] = matrix
+            progress.on_pair(len(done), len(pairing.matrices), matrix.pair.name)
+        vectors = tuple(_vector_record(prepared, pair) for pair in pairing.vectors)
     except (KeyboardInterrupt, Stopped) as stop:
         interrupted, vectors = getattr(stop, "signum", int(signal.SIGINT)), ()
-    if recalled := sum(one.recalled for one in found.values()):
+    if recalled := sum(matrix.recalled for matrix in done.values()):
         progress.on_recalled(recalled, len(pairing.matrices))
-    matrices = tuple(found[one.name] for one in pairing.matrices if one.name in found)
-    notes: tuple[str, ...] = ()
-    if interrupted is None:
-        matrices, notes = _with_start(prepared, kind, matrices)
-        notes += _cut(prepared)
+    matrices = tuple(done[pair.name] for pair in pairing.matrices if pair.name in done)
+    return Work(matrices, vectors, interrupted)
+
+
+def judged_run(about: About, work: Work, kind: str, options: Options) -> TunedRun:
+    """What the matrices come to together; takes no weights."""
+    matrices, notes = work.matrices, tuple[str, ...]()
+    if work.interrupted is None:
+        matrices, notes = _with_start(about, kind, matrices)
+        notes += () if about.cut is None else (about.cut,)
     budget = None
     if options.budget is not None and matrices:
         budget, note = _within(options.budget, matrices)
         notes += (note,)
-    for note in notes:
-        progress.on_note(note)
     return TunedRun(
-        prepared=prepared,
+        about=about,
         matrices=matrices,
-        vectors=vectors,
+        vectors=work.vectors,
         selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
         verdict=_verdict(kind, matrices, options) if matrices else None,
         distance=_distance(matrices, options),
-        interrupted=interrupted,
+        interrupted=work.interrupted,
         notes=notes,
         budget=budget,
     )
 
 
-def _cut(prepared: Prepared) -> tuple[str, ...]:
-    """What is to be said of an adapter whose factors were cut."""
-    note = cut_factors(prepared.tuned)
-    return () if note is None else (note,)
-
-
 def _with_start(
-    prepared: Prepared, kind: str, matrices: tuple[Matrix, ...]
+    about: About, kind: str, matrices: tuple[Matrix, ...]
 ) -> tuple[tuple[Matrix, ...], tuple[str, ...]]:
     """The matrices, and what is to be said of an adapter whose start is not known."""
-    start, given = seen_start(prepared), prepared.tuned.ref.given
+    start, given = about.start, about.tuned.given
     if start is None:
-        unknown = has_unknown_start(prepared.tuned)
         ratio = _ratio(matrices)
-        if not unknown or not prepared.has_base or ratio <= LARGE:
+        if not about.unknown_start or not about.has_base or ratio <= LARGE:
             return matrices, ()
         note = (
             f"{given}: ρ is {ratio:.2g}, much for an adapter; if its product was not zero before "
@@ -136,10 +159,10 @@ def _with_start(
         return matrices, notes
     clause = f"as {start.method} begins"
     judged = tuple(
-        replace(one, judged=Judged(judge.blind_start, one.judged.k, clause, "", ()))
-        if one.judged is not None and one.judged.code != "NO_UPDATE"
-        else one
-        for one in matrices
+        replace(matrix, judged=Judged(judge.blind_start, matrix.judged.k, clause, "", ()))
+        if matrix.judged is not None and matrix.judged.code != "NO_UPDATE"
+        else matrix
+        for matrix in matrices
     )
     return judged, notes
 

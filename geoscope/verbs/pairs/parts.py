@@ -1,0 +1,299 @@
+"""One comparison in parts, on as many machines, and the parts joined to the report of the whole.
+
+    part = compare_part("base/", "tuned/", (3, 8), kind="collapse")      the third of eight
+    report = join([part, …])                                            all eight
+
+The parts share out the matrices by files and by work, from headers alone, so that every machine
+comes to the same division. A part holds what the report needs of its matrices; joining takes no
+weights, and gives the report that one machine gives, byte for byte, but for the time it took.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from geoscope._version import __version__
+from geoscope.arguments import Place, path_text
+from geoscope.engine import estimate_seconds
+from geoscope.errors import OptionError, ReportError
+from geoscope.files import replacing
+from geoscope.kinds import KINDS
+from geoscope.metrics import RULES, Judged, Measured
+from geoscope.records import LayerRecord, Report, WeightPair, decode, encode
+from geoscope.verbs.options import Interrupted, Options, Progress
+from geoscope.verbs.pairs.about import About, about
+from geoscope.verbs.pairs.alone import prepare_alone
+from geoscope.verbs.pairs.assemble import assemble, record_of
+from geoscope.verbs.pairs.matrices import Matrix, two_sides
+from geoscope.verbs.pairs.prepare import prepare, within
+from geoscope.verbs.pairs.run import Work, judged_run, measure_pairs
+from geoscope.verbs.pairs.selection import verdict_k
+
+__all__ = ["SCHEMA", "Part", "compare_part", "join", "read_part", "write_part"]
+
+SCHEMA = "geoscope.part/1"
+# Seconds that a byte takes to be read, beside those of computing: 1 GB/s.
+_SECONDS_A_BYTE = 1e-9
+# Options that say how fast the numbers come, and what is of one machine alone.
+_LOCAL = ("jobs", "max_memory", "cache", "device")
+
+
+@dataclass(frozen=True)
+class PartMatrix:
+    """One matrix of a part.
+
+    record: as in the report.
+    weights, floors: with which it enters the numbers of the model (`Measured`).
+    failure: why it has no numbers.
+    """
+
+    record: LayerRecord
+    weights: Mapping[str, float]
+    floors: Mapping[str, float]
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several parts of a comparison.
+
+    number, of: the third of eight is 3, 8.
+    options: those that decide the numbers.
+    """
+
+    number: int
+    of: int
+    tool_version: str
+    kind: str
+    options: Mapping[str, Any]
+    about: About
+    matrices: tuple[PartMatrix, ...]
+    vectors: tuple[LayerRecord, ...]
+    seconds: float
+
+    def dumps(self) -> str:
+        """Strict JSON, keys sorted."""
+        return json.dumps({"schema": SCHEMA, **encode(self)}, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def loads(cls, text: str) -> Part:
+        """What `dumps` wrote. Raises ReportError on anything else."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ReportError(f"not JSON: {error}") from None
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise ReportError(f"schema is {schema!r}, needs {SCHEMA!r}; give what `part` wrote")
+        try:
+            return decode(cls, data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ReportError(
+                f"not a complete {SCHEMA} document ({type(error).__name__}: {error}); compute "
+                "this part again"
+            ) from None
+
+
+def compare_part(
+    base: Place | None,
+    tuned: Place,
+    part: tuple[int, int],
+    *,
+    kind: str = "compare",
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Part:
+    """One part of a comparison of two models; base None: of an adapter alone.
+
+    part: its number, from 1, and how many there are. kind, options: as of `compare`; all parts
+    take the same. Raises GeoscopeError, Interrupted on Ctrl-C (what is done is kept in the cache).
+    """
+    options, progress = options or Options(), progress or Progress()
+    _check(part, kind, options)
+    started = time.perf_counter()
+    text = path_text(tuned, "tuned")
+    if base is None:
+        prepared = prepare_alone(text, options, progress)
+    else:
+        prepared = prepare(path_text(base, "base"), text, options, progress)
+    own = _share(prepared.pairing.matrices, *part)
+    vectors = prepared.pairing.vectors if part[0] == 1 else ()
+    progress.on_plan(replace(prepared.planned, matrices=len(own)))
+    work = measure_pairs(within(prepared, own, vectors, options), kind, options, progress)
+    if work.interrupted is not None:
+        raise Interrupted(None, work.interrupted)
+    return Part(
+        number=part[0],
+        of=part[1],
+        tool_version=__version__,
+        kind=kind,
+        options=_kept(options),
+        about=about(prepared),
+        matrices=tuple(
+            PartMatrix(record_of(one, None), one.row.weights, one.row.floors, one.failure)
+            for one in work.matrices
+        ),
+        vectors=work.vectors,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(part: tuple[int, int], kind: str, options: Options) -> None:
+    number, of = part
+    if not 1 <= number <= of:
+        raise OptionError(f"`part` {number}/{of}: write I/N with 1 ≤ I ≤ N, such as 3/8")
+    if kind not in KINDS or not KINDS[kind].families:
+        raise OptionError(f"kind {kind!r} cannot be computed in parts")
+    if options.budget is not None:
+        raise OptionError("`budget` looks at all matrices together; leave it out with `part`")
+
+
+def _kept(options: Options) -> dict[str, Any]:
+    chosen = {name: value for name, value in asdict(options).items() if name not in _LOCAL}
+    chosen["layers"] = None if options.layers is None else sorted(options.layers)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items()}
+
+
+def _share(pairs: Sequence[WeightPair], number: int, of: int) -> tuple[WeightPair, ...]:
+    """The matrices of a part, in the order of the pairing.
+
+    In the order of the files, cut where the work is even: a machine reads few files.
+    """
+    by_file = sorted(pairs, key=lambda pair: (pair.tuned.source, pair.base.source))
+    costs = [estimate_seconds([pair], workers=1) + _read_seconds(pair) for pair in by_file]
+    total, before, own = sum(costs), 0.0, set[str]()
+    for pair, cost in zip(by_file, costs, strict=True):
+        middle = before + cost / 2
+        if min(int(of * middle / total), of - 1) == number - 1:
+            own.add(pair.name)
+        before += cost
+    return tuple(pair for pair in pairs if pair.name in own)
+
+
+def _read_seconds(pair: WeightPair) -> float:
+    return _SECONDS_A_BYTE * (pair.base.nbytes + pair.tuned.nbytes)
+
+
+# --- joining --------------------------------------------------------------------------------------
+
+
+def join(
+    parts: Sequence[Part], *, names: Sequence[str] | None = None, argv: Sequence[str] = ()
+) -> Report:
+    """The report of all parts, in any order. names: how messages call them.
+
+    Raises ReportError for a part that is missing, doubled, or of another comparison.
+    """
+    called = list(names or (f"part {part.number}" for part in parts))
+    _check_parts(parts, called)
+    first = parts[0]
+    options = _options(first.options)
+    known = {each.record.name: each for part in parts for each in part.matrices}
+    pairing = first.about.pairing
+    lacking = [pair.name for pair in pairing.matrices if pair.name not in known]
+    if lacking:
+        raise ReportError(f"{len(lacking)} matrices are in no part, first {lacking[0]}")
+    matrices = tuple(
+        _matrix(pair, known[pair.name], first.kind, options) for pair in pairing.matrices
+    )
+    vectors = tuple(record for part in parts for record in part.vectors)
+    devices = dict.fromkeys(part.about.device for part in sorted(parts, key=_number))
+    said = replace(first.about, device=", ".join(devices))
+    run = judged_run(said, Work(matrices, vectors), first.kind, options)
+    seconds = sum(part.seconds for part in parts)
+    return assemble([said], [run], first.kind, options, argv, seconds)
+
+
+def _number(part: Part) -> int:
+    return part.number
+
+
+def _check_parts(parts: Sequence[Part], names: Sequence[str]) -> None:
+    if not parts:
+        raise ReportError("no part was given; give all files that `part` wrote")
+    first, of = parts[0], parts[0].of
+    for part, name in zip(parts, names, strict=True):
+        if (what := _foreign(part, first)) is not None:
+            raise ReportError(f"{name}: {what} than {names[0]}; join parts of one comparison")
+    places: dict[int, list[str]] = {}
+    for part, name in zip(parts, names, strict=True):
+        places.setdefault(part.number, []).append(name)
+    for number, named in sorted(places.items()):
+        if len(named) > 1:
+            raise ReportError(f"part {number} of {of} is there twice: {' and '.join(named[:2])}")
+    lacking = [str(number) for number in range(1, of + 1) if number not in places]
+    if lacking:
+        shown = ", ".join(lacking[:8]) + (" …" if len(lacking) > 8 else "")
+        raise ReportError(f"{len(lacking)} of {of} parts are missing: {shown}; compute them first")
+
+
+def _foreign(part: Part, first: Part) -> str | None:
+    """In what a part differs from the first; None where both are of one comparison."""
+    here, there = part.about, first.about
+    checks = (
+        ("another version of geoscope", part.tool_version, first.tool_version),
+        ("another number of parts", part.of, first.of),
+        ("another kind of report", part.kind, first.kind),
+        ("other options", part.options, first.options),
+        ("other models", (here.base, here.tuned), (there.base, there.tuned)),
+        ("other tensors", here.pairing, there.pairing),
+    )
+    return next((f"is of {what}" for what, mine, other in checks if mine != other), None)
+
+
+def _options(kept: Mapping[str, Any]) -> Options:
+    known = {each.name for each in fields(Options)}
+    return Options(**{name: value for name, value in kept.items() if name in known})
+
+
+def _matrix(pair: WeightPair, part: PartMatrix, kind: str, options: Options) -> Matrix:
+    """The matrix as it was before it became a record."""
+    record = part.record
+    row = Measured(
+        values=dict(record.values),
+        nulls=dict(record.nulls),
+        status=dict(record.status),
+        raw=dict(record.raw),
+        floors=dict(part.floors),
+        weights=dict(part.weights),
+    )
+    judge = KINDS[kind].judge
+    judged: Judged | None = None
+    if judge is not None:
+        k = verdict_k(options, two_sides(pair.shape))
+        judged = RULES[judge].matrix(row, k, options.limits)
+    return Matrix(
+        pair=pair,
+        row=row,
+        judged=judged,
+        method=record.method,
+        curves=record.curves,
+        notes=record.notes,
+        failure=part.failure,
+    )
+
+
+def write_part(part: Part, path: Path) -> None:
+    """Writes a part as JSON; nothing half-written stays. Raises ReportError."""
+    try:
+        with replacing(path) as file:
+            file.write(part.dumps().encode() + b"\n")
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def read_part(path: Path) -> Part:
+    """Reads what `write_part` wrote. Raises ReportError, which names the file."""
+    try:
+        return Part.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ReportError(f"{path}: not a text; give what `part` wrote") from None
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from None
