@@ -241,7 +241,7 @@ def _make(
 
 def _started(W: Tensor, info: TensorInfo, options: InitOptions) -> _Made:
     chosen = options.method_options
-    if "seed" in chosen and not options.initialisation.needs_layout:
+    if options.initialisation.is_drawn:
         # Each matrix draws its own A; the seed of a null is shared by equal shapes.
         # 32 bits: the CPU's generator looks at no more.
         chosen["seed"] = zlib.crc32(f"{options.seed}:{info.name}".encode())
