@@ -79,8 +79,8 @@ def library_modules(
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind)
     if prefix is None:
         raise UnsupportedFormat(
-            f"{label}: {kind} is read through PEFT, and the one that is installed does not know it; "
-            "upgrade it"
+            f"{label}: {kind} is read through PEFT, and the one that is installed does not know "
+            "it; upgrade it"
         )
     if config.get("fan_in_fan_out"):
         raise UnsupportedFormat(

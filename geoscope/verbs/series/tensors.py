@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from geoscope.adapters.peft_names import expert_name
-from geoscope.errors import OptionError, PairingError, UnsupportedFormat
+from geoscope.errors import OptionError, PairingError
 from geoscope.linalg import Operand, Product
 from geoscope.linalg.factor_update import squared_noise
 from geoscope.linalg.grids import Grid, grid_of
@@ -39,6 +39,7 @@ from geoscope.verbs.fetching import fetch
 from geoscope.verbs.models import in_parts as parts_of
 from geoscope.verbs.models import open_model
 from geoscope.verbs.options import Progress
+from geoscope.verbs.series.adapted import as_models, is_made_of, not_predicted, of_a_base
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.start import (
     after_start,
@@ -53,6 +54,8 @@ Change = Operand | Product
 
 # Bytes of all checkpoints' entries of a block in fp64: what a pass over a tensor costs in memory.
 _BLOCK_BYTES = 64 << 20
+# The same where weights are made of an adapter and its base.
+_MADE_BYTES = 1 << 30
 _BASE, _INITIAL = "the base (--base)", "the adapter before training (--initial-adapter)"
 
 
@@ -120,7 +123,7 @@ def open_followed(
         on_progress=progress.on_download,
     )
     if series.kind == "adapter":
-        return _of_adapters(series, options, progress, base, initial)
+        return _of_adapters(series, options, progress, base, initial, in_parts=in_parts)
     if options.initial_adapter is not None:
         raise OptionError("`initial_adapter` is for series of adapters; these are whole models")
     if options.lora_alpha is not None:
@@ -139,32 +142,36 @@ def _starts(base: Checkpoint | None, initial: Adapter | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """A weight in whole models: (checkpoint, name there) at every step, the base first."""
+    """A weight in whole models: (checkpoint, name there) at every step, the base first.
+
+    is_made: whether every later one is the base with an adapter, in fp64: what storing the base
+    rounded away is in all of them, and no noise of a change.
+    """
 
     name: str
     shape: tuple[int, int]
     places: tuple[tuple[Checkpoint, str], ...]
+    is_made: bool = False
 
     def increments(self, steps: Sequence[float]) -> Increments:
         entries = self.shape[0] * self.shape[1]
-        width = max(1, _BLOCK_BYTES // (8 * len(self.places)))
+        room = _MADE_BYTES if self.is_made else _BLOCK_BYTES  # a part costs the whole to make
+        width = max(1, room // (8 * len(self.places)))
         parts = (
-            increments_of_weights(
-                steps,
-                [
-                    one.read_part(name, start, min(start + width, entries))
-                    for one, name in self.places
-                ],
-            )
+            increments_of_weights(steps, self._part(start, min(start + width, entries)))
             for start in range(0, entries, width)
         )
         found = reduce(add, parts)
-        grids = [_grid(one, name) for one, name in self.places]
+        grids = [None if self.is_made else _grid(one, name) for one, name in self.places]
         return replace(
             found,
             rounding=tuple(map(_rounding_of, found.rounding, grids)),
             grids=tuple("" if one is None else one.name for one in grids),
         )
+
+    def _part(self, start: int, end: int) -> list[torch.Tensor]:
+        parts = [one.read_part(name, start, end) for one, name in self.places]
+        return [one.double() for one in parts] if self.is_made else parts
 
     def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
         """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
@@ -208,10 +215,10 @@ def _of_models(
     rules = NameMap(options.map_name)
     series, base, checkpoints = _from_base(series, start, rules)
     steps = series.steps if start is None else (series.start or 0, *series.steps)
-    notes: tuple[str, ...] = ()
+    whole, notes = base, ()
     if in_parts:
         config = common_config(base, *checkpoints)
-        whole, (base, *checkpoints) = base, [parts_of(one, config) for one in (base, *checkpoints)]
+        base, *checkpoints = [parts_of(one, config) for one in (base, *checkpoints)]
         notes = base.notes[len(whole.notes) :]
     notes += rules.notes(name for one in (base, *checkpoints) for name in one.tensors)
     pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
@@ -225,6 +232,7 @@ def _of_models(
             "see `geoscope inspect` on the first and the last"
         )
     tensors: dict[str, SeriesTensor] = {}
+    left: list[Skipped] = []
     for name in in_natural_order(common):
         pairs = [found[name] for found in names]
         places = (
@@ -235,7 +243,11 @@ def _of_models(
             absent.add(name)
             continue
         m, n = pairs[0].shape
-        tensors[name] = ModelTensor(name, (m, n), places)
+        is_made = all(is_made_of(whole, one) for one in checkpoints)
+        if is_made and all(one.leaves(stored) for one, stored in places[1:]):
+            left.append(Skipped(name, "not adapted"))
+            continue
+        tensors[name] = ModelTensor(name, (m, n), places, is_made)
     wanted = (
         (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
         for one in (base, *checkpoints)
@@ -246,7 +258,7 @@ def _of_models(
         tensors=tensors,
         refs=(base.ref, checkpoints[-1].ref),
         points=tuple(point.given for point in series.points),
-        skipped=(*series.passed_over, *pairings[0].skipped),
+        skipped=(*series.passed_over, *pairings[0].skipped, *left),
         missing=(*in_natural_order(absent), *_lost_steps(series)),
         notes=(*series.notes, *notes),
         series=series,
@@ -371,6 +383,8 @@ def _of_adapters(
     progress: Progress,
     whole: Checkpoint | None,
     initial: Adapter | None,
+    *,
+    in_parts: bool,
 ) -> Followed:
     adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     if options.scalar_r2 is not None:
@@ -379,11 +393,6 @@ def _of_adapters(
         )
     if initial is None:
         _refuse_unknown_start(adapters[0])
-    every = [*adapters, *([] if initial is None else [initial])]
-    for one in every:
-        _refuse_updates_of_a_base(one)
-    series = _from_start(series, initial)
-    adapters = adapters[-len(series.points) :]
     base = None
     if whole is not None:
         base = split(whole)
@@ -397,6 +406,13 @@ def _of_adapters(
     if base is not None and paths is not None:
         adapters = tuple(_over_base(one, base, paths, rules) for one in adapters)
         initial = None if initial is None else _over_base(initial, base, paths, rules)
+    if any(of_a_base(one) is not None for one in adapters):
+        if not in_parts:
+            raise not_predicted(adapters[0])
+        made = as_models(series, whole, initial, rules)
+        return _of_models(made, options, progress, whole, in_parts=True)
+    series = _from_start(series, adapters, initial)
+    adapters = adapters[-len(series.points) :]
     every = (*adapters, *([] if initial is None else [initial]))
     chosen = _chosen_modules(every, options.selection)
     if not chosen.names:
@@ -437,29 +453,21 @@ def _of_adapters(
     )
 
 
-def _from_start(series: Series, initial: Adapter | None) -> Series:
-    """The adapters after the one before training, or after one without an update."""
+def _from_start(series: Series, adapters: Sequence[Adapter], initial: Adapter | None) -> Series:
+    """The adapters after the one before training, or after one without an update.
+
+    adapters: those of the series, with what the base tells.
+    """
+    of_point = dict(zip((point.given for point in series.points), adapters, strict=True))
 
     def is_start(point: SeriesPoint) -> bool:
-        assert point.adapter is not None  # a series has one kind
-        if initial is None:
-            return has_no_update(point.adapter)
-        return equal_adapters(initial, point.adapter)
+        adapter = of_point[point.given]
+        return has_no_update(adapter) if initial is None else equal_adapters(initial, adapter)
 
     found = after_start(series, is_start, "the base" if initial is None else _INITIAL)
     if not found.points:
         raise OptionError(f"{series.points[0].given}: one adapter makes no series; give more")
     return found
-
-
-def _refuse_updates_of_a_base(adapter: Adapter) -> None:
-    """An adapter whose updates are no products of factors by themselves."""
-    of_base = [module for module in adapter.modules.values() if module.kind == "base"]
-    if of_base:
-        raise UnsupportedFormat(
-            f"{adapter.given}: {of_base[0].called} is not followed by its factors alone; merge "
-            "every step into the base (PeftModel.merge_and_unload) and give the merged folders"
-        )
 
 
 def _refuse_unknown_start(adapter: Adapter) -> None:
