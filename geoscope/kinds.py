@@ -350,8 +350,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             panels=(("adapter_energies", "adapter_masks"),),
             null=(
                 "by chance",
-                "by chance: a Gaussian matrix without a mask (captured energy), independent masks, "
-                "random directions (head energy)",
+                "by chance: a Gaussian matrix without a mask (captured energy, gap), independent "
+                "masks, random directions (head energy)",
             ),
             drops_empty=True,
             has_cautions=False,

@@ -6,6 +6,7 @@ from geoscope.adapters.lora import lora
 from geoscope.adapters.milora import milora
 from geoscope.adapters.olora import olora
 from geoscope.adapters.pissa import pissa
+from geoscope.adapters.rlpo import rlmo, rlpo
 from geoscope.adapters.table import INITIALISATIONS, Initialisation
 
 __all__ = [
@@ -17,4 +18,6 @@ __all__ = [
     "milora",
     "olora",
     "pissa",
+    "rlmo",
+    "rlpo",
 ]

@@ -6,8 +6,10 @@ tau_spec, tau_euc        thresholds of the mask
 density_spec, _euc, _union, _intersection    part of the entries at or below them; ties are kept
 jaccard                  intersection over union; rho/(2 − rho) if the two were independent
 masked_energy            ‖W_geo‖²/‖W‖²
-captured_energy          E_r(W_geo), beside that of a Gaussian matrix of the shape
-gap                      (σ_r − σ_{r+1})/σ_r of the matrix whose triplets are taken
+captured_energy          E_r(W_geo), of RLPO E_r(W), of RLMO the last r triplets' part of ‖W‖²;
+                         beside that of a Gaussian matrix of the shape
+gap                      (σ_r − σ_{r+1})/σ_r of the matrix whose triplets are taken, of RLMO
+                         (σ_{q−r} − σ_{q−r+1})/σ_{q−r}, q = min(m, n)
 head_energy              C_R(r) of s·B0·A0: its energy on W's leading r right directions; null r/n
 relative_norm            s‖B0·A0‖_F/‖W‖_F
 reconstruction_error     of the files; measured where they are written, so not here
@@ -60,12 +62,13 @@ def captured(S: Tensor, Vh: Tensor, leading: Tensor) -> float:
     return float((energy @ (Vh @ leading.T).square().sum(-1)) / energy.sum())
 
 
-def gap_note(gap: float | None) -> tuple[str, ...]:
-    """A line for the user where σ_r and σ_{r+1} are nearly equal; the same for all matrices."""
+def gap_note(gap: float | None, values: str = "σ_r and σ_r+1") -> tuple[str, ...]:
+    """A line for the user where the singular values at the cut are nearly equal; the same for all
+    matrices. values: how it calls them."""
     if gap is None or gap >= ILL_CONDITIONED:
         return ()
     return (
-        f"ill-conditioned subspace: σ_r and σ_r+1 differ by less than {ILL_CONDITIONED:g} of "
+        f"ill-conditioned subspace: {values} differ by less than {ILL_CONDITIONED:g} of "
         "themselves, so that rounding and other hardware may turn it; see `gap`",
     )
 

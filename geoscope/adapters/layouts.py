@@ -33,6 +33,7 @@ __all__ = [
     "effective_error",
     "largest_product",
     "mirror",
+    "paired",
     "residual",
     "start_error",
 ]
@@ -91,6 +92,13 @@ def mirror(factors: LoraFactors) -> tuple[Tensor, Tensor]:
 def anchor(factors: LoraFactors) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(A₀, B₀), which is trained, and (A₀, −B₀), which stays; no shared storage."""
     return (factors.A.clone(), factors.B.clone()), (factors.A.clone(), -factors.B)
+
+
+def paired(factors: LoraFactors, layout: str) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(A, B) of each adapter of a layout, the trained one first; no layout is one adapter."""
+    if layout == "mirror":
+        return (mirror(factors),)
+    return anchor(factors) if layout == "anchor" else ((factors.A, factors.B),)
 
 
 def start_error(W: Tensor, factors: LoraFactors, layout: str, *, dtype: torch.dtype) -> float:

@@ -25,6 +25,8 @@ __all__ = [
 
 # What `--max-lora-rank` of vLLM may be; verl rounds `lora_rank` up to one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# The first PEFT that packs stacked experts as they are packed here.
+_PACKING = "0.19.0"
 # Above this, adapters get slow to serve and rarely learn more.
 _USUAL_RANK = 64
 
@@ -44,7 +46,7 @@ def adapter_config(
     base: the folder or Hub id to load the adapter on; rank and alpha as the files have them (a
     mirror has rank 2r and the alpha of r). targets: see `target_modules`. parameters:
     `target_parameters`, for stacked experts; the key is left out where there are none, because PEFT
-    before 0.17 does not know it.
+    before 0.17 does not know it. Beside them `peft_version` tells how their factors are packed.
     """
     config: dict[str, Any] = {
         "alpha_pattern": {},
@@ -60,6 +62,7 @@ def adapter_config(
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
+        "peft_version": _PACKING,
         "r": rank,
         "rank_pattern": {},
         "revision": revision,
@@ -70,7 +73,7 @@ def adapter_config(
         "use_rslora": False,
     }
     if not parameters:
-        del config["target_parameters"]
+        del config["target_parameters"], config["peft_version"]
     return config
 
 

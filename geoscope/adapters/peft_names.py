@@ -32,6 +32,7 @@ __all__ = [
     "module_paths",
     "parameter_keys",
     "stack_experts",
+    "stack_findings",
     "whole_key",
 ]
 
@@ -251,6 +252,22 @@ def expert_findings(adapted: Collection[str], every: Collection[str]) -> tuple[s
     return tuple(found)
 
 
+def stack_findings(adapted: Collection[str], stacks: Collection[str]) -> tuple[str, ...]:
+    """Why PEFT on transformers 5 cannot load modules beside stacked experts, a line each.
+
+    It takes every entry of target_modules that ends in the name of an expert's matrix for the
+    stacks. adapted: module paths; stacks: paths of the adapted parameters.
+    """
+    leaves = {leaf for parts in _PARTS for leaf in parts} if stacks else set()
+    namesakes = sorted(path for path in adapted if path.rpartition(".")[2] in leaves)
+    if not namesakes:
+        return ()
+    return (
+        f"{first_names(namesakes)} cannot be adapted beside stacked experts: PEFT takes the name "
+        "for theirs; leave it out with `exclude`",
+    )
+
+
 def parameter_keys(container: str, names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Keys of A and B of stacked parameters: name of the parameter → (key of A, key of B).
 
@@ -266,7 +283,7 @@ def parameter_keys(container: str, names: Sequence[str]) -> dict[str, tuple[str,
 
 
 def stack_experts(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Factors of E experts as those of their stacked parameter.
+    """Factors of E experts as those of their stacked parameter, as PEFT from 0.19 on packs them.
 
     A: E times (r, in) → (E·r, in), rows expert by expert, e·r + j. B: E times (out, r) →
     (out, r·E), columns rank by rank, j·E + e. ΔW_e = s·B[:, e::E] @ A[e·r : (e+1)·r].

@@ -14,9 +14,10 @@ from geoscope.adapters.lora import lora
 from geoscope.adapters.milora import milora
 from geoscope.adapters.olora import olora
 from geoscope.adapters.pissa import pissa
+from geoscope.adapters.rlpo import rlmo, rlpo
 from geoscope.errors import OptionError
 
-__all__ = ["INITIALISATIONS", "Initialisation"]
+__all__ = ["INITIALISATIONS", "Initialisation", "starts_on_base"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,16 @@ class Initialisation:
     """function(W, rank, alpha=…, **options) → LoraFactors.
 
     options: what the function takes beside rank and alpha, with its defaults. needs_layout: whether
-    s·B0·A0 ≠ 0, so that a layout has to make up for it; without one the base stays as it is. doc:
-    one line for help texts.
+    s·B0·A0 ≠ 0, so that a layout has to make up for it; without one the base stays as it is.
+    is_drawn: whether the factors are random, so that each matrix needs a seed of its own. doc: one
+    line for help texts.
     """
 
     function: Callable[..., LoraFactors]
     options: Mapping[str, Any]
     needs_layout: bool
     doc: str
+    is_drawn: bool = False
 
     def __call__(
         self, W: Tensor, rank: int, *, alpha: float | None = None, **options: Any
@@ -59,7 +62,29 @@ INITIALISATIONS: dict[str, Initialisation] = {
     "olora": Initialisation(
         olora, _SOLVER, needs_layout=True, doc="leading part of W = QR, as PEFT does"
     ),
+    "rlpo": Initialisation(
+        rlpo,
+        {**_SOLVER, "seed": 0},
+        needs_layout=False,
+        doc="leading right directions of W as A, and B = 0",
+    ),
+    "rlmo": Initialisation(
+        rlmo,
+        {**_SOLVER, "seed": 0},
+        needs_layout=False,
+        doc="last right directions of W as A, and B = 0",
+    ),
     "lora": Initialisation(
-        lora, {"seed": 0}, needs_layout=False, doc="random A and B = 0, as PEFT does"
+        lora,
+        {"seed": 0},
+        needs_layout=False,
+        doc="random A and B = 0, as PEFT does",
+        is_drawn=True,
     ),
 }
+
+
+def starts_on_base(method: object) -> bool:
+    """Whether an adapter that a method of this name began stands on the original base as it is."""
+    known = INITIALISATIONS.get(method) if isinstance(method, str) else None
+    return known is not None and not known.needs_layout

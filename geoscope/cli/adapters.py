@@ -59,7 +59,7 @@ def init_adapter(
     files: opt.ReportFiles = None,
     show: Annotated[Show, taken("as_json", "quiet", "verbose", "debug")],
 ) -> None:
-    """GeoRA, PiSSA, MiLoRA, OLoRA or LoRA initial weights."""
+    """GeoRA, PiSSA, MiLoRA, OLoRA, RLPO, RLMO or LoRA initial weights."""
     from geoscope.verbs.adapters.initialise import default_output, initialise, model_here
 
     model = model_here() if model is None else model

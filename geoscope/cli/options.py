@@ -193,7 +193,7 @@ WholeModel = Annotated[bool, words("--whole-model",
 
 # --- adapters -------------------------------------------------------------------------------------
 
-Method = Annotated[str, words("--method NAME", "geora, pissa, milora, olora or lora.")]
+Method = Annotated[str, words("--method NAME", "geora, pissa, milora, olora, rlpo, rlmo or lora.")]
 Rank = Annotated[int, words("--rank R, -r", "Rank of the adapter.")]
 CutRank = Annotated[int | None, words("--rank R, -r",
     "Compress to this rank, and say what is lost. Default: exact, twice the rank.")]
@@ -212,7 +212,7 @@ Targets = Annotated[str | None, words("--targets NAME,NAME…",
 Layout = Annotated[str | None, words("--layout NAME",
     "residual (default): a rewritten base and an adapter. mirror (experimental): one adapter of "
     "twice the rank on the original base, exact in every dtype. anchor: two adapters, for your own "
-    "training loop. Not with --method lora, which has none.")]
+    "training loop. Not with --method rlpo, rlmo and lora, which have none.")]
 ResidualDtype = Annotated[str | None, words("--residual-dtype NAME",
     "dtype of the rewritten matrices: float32 (default), or with loss bfloat16 or float16.")]
 OriginalBase = Annotated[str | None, words("--base MODEL",

@@ -15,7 +15,7 @@ from torch import Tensor
 from geoscope.linalg import blas
 from geoscope.profile import stage
 
-__all__ = ["iid_draws", "iid_spectra", "iid_top_share", "iid_tridiagonals"]
+__all__ = ["iid_cut", "iid_draws", "iid_spectra", "iid_top_share", "iid_tridiagonals"]
 
 
 def iid_draws(q: int) -> int:
@@ -81,3 +81,34 @@ def _iid_top_share(q: int, M: int, k: int, seed: int) -> float:
         )
         shares.append(float(np.sum(top)) / float(main.sum()))
     return float(np.mean(shares))
+
+
+@stage("nulls")
+def iid_cut(
+    m: int, n: int, k: int, seed: int, *, is_last: bool = False
+) -> tuple[float, float | None]:
+    """Of an iid Gaussian m×n matrix: the part of Σσ² in its leading (last) k singular values, and
+    the gap (σ_i − σ_{i+1})/σ_i at i = k (i = q − k).
+
+    Means over the draws of `iid_tridiagonals`. Where k = q the part is 1; the gap of the leading
+    ones is 1, since σ_{q+1} = 0, and the last ones have none.
+    """
+    return _iid_cut(min(m, n), max(m, n), k, seed, is_last)
+
+
+@lru_cache(maxsize=256)
+def _iid_cut(q: int, M: int, k: int, seed: int, is_last: bool) -> tuple[float, float | None]:
+    if k >= q:
+        return 1.0, None if is_last else 1.0
+    chosen = (0, k) if is_last else (q - k - 1, q - 1)
+    cut = k if is_last else 1  # the k + 1 energies ascend; this one is the first above the cut
+    shares, gaps = [], []
+    for main, side in iid_tridiagonals(q, M, seed):
+        energies = eigvalsh_tridiagonal(
+            main, side, select="i", select_range=chosen, lapack_driver="stebz"
+        ).clip(min=0)
+        held = energies[:k] if is_last else energies[1:]
+        below, above = np.sqrt(energies[cut - 1]), np.sqrt(energies[cut])
+        shares.append(float(held.sum() / main.sum()))
+        gaps.append(float((above - below) / above))
+    return float(np.mean(shares)), float(np.mean(gaps))

@@ -3,8 +3,8 @@
     adapter_config.json                                  what kind, and the scaling of its factors
     adapter_model.safetensors (or .bin, or shards)       the factors, and what is replaced whole
 
-Each type of PEFT has a file of its own beside this one and a line in `_TYPES`; types without one
-are refused by name. Headers are read here; data on demand.
+Each type of PEFT has a file of its own beside this one and a line in `_TYPES`, or is merged by PEFT
+itself (`library.py`); the others are refused by name. Headers are read here; data on demand.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ from geoscope.peft.file import open_adapter_file
 from geoscope.peft.folder import adapter_folder, record_beside
 from geoscope.peft.ia3 import ia3_modules
 from geoscope.peft.keys import MERGE
+from geoscope.peft.library import LIBRARY_TYPES, LibraryModule, library_modules
 from geoscope.peft.lora import LoraModule, expert_parts, lora_modules
+from geoscope.peft.lycoris import loha_modules, lokr_modules
+from geoscope.peft.miss import miss_modules
 from geoscope.peft.module import AdapterModule
 from geoscope.peft.packing import Sides, base_sides, packed_by_base
+from geoscope.peft.rotations import boft_modules, oft_modules
+from geoscope.peft.tinylora import tinylora_modules
 from geoscope.peft.vera import vera_modules
 from geoscope.records import ModelRef, TensorInfo
 
@@ -52,6 +57,13 @@ _TYPES: dict[str, _Modules] = {
     "ADALORA": adalora_modules,
     "VERA": vera_modules,
     "IA3": ia3_modules,
+    "MISS": miss_modules,
+    "LOHA": loha_modules,
+    "LOKR": lokr_modules,
+    "TINYLORA": tinylora_modules,
+    "OFT": oft_modules,
+    "BOFT": boft_modules,
+    **dict.fromkeys(LIBRARY_TYPES, library_modules),
 }
 _WITH_ALPHA = ("LORA", "ADALORA")
 
@@ -210,6 +222,9 @@ class Adapter:
     def notes(self) -> tuple[str, ...]:
         """What a reader should know of how the factors are read."""
         notes = [one for one in (self.beside, drawn_start(self.config)) if one is not None]
+        if any(isinstance(one, LibraryModule) for one in self.modules.values()):
+            kind = self.config["peft_type"]
+            notes.append(f"{kind} is merged by PEFT itself, so that its update is dense")
         turned = sum(one.is_turned is True for one in self.modules.values())
         if not turned:
             return tuple(notes)

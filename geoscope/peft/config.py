@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "drawn_start",
     "read_config",
     "start_of",
+    "value_of",
 ]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -24,6 +26,9 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 # Initialisations whose product is not zero before training, and is taken out of the base: a name
 # begins so (pissa_niter_16). In eva, gaussian, mica and orthogonal it is zero.
 _NOT_FROM_ZERO = ("pissa", "olora", "corda", "milora", "loftq", "lora_ga")
+
+# Words for a start that is drawn at random and stays in the model.
+_DRAWN = ("uniform", "xavier_uniform", "kaiming_uniform", "gaussian")
 
 # What the types that are not read do, where merging is no way out.
 _NO_WEIGHTS = "it learns prompts and changes no weight"
@@ -68,6 +73,22 @@ def check_type(config: Mapping[str, Any], given: str, types: Collection[str]) ->
         )
 
 
+def value_of(config: Mapping[str, Any], field: str, module: str, label: str) -> float:
+    """`r`, or the alpha, of a module: that of the first key of its pattern that matches, else the
+    global one. Raises CheckpointError for what is not a number above zero."""
+    patterns = config.get("rank_pattern" if field == "r" else "alpha_pattern") or {}
+    value = next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
+        config.get(field),
+    )
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(
+            f"{label}: {field} of {module} is {value!r} in adapter_config.json, and must be a "
+            "number above 0; set it there to what the adapter was trained with"
+        )
+    return float(value)
+
+
 def start_of(config: Mapping[str, Any]) -> str | None:
     """Why the product is not zero before training, by `init_lora_weights`; None where it is."""
     start = config.get("init_lora_weights")
@@ -77,11 +98,14 @@ def start_of(config: Mapping[str, Any]) -> str | None:
 
 
 def drawn_start(config: Mapping[str, Any]) -> str | None:
-    """What to say of factors that were both drawn at random, over a base that stayed as it was."""
-    if config.get("init_lora_weights") is not False:
-        return None
-    return (
-        "init_lora_weights is false: both factors were drawn at random, so the product was not "
-        "zero before training, and is counted with the update; give the adapter before training "
-        "as --initial-adapter"
-    )
+    """What to say of an adapter that was drawn at random, over a base that stayed as it was."""
+    for field in ("init_lora_weights", "init_weights"):
+        value = config.get(field)
+        if value is False or (field == "init_weights" and value in _DRAWN):
+            word = "false" if value is False else value
+            return (
+                f"{field} is {word}: all factors were drawn at random, so the update was not zero "
+                "before training, and the draw is counted with it; give the adapter before "
+                "training as --initial-adapter"
+            )
+    return None

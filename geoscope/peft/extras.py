@@ -31,9 +31,11 @@ _MARKS = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save\.[^.]+)(?=\.
 _SAVED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 # In a raw state dict: the base's own weight, buffers of PEFT, and scales of a quantised base.
 _PASSED_OVER = re.compile(
-    r"(?:^|\.)(?:original_module|vera_[AB]|ranknum|SCB|weight_format)(?:\.|$)|\.weight\."
+    r"(?:^|\.)(?:original_module|vera_[AB]|tinylora_[vP]|ranknum|SCB|weight_format)(?:\.|$)|\.weight\."
 )
-_OF_AN_ADAPTER = re.compile(r"(?:^|\.)(?:lora|vera|ia3|hada|lokr|oft|boft|hra|vblora|fourierft)_")
+_OF_AN_ADAPTER = re.compile(
+    r"(?:^|\.)(?:lora|vera|ia3|hada|lokr|oft|boft|hra|vblora|fourierft|miss|tinylora)_"
+)
 _ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 
 

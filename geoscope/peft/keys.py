@@ -84,7 +84,7 @@ def refuse_partial(
         first = found[partial[0]]
         lacking = next(one for one in needed if one not in first)
         has = sum(one in first for one in needed)
-        counts = {2: "two", 3: "three"}[len(needed)]
+        counts = {2: "two", 3: "three", 4: "four"}[len(needed)]
         raise CheckpointError(
             f"{label}: {len(partial)} modules have {'one' if has == 1 else has} factor"
             f"{'' if has == 1 else 's'} of {counts}, first {partial[0]} without {lacking}; "

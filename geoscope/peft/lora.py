@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.names import layer_index
+from geoscope.peft.config import value_of
 from geoscope.peft.extras import Vector
 from geoscope.peft.keys import MERGE, by_module, refuse_flat, refuse_partial
 from geoscope.peft.module import AdapterModule, Kind, Read
@@ -143,8 +144,8 @@ def _module(
     A, B = (roles[side] for side in (_EMBEDDING if is_embedding else _LINEAR))
     parameter = _parameter(path, config)
     name = path if parameter is None else f"{path.removesuffix(_BASE_LAYER)}.{parameter}"
-    rank = _pattern(config, "rank_pattern", name, config.get("r"), label)
-    alpha = _pattern(config, "alpha_pattern", name, config.get("lora_alpha"), label)
+    rank = value_of(config, "r", name, label)
+    alpha = value_of(config, "lora_alpha", name, label)
     experts = A.shape[0] // int(rank) if parameter is not None and int(rank) == rank else 1
     if A.shape[0] != B.shape[1] or A.shape[0] != rank * max(experts, 1):
         raise CheckpointError(
@@ -231,22 +232,6 @@ def _named(targets: Any, module: str) -> bool:
     if isinstance(targets, str):
         return targets != "all-linear" and re.fullmatch(targets, module) is not None
     return any(module == one or module.endswith(f".{one}") for one in targets)
-
-
-def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any, label: str) -> float:
-    """The value of the first key that matches, else the default; a number above zero."""
-    patterns = config.get(field) or {}
-    value = next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
-        default,
-    )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        name = "lora_alpha" if field == "alpha_pattern" else "r"
-        raise CheckpointError(
-            f"{label}: {name} of {module} is {value!r} in adapter_config.json, and must be a "
-            "number above 0; set it there to what the adapter was trained with"
-        )
-    return float(value)
 
 
 def expert_parts(module: AdapterModule, known: Collection[str]) -> tuple[tuple[str, ...], ...]:

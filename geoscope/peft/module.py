@@ -110,6 +110,13 @@ class AdapterModule(ABC):
                 "give the model that the adapter was trained on"
             )
 
+    def unknown_sides(self) -> UnsupportedFormat:
+        """The error of `factors` where the adapter does not store the sides of its modules."""
+        return UnsupportedFormat(
+            f"{self.name}: {self.called} does not store how wide its modules are; give the base "
+            "with `base`"
+        )
+
     def no_factors(self) -> UnsupportedFormat:
         """The error of `factors` for kind "base"."""
         return UnsupportedFormat(

@@ -23,7 +23,14 @@ from geoscope.models.fused import text_config
 from geoscope.peft.module import AdapterModule
 from geoscope.records import TensorInfo
 
-__all__ = ["Sides", "base_sides", "is_old", "packed_by_base", "packed_by_shapes"]
+__all__ = [
+    "Sides",
+    "base_sides",
+    "is_old",
+    "is_packed_straight",
+    "packed_by_base",
+    "packed_by_shapes",
+]
 
 _Module = TypeVar("_Module", bound=AdapterModule)
 
@@ -141,6 +148,14 @@ def is_old(version: Any) -> bool:
     """Whether a `peft_version` is one that packs by the order of the sides alone."""
     match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     return match is not None and (int(match[1]), int(match[2])) <= _LAST_OLD
+
+
+def is_packed_straight(base_config: Mapping[str, Any], *, is_turned: bool) -> bool:
+    """Whether PEFT from 0.19 on packs factors of the update, and not of its transpose.
+
+    base_config: config.json of the base. is_turned: whether its experts lie (in, out).
+    """
+    return (text_config(base_config).get("model_type") in _TRANSPOSED) is is_turned
 
 
 def _by_version(

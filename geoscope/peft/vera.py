@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from geoscope.errors import CheckpointError, UnsupportedFormat, first_names
+from geoscope.errors import CheckpointError, first_names
 from geoscope.names import without_wrappers
 from geoscope.peft.keys import by_module, refuse_partial
 from geoscope.peft.module import AdapterModule, Kind, Read
@@ -72,10 +72,7 @@ class VeraModule(AdapterModule):
     def factors(self, read: Read) -> tuple[Tensor, Tensor]:
         """λ_b ⊙ B and λ_d ⊙ A in fp64. Raises UnsupportedFormat without the base's shapes."""
         if self.kind == "base":
-            raise UnsupportedFormat(
-                f"{self.name}: VeRA does not store how wide its modules are; give the base with "
-                "`base`"
-            )
+            raise self.unknown_sides()
         B, A = self._projections(read)
         m, n = self.shape
         scale_b, scale_d = (read(one.name).double() for one in (self.lambda_b, self.lambda_d))

@@ -104,7 +104,7 @@ def adapter_card(card: AdapterCard) -> str:
         f"# {_title(card)}\n",
         f"Initial weights, before any training: {layout_words(card.layout)}. "
         f"{card.matrices} weight matrices are adapted, rank {card.rank}, lora_alpha "
-        f"{card.alpha:g}; lora_dropout has to stay 0.\n",
+        f"{card.alpha:g}{'; lora_dropout has to stay 0' if card.layout else ''}.\n",
         "Made by geoscope " + card.version + ":\n",
         f"```\n{card.command}\n```\n",
         "## How exact is the start?\n",

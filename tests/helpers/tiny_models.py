@@ -7,12 +7,14 @@ ones, which hides a tensor that was not copied.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 with warnings.catch_warnings():  # of packages that transformers imports
@@ -23,6 +25,7 @@ __all__ = [
     "VOCABULARY",
     "assert_same_logits",
     "gpt2",
+    "gpt_oss",
     "live",
     "llama",
     "logits",
@@ -30,6 +33,7 @@ __all__ = [
     "phi3",
     "qwen2_tied",
     "qwen3_moe",
+    "stacked",
 ]
 
 VOCABULARY = 48
@@ -108,6 +112,30 @@ def phi3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     }  # fmt: skip
     made = transformers.Phi3Config(**settings)
     return _saved(transformers.Phi3ForCausalLM, made, folder, seed, dtype)
+
+
+def gpt_oss(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
+    """One block whose four experts are stacked on disk, too, and lie (in, out)."""
+    settings: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": False,
+        "layer_types": ["full_attention"], "bos_token_id": 0, "eos_token_id": 0,
+        "pad_token_id": None, **config,
+    }  # fmt: skip
+    made = transformers.GptOssConfig(**settings)
+    return _saved(transformers.GptOssForCausalLM, made, folder, seed, dtype)
+
+
+def stacked(folder: Path, made: Path) -> Path:
+    """The model of the folder `made` with the tensors of its live class: experts in stacks."""
+    folder.mkdir(parents=True)
+    tensors = {name: one.contiguous() for name, one in live(made).state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(made / "config.json", folder)
+    return folder
 
 
 def _saved(kind: Any, config: Any, folder: Path, seed: int, dtype: torch.dtype) -> Path:

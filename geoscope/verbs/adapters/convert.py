@@ -17,6 +17,7 @@ from torch import Tensor
 
 from geoscope.adapters.conversion import compressed, concatenated, fused_experts
 from geoscope.adapters.peft_names import lora_keys
+from geoscope.adapters.table import starts_on_base
 from geoscope.arguments import Place, path_text
 from geoscope.engine import matrix_boundary
 from geoscope.errors import OptionError, PairingError, first_names
@@ -38,8 +39,6 @@ __all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
 
 # What a trained adapter has of a start that is not its own: nothing, and what chance gives.
 _NOTHING, _DEVIATIONS, _TELLING = 0.05, 3.0, 0.5
-# Methods whose adapters stand on the original base as they are.
-_PLAIN = {"lora": "method lora", CONVERTED: "converted adapter"}
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def convert_adapter(
     for one in (start, end):
         one.refuse_more_than_plain("convert-adapter")
     parts = _matched(start, end)
-    starts_at_zero = origin.layout == "mirror" or origin.record.get("method") in _PLAIN
+    starts_at_zero = origin.layout == "mirror" or _plain_start(origin) is not None
     _refuse_rank(rank, end, starts_at_zero, origin)
     _refuse_original_as_base(origin, end)
     reference, revision = _original(origin, start, end, starts_at_zero, base)
@@ -269,12 +268,20 @@ def _refuse_difference(
             )
 
 
+def _plain_start(origin: AdapterFolder) -> str | None:
+    """What an adapter began as that stands on the original base as it is; None for the others."""
+    method = origin.record.get("method")
+    if method == CONVERTED:
+        return "converted adapter"
+    return f"method {method}" if starts_on_base(method) else None
+
+
 def _refuse_rank(
     rank: int | None, end: Adapter, starts_at_zero: bool, origin: AdapterFolder
 ) -> None:
     largest = max(one.rank for one in end.modules.values()) * (1 if starts_at_zero else 2)
     if rank is None and starts_at_zero:
-        what = "mirror layout" if origin.layout == "mirror" else _PLAIN[origin.record["method"]]
+        what = "mirror layout" if origin.layout == "mirror" else _plain_start(origin)
         raise OptionError(
             f"{end.given}: trained from the {what}, it is a plain LoRA on the original base "
             "already; use it as it is, or compress it with `rank`"

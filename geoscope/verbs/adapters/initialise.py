@@ -36,7 +36,7 @@ from geoscope.models.writable import refuse_unwritable
 from geoscope.outputs.model_folder import write_model
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.folder import RECORD_SCHEMA, refuse_as_base
-from geoscope.records import ModelRef, Report, TensorInfo
+from geoscope.records import ModelRef, Report
 from geoscope.records.card import AdapterCard, adapter_card
 from geoscope.sources.open import open_checkpoint
 from geoscope.verbs.adapters.options import InitOptions
@@ -48,7 +48,7 @@ from geoscope.verbs.adapters.output import (
     write_record,
 )
 from geoscope.verbs.adapters.report import adapter_report
-from geoscope.verbs.adapters.targets import Targets, choose_targets
+from geoscope.verbs.adapters.targets import Target, Targets, choose_targets
 from geoscope.verbs.fetching import fetch
 from geoscope.verbs.options import Progress
 
@@ -72,12 +72,16 @@ class Initialised:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """One matrix: its factors without their place, and what is written of them."""
+class _Start:
+    """One matrix: its factors, the rewritten matrix as its file holds it, and the start errors."""
 
     factors: LoraFactors
     residual: Tensor | None
     errors: Mapping[str, float]
+
+
+# What is made of one weight: a start for each of its matrices.
+_Made = tuple[_Start, ...]
 
 
 def model_here() -> str:
@@ -127,13 +131,13 @@ def initialise(
     inputs = _inputs(checkpoint)
     folder = OutputFolder(
         out,
-        files.sizes(len(targets.matrices)),
+        files.sizes(len(targets.shapes) + len(targets.weights)),
         force=options.force,
         inputs=inputs,
         meanwhile=files.spool_bytes,
     )
     if on_start is not None:
-        on_start(len(targets.matrices))
+        on_start(len(targets.shapes))
     fetch([(checkpoint, _read_names(checkpoint, files, targets))], progress)
     order = _order(files, targets)
     with ExitStack() as stack:
@@ -141,17 +145,20 @@ def initialise(
         spool = stack.enter_context(Spool(out, options.chosen_layout))
         stack.enter_context(one_blas_thread())
         made = _computed(checkpoint, targets, order, options, device)
-        kept: dict[str, _Made] = {}
+        kept: dict[str, _Start] = {}
         hashes: dict[str, dict[str, str]] = {}
 
         def replacement(name: str) -> Tensor | None:
-            if name not in targets.matrices:
+            if name not in targets.weights:
                 return None
-            one = next(made)
-            hashes[name] = spool.keep(targets.paths[name], one.factors)
-            kept[name] = _without_tensors(one)
-            progress.on_pair(len(kept), len(order), name)
-            return one.residual
+            target, starts = targets.weights[name], next(made)
+            hashes[name] = spool.keep(target, [one.factors for one in starts])
+            kept.update(zip(target.names, map(_without_tensors, starts), strict=True))
+            progress.on_pair(len(kept), len(targets.shapes), name)
+            rewritten = [one.residual for one in starts if one.residual is not None]
+            if target.experts is None or not rewritten:
+                return rewritten[0] if rewritten else None
+            return torch.stack(rewritten)
 
         if files.model is not None:
             write_model(output, "residual", checkpoint, files.model, replacement)
@@ -178,13 +185,13 @@ def initialise(
 
 def _read_names(checkpoint: Checkpoint, files: AdapterFiles, targets: Targets) -> list[str]:
     """Tensors that are read: all of a model that is written anew, else the targets."""
-    return [*checkpoint.tensors] if files.model is not None else [*targets.matrices]
+    return [*checkpoint.tensors] if files.model is not None else [*targets.weights]
 
 
 def _order(files: AdapterFiles, targets: Targets) -> list[str]:
     """The targets in the order in which they are written."""
-    names = files.model.order if files.model is not None else [*targets.matrices]
-    return [name for name in names if name in targets.matrices]
+    names = files.model.order if files.model is not None else [*targets.weights]
+    return [name for name in names if name in targets.weights]
 
 
 # --- the matrices, computed ahead -----------------------------------------------------------------
@@ -199,17 +206,15 @@ def _computed(
 ) -> Iterator[_Made]:
     """The matrices in this order. Workers compute ahead while what they hold fits."""
     workers = options.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
-    entries = {
-        name: targets.matrices[name].shape[0] * targets.matrices[name].shape[1] for name in order
-    }
+    entries = {name: math.prod(targets.weights[name].info.shape) for name in order}
     room = _COPIES_IN_ALL * max(entries.values())
     waiting = deque(order)
     running: deque[tuple[int, Future[_Made]]] = deque()
 
     def job(name: str) -> Callable[[], _Made]:
         context = copy_context()
-        info = targets.matrices[name]
-        return lambda: context.run(_make, checkpoint, info, options, device)
+        target = targets.weights[name]
+        return lambda: context.run(_make, checkpoint, target, options, device)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
@@ -228,46 +233,58 @@ def _computed(
 
 
 def _make(
-    checkpoint: Checkpoint, info: TensorInfo, options: InitOptions, device: torch.device
+    checkpoint: Checkpoint, target: Target, options: InitOptions, device: torch.device
 ) -> _Made:
-    """Factors, rewritten matrix and start errors of one matrix.
+    """The starts of the matrices of one weight.
 
     A matrix without a start ends the whole: a start that leaves modules out is another training.
     """
-    stored = checkpoint.read(info.name)
+    stored = checkpoint.read(target.info.name)
+    matrices = [stored] if target.experts is None else [*stored]
+    turned = target.info.transposed or target.is_turned
+    return tuple(
+        _make_one(W.T if target.is_turned else W, name, turned, target, options, device)
+        for name, W in zip(target.names, matrices, strict=True)
+    )
+
+
+def _make_one(
+    W: Tensor, name: str, turned: bool, target: Target, options: InitOptions, device: torch.device
+) -> _Start:
     try:
-        with matrix_boundary(info.name):
-            return _started(stored.to(device), info, options)
+        with matrix_boundary(name):
+            return _started(W.to(device), name, options, is_turned=turned)
     except OptionError as error:
-        raise OptionError(f"{info.name}: {error}") from None
+        raise OptionError(f"{name}: {error}") from None
     except NumericsError as error:
         if "--exclude" in str(error):
             raise
-        way_out = f"leave it out with --exclude '{info.name}'"
+        way_out = f"leave it out with --exclude '{target.info.name}'"
         raise NumericsError(f"{error}; nothing is written, {way_out}") from error
 
 
-def _started(W: Tensor, info: TensorInfo, options: InitOptions) -> _Made:
+def _started(W: Tensor, name: str, options: InitOptions, *, is_turned: bool) -> _Start:
+    """The start of W (out, in), whose file holds it (in, out) where it `is_turned`."""
     chosen = options.method_options
-    if "seed" in chosen and not options.initialisation.needs_layout:
+    if options.initialisation.is_drawn:
         # Each matrix draws its own A; the seed of a null is shared by equal shapes.
         # 32 bits: the CPU's generator looks at no more.
-        chosen["seed"] = zlib.crc32(f"{options.seed}:{info.name}".encode())
+        chosen["seed"] = zlib.crc32(f"{options.seed}:{name}".encode())
     factors = options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
     _refuse_overflow(factors.facts.values(), factors.A, factors.B)
     layout = options.chosen_layout
     if not layout:
-        return _Made(factors, None, dict.fromkeys(_TRAINER, 0.0))
+        return _Start(factors, None, dict.fromkeys(_TRAINER, 0.0))
     rewritten, errors = None, {}
     if layout == "residual":
         dtype = getattr(torch, options.residual_dtype or "float32")
-        written = residual(W, factors, dtype=dtype, transposed=info.transposed)
+        written = residual(W, factors, dtype=dtype, transposed=is_turned)
         rewritten, errors = written.weight.cpu(), {"written": written.error}
         _refuse_overflow((), rewritten)
-    for name, dtype in _TRAINER.items():
-        errors[name] = start_error(W, factors, layout, dtype=dtype)
+    for trainer, dtype in _TRAINER.items():
+        errors[trainer] = start_error(W, factors, layout, dtype=dtype)
     _refuse_overflow(errors.values())
-    return _Made(factors, rewritten, errors)
+    return _Start(factors, rewritten, errors)
 
 
 def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
@@ -279,10 +296,10 @@ def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
         )
 
 
-def _without_tensors(one: _Made) -> _Made:
+def _without_tensors(one: _Start) -> _Start:
     """The facts alone, which are small."""
     empty = torch.empty(0)
-    return _Made(replace(one.factors, A=empty, B=empty), None, one.errors)
+    return _Start(replace(one.factors, A=empty, B=empty), None, one.errors)
 
 
 # --- what is told ---------------------------------------------------------------------------------
@@ -312,7 +329,7 @@ def _card(
     checkpoint: Checkpoint,
     out: Path,
     options: InitOptions,
-    kept: Mapping[str, _Made],
+    kept: Mapping[str, _Start],
     command: Sequence[str],
     notes: tuple[str, ...],
 ) -> AdapterCard:
@@ -336,7 +353,7 @@ def _card(
 def _record(
     checkpoint: Checkpoint,
     options: InitOptions,
-    kept: Mapping[str, _Made],
+    kept: Mapping[str, _Start],
     hashes: Mapping[str, Mapping[str, str]],
     card: AdapterCard,
 ) -> dict[str, Any]:
@@ -368,10 +385,12 @@ def _record(
                 "status": {key: value.value for key, value in one.factors.status.items()},
                 "method": {key: dict(value) for key, value in one.factors.method.items()},
                 "errors": dict(one.errors),
-                **hashes[name],
+                **hashes.get(name, {}),
             }
             for name, one in kept.items()
-        },
+        }
+        # of a stack of experts, whose facts stand under the names of its matrices
+        | {name: dict(one) for name, one in hashes.items() if name not in kept},
         "start_error": {
             dtype: {
                 "max": card.start_errors[dtype],

@@ -27,7 +27,7 @@ class InitOptions(Compute, Select):
     """Every field is an option of `geoscope init-adapter`.
 
     The fields of `Select` and `Compute`, and:
-    method: geora, pissa, milora, olora or lora.
+    method: geora, pissa, milora, olora, rlpo, rlmo or lora.
     rank: of the adapter, from 1.
     alpha: lora_alpha; default 2·rank.
     rho, spec_rank, scale_convention: of GeoRA alone; None takes its default.

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from geoscope._version import __version__
 from geoscope.adapters.factors import LoraFactors
-from geoscope.adapters.layouts import anchor, mirror
+from geoscope.adapters.layouts import paired
 from geoscope.adapters.peft_config import (
     adapter_config,
     config_bytes,
     max_lora_rank,
     vllm_findings,
 )
-from geoscope.adapters.peft_names import lora_keys
+from geoscope.adapters.peft_names import lora_keys, stack_experts
 from geoscope.files import SMALL, record_bytes, record_size
 from geoscope.formats.hashes import tensor_sha256
 from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
@@ -37,7 +37,7 @@ from geoscope.peft.folder import CONVERTED, RECORD, RECORD_SCHEMA
 from geoscope.records.card import ConversionCard, conversion_card
 from geoscope.verbs.adapters.convert import Conversion, ModuleEnergy, discarded_share
 from geoscope.verbs.adapters.options import InitOptions
-from geoscope.verbs.adapters.targets import Targets
+from geoscope.verbs.adapters.targets import Target, Targets
 
 __all__ = [
     "AdapterFiles",
@@ -96,14 +96,15 @@ def plan_files(checkpoint: Checkpoint, targets: Targets, options: InitOptions) -
         **({"base_sha": checkpoint.ref.commit} if checkpoint.ref.commit else {}),
     }
     tensors: dict[str, TensorPlan] = {}
-    for name, info in targets.matrices.items():
-        key_A, key_B = lora_keys(targets.paths[name])
-        tensors[key_A] = TensorPlan("float32", (options.written_rank, info.shape[1]))
-        tensors[key_B] = TensorPlan("float32", (info.shape[0], options.written_rank))
+    for one in targets.weights.values():
+        (m, n), rank = one.shape, options.written_rank * (one.experts or 1)
+        key_A, key_B = one.keys
+        tensors[key_A] = TensorPlan("float32", (rank, n))
+        tensors[key_B] = TensorPlan("float32", (m, rank))
     model, travelling, notes = None, {}, ()
     if layout == "residual":
         dtype = options.residual_dtype or "float32"
-        model = plan_model(checkpoint, dict.fromkeys(targets.matrices, dtype), metadata)
+        model = plan_model(checkpoint, dict.fromkeys(targets.weights, dtype), metadata)
         travelling, notes = checkpoint.source.travelling()
         notes = (*model.notes, *notes)
     folders = {"residual": ("adapter/",), "anchor": ("adapter/", "anchor/")}.get(layout, ("",))
@@ -129,17 +130,18 @@ class Spool:
     ) -> None:
         self._file.close()
 
-    def keep(self, path: str, factors: LoraFactors) -> dict[str, str]:
-        """The factors of a module, as its layout stores them; their hashes."""
-        if self._layout == "mirror":
-            pairs = (mirror(factors),)
-        elif self._layout == "anchor":
-            pairs = anchor(factors)
-        else:
-            pairs = ((factors.A, factors.B),)
-        pairs = tuple((A.cpu(), B.cpu()) for A, B in pairs)
+    def keep(self, target: Target, factors: Sequence[LoraFactors]) -> dict[str, str]:
+        """The factors of a weight, as its layout stores them; their hashes.
+
+        factors: of each of its matrices.
+        """
+        of_each = [paired(one, self._layout) for one in factors]
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for adapter in zip(*of_each, strict=True):
+            A, B = ([one.cpu() for one in side] for side in zip(*adapter, strict=True))
+            pairs.append((A[0], B[0]) if target.experts is None else stack_experts(A, B))
         for number, pair in enumerate(pairs):
-            for key, tensor in zip(lora_keys(path), pair, strict=True):
+            for key, tensor in zip(target.keys, pair, strict=True):
                 self._places[number, key] = (self._file.tell(), tuple(tensor.shape))
                 self._file.write(tensor.contiguous().numpy().tobytes())
         A, B = pairs[0]
@@ -171,6 +173,7 @@ def write_configs(
         rank=options.written_rank,
         alpha=options.chosen_alpha,
         targets=targets.modules,
+        parameters=targets.parameters,
         fan_in_fan_out=targets.fan_in_fan_out,
     )
     for folder in files.folders:

@@ -43,9 +43,7 @@ def adapter_report(
 
     written: the output. made: name → its factors and start errors by dtype.
     """
-    layers = tuple(
-        _record(name, targets.matrices[name].shape, *made[name]) for name in targets.matrices
-    )
+    layers = tuple(_record(name, shape, *made[name]) for name, shape in targets.shapes.items())
     modules = dict.fromkeys(layer.module for layer in layers)
     by_module = {
         module: [layer for layer in layers if layer.module == module] for module in modules
@@ -62,7 +60,7 @@ def adapter_report(
             parameters=_parameters(options, notes),
             seconds=seconds,
         ),
-        coverage=Coverage(matched=tuple(targets.matrices), skipped=targets.skipped),
+        coverage=Coverage(matched=tuple(targets.shapes), skipped=targets.skipped),
         layers=layers,
         summary=Summary(
             model=_combined([layer.values for layer in layers]),

@@ -19,6 +19,7 @@ from torch import Tensor
 from geoscope.adapters.layouts import MIRROR_TOLERANCE, effective_error, largest_product
 from geoscope.adapters.peft_config import max_lora_rank, vllm_findings
 from geoscope.adapters.peft_names import module_paths
+from geoscope.adapters.table import starts_on_base
 from geoscope.arguments import Place, path_text
 from geoscope.engine import told_failure
 from geoscope.errors import OptionError, first_names
@@ -119,7 +120,7 @@ def verify_adapter(
             _weights_check(match, original, residual, tick, allow_lossy=allow_lossy),
             _untouched_check(match, original, residual),
         ]
-    if layout == "mirror" or origin.record.get("method") == "lora":
+    if layout == "mirror" or starts_on_base(origin.record.get("method")):
         checks.append(_product_check(match, original, tick))
     if layout == "anchor" and origin.anchor is not None:
         checks.append(_anchor_check(adapter, read_adapter(origin.anchor, f"{folder}/anchor")))
@@ -208,7 +209,9 @@ def _vllm_check(origin: AdapterFolder, adapter: Adapter) -> Check:
     found = vllm_findings(adapter.config)
     if not found:
         return Check("vllm", True, "vLLM's rules are met")
-    is_start = origin.layout in ("residual", "mirror") or origin.record.get("method") == "lora"
+    is_start = origin.layout in ("residual", "mirror") or starts_on_base(
+        origin.record.get("method")
+    )
     rank = adapter.config.get("r")
     served = isinstance(rank, int) and max_lora_rank(rank) is not None
     is_promised = bool(origin.record) and is_start and served

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from geoscope.adapters.peft_names import expert_name
-from geoscope.errors import OptionError, PairingError, UnsupportedFormat
+from geoscope.errors import OptionError, PairingError
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.split import split
 from geoscope.names import NameMap, Selection, in_natural_order
@@ -18,6 +18,8 @@ from geoscope.verbs.adapters.changes import changes_of
 from geoscope.verbs.adapters.names import BasePaths, base_paths, named_as_base
 from geoscope.verbs.fetching import fetch
 from geoscope.verbs.options import Progress
+from geoscope.verbs.series.adapted import as_models, not_predicted, of_a_base
+from geoscope.verbs.series.model_series import model_series
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.start import INITIAL, after_start, equal_adapters, has_no_update
 from geoscope.verbs.series.tensors import AdapterTensor, Followed, SeriesTensor, lost_steps
@@ -31,16 +33,26 @@ def adapter_series(
     progress: Progress,
     whole: Checkpoint | None,
     initial: Adapter | None,
+    *,
+    in_parts: bool,
 ) -> Followed:
     """The series of adapters, by the modules that all of them have with one shape.
 
     whole: the base as stored, None where it is not read.
     initial: the adapter before training, where it did not start at zero.
+    in_parts: of adapters whose updates are not products, followed as the models that they make.
     Raises OptionError, PairingError, UnsupportedFormat.
     """
-    series = _checked(series, options, initial)
-    adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
-    laid = _laid(adapters, initial, whole, NameMap(options.map_name), options)
+    adapters = _checked(series, options, initial)
+    names = NameMap(options.map_name)
+    laid = _laid(adapters, initial, whole, names, options)
+    if any(of_a_base(adapter) is not None for adapter in laid.adapters):
+        if not in_parts:
+            raise not_predicted(adapters[0])
+        made = as_models(series, whole, laid.initial, names)
+        return model_series(made, options, progress, whole, in_parts=True)
+    series = _from_start(series, laid.adapters, laid.initial)
+    laid = replace(laid, adapters=laid.adapters[-len(series.points) :])
     chosen = _chosen_modules(laid.every, options.selection)
     if not chosen.names:
         raise PairingError(_no_common_module(laid.adapters, chosen))
@@ -65,18 +77,18 @@ def adapter_series(
     )
 
 
-def _checked(series: Series, options: FollowOptions, initial: Adapter | None) -> Series:
-    """The series after its start. Raises for what cannot be followed by its factors."""
-    adapters = [point.adapter for point in series.points if point.adapter is not None]
+def _checked(
+    series: Series, options: FollowOptions, initial: Adapter | None
+) -> tuple[Adapter, ...]:
+    """The adapters of the series. Raises for what cannot be followed by its factors."""
+    adapters = tuple(point.adapter for point in series.points if point.adapter is not None)
     if options.scalar_r2 is not None:
         raise OptionError(
             "`scalar_r2` is of the entries of whole models; an adapter's update is never made dense"
         )
     if initial is None:
         _refuse_unknown_start(adapters[0])
-    for adapter in (*adapters, *([] if initial is None else [initial])):
-        _refuse_updates_of_a_base(adapter)
-    return _from_start(series, initial)
+    return adapters
 
 
 @dataclass(frozen=True)
@@ -143,29 +155,21 @@ def _tensors(
     return tensors
 
 
-def _from_start(series: Series, initial: Adapter | None) -> Series:
-    """The adapters after the one before training, or after one without an update."""
+def _from_start(series: Series, adapters: Sequence[Adapter], initial: Adapter | None) -> Series:
+    """The adapters after the one before training, or after one without an update.
+
+    adapters: those of the series, with what the base tells.
+    """
+    of_point = dict(zip((point.given for point in series.points), adapters, strict=True))
 
     def is_start(point: SeriesPoint) -> bool:
-        assert point.adapter is not None  # a series has one kind
-        if initial is None:
-            return has_no_update(point.adapter)
-        return equal_adapters(initial, point.adapter)
+        adapter = of_point[point.given]
+        return has_no_update(adapter) if initial is None else equal_adapters(initial, adapter)
 
-    found = after_start(series, is_start, "the base" if initial is None else INITIAL)
-    if not found.points:
+    after = after_start(series, is_start, "the base" if initial is None else INITIAL)
+    if not after.points:
         raise OptionError(f"{series.points[0].given}: one adapter makes no series; give more")
-    return found
-
-
-def _refuse_updates_of_a_base(adapter: Adapter) -> None:
-    """An adapter whose updates are no products of factors by themselves."""
-    of_base = [module for module in adapter.modules.values() if module.kind == "base"]
-    if of_base:
-        raise UnsupportedFormat(
-            f"{adapter.given}: {of_base[0].called} is not followed by its factors alone; merge "
-            "every step into the base (PeftModel.merge_and_unload) and give the merged folders"
-        )
+    return after
 
 
 def _refuse_unknown_start(adapter: Adapter) -> None:

@@ -8,10 +8,12 @@ from geoscope.models.pairing import pair
 from geoscope.models.split import common_config
 from geoscope.models.ungathered import refuse_ungathered
 from geoscope.names import NameMap, in_natural_order
+from geoscope.records import Skipped
 from geoscope.sources.series import Series
 from geoscope.verbs.fetching import fetch
 from geoscope.verbs.models import in_parts as parts_of
 from geoscope.verbs.options import Progress
+from geoscope.verbs.series.adapted import is_made_of
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.start import BASE, after_start, equal_models
 from geoscope.verbs.series.tensors import Followed, ModelTensor, SeriesTensor, lost_steps
@@ -30,10 +32,10 @@ def model_series(
     rules = NameMap(options.map_name)
     series, base, checkpoints = _from_base(series, start, rules)
     steps = series.steps if start is None else (series.start or 0, *series.steps)
-    notes: tuple[str, ...] = ()
+    whole, notes = base, ()
     if in_parts:
         config = common_config(base, *checkpoints)
-        whole, (base, *checkpoints) = base, [parts_of(one, config) for one in (base, *checkpoints)]
+        base, *checkpoints = [parts_of(one, config) for one in (base, *checkpoints)]
         notes = base.notes[len(whole.notes) :]
     notes += rules.notes(name for one in (base, *checkpoints) for name in one.tensors)
     pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
@@ -47,6 +49,8 @@ def model_series(
             "see `geoscope inspect` on the first and the last"
         )
     tensors: dict[str, SeriesTensor] = {}
+    left: list[Skipped] = []
+    is_made = all(is_made_of(whole, checkpoint) for checkpoint in checkpoints)
     for name in in_natural_order(common):
         pairs = [found[name] for found in names]
         places = (
@@ -57,7 +61,10 @@ def model_series(
             absent.add(name)
             continue
         m, n = pairs[0].shape
-        tensors[name] = ModelTensor(name, (m, n), places)
+        if is_made and all(one.leaves(stored) for one, stored in places[1:]):
+            left.append(Skipped(name, "not adapted"))
+            continue
+        tensors[name] = ModelTensor(name, (m, n), places, is_made)
     wanted = (
         (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
         for one in (base, *checkpoints)
@@ -68,7 +75,7 @@ def model_series(
         tensors=tensors,
         refs=(base.ref, checkpoints[-1].ref),
         points=tuple(point.given for point in series.points),
-        skipped=(*series.passed_over, *pairings[0].skipped),
+        skipped=(*series.passed_over, *pairings[0].skipped, *left),
         missing=(*in_natural_order(absent), *lost_steps(series)),
         notes=(*series.notes, *notes),
         series=series,

@@ -50,7 +50,7 @@ def open_followed(
         on_progress=progress.on_download,
     )
     if series.kind == "adapter":
-        return adapter_series(series, options, progress, base, initial)
+        return adapter_series(series, options, progress, base, initial, in_parts=in_parts)
     if options.initial_adapter is not None:
         raise OptionError("`initial_adapter` is for series of adapters; these are whole models")
     if options.lora_alpha is not None:

@@ -31,6 +31,8 @@ Change = Operand | Product
 
 # Bytes of all checkpoints' entries of a block in fp64: what a pass over a tensor costs in memory.
 _BLOCK_BYTES = 64 << 20
+# The same where weights are made of an adapter and its base.
+_MADE_BYTES = 1 << 30
 
 
 class SeriesTensor(Protocol):
@@ -70,32 +72,36 @@ class Followed:
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """A weight in whole models: (checkpoint, name there) at every step, the base first."""
+    """A weight in whole models: (checkpoint, name there) at every step, the base first.
+
+    is_made: whether every later one is the base with an adapter, in fp64: what storing the base
+    rounded away is in all of them, and no noise of a change.
+    """
 
     name: str
     shape: tuple[int, int]
     places: tuple[tuple[Checkpoint, str], ...]
+    is_made: bool = False
 
     def increments(self, steps: Sequence[float]) -> Increments:
         entries = self.shape[0] * self.shape[1]
-        width = max(1, _BLOCK_BYTES // (8 * len(self.places)))
+        room = _MADE_BYTES if self.is_made else _BLOCK_BYTES  # a part costs the whole to make
+        width = max(1, room // (8 * len(self.places)))
         parts = (
-            increments_of_weights(
-                steps,
-                [
-                    one.read_part(name, start, min(start + width, entries))
-                    for one, name in self.places
-                ],
-            )
+            increments_of_weights(steps, self._part(start, min(start + width, entries)))
             for start in range(0, entries, width)
         )
         found = reduce(add, parts)
-        grids = [_grid(one, name) for one, name in self.places]
+        grids = [None if self.is_made else _grid(one, name) for one, name in self.places]
         return replace(
             found,
             rounding=tuple(map(_rounding_of, found.rounding, grids)),
             grids=tuple("" if one is None else one.name for one in grids),
         )
+
+    def _part(self, start: int, end: int) -> list[torch.Tensor]:
+        parts = [checkpoint.read_part(name, start, end) for checkpoint, name in self.places]
+        return [part.double() for part in parts] if self.is_made else parts
 
     def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
         """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""

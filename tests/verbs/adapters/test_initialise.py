@@ -75,7 +75,7 @@ def test_the_output_is_the_model_and_verifies(
     assert (bfloat16 > 1e-4) == (layout == "residual")
 
 
-@pytest.mark.parametrize("method", ["pissa", "milora", "olora", "lora"])
+@pytest.mark.parametrize("method", ["pissa", "milora", "olora", "rlpo", "rlmo", "lora"])
 def test_every_method_starts_at_the_model(
     models: dict[str, Path], tmp_path: Path, method: str
 ) -> None:

@@ -7,12 +7,22 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import tiny_models
 from tests.helpers.forked import GEOSCOPE, run_forked
 from tests.helpers.hub_server import HubServer, Repo, commit_of
 
+CHOICES = {
+    "residual": ("--layout", "residual"),
+    "mirror": ("--layout", "mirror"),
+    "anchor": ("--layout", "anchor"),
+    "rlpo": ("--method", "rlpo"),
+}
 
-def test_a_model_on_the_hub_becomes_a_residual_and_an_adapter(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_model_on_the_hub_gets_every_layout(tmp_path: Path, choice: str) -> None:
     source = tiny_models.llama(tmp_path / "source")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     files["tokenizer.model"] = bytes(range(256))  # no text: it has to come byte for byte
@@ -27,11 +37,13 @@ def test_a_model_on_the_hub_becomes_a_residual_and_an_adapter(tmp_path: Path) ->
             "OPENBLAS_NUM_THREADS": "1",
         }
         words = ["geoscope", "init-adapter", "org/tiny@main", "--rank", "4", "--layers", "0", "-q"]
+        words += ["-o", "out", *CHOICES[choice]]
         done = run_forked(GEOSCOPE, words, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "tiny-geora-r4"
+    out = tmp_path / "out"
     for name in ("config.json", "generation_config.json", "tokenizer.model"):
-        assert (out / "residual" / name).read_bytes() == files[name]
+        if choice == "residual":
+            assert (out / "residual" / name).read_bytes() == files[name]
     record = json.loads((out / "geoscope.json").read_text())
     assert record["base"]["reference"] == "org/tiny"
     assert record["base"]["commit"] == commit_of(files)
