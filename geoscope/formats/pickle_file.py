@@ -152,13 +152,14 @@ def _unwrap(loaded: Any, label: str) -> tuple[dict[str, torch.Tensor], tuple[str
     import torch
 
     notes: list[str] = []
-    table = loaded
+    table, opened = loaded, {id(loaded)}
     while isinstance(table, Mapping):
         nest = next((key for key in _NESTS if isinstance(table.get(key), Mapping)), None)
-        if nest is None:
+        if nest is None or id(table[nest]) in opened:  # it may hold itself
             break
         notes.append(f"{label}: weights taken from the entry {nest!r}")
         table = table[nest]
+        opened.add(id(table))
     if not isinstance(table, Mapping):
         raise CheckpointError(f"{label}: holds {type(table).__name__}, needs a table of tensors")
     tensors = {

@@ -7,6 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
+from geoscope.foreign import (
+    COUNTS,
+    FLAG,
+    NUMBER,
+    TABLE,
+    TEXT,
+    TEXTS,
+    check_fields,
+    either,
+    reason,
+    shown,
+    small_text,
+)
 from geoscope.formats.layout import parse_object
 from geoscope.peft.keys import MERGE
 
@@ -46,26 +59,44 @@ def read_config(folder: Path, given: str, types: Collection[str]) -> dict[str, A
     Raises CheckpointNotFound, UnsupportedFormat (another type, by name), CheckpointError.
     """
     try:
-        text = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        text = small_text(folder / ADAPTER_CONFIG)
     except FileNotFoundError:
         below = [f"{given}/{one.parent.name}" for one in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]
         hint = f"give {first_names(below)}" if below else "give the folder of a PEFT adapter"
         raise CheckpointNotFound(f"{given}: holds no {ADAPTER_CONFIG}; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{given}/{ADAPTER_CONFIG}: cannot be read: {error}") from None
+    except OSError as error:
+        what = f"{given}/{ADAPTER_CONFIG}: cannot be read: {reason(error)}"
+        raise CheckpointError(what) from None
     config = parse_object(text, f"{given}/{ADAPTER_CONFIG}")
     check_type(config, given, types)
     return config
 
 
 def check_type(config: Mapping[str, Any], given: str, types: Collection[str]) -> None:
-    """Raises UnsupportedFormat, by name, for a `peft_type` that is none of `types`."""
+    """Raises UnsupportedFormat, by name, for a `peft_type` that is none of `types`, and
+    CheckpointError for a field of another form than PEFT writes."""
     kind = config.get("peft_type")
-    if kind not in types:
+    if not isinstance(kind, str) or kind not in types:
         way_out = _NOT_MERGEABLE.get(str(kind), MERGE)
         raise UnsupportedFormat(
-            f"{given}: peft_type is {kind!r}; geoscope reads {', '.join(types)} adapters. {way_out}"
+            f"{given}: peft_type is {shown(kind)}; geoscope reads {', '.join(types)} adapters. "
+            f"{way_out}"
         )
+    check_fields(config, _FIELDS, f"{given}/{ADAPTER_CONFIG}")
+
+
+_NAMES = either(TEXT, TEXTS)
+_FIELDS = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "bias", "peft_version"), TEXT),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), FLAG),
+    **dict.fromkeys(("save_projection", "use_qalora"), FLAG),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), TABLE),
+    **dict.fromkeys(("target_modules", "exclude_modules"), _NAMES),
+    **dict.fromkeys(("target_parameters", "modules_to_save", "feedforward_modules"), _NAMES),
+    "layers_to_transform": COUNTS,
+    "init_lora_weights": either(FLAG, TEXT),
+    "lora_dropout": NUMBER,
+}
 
 
 def start_of(config: Mapping[str, Any]) -> str | None:

@@ -15,13 +15,14 @@ first key of `rank_pattern` and `alpha_pattern` that matches `(.*\\.)?(key)$`, e
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.foreign import NUMBER, shown
 from geoscope.names import layer_index
+from geoscope.patterns import PatternError, fullmatches, matches
 from geoscope.peft.extras import Vector
 from geoscope.peft.keys import MERGE, by_module, refuse_flat, refuse_partial
 from geoscope.peft.module import AdapterModule, Kind, Read
@@ -229,21 +230,35 @@ def _named(targets: Any, module: str) -> bool:
     if not targets:
         return False
     if isinstance(targets, str):
-        return targets != "all-linear" and re.fullmatch(targets, module) is not None
+        return targets != "all-linear" and _finds(fullmatches, targets, module)
     return any(module == one or module.endswith(f".{one}") for one in targets)
+
+
+def _is_key_of(key: str, module: str) -> bool:
+    return _finds(matches, rf"(.*\.)?({key})$", module)
+
+
+def _finds(rule: Callable[[str, str], bool], pattern: str, module: str) -> bool:
+    try:
+        return rule(pattern, module)
+    except PatternError as error:
+        raise CheckpointError(
+            f"adapter_config.json: the expression {shown(pattern)} for names of modules cannot be "
+            f"used: {error}; list the names of the modules there instead"
+        ) from None
 
 
 def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any, label: str) -> float:
     """The value of the first key that matches, else the default; a number above zero."""
     patterns = config.get(field) or {}
     value = next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
+        (value for key, value in patterns.items() if _is_key_of(key, module)),
         default,
     )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if not NUMBER.holds(value) or not value > 0:
         name = "lora_alpha" if field == "alpha_pattern" else "r"
         raise CheckpointError(
-            f"{label}: {name} of {module} is {value!r} in adapter_config.json, and must be a "
+            f"{label}: {name} of {module} is {shown(value)} in adapter_config.json, and must be a "
             "number above 0; set it there to what the adapter was trained with"
         )
     return float(value)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 from geoscope.errors import ReportError
+from geoscope.foreign import parsed
 from geoscope.records.codec import decode, encode, spare
 from geoscope.records.layers import LayerRecord, Overlap, Summary
 from geoscope.records.tensors import ModelRef, Rename, ShapeMismatch, Skipped
@@ -108,7 +109,7 @@ class Report:
     def loads(cls, text: str) -> Report:
         """Read back what `dumps` wrote. Raises ReportError."""
         try:
-            data: Any = json.loads(text, parse_constant=_refuse_constant)
+            data: Any = parsed(text, parse_constant=_refuse_constant)
         except ValueError as error:
             raise ReportError(f"not JSON: {error}") from None
         if not isinstance(data, dict):

@@ -24,6 +24,7 @@ from urllib.parse import quote
 from geoscope.errors import CheckpointError
 from geoscope.files import keep
 from geoscope.folders import cache_folder
+from geoscope.foreign import parsed, small_bytes, small_text
 from geoscope.sources.hub.byte_ranges import Piece, Run, Span
 
 __all__ = [
@@ -60,10 +61,13 @@ def keep_listing(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
 def cached_listing(repo: str, commit: str) -> dict[str, int] | None:
     """File → size, or None where it was not noted; a damaged note counts as none."""
     try:
-        text = (commit_folder(repo, commit) / _LISTING).read_text(encoding="utf-8")
-        return {str(name): int(size) for name, size in json.loads(text).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        sizes = parsed(small_text(commit_folder(repo, commit) / _LISTING))
+    except (OSError, ValueError):
         return None
+    is_listing = isinstance(sizes, dict) and all(
+        isinstance(size, int) and size >= 0 for size in sizes.values()
+    )
+    return sizes if is_listing else None
 
 
 def kept_tensors() -> Iterator[Path]:
@@ -93,7 +97,7 @@ class RangeCache:
     def header(self) -> bytes | None:
         """The first bytes of the file, as far as its header goes."""
         try:
-            return (self.folder / _HEADER).read_bytes()
+            return small_bytes(self.folder / _HEADER)
         except OSError:
             return None
 
