@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ __all__ = [
     "is_folder",
     "local_path",
     "parsed",
+    "printable",
     "reason",
     "resolved",
     "shown",
@@ -122,6 +124,29 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+# What steers a terminal or turns the line around: controls, line separators, marks of direction,
+# and halves of letters, which no UTF-8 can hold.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """The text with each such letter as its escape; lines: line ends and tabs stay.
+
+    >>> printable("a\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        letter = match[0]
+        return letter if lines and letter in "\n\t" else ascii(letter)[1:-1]
+
+    return _UNSEEN.sub(escape, text)
 
 
 # --- JSON -----------------------------------------------------------------------------------------
