@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
-import traceback
 from types import FrameType
 
 from geoscope.errors import GeoscopeError, OptionError, Stopped
@@ -19,6 +17,8 @@ __all__ = ["ENVIRONMENT", "main", "steer_process"]
 # ordinary page faults cost more than the casts into them.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -26,30 +26,59 @@ _M_MMAP_THRESHOLD = -3
 
 def main() -> None:
     """Runs the command line; the process ends with 0, 1, 2, 3, 130 or 143."""
-    steer_process()
-    from geoscope.cli import app, told
-    from geoscope.cli.output import take_streams
+    try:
+        # First of all, and also where a script's `geoscope … &` had SIGINT ignored: `kill -INT`
+        # gives the partial report.
+        for signum in _SIGNALS:
+            signal.signal(signum, _stop)
+        steer_process()
+        _run()
+    except Stopped as stop:
+        if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            sys.stderr.write("geoscope: interrupted\n")
+        sys.exit(stop.exit_code)
 
-    # Also where a script's `geoscope … &` had SIGINT ignored: `kill -INT` gives the partial report.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
+
+def _run() -> None:
+    """The command line, with a line and an exit code for whatever goes wrong in it."""
+    from geoscope.cli import app, told
+    from geoscope.cli.output import fault, take_streams
+
     try:
         take_streams()
         app()
-    except Stopped as stop:
-        sys.stderr.write("geoscope: interrupted\n")
-        sys.exit(stop.exit_code)
     except GeoscopeError as error:
-        if "--debug" in sys.argv or os.environ.get("GEOSCOPE_DEBUG") == "1":
-            traceback.print_exc()
-        sys.stderr.write(f"geoscope: {told(error)}\n")
+        _tell_whole()
+        fault(told(error))
         sys.exit(2 if isinstance(error, OptionError) else 1)
+    except OSError as error:  # of a path that was named, mostly: its name is part of the error
+        _tell_whole()
+        what = "" if error.filename is None else f"{error.filename}: "
+        fault(f"{what}{error.strerror or error}")
+        sys.exit(1)
+    except Exception as error:  # no traceback for a user; --debug has it
+        _tell_whole()
+        fault(
+            f"this is a fault of geoscope: {type(error).__name__}: {error}; report it, with "
+            "what --debug shows"
+        )
+        sys.exit(1)
+
+
+def _tell_whole() -> None:
+    """The traceback, where it was asked for."""
+    if "--debug" in sys.argv or os.environ.get("GEOSCOPE_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
 
 
 def steer_process() -> None:
     """Settings of a process that is geoscope's own, before torch is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    import ctypes
+
     with contextlib.suppress(OSError, AttributeError, TypeError):
         # glibc: matrices go back to the system when they are freed (it would keep those below
         # 32 MB), while the buffers of one step are kept, for fresh pages cost more than the step.
@@ -59,6 +88,8 @@ def steer_process() -> None:
 
 
 def _stop(signum: int, _frame: FrameType | None) -> None:
+    for each in _SIGNALS:  # a second one ends the process at once
+        signal.signal(each, signal.SIG_DFL)
     raise Stopped(signum)
 
 

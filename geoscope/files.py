@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["SMALL", "TEMPORARY", "keep", "record_bytes", "record_size", "replacing"]
+__all__ = [
+    "SMALL",
+    "TEMPORARY",
+    "keep",
+    "own_entries",
+    "record_bytes",
+    "record_size",
+    "remove",
+    "remove_if_empty",
+    "replacing",
+]
 
 # Temporary names: `.NAME.PROCESS-CHANCE.geoscope-part`, in the folder of NAME.
 TEMPORARY = ".geoscope-part"
@@ -59,6 +70,36 @@ def keep(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, durable=False) as file:
             file.write(content)
+
+
+def own_entries(folder: Path, name: re.Pattern[str], *, folders: bool = False) -> list[Path]:
+    """Files, or folders, right in a folder that are named so, in order; links are none of them.
+
+    A folder that is a link, or cannot be listed, has none.
+    """
+    try:
+        entries = [] if folder.is_symlink() else list(os.scandir(folder))
+    except OSError:
+        return []
+    kind = os.DirEntry.is_dir if folders else os.DirEntry.is_file
+    named = (entry for entry in entries if name.fullmatch(entry.name))
+    return sorted(Path(entry.path) for entry in named if kind(entry, follow_symlinks=False))
+
+
+def remove(paths: Iterable[Path]) -> int:
+    """Removes files, as far as that can be done; how many."""
+    removed = 0
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder in which nothing is left."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def record_bytes(record: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from geoscope.arguments import normalise, numbers, texts
 from geoscope.errors import OptionError
+from geoscope.patterns import PatternError, check_pattern, searches, substituted
 
 __all__ = [
     "NameMap",
@@ -28,6 +29,9 @@ __all__ = [
     "parse_layers",
     "without_wrappers",
 ]
+
+# Digits of the largest block index that may be asked for: all up to it are held in memory.
+_LAYER_DIGITS = 6
 
 # Removed wherever they stand, in this order.
 _WRAPPERS = (
@@ -53,7 +57,7 @@ _SPELLINGS = (
 )
 
 _BLOCK = re.compile(
-    r"(?:^|\.)(?:layers?|h|blocks?|resblocks|encoder_layers?|decoder_layers?)\.(\d+)\."
+    r"(?:^|\.)(?:layers?|h|blocks?|resblocks|encoder_layers?|decoder_layers?)\.(\d{1,9})\."
 )
 _EMBEDDING = re.compile(
     r"(?:^|[._])(?:embed\w*|wte|wpe|tok_embeddings|word_embeddings|position_embeddings"
@@ -114,10 +118,11 @@ class NameMap:
             if not equals or not pattern:
                 raise OptionError(f"`map_name` {text!r}: write REGEX=REPL, such as '^policy\\.='")
             try:
+                check_pattern(pattern)
                 # A replacement is parsed, and refused, whether or not anything matches.
                 re.compile(pattern).sub(replacement, "")
-            except (re.error, IndexError) as error:
-                raise OptionError(f"`map_name` {text!r} cannot be used: {error}") from None
+            except (PatternError, re.error, IndexError) as error:
+                raise _unusable("map_name", text, error) from None
 
     def canonical(self, name: str) -> tuple[str, tuple[str, ...]]:
         """As the function `canonical`, after these rules."""
@@ -125,7 +130,10 @@ class NameMap:
         rules: list[str] = []
         for text in self.given:
             pattern, _, replacement = text.rpartition("=")
-            changed = re.sub(pattern, replacement, mapped)
+            try:
+                changed = substituted(pattern, replacement, mapped)
+            except PatternError as error:
+                raise _unusable("map_name", text, error) from None
             if not changed:
                 raise OptionError(f"`map_name` {text!r}: nothing is left of {name}")
             if changed != mapped:
@@ -139,6 +147,13 @@ class NameMap:
         used = {rule for name in names for rule in self.canonical(name)[1]}
         rules = (f"--map-name {text}" for text in self.given)
         return tuple(f"{rule}: changes no name" for rule in rules if rule not in used)
+
+
+def _unusable(
+    option: str, pattern: str, error: Exception, what: str = "cannot be used"
+) -> OptionError:
+    shown = pattern if len(pattern) <= 80 else f"{pattern[:79]}…"
+    return OptionError(f"`{option}` {shown!r} {what}: {error}")
 
 
 def without_wrappers(name: str) -> str:
@@ -204,7 +219,9 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
 
 def _natural_key(name: str) -> tuple[tuple[tuple[int, str], ...], str]:
     parts = re.split(r"([0-9]+)", name)  # words and numbers in turn
-    key = tuple((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts))
+    numbers = (part.lstrip("0") for part in parts[1::2])
+    ordered = iter([(len(digits), digits) for digits in numbers])  # as numbers of any length are
+    key = tuple(next(ordered) if i % 2 else (-1, part) for i, part in enumerate(parts))
     return key, name  # `01` and `1` are one number and two names
 
 
@@ -212,9 +229,14 @@ def parse_layers(text: str) -> frozenset[int]:
     """Block indices of `--layers`: `0-3,7` → {0, 1, 2, 3, 7}. Raises OptionError."""
     chosen: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
         if match is None:
             raise OptionError(f"`layers` {text!r}: {part!r} is no index or range; write 0-3,7")
+        if any(len(digits or "") > _LAYER_DIGITS for digits in match.groups()):
+            raise OptionError(
+                f"`layers` {part.strip()!r}: no model has so many blocks; write at most "
+                f"{_LAYER_DIGITS} digits"
+            )
         first = int(match.group(1))
         last = int(match.group(2) or first)
         if last < first:
@@ -245,23 +267,26 @@ class Selection:
         for name, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise OptionError(
-                        f"`{name}` {pattern!r} is no regular expression: {error}"
-                    ) from None
+                    check_pattern(pattern)
+                except PatternError as error:
+                    raise _unusable(name, pattern, error, "is no regular expression") from None
 
     def reason_against(self, name: str, *, in_default_scope: bool, scope_reason: str) -> str | None:
         """Why `name` is left out, or None when it is looked at."""
         layer = layer_index(name)
-        if _any_matches(self.exclude, name):
+        if self._any_finds("exclude", name):
             return "excluded by --exclude"
         if self.layers is not None and layer not in self.layers:
             return "not in --layers"
         if self.include:
-            return None if _any_matches(self.include, name) else "not matched by --include"
+            return None if self._any_finds("include", name) else "not matched by --include"
         return None if in_default_scope else scope_reason
 
-
-def _any_matches(patterns: Iterable[str], name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
+    def _any_finds(self, option: str, name: str) -> bool:
+        for pattern in getattr(self, option):
+            try:
+                if searches(pattern, name):
+                    return True
+            except PatternError as error:
+                raise _unusable(option, pattern, error) from None
+        return False

@@ -138,7 +138,7 @@ def leave(
 
 
 def _fail(reason: str, code: int) -> NoReturn:
-    output.say(f"geoscope: {reason}")
+    output.fault(reason)
     raise typer.Exit(code)
 
 

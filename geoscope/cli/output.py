@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from geoscope import report as reports
 from geoscope.errors import ReportError
+from geoscope.foreign import printable
 from geoscope.records import Report
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "data",
     "document",
     "emit",
+    "fault",
     "matrices",
     "progress",
     "remark",
@@ -38,6 +40,8 @@ __all__ = [
     "say_in_pipe",
     "take_streams",
 ]
+
+_SCREEN = 1600  # letters
 
 
 def take_streams() -> None:
@@ -99,25 +103,36 @@ class _Stream(io.TextIOWrapper):
 
 
 def data(text: str) -> None:
-    """Text on standard output, one line end at its end."""
+    """Text on standard output, one line end at its end, and no letter that steers a terminal."""
+    _put(printable(text, lines=True))
+
+
+def _put(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
     sys.stdout.flush()
 
 
 def document(text: str) -> None:
-    """A JSON document on standard output, in ASCII where the locale cannot show all of it."""
+    """A JSON document on standard output, in ASCII where not all of it can be shown."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
+        can_be_shown = printable(text, lines=True) == text
     except UnicodeEncodeError:
-        text = json.dumps(json.loads(text), sort_keys=True)
-    data(text)
+        can_be_shown = False
+    _put(text if can_be_shown else json.dumps(json.loads(text), sort_keys=True))
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """A remark on standard error."""
     if not quiet:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(printable(text, lines=True) + "\n")
         sys.stderr.flush()
+
+
+def fault(text: str) -> None:
+    """The one line about what went wrong, on standard error: no longer than a screen."""
+    line = printable(text)
+    say(f"geoscope: {line if len(line) <= _SCREEN else f'{line[:_SCREEN]}…'}")
 
 
 def remark(text: str, *, quiet: bool = False) -> None:
@@ -160,7 +175,7 @@ def emit(report: Report, show: Show) -> None:
         if show.as_json:
             document(report.dumps())
         else:
-            data(_text(report, show))
+            _put(_text(report, show))  # printable by itself: escapes in it are our colours
     finally:
         for path in show.out:
             reports.write(report, path)
@@ -297,7 +312,7 @@ def _downloads(bar: Bar) -> Callable[[str, int, int], None]:
 
     def download(file: str, done: int, total: int) -> None:
         if file not in tasks:
-            tasks[file] = bar.add_task(f"fetching {file}", total=total)
+            tasks[file] = bar.add_task(f"fetching {printable(file)}", total=total)
         bar.update(tasks[file], completed=done, total=total, visible=done < total)
 
     return download
@@ -309,7 +324,7 @@ def _bar() -> Bar:
     from rich.progress import Progress as Bar
 
     return Bar(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -165,7 +165,7 @@ def _run(
     except Interrupted as stop:
         if stop.report is not None:
             output.emit(stop.report, show)
-        output.say(f"geoscope: {stop}; the report is partial")
+        output.fault(f"{stop}; the report is partial")
         raise typer.Exit(128 + stop.signum) from None
     with profiling(profile), stage("render"):
         output.emit(report, show)

@@ -2,13 +2,15 @@
 
 The key holds everything the numbers depend on: the bytes of both tensors (or Hub commit and name),
 the parameters, the device, and the code that computed them. A rerun after Ctrl-C continues where
-it stopped, and a stale entry can never be found.
+it stopped, and a stale entry can never be found. An entry carries a checksum over key and result:
+one that was changed, moved or cut is not there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoscope.files import keep
+from geoscope.files import TEMPORARY, keep, own_entries, remove, remove_if_empty
+from geoscope.foreign import parsed, small_text
 
 __all__ = ["ResultCache", "content_of"]
+
+
+_FOLDER = re.compile(r"[0-9a-f]{2}")
+_ENTRY = re.compile(r"[0-9a-f]{64}\.json")
+_LEFT = re.compile(rf"\.[0-9a-f]{{64}}\.json\..*{re.escape(TEMPORARY)}")
 
 
 @dataclass(frozen=True)
@@ -35,32 +43,42 @@ class ResultCache:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The result, or None; a damaged file counts as none."""
+        """The result, or None; whatever is not what `put` wrote under this key counts as none."""
         try:
-            return json.loads(self._path(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            entry = parsed(small_text(self._path(key)))
+            result = entry["result"]
+            intact = entry["sha256"] == _checksum(key, result)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
+        return result if intact and isinstance(result, dict) else None
 
     def put(self, key: str, result: Mapping[str, Any]) -> None:
         """Keeps a result. A full or read-only disk is no reason to fail: it is then not kept."""
-        keep(self._path(key), json.dumps(result, allow_nan=False).encode())
+        entry = {"result": result, "sha256": _checksum(key, result)}
+        keep(self._path(key), json.dumps(entry, allow_nan=False).encode())
 
     def files(self) -> Iterator[Path]:
-        """The file of every result."""
-        yield from sorted(self.folder.glob("??/*.json"))
+        """The file of every result, no link among them."""
+        for folder in own_entries(self.folder, _FOLDER, folders=True):
+            yield from own_entries(folder, _ENTRY)
 
     def clear(self) -> int:
-        """Removes everything; the number of results that were removed."""
+        """Removes all that is named as the cache names it; the number of results removed."""
         removed = 0
-        for path in sorted(self.folder.glob("??/*")):  # what a killed run left, too
-            path.unlink(missing_ok=True)
-            removed += path.suffix == ".json"
-        for folder in sorted(self.folder.glob("??")):
-            folder.rmdir()
+        for folder in own_entries(self.folder, _FOLDER, folders=True):
+            left = own_entries(folder, _LEFT)  # by a run that was killed
+            removed += remove(own_entries(folder, _ENTRY))
+            remove(left)
+            remove_if_empty(folder)
         return removed
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+def _checksum(key: str, result: Any) -> str:
+    text = json.dumps(result, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(f"{key} {text}".encode()).hexdigest()
 
 
 def content_of(weight: Tensor) -> str:

@@ -13,7 +13,7 @@ from geoscope.errors import OptionError
 
 __all__ = ["available_memory", "free_memory", "resolve_devices", "resolve_dtype"]
 
-_DEVICE = re.compile(r"cpu|mps|cuda(?::(?P<index>0|[1-9][0-9]*))?")
+_DEVICE = re.compile(r"cpu|mps|cuda(?::(?P<index>0|[1-9][0-9]{0,3}))?")
 
 
 def resolve_devices(given: str) -> tuple[torch.device, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from geoscope.foreign import COUNT
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ FP8 = "float8_e4m3fn"
 SCALE = "_scale_inv"
 _SCALE_DTYPES = frozenset({"float32", "bfloat16", "float8_e8m0fnu"})
 DEFAULT_BLOCK = (128, 128)
+_LARGEST_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def block_size(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     size = quantization.get("weight_block_size", DEFAULT_BLOCK)
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         return None
-    if not all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in size):
+    if not all(COUNT.holds(side) and 0 < side <= _LARGEST_BLOCK for side in size):
         return None
     return size[0], size[1]
 

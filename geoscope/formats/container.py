@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from geoscope.errors import CheckpointError
+from geoscope.foreign import shown
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Container", "FileHeader", "byte_view", "files_of"]
+
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,20 @@ class FileHeader:
 
     shared: name → name of the tensor in the same file whose storage it repeats.
     notes: one-line remarks for the user.
+    Raises CheckpointError for a name that no module has.
     """
 
     tensors: Mapping[str, TensorInfo]
     shared: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, info in self.tensors.items():
+            if len(name) > _LONGEST_NAME:
+                raise CheckpointError(
+                    f"{info.source}: a tensor has a name of {len(name)} letters, {shown(name)}; "
+                    f"at most {_LONGEST_NAME} are read: save it under another name"
+                )
 
 
 class Container(Protocol):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.foreign import reason, shown, small_bytes
 from geoscope.formats.links import is_plain_name
 from geoscope.formats.pieces import Piece, Pieced, flaw
 
@@ -60,7 +61,7 @@ def read_metadata(folder: Path, label: str) -> dict[str, DcpTensor]:
     root = _unpickled(folder / METADATA, where)
     try:
         return _tensors(root, where)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise _damaged(where, "it has not the form that DCP writes") from None
 
 
@@ -127,12 +128,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _unpickled(path: Path, where: str) -> _Record:
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise _damaged(where, f"it has {size} bytes, {_MAX_BYTES} are allowed")
-        raw = path.read_bytes()
+        raw = small_bytes(path, _MAX_BYTES)
     except OSError as error:
-        raise CheckpointError(f"{where}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{where}: cannot be read: {reason(error)}") from None
     try:
         _check_claims(raw)
         root = _Unpickler(io.BytesIO(raw)).load()
@@ -201,7 +199,7 @@ def _counts(value: Any, name: str, where: str) -> tuple[int, ...]:
         isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
     )
     if not good:
-        raise _damaged(where, f"{name} has the impossible size {value!r}")
+        raise _damaged(where, f"{name} has the impossible size {shown(value)}")
     return value
 
 
@@ -215,7 +213,7 @@ def _region(name: str, info: _Record | None, where: str) -> Region:
         )
     file = info.state["relative_path"]
     if not isinstance(file, str) or not is_plain_name(file):
-        raise _damaged(where, f"{name} is placed in {file!r}, which is no file of this folder")
+        raise _damaged(where, f"{name} is placed in {shown(file)}, which is no file of this folder")
     begin, length = _counts((info.state["offset"], info.state["length"]), name, where)
     return Region(file, begin, length)
 

@@ -16,7 +16,6 @@ when a tensor is read, in the dtype stored.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError, first_names
+from geoscope.foreign import parsed, reason, shown, small_text
 from geoscope.formats.container import FileHeader
 from geoscope.formats.links import refuse_link_to_elsewhere
 from geoscope.formats.pickle_file import load_tensors, mapped_limit, shared_storage
@@ -78,15 +78,17 @@ def rank_files(folder: Path, names: Collection[str], label: str) -> tuple[str, .
 def _world_size(folder: Path, label: str) -> int | None:
     """What fsdp_config.json says; None when it says nothing."""
     try:
-        value = json.loads((folder / _WORLD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{label}/{_WORLD}: cannot be read: {reason}") from None
+        value = parsed(small_text(folder / _WORLD))
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise CheckpointError(f"{label}/{_WORLD}: cannot be read: {why}") from None
     world = value.get("world_size") if isinstance(value, dict) else None
     if world is None:
         return None
     if not isinstance(world, int) or isinstance(world, bool) or world < 1:
-        raise CheckpointError(f"{label}/{_WORLD}: world_size is {world!r}, needs a number of ranks")
+        raise CheckpointError(
+            f"{label}/{_WORLD}: world_size is {shown(world)}, needs a number of ranks"
+        )
     return world
 
 

@@ -8,7 +8,6 @@ With an index, its `weight_map` is the authority: what it does not name is not r
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, first_names
+from geoscope.foreign import parsed, shown
 from geoscope.formats.links import is_plain_name
 from geoscope.formats.readers import SAFETENSORS, is_readable
 from geoscope.formats.refused import is_adapter_file, is_never_opened, refuse_mlx
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _STANDARD = ("model.safetensors", "pytorch_model.bin")
-_SHARD = re.compile(r".*-(\d+)-of-(\d+)\.")
+_SHARD = re.compile(r".*-(\d{1,9})-of-(\d{1,9})\.")
 _INDEX = re.compile(r".+\.(?:safetensors|bin)\.index(?:\.[\w-]+)?\.json")
 
 
@@ -146,7 +146,8 @@ def weight_map(text: str, label: str) -> dict[str, str]:
     for shard in table.values():
         if not isinstance(shard, str) or not _is_shard(shard):
             raise CheckpointError(
-                f"{label}: names the shard {shard!r}; a shard is a weight file in the same folder"
+                f"{label}: names the shard {shown(shard)}; a shard is a weight file in the same "
+                "folder"
             )
     return dict(table)
 
@@ -158,8 +159,8 @@ def _is_shard(name: str) -> bool:
 def parse_object(text: str, label: str) -> dict[str, Any]:
     """A JSON document that is an object. Raises CheckpointError."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parsed(text)
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{label}: no valid JSON ({reason}); copy it again") from None
     if not isinstance(value, dict):

@@ -152,19 +152,20 @@ def _unwrap(loaded: Any, label: str) -> tuple[dict[str, torch.Tensor], tuple[str
     import torch
 
     notes: list[str] = []
-    table = loaded
+    table, opened = loaded, {id(loaded)}
     while isinstance(table, Mapping):
         nest = next((key for key in _NESTS if isinstance(table.get(key), Mapping)), None)
-        if nest is None:
+        if nest is None or id(table[nest]) in opened:  # it may hold itself
             break
         notes.append(f"{label}: weights taken from the entry {nest!r}")
         table = table[nest]
+        opened.add(id(table))
     if not isinstance(table, Mapping):
         raise CheckpointError(f"{label}: holds {type(table).__name__}, needs a table of tensors")
     tensors = {
-        str(name): value
+        str(name): _detached(value)
         for name, value in table.items()
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if isinstance(value, torch.Tensor) and _is_dense(value)
     }
     if not tensors:
         raise CheckpointError(f"{label}: holds no tensors among its {len(table)} entries")
@@ -172,6 +173,21 @@ def _unwrap(loaded: Any, label: str) -> tuple[dict[str, torch.Tensor], tuple[str
         rest = len(table) - len(tensors)
         notes.append(f"{label}: {rest} entries that are no dense tensors are passed over")
     return tensors, tuple(notes)
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether it holds its entries: no sparse, nested or quantised one, and none without data."""
+    import torch
+
+    is_plain = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    return is_plain and value.device.type != "meta"
+
+
+def _detached(value: torch.Tensor) -> torch.Tensor:
+    """The entries alone: what is copied from a parameter would want gradients, too."""
+    import torch
+
+    return value.detach() if type(value) in (torch.Tensor, torch.nn.Parameter) else value
 
 
 def _info(name: str, tensor: torch.Tensor, source: str) -> TensorInfo:

@@ -9,15 +9,16 @@ as long as the file stays open, and a reused buffer is faster than fresh pages.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError
+from geoscope.foreign import parsed, shown
 from geoscope.formats.container import FileHeader, byte_view
 from geoscope.records import TensorInfo
 
@@ -134,8 +135,8 @@ def header_length(first: bytes, size: int, label: str, limit: int = MAX_HEADER) 
 
 def _parse(text: bytes, label: str) -> dict[str, Any]:
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        raw = parsed(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except ValueError as error:
         raise _damaged(label, f"no valid JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(raw, dict):
         raise _damaged(label, "the JSON is no table")
@@ -145,9 +146,9 @@ def _parse(text: bytes, label: str) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands there twice")
+        counts = Counter(name for name, _ in pairs)
+        ((twice, _),) = counts.most_common(1)
+        raise ValueError(f"{shown(twice)} stands there twice")
     return table
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from geoscope.errors import CheckpointError, UnsupportedFormat, first_names
+from geoscope.foreign import FLAG, TABLE, TEXT, TEXTS, check_fields
 from geoscope.formats.block_fp8 import SCALE, block_scales
 from geoscope.formats.container import FileHeader
 from geoscope.formats.layout import Layout, choose_layout, parse_object, weight_map
@@ -31,7 +32,16 @@ from geoscope.models.tied import tied_names
 from geoscope.models.ungathered import ungathered
 from geoscope.records import ModelRef, TensorInfo
 
-__all__ = ["CONFIG", "NO_CONFIG", "Folder", "Identity", "assemble", "open_folder", "storage_dtype"]
+__all__ = [
+    "CONFIG",
+    "NO_CONFIG",
+    "Folder",
+    "Identity",
+    "assemble",
+    "open_folder",
+    "parse_config",
+    "storage_dtype",
+]
 
 CONFIG = "config.json"
 NO_CONFIG = (
@@ -75,7 +85,7 @@ def open_folder(folder: Folder, identity: Identity, layout: Layout | None = None
     names = folder.names()
     config: dict[str, Any] = {}
     if CONFIG in names:
-        config = parse_object(folder.text(CONFIG), f"{folder.label}/{CONFIG}")
+        config = parse_config(folder.text(CONFIG), f"{folder.label}/{CONFIG}")
     layout = layout or choose_layout(names, identity.given)
     if layout is None:
         refused = by_config(config) or by_files(names)
@@ -93,6 +103,25 @@ def open_folder(folder: Folder, identity: Identity, layout: Layout | None = None
             f"{error} {label}/{layout.file} was read; give {label}/{layout.other} for the shards "
             "beside it."
         ) from None
+
+
+_FIELDS = {
+    **dict.fromkeys(("text_config", "quantization_config"), TABLE),
+    "model_type": TEXT,
+    "architectures": TEXTS,
+    "tie_word_embeddings": FLAG,
+}
+
+
+def parse_config(text: str, label: str) -> dict[str, Any]:
+    """config.json, with the fields that are read in the forms that transformers writes.
+
+    Raises CheckpointError.
+    """
+    config = parse_object(text, label)
+    check_fields(config, _FIELDS, label)
+    check_fields(config.get("text_config") or {}, _FIELDS, f"{label}, text_config")
+    return config
 
 
 def _shards(folder: Folder, layout: Layout) -> dict[str, str]:

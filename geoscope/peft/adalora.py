@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError
+from geoscope.foreign import NUMBER, shown
 from geoscope.names import without_wrappers
 from geoscope.peft.keys import by_module, refuse_flat, refuse_partial
 from geoscope.peft.module import AdapterModule, Kind, Read
@@ -58,9 +59,9 @@ def adalora_modules(
     contradict the config."""
     start = _positive(config, "init_r", label)
     alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if not NUMBER.holds(alpha):
         raise CheckpointError(
-            f"{label}: lora_alpha is {alpha!r} in adapter_config.json, and must be a number; "
+            f"{label}: lora_alpha is {shown(alpha)} in adapter_config.json, and must be a number; "
             "set it there to what the adapter was trained with"
         )
     scaling = (alpha if alpha > 0 else start) / (start + _RANKNUM_GUARD)
@@ -99,8 +100,8 @@ def _positive(config: Mapping[str, Any], field: str, label: str) -> int:
     value = config.get(field)
     if type(value) is not int or value < 1:
         raise CheckpointError(
-            f"{label}: {field} is {value!r} in adapter_config.json, and must be a number above 0; "
-            "set it there to what the adapter was trained with"
+            f"{label}: {field} is {shown(value)} in adapter_config.json, and must be a number "
+            "above 0; set it there to what the adapter was trained with"
         )
     return value
 

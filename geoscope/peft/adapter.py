@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointNotFound, OptionError, UnsupportedFormat
+from geoscope.foreign import is_folder, local_path, resolved
 from geoscope.formats.container import Container
 from geoscope.formats.refused import refuse_kohya
 from geoscope.models.conv1d import is_conv1d
@@ -265,8 +266,8 @@ def read_adapter(folder: Path, given: str | None = None, *, alpha: float | None 
     CheckpointError for a damaged or contradictory folder, OptionError for an alpha that is not a
     positive number or that the type has no use for.
     """
-    folder, given = folder.expanduser(), str(folder) if given is None else given
-    if not folder.is_dir():
+    folder, given = local_path(folder), str(folder) if given is None else given
+    if not is_folder(folder):
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
     config = read_config(folder, given, _TYPES)
     container = open_adapter_file(folder, given)
@@ -337,9 +338,9 @@ def base_folder(adapter: Path, base: Any) -> Path | None:
     the folder of the adapter."""
     if not isinstance(base, str) or not base:
         return None
-    for path in (Path(base).expanduser(), adapter / base):
-        if path.is_dir():
-            return path.resolve()
+    for path in (local_path(base), adapter / base):
+        if is_folder(path):
+            return resolved(path)
     return None
 
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
+from geoscope.foreign import (
+    COUNTS,
+    FLAG,
+    NUMBER,
+    TABLE,
+    TEXT,
+    TEXTS,
+    check_fields,
+    either,
+    reason,
+    shown,
+    small_text,
+)
 from geoscope.formats.layout import parse_object
+from geoscope.patterns import PatternError, matches
 from geoscope.peft.keys import MERGE
 
 __all__ = [
@@ -16,6 +29,7 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "check_type",
     "drawn_start",
+    "finds",
     "read_config",
     "start_of",
     "value_of",
@@ -51,39 +65,71 @@ def read_config(folder: Path, given: str, types: Collection[str]) -> dict[str, A
     Raises CheckpointNotFound, UnsupportedFormat (another type, by name), CheckpointError.
     """
     try:
-        text = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        text = small_text(folder / ADAPTER_CONFIG)
     except FileNotFoundError:
         below = [f"{given}/{one.parent.name}" for one in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]
         hint = f"give {first_names(below)}" if below else "give the folder of a PEFT adapter"
         raise CheckpointNotFound(f"{given}: holds no {ADAPTER_CONFIG}; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{given}/{ADAPTER_CONFIG}: cannot be read: {error}") from None
+    except OSError as error:
+        what = f"{given}/{ADAPTER_CONFIG}: cannot be read: {reason(error)}"
+        raise CheckpointError(what) from None
     config = parse_object(text, f"{given}/{ADAPTER_CONFIG}")
     check_type(config, given, types)
     return config
 
 
 def check_type(config: Mapping[str, Any], given: str, types: Collection[str]) -> None:
-    """Raises UnsupportedFormat, by name, for a `peft_type` that is none of `types`."""
+    """Raises UnsupportedFormat, by name, for a `peft_type` that is none of `types`, and
+    CheckpointError for a field of another form than PEFT writes."""
     kind = config.get("peft_type")
-    if kind not in types:
+    if not isinstance(kind, str) or kind not in types:
         way_out = _NOT_MERGEABLE.get(str(kind), MERGE)
         raise UnsupportedFormat(
-            f"{given}: peft_type is {kind!r}; geoscope reads {', '.join(types)} adapters. {way_out}"
+            f"{given}: peft_type is {shown(kind)}; geoscope reads {', '.join(types)} adapters. "
+            f"{way_out}"
         )
+    check_fields(config, _FIELDS, f"{given}/{ADAPTER_CONFIG}")
+
+
+_NAMES = either(TEXT, TEXTS)
+_FIELDS = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "bias", "peft_version"), TEXT),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), FLAG),
+    **dict.fromkeys(("save_projection", "use_qalora"), FLAG),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), TABLE),
+    **dict.fromkeys(("target_modules", "exclude_modules"), _NAMES),
+    **dict.fromkeys(("target_parameters", "modules_to_save", "feedforward_modules"), _NAMES),
+    "layers_to_transform": COUNTS,
+    "init_lora_weights": either(FLAG, TEXT),
+    "lora_dropout": NUMBER,
+}
+
+
+def finds(rule: Callable[[str, str], bool], pattern: str, module: str) -> bool:
+    """Whether an expression of the config names a module; rule: of `geoscope.patterns`.
+
+    Raises CheckpointError for an expression that cannot be used.
+    """
+    try:
+        return rule(pattern, module)
+    except PatternError as error:
+        raise CheckpointError(
+            f"adapter_config.json: the expression {shown(pattern)} for names of modules cannot be "
+            f"used: {error}; list the names of the modules there instead"
+        ) from None
 
 
 def value_of(config: Mapping[str, Any], field: str, module: str, label: str) -> float:
     """`r`, or the alpha, of a module: that of the first key of its pattern that matches, else the
     global one. Raises CheckpointError for what is not a number above zero."""
     patterns = config.get("rank_pattern" if field == "r" else "alpha_pattern") or {}
-    value = next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
+    value: Any = next(
+        (v for key, v in patterns.items() if finds(matches, rf"(.*\.)?({key})$", module)),
         config.get(field),
     )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if not NUMBER.holds(value) or not value > 0:
         raise CheckpointError(
-            f"{label}: {field} of {module} is {value!r} in adapter_config.json, and must be a "
+            f"{label}: {field} of {module} is {shown(value)} in adapter_config.json, and must be a "
             "number above 0; set it there to what the adapter was trained with"
         )
     return float(value)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, UnsupportedFormat, first_names
+from geoscope.foreign import INDEX, reason, small_text
 from geoscope.formats.container import Container, FileHeader
 from geoscope.formats.layout import weight_map
 from geoscope.formats.links import refuse_link_to_elsewhere
@@ -78,9 +79,9 @@ def adapter_files(names: Collection[str], given: str) -> tuple[str, ...]:
 def _open_shards(folder: Path, index: str, given: str) -> Container:
     label = f"{given}/{index}"
     try:
-        text = (folder / index).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{label}: cannot be read: {error}") from None
+        text = small_text(folder / index, INDEX)
+    except OSError as error:
+        raise CheckpointError(f"{label}: cannot be read: {reason(error)}") from None
     placed = weight_map(text, label)
     absent = sorted(one for one in set(placed.values()) if not (folder / one).is_file())
     if absent:

@@ -17,6 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, CheckpointNotFound
+from geoscope.foreign import (
+    TABLE,
+    TEXT,
+    check_fields,
+    exists,
+    is_folder,
+    local_path,
+    reason,
+    resolved,
+    small_text,
+)
 from geoscope.formats.layout import choose_layout, parse_object
 from geoscope.models.opening import CONFIG
 from geoscope.peft.config import ADAPTER_CONFIG
@@ -39,6 +50,8 @@ RECORD_SCHEMA = "geoscope.adapter/1"
 EXTRAPOLATION = "geoscope.extrapolation/1"
 # The method that geoscope.json names for a plain LoRA that convert-adapter wrote.
 CONVERTED = "converted"
+_FIELDS = {"layout": TEXT, "method": TEXT, "base": TABLE, "matrices": TABLE}
+_BASE_FIELDS = {"reference": TEXT, "commit": TEXT, "sha256": TABLE}
 # A Hub model at the head of a reference: a commit goes right behind it.
 _REPO = re.compile(r"^(?:hf://)?[^/]+/[^/]+")
 
@@ -79,8 +92,8 @@ class AdapterFolder:
 
 def adapter_folder(path: str | Path) -> AdapterFolder:
     """The adapter in a folder, OUT or OUT/adapter, and its neighbours. Raises CheckpointError."""
-    given, folder = str(path), Path(path).expanduser().resolve()
-    if not folder.is_dir():
+    given, folder = str(path), resolved(local_path(path))
+    if not is_folder(folder):
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
     adapter = folder
     if not (folder / ADAPTER_CONFIG).is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
@@ -108,9 +121,9 @@ def original_of(record: Mapping[str, Any]) -> str | None:
     reference, commit = base.get("reference"), base.get("commit")
     if not reference:
         return None
-    path = Path(reference).expanduser()
-    is_folder = not commit and (path.is_absolute() or bool(base.get("sha256")))
-    if is_folder and not path.exists():
+    path = local_path(reference)
+    is_local = not commit and (path.is_absolute() or bool(base.get("sha256")))
+    if is_local and not exists(path):
         raise CheckpointNotFound(
             f"{reference}: the base that {RECORD} names is not there; give it with `base`"
         )
@@ -121,8 +134,8 @@ def original_of(record: Mapping[str, Any]) -> str | None:
 
 def refuse_as_base(model: str) -> None:
     """Raises CheckpointError for a folder that is no original model: an adapter, or our output."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
+    folder = local_path(model)
+    if not is_folder(folder):
         return
     is_model = _holds_model(folder)
     record = record_beside(model) if is_model else adapter_folder(folder).record
@@ -143,8 +156,8 @@ def record_beside(model: str | None) -> Mapping[str, Any]:
     """geoscope.json of the run that wrote a residual model, {} when `model` is no such folder."""
     if not model:
         return {}
-    folder = Path(model).expanduser().resolve()
-    return _record(folder.parent) if folder.name == "residual" and folder.is_dir() else {}
+    folder = resolved(local_path(model))
+    return _record(folder.parent) if folder.name == "residual" and is_folder(folder) else {}
 
 
 def _holds_model(folder: Path) -> bool:
@@ -156,15 +169,28 @@ def _holds_model(folder: Path) -> bool:
 
 def _record(folder: Path) -> dict[str, Any]:
     try:
-        text = (folder / RECORD).read_text(encoding="utf-8")
+        text = small_text(folder / RECORD)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / RECORD}: cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder / RECORD}: cannot be read: {reason(error)}") from None
     record = parse_object(text, str(folder / RECORD))
     if record.get("schema") != RECORD_SCHEMA:
         raise CheckpointError(
             f"{folder / RECORD}: schema is {record.get('schema')!r}, needs {RECORD_SCHEMA!r}; "
             "it is of another command or version: write the folder again with init-adapter"
         )
+    _check_record(record, str(folder / RECORD))
     return record
+
+
+def _check_record(record: Mapping[str, Any], label: str) -> None:
+    """Raises CheckpointError for a field that none of our commands writes so."""
+    check_fields(record, _FIELDS, label)
+    base = record.get("base") or {}
+    check_fields(base, _BASE_FIELDS, f"{label}, base")
+    for name, table, form in (
+        ("matrices", record.get("matrices"), TABLE),
+        ("sha256 of base", base.get("sha256"), TEXT),
+    ):
+        check_fields(table or {}, dict.fromkeys(table or (), form), f"{label}, {name}")

@@ -15,14 +15,14 @@ first key of `rank_pattern` and `alpha_pattern` that matches `(.*\\.)?(key)$`, e
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError, UnsupportedFormat
 from geoscope.names import layer_index
-from geoscope.peft.config import value_of
+from geoscope.patterns import fullmatches
+from geoscope.peft.config import finds, value_of
 from geoscope.peft.extras import Vector
 from geoscope.peft.keys import MERGE, by_module, refuse_flat, refuse_partial
 from geoscope.peft.module import AdapterModule, Kind, Read
@@ -230,7 +230,7 @@ def _named(targets: Any, module: str) -> bool:
     if not targets:
         return False
     if isinstance(targets, str):
-        return targets != "all-linear" and re.fullmatch(targets, module) is not None
+        return targets != "all-linear" and finds(fullmatches, targets, module)
     return any(module == one or module.endswith(f".{one}") for one in targets)
 
 

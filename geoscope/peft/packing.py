@@ -146,7 +146,7 @@ def _as(module: _Module, is_turned: bool) -> _Module:
 
 def is_old(version: Any) -> bool:
     """Whether a `peft_version` is one that packs by the order of the sides alone."""
-    match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    match = re.match(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
     return match is not None and (int(match[1]), int(match[2])) <= _LAST_OLD
 
 

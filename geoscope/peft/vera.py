@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError, first_names
+from geoscope.foreign import shown
 from geoscope.names import without_wrappers
 from geoscope.peft.keys import by_module, refuse_partial
 from geoscope.peft.module import AdapterModule, Kind, Read
@@ -30,6 +31,7 @@ __all__ = ["VeraModule", "vera_modules"]
 
 _ROLES = ("vera_lambda_b", "vera_lambda_d")
 _PROJECTION = r"base_model\.vera_{side}(?:\.[^.]+)?"
+_SEEDS = 1 << 63  # that torch takes
 _PRECISIONS = ("float16", "bfloat16")
 
 
@@ -162,10 +164,10 @@ def vera_modules(
     if (A is None) is not (B is None) or (A is None and config.get("save_projection")):
         side = "vera_A" if A is None else "vera_B"
         raise CheckpointError(f"{label}: lacks {side}, the shared projection; copy the file again")
-    if type(rank) is not int or type(seed) is not int:
+    if type(rank) is not int or type(seed) is not int or not 0 <= seed < _SEEDS:
         raise CheckpointError(
-            f"{label}: r is {rank!r} and projection_prng_key {seed!r} in adapter_config.json, and "
-            "must be whole numbers; copy adapter_config.json again"
+            f"{label}: r is {shown(rank)} and projection_prng_key {shown(seed)} in "
+            "adapter_config.json, and must be whole numbers; copy adapter_config.json again"
         )
     every = tuple(found)
     modules: dict[str, VeraModule] = {}

@@ -1,7 +1,8 @@
 """JSON of frozen nouns, from the types of their fields: `encode` and `decode` undo each other.
 
 Tuples are written as lists, mappings as objects, enums as their values, nouns as objects with a key
-a field; numbers and strings as they are. Three kinds of field differ:
+a field; numbers and strings as they are. What is read has the types of the fields, or is refused
+with the path to it. Some kinds of field differ:
 
     spare(x)        left out where it equals x
     added(x)        of later versions: x where it is not there
@@ -15,12 +16,15 @@ completes what was read.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from geoscope.foreign import shown
 
 __all__ = ["added", "decode", "encode", "spare", "unwritten", "within"]
 
@@ -67,6 +71,8 @@ class _Field:
 
 _REQUIRED = object()
 _AS_IS = _Form(lambda value: value, lambda value: value)
+_SCALARS = (str, bool, int, float, NoneType)
+_WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 @cache
@@ -77,31 +83,43 @@ def _form(kind: Any) -> _Form:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _Form(lambda value: value.value, kind)
     if origin is tuple:
-        return _of_tuples(_form(parts[0]))
+        return _of_tuples(_form(parts[0]), None if parts[-1] is Ellipsis else len(parts))
     if origin is Mapping:
         return _of_mappings(_form(parts[1]))
+    if all(part in _SCALARS for part in parts or (kind,)):
+        return _Form(lambda value: value, partial(_scalar, frozenset(parts or (kind,))))
     nouns = [part for part in parts if part is not NoneType]
     if len(nouns) == 1 and NoneType in parts:
         return _or_none(_form(nouns[0]))
     return _AS_IS
 
 
-def _of_tuples(item: _Form) -> _Form:
-    if item is _AS_IS:
-        return _Form(list, tuple)
-    return _Form(
-        lambda values: [item.write(value) for value in values],
-        lambda values: tuple(item.read(value) for value in values),
-    )
+def _scalar(kinds: frozenset[type], value: Any) -> Any:
+    kind = type(value)
+    is_number = kind in (int, float) and float in kinds and math.isfinite(value)
+    if is_number or (kind is not float and kind in kinds):
+        return value
+    needed = " or ".join(_WORDS[each] for each in _WORDS if each in kinds)
+    raise TypeError(f"{shown(value)} stands where {needed} is needed")
+
+
+def _of_tuples(item: _Form, length: int | None) -> _Form:
+    def read(values: Any) -> tuple[Any, ...]:
+        if not isinstance(values, list) or len(values) != (length or len(values)):
+            needed = "a list" if length is None else f"a list of {length}"
+            raise TypeError(f"{shown(values)} stands where {needed} is needed")
+        return tuple(item.read(value) for value in values)
+
+    return _Form(lambda values: [item.write(value) for value in values], read)
 
 
 def _of_mappings(item: _Form) -> _Form:
-    if item is _AS_IS:
-        return _Form(dict, lambda values: values)
-    return _Form(
-        lambda values: {key: item.write(value) for key, value in values.items()},
-        lambda values: {key: item.read(value) for key, value in values.items()},
-    )
+    def read(values: Any) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            raise TypeError(f"{shown(values)} stands where a table is needed")
+        return {key: item.read(value) for key, value in values.items()}
+
+    return _Form(lambda values: {key: item.write(value) for key, value in values.items()}, read)
 
 
 def _or_none(form: _Form) -> _Form:
@@ -140,16 +158,41 @@ def encode(noun: Any) -> Json:
 
 
 def decode(noun: type[Noun], data: Json) -> Noun:
-    """The noun of a JSON object. Raises KeyError, TypeError, ValueError or AttributeError."""
+    """The noun of a JSON object. Raises KeyError, TypeError or ValueError."""
+    if not isinstance(data, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{shown(data)} stands where a table is needed")
+    rows = _rows(noun, data)
     values: Json = {}
     for field in _fields(noun):
         if field.within is not None:
-            lists = {key: row for key, row in data[field.within].items() if isinstance(row, list)}
-            values[field.name] = field.form.read(lists)
-            values[field.within] = {
-                key: value for key, value in values[field.within].items() if key not in lists
-            }
+            values[field.name] = _read(field, rows[field.within])
         elif field.name in data or not (field.added or field.spare is not _REQUIRED):
-            values[field.name] = field.form.read(data[field.name])
+            value = data[field.name]
+            if field.name in rows:
+                value = {key: each for key, each in value.items() if key not in rows[field.name]}
+            values[field.name] = _read(field, value)
     complete = cast(Callable[[Noun], Noun], getattr(noun, "decoded", lambda made: made))
     return complete(noun(**values))
+
+
+def _rows(noun: type, data: Json) -> dict[str, Json]:
+    """Of each field that lists stand among, these lists."""
+    names = [field.within for field in _fields(noun) if field.within is not None]
+    tables = {name: data[name] for name in names}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise TypeError(f"{name}: {shown(table)} stands where a table is needed")
+    return {
+        name: {key: row for key, row in table.items() if isinstance(row, list)}
+        for name, table in tables.items()
+    }
+
+
+def _read(field: _Field, value: Any) -> Any:
+    """The value of a field; what is wrong with it is told with its name."""
+    try:
+        return field.form.read(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{field.name}: {error}") from None
+    except KeyError as error:
+        raise TypeError(f"{field.name}: {error.args[0]} is missing") from None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 from geoscope.errors import ReportError
+from geoscope.foreign import parsed, shown
 from geoscope.records.codec import decode, encode, spare
 from geoscope.records.layers import LayerRecord, Overlap, Summary
 from geoscope.records.tensors import ModelRef, Rename, ShapeMismatch, Skipped
@@ -88,13 +89,13 @@ class Report:
         """The report of a parsed JSON document. Raises ReportError on anything else."""
         schema = data.get("schema")
         if schema != SCHEMA:
-            raise ReportError(f"schema is {schema!r}; this version reads {SCHEMA!r}")
+            raise ReportError(f"schema is {shown(schema)}; this version reads {SCHEMA!r}")
         try:
             return decode(cls, data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ReportError(
-                f"not a complete {SCHEMA} document ({type(error).__name__}: {error}); "
-                "write it again with -o report.json"
+                f"not a complete {SCHEMA} document ({what}); write it again with -o report.json"
             ) from None
 
     def dumps(self) -> str:
@@ -108,7 +109,7 @@ class Report:
     def loads(cls, text: str) -> Report:
         """Read back what `dumps` wrote. Raises ReportError."""
         try:
-            data: Any = json.loads(text, parse_constant=_refuse_constant)
+            data: Any = parsed(text, parse_constant=_refuse_constant)
         except ValueError as error:
             raise ReportError(f"not JSON: {error}") from None
         if not isinstance(data, dict):

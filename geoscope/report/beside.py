@@ -69,7 +69,7 @@ def _stem(key: str) -> str:
 
 
 def _natural(key: str) -> tuple[str, tuple[int, ...]]:
-    return _stem(key), tuple(int(part) for part in re.findall(r"\d+", key.partition("@")[2]))
+    return _stem(key), tuple(int(part) for part in re.findall(r"\d{1,9}", key.partition("@")[2]))
 
 
 def _mean_cell(overlaps: Sequence[Overlap], key: str, quantity: Quantity) -> Cell:

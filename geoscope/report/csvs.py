@@ -6,12 +6,14 @@ import csv
 import io
 
 from geoscope.records import LayerRecord, Report
+from geoscope.report.plain import plain
 
 __all__ = ["render_csv"]
 
 
 def render_csv(report: Report) -> str:
     """Columns: name, layer, module, shape, values, `nulls.<id>`, `status.<id>`, verdict."""
+    report = plain(report)
     columns = _columns(report)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
@@ -35,9 +37,9 @@ def _columns(report: Report) -> list[str]:
 
 def _row(layer: LayerRecord) -> dict[str, object]:
     row: dict[str, object] = {
-        "name": layer.name,
+        "name": _text(layer.name),
         "layer": layer.layer,
-        "module": layer.module,
+        "module": _text(layer.module),
         "shape": "x".join(str(size) for size in layer.shape),
         **layer.values,
         **{f"nulls.{key}": value for key, value in layer.nulls.items()},
@@ -46,6 +48,11 @@ def _row(layer: LayerRecord) -> dict[str, object]:
     if layer.tuned is not None:
         row["tuned"] = layer.tuned
     if layer.verdict is not None:
-        row["verdict.code"] = layer.verdict["code"]
+        row["verdict.code"] = _text(layer.verdict["code"])
         row["verdict.k"] = layer.verdict.get("k")
     return row
+
+
+def _text(value: str) -> str:
+    """A cell of text; a spreadsheet takes none for a formula."""
+    return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value

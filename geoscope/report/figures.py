@@ -22,6 +22,7 @@ from geoscope.report.content import headline, title
 from geoscope.report.coverage import compared_line
 from geoscope.report.panels import PANELS, Panel
 from geoscope.report.panels.drawing import GREY, INK
+from geoscope.report.plain import plain
 from geoscope.report.sections import Section, sections
 from geoscope.report.tables import kind_of
 
@@ -56,7 +57,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def render_figure(report: Report, suffix: str) -> bytes:
     """The bytes of the figure as `.png`, `.svg` or `.pdf`."""
-    stream = io.BytesIO()
+    report, stream = plain(report), io.BytesIO()
     with _own_style():
         figure = _figure(report)
         _settle(figure)

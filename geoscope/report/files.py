@@ -9,6 +9,7 @@ from pathlib import Path
 from geoscope.arguments import Place, path_of
 from geoscope.errors import OptionError, ReportError
 from geoscope.files import replacing
+from geoscope.foreign import INDEX, reason, small_text
 from geoscope.records import Report
 
 __all__ = ["SUFFIXES", "check_output", "read", "write"]
@@ -85,12 +86,9 @@ def read(path: Place) -> Report:
     """Read a JSON report. Raises ReportError, one line, on anything else."""
     path = path_of(path, "path")
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ReportError(f"{path} is no text; name the .json file of a report") from None
+        text = small_text(path, INDEX)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ReportError(f"{path} cannot be read: {reason}; name a report.json") from None
+        raise ReportError(f"{path} cannot be read: {reason(error)}; name a report.json") from None
     try:
         return Report.loads(text)
     except ReportError as error:

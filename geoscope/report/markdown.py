@@ -7,6 +7,7 @@ import re
 from geoscope.records import Report
 from geoscope.report.content import page
 from geoscope.report.page import Block, Cell, Grid, Head
+from geoscope.report.plain import plain
 
 __all__ = ["render_markdown"]
 
@@ -17,7 +18,7 @@ _MARKS = re.compile(r"[\\`*|<#~]|(?<!\w)_|_(?!\w)")
 
 def render_markdown(report: Report) -> str:
     """The blocks of the page, the first as title."""
-    first, *rest = page(report)
+    first, *rest = page(plain(report))
     parts = [f"# {_escaped(first.title)}", *_prose(first)]
     for block in rest:
         parts += [f"## {_escaped(block.title)}"] if block.title else []

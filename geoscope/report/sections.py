@@ -157,7 +157,7 @@ def dimension(layer: LayerRecord) -> int | None:
 
 def dimensions(keys: Iterable[str], stem: str = r"(?:energy|angle|lift|gap)\w*") -> list[int]:
     """The k's of all ids `stem@k`, ascending."""
-    pattern = re.compile(rf"{stem}@(\d+)")
+    pattern = re.compile(rf"{stem}@(\d{{1,9}})")
     return sorted({int(match[1]) for key in keys if (match := pattern.fullmatch(key))})
 
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from geoscope.records import Pairing, Survey, TensorInfo
+from geoscope.report.plain import plain
 
 __all__ = ["render_survey"]
 
 
 def render_survey(survey: Survey, *, verbose: bool) -> str:
     """The survey as text of at most 80 columns (names excepted with `verbose`)."""
+    survey = plain(survey)
     lines: list[str] = []
     for role, model in zip(("base", "tuned"), survey.models, strict=False):
         lines += _model(role if survey.paired else "model", model)

@@ -15,6 +15,7 @@ from geoscope.records import Report
 from geoscope.report.content import page
 from geoscope.report.numbers import shorten_all
 from geoscope.report.page import Block, Cell, Grid, Head
+from geoscope.report.plain import plain
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -46,7 +47,7 @@ def render_text(
     """The report as text within `width` columns (40 at least), ending in a newline."""
     width = max(width, _NARROWEST)
     lines: list[Text] = []
-    for block in page(report, verbose=verbose, explain=explain):
+    for block in page(plain(report), verbose=verbose, explain=explain):
         lines += _block_lines(block, width)
     return _printed(lines[:-1], width, colour=colour)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from geoscope.foreign import small_text
+
 __all__ = ["cached_models", "repository_name", "snapshot", "snapshots"]
 
 _PREFIX = "models--"
@@ -40,8 +42,8 @@ def snapshot(path: Path) -> str | None:
         return None
     here = snapshots(path)
     try:
-        main = (path / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        main = small_text(path / "refs" / "main").strip()
+    except OSError:
         main = ""
     if f"{_SNAPSHOTS}/{main}" in here:
         return f"{_SNAPSHOTS}/{main}"

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
+from geoscope.foreign import INDEX, SMALL, reason, small_text
 from geoscope.formats.container import Container, FileHeader
 from geoscope.formats.disk import Room
-from geoscope.formats.layout import file_names, is_other_copy, shard_count
+from geoscope.formats.layout import file_names, is_index, is_other_copy, shard_count
 from geoscope.formats.links import refuse_link_to_elsewhere
 from geoscope.formats.readers import is_readable, open_container
 from geoscope.formats.refused import Refused, by_files, refusal
@@ -50,9 +51,9 @@ class LocalFolder:
 
     def text(self, name: str) -> str:
         try:
-            return (self.path / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{self.label}/{name}: cannot be read: {error}") from None
+            return small_text(self.path / name, INDEX if is_index(name) else SMALL)
+        except OSError as error:
+            raise CheckpointError(f"{self.label}/{name}: cannot be read: {reason(error)}") from None
 
     def headers(self, names: Sequence[str]) -> Mapping[str, FileHeader]:
         return {name: self.open(name).header for name in names}

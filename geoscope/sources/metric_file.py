@@ -12,12 +12,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError
+from geoscope.foreign import INDEX, local_path, reason, small_text
 from geoscope.formats.layout import parse_object
 from geoscope.sources.series import Series
 
@@ -35,7 +37,7 @@ def trainer_state_of(series: Series) -> Path | None:
     last = series.points[-1]
     if last.checkpoint is not None and last.checkpoint.ref.commit is not None:
         return None  # on the Hub
-    path = Path(last.given).expanduser()
+    path = local_path(last.given)
     state = (path if path.is_dir() else path.parent) / TRAINER_STATE
     return state if state.is_file() else None
 
@@ -47,7 +49,7 @@ def read_metrics(path: str | Path) -> Curves:
     different values are an error. Raises OptionError for another kind of file, CheckpointError for
     one that cannot be used.
     """
-    file = Path(path).expanduser()
+    file = local_path(path)
     if file.is_dir():
         file = file / TRAINER_STATE
     suffix = file.suffix.lower()
@@ -61,11 +63,11 @@ def read_metrics(path: str | Path) -> Curves:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return small_text(file, INDEX, encoding="utf-8-sig")
     except FileNotFoundError:
         raise CheckpointNotFound(f"{file}: no such file of metrics") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {reason(error)}") from None
 
 
 def _history(text: str, label: str) -> _Rows:
@@ -81,7 +83,7 @@ def _csv(text: str, label: str) -> _Rows:
     reader = csv.DictReader(StringIO(text))
     try:
         names = list(reader.fieldnames or ())
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise CheckpointError(f"{label}: column {twice!r} is there twice; rename one of them")
         for row in reader:

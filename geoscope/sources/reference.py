@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from geoscope.errors import CheckpointNotFound, OptionError
+from geoscope.foreign import exists, local_path
 
 __all__ = [
     "GRAMMAR",
@@ -69,7 +70,7 @@ def base_and_adapter(reference: str) -> tuple[str, str] | None:
     An existing path wins over this reading, and each + that leaves two references is taken for the
     mark, the first of several; else it may stand in a revision. Raises OptionError for neither.
     """
-    if "+" not in reference or _exists(_path(reference)):
+    if "+" not in reference or exists(local_path(reference)):
         return None
     marks = [place for place, letter in enumerate(reference) if letter == "+"]
     for place in marks:
@@ -98,8 +99,8 @@ def parse_reference(reference: str) -> Reference:
     if not reference.strip():
         raise OptionError(f"the reference to a model is empty; {GRAMMAR}")
     on_the_hub = reference.startswith(_HUB)
-    path = _path(reference)
-    if not on_the_hub and _exists(path):
+    path = local_path(reference)
+    if not on_the_hub and exists(path):
         return LocalReference(reference, path)
     if not reference.isprintable():
         raise CheckpointNotFound(
@@ -110,20 +111,6 @@ def parse_reference(reference: str) -> Reference:
     if _looks_like_a_path(reference):
         raise CheckpointNotFound(f"{reference}: no such file or folder")
     return _hub_name(reference)
-
-
-def _path(reference: str) -> Path:
-    try:
-        return Path(reference).expanduser()
-    except (RuntimeError, ValueError):  # ~ and the name of no user; a NUL byte
-        return Path(reference)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long a name, a NUL byte, a folder without access
-        return False
 
 
 def _looks_like_a_path(reference: str) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError
+from geoscope.foreign import exists, local_path
 from geoscope.names import in_natural_order
 from geoscope.records import Skipped
 from geoscope.sources.places import find_places
@@ -58,7 +59,7 @@ def candidates(references: Sequence[str]) -> tuple[Candidate, ...]:
 def _expand(reference: str) -> list[Candidate]:
     if not _MAGIC.search(reference) or _exists(reference):
         return [_candidate(reference)]
-    paths = glob.glob(str(Path(reference).expanduser()))  # noqa: PTH207 (absolute ones, too)
+    paths = glob.glob(str(local_path(reference)))  # noqa: PTH207 (absolute ones, too)
     if paths:
         return [_local(path, Path(path)) for path in in_natural_order(paths)]
     if _HUB_PATTERN.fullmatch(reference):
@@ -67,22 +68,19 @@ def _expand(reference: str) -> list[Candidate]:
 
 
 def _exists(reference: str) -> bool:
-    try:
-        return Path(reference).expanduser().exists() or _is_link(reference)
-    except (OSError, ValueError):
-        return False
+    return exists(local_path(reference)) or _is_link(reference)
 
 
 def _is_link(reference: str) -> bool:
     try:
-        return Path(reference).expanduser().is_symlink()
+        return local_path(reference).is_symlink()
     except (OSError, ValueError):  # too long a name, a NUL byte, a folder without access
         return False
 
 
 def _candidate(reference: str) -> Candidate:
     if _is_link(reference):  # one that leads nowhere is no Hub model either
-        return _local(reference, Path(reference).expanduser())
+        return _local(reference, local_path(reference))
     parsed = parse_reference(reference)
     if isinstance(parsed, LocalReference):
         return _local(reference, parsed.path)

@@ -10,7 +10,6 @@ read here; data on demand, by the checkpoint or adapter of each point.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from geoscope.errors import CheckpointError, HubError, OptionError, first_names
+from geoscope.foreign import parsed, small_text
 from geoscope.formats.layout import is_index, parse_object
 from geoscope.formats.readers import is_readable
 from geoscope.formats.refused import is_never_opened
@@ -214,8 +214,8 @@ def _is_predicted(one: Candidate) -> bool:
     if not isinstance(one.reference, LocalReference):
         return False
     try:
-        record = json.loads((one.reference.path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = parsed(small_text(one.reference.path / RECORD))
+    except (OSError, ValueError):
         return False
     if not isinstance(record, dict):
         return False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, UnsupportedFormat
+from geoscope.foreign import reason, small_text
 from geoscope.formats.container import Container
 from geoscope.formats.dcp import DcpFolder
 from geoscope.formats.dcp_metadata import METADATA, read_metadata
@@ -30,7 +31,7 @@ from geoscope.formats.shard_names import (
     trained_biases,
 )
 from geoscope.models.checkpoint import Checkpoint
-from geoscope.models.opening import CONFIG, NO_CONFIG, Identity, assemble
+from geoscope.models.opening import CONFIG, NO_CONFIG, Identity, assemble, parse_config
 from geoscope.outputs.output_folder import travelling_files
 from geoscope.peft.adapter import Adapter, adapter_of
 from geoscope.peft.config import ADAPTER_CONFIG
@@ -117,7 +118,10 @@ class _Shards:
 def _shards(path: Path, given: str) -> _Shards:
     label = given.rstrip("/")
     below = next((one for one in _CONFIG_FOLDERS if (path / one / CONFIG).is_file()), None)
-    config = {} if below is None else _json(path / below / CONFIG, f"{label}/{below}/{CONFIG}")
+    config: dict[str, Any] = {}
+    if below is not None:
+        where = f"{label}/{below}/{CONFIG}"
+        config = parse_config(_text(path / below / CONFIG, where), where)
     names = file_names(path, given)
     if any(is_rank_file(name) for name in names):
         files = rank_files(path, names, label)
@@ -159,11 +163,14 @@ class _ShardSource:
 
 
 def _json(path: Path, label: str) -> dict[str, Any]:
+    return parse_object(_text(path, label), label)
+
+
+def _text(path: Path, label: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{label}: cannot be read: {error}") from None
-    return parse_object(text, label)
+        return small_text(path)
+    except OSError as error:
+        raise CheckpointError(f"{label}: cannot be read: {reason(error)}") from None
 
 
 def _dcp(path: Path, names: Collection[str], label: str, source: str) -> tuple[Container, str]:

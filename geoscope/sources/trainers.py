@@ -6,11 +6,12 @@ the weights are; it is written last, so that a save with it is complete.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from geoscope.foreign import parsed, small_text
 
 __all__ = ["FOLDERS", "MANIFEST", "Manifest", "TrainerFolder", "manifests"]
 
@@ -72,8 +73,8 @@ def manifests(path: Path) -> tuple[Manifest, ...]:
 
 def _read(file: Path) -> Mapping[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parsed(small_text(file))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

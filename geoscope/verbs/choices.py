@@ -15,6 +15,8 @@ from geoscope.names import NameMap, Selection, chosen_layers
 
 __all__ = ["Compute", "Rename", "Select", "Start", "form"]
 
+_MOST_WORKERS = 1024  # a thread each
+
 
 def form(rule: Callable[[Any, str], Any]) -> dict[str, Any]:
     """Metadata of a field: its value is `rule(value, name)`, but for a default None."""
@@ -38,6 +40,8 @@ def _rules(value: Any, _name: str) -> Sequence[str]:
 def _workers(value: int, name: str) -> int:
     if value < 1:
         raise OptionError(f"`{name}` {value}: at least one worker is needed")
+    if value > _MOST_WORKERS:
+        raise OptionError(f"`{name}` {value}: at most {_MOST_WORKERS} workers; write one a core")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +296,8 @@ def test_clear_removes_every_result_and_counts_them(tmp_path: Path) -> None:
         cache.put(key, {"number": i})
     assert [cache.get(key) for key in keys(cache, 20)] == [{"number": i} for i in range(20)]
     assert len(list(cache.files())) == 20
-    (next(cache.files()).parent / "left.tmp").write_text("by a run that was killed")
+    entry = next(cache.files())
+    (entry.parent / f".{entry.name}.77-ab.geoscope-part").write_text("by a run that was killed")
     assert len(list(cache.files())) == 20
     assert cache.clear() == 20
     assert list(cache.files()) == []
@@ -303,6 +305,86 @@ def test_clear_removes_every_result_and_counts_them(tmp_path: Path) -> None:
     assert cache.get(keys(cache, 1)[0]) is None
     cache.put(keys(cache, 1)[0], {"number": 0})
     assert cache.get(keys(cache, 1)[0]) == {"number": 0}
+
+
+PRECIOUS = "thesis.json"
+
+
+def precious(folder: Path) -> Path:
+    """A folder of someone's own, with names of all kinds."""
+    (folder / "ab").mkdir(parents=True)
+    for name in (PRECIOUS, "ab" * 32 + ".json", "ab/" + PRECIOUS, "ab/" + "cd" * 32 + ".json"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "place", ["", "results", "results/ab", "results/cd/" + "cd" * 32 + ".json"]
+)
+def test_clear_follows_no_link_and_removes_nothing_of_others(tmp_path: Path, place: str) -> None:
+    mine = precious(tmp_path / "mine")
+    if "/" in place or not place:
+        cache = ResultCache(tmp_path / "cache" / "results")
+        for key in keys(cache, 5):
+            cache.put(key, {})
+        (cache.folder / "ef").mkdir(exist_ok=True)
+        (cache.folder / "ef" / PRECIOUS).write_text("not of a cache")
+    link = tmp_path / "cache" / (place or "results/link")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(mine if not place.endswith(".json") else mine / PRECIOUS)
+    before = contents(mine)
+    assert ResultCache(tmp_path / "cache" / "results").clear() == (5 if place != "results" else 0)
+    assert contents(mine) == before
+    assert link.is_symlink()
+    if place != "results":
+        assert (tmp_path / "cache" / "results" / "ef" / PRECIOUS).exists()
+
+
+def test_one_flipped_bit_anywhere_is_a_miss(tmp_path: Path) -> None:
+    cache = ResultCache(tmp_path)
+    result = {"row": {"values": {"update.srank": 3.25, "k": 7}, "status": {}}, "notes": ["a"]}
+    (key,) = keys(cache, 1)
+    cache.put(key, result)
+    (entry,) = cache.files()
+    content = entry.read_bytes()
+    for place in range(len(content)):
+        for bit in range(0, 8, 3):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            entry.write_bytes(flipped)
+            assert cache.get(key) in (None, result)
+    entry.write_bytes(content)
+    assert cache.get(key) == result
+
+
+ODD = [b"[]", b"null", b"3", b'"x"', b'{"result": [], "sha256": 3}', b"[" * 10_000, b"9" * 5000]
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_entries_of_any_type_are_misses(tmp_path: Path, content: bytes) -> None:
+    cache = ResultCache(tmp_path)
+    (key,) = keys(cache, 1)
+    cache.put(key, {"number": 1})
+    (entry,) = cache.files()
+    entry.write_bytes(content)
+    assert cache.get(key) is None
+
+
+def test_an_entry_under_another_key_or_in_a_pipe_is_a_miss(tmp_path: Path) -> None:
+    cache = ResultCache(tmp_path)
+    one, other = keys(cache, 2)
+    cache.put(one, {"number": 1})
+    (entry,) = cache.files()
+    moved = cache._path(other)
+    moved.parent.mkdir(exist_ok=True)
+    entry.rename(moved)
+    assert cache.get(other) is None
+    os.mkfifo(entry)
+    assert cache.get(one) is None
 
 
 def test_numbers_come_back_to_the_last_digit(tmp_path: Path) -> None:

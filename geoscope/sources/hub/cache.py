@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from geoscope.files import keep
+from geoscope.foreign import small_text
 from geoscope.sources.hub.errors import hub_errors
 from geoscope.sources.hub.progress import OnDownload, quiet_download
 
@@ -39,8 +40,8 @@ def cached_commit(repo: str, revision: str) -> str | None:
     if not _stays_inside(revision):
         return None
     try:
-        commit = (cache_of(repo) / "refs" / revision).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        commit = small_text(cache_of(repo) / "refs" / revision).strip()
+    except OSError:
         return None
     return commit if is_commit(commit) else None
 

@@ -4,26 +4,32 @@
     CACHE/hub/models--org--name/<commit>/<file>/header        the header of a safetensors file
     CACHE/hub/models--org--name/<commit>/<file>/<begin>-<end> the bytes of one tensor
     CACHE/hub/models--org--name/<commit>/<file>/*.part        so many of them, after a break
+    …/*.sha256                                                the checksum of each of the others
 
 A commit never changes, so nothing here is ever stale. A file has its last name only when it is
-complete, and one process at a time writes into a folder.
+complete, and one process at a time writes into a folder. What does not agree with its checksum is
+not there: it is fetched again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
 from geoscope.errors import CheckpointError
-from geoscope.files import keep
+from geoscope.files import TEMPORARY, keep, own_entries, remove, remove_if_empty
 from geoscope.folders import cache_folder
+from geoscope.foreign import parsed, small_bytes, small_text
+from geoscope.formats.hashes import file_sha256
 from geoscope.sources.hub.byte_ranges import Piece, Run, Span
 
 __all__ = [
@@ -39,6 +45,13 @@ __all__ = [
 _HEADER = "header"
 _LISTING = "listing.json"
 _PART = ".part"
+_SUM = ".sha256"
+_ANY, _REPO, _COMMIT = (re.compile(text) for text in (r".+", r"models--.+", r"[0-9a-f]{40}"))
+_TENSOR = re.compile(r"[0-9]+-[0-9]+")
+_OTHERS = re.compile(
+    r"(?:header|listing\.json|[0-9]+-[0-9]+)\.sha256|header|listing\.json|\.lock|[0-9]+-[0-9]+\.part"
+    rf"|\..+{re.escape(TEMPORARY)}"
+)
 
 
 def tensors_folder() -> Path:
@@ -52,32 +65,50 @@ def commit_folder(repo: str, commit: str) -> Path:
 
 def keep_listing(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
     """Notes the files of a commit, for the time without a network."""
-    path = commit_folder(repo, commit) / _LISTING
-    if not path.exists():
-        keep(path, json.dumps(dict(sizes)).encode())
+    if cached_listing(repo, commit) is None:
+        path = commit_folder(repo, commit) / _LISTING
+        _keep_summed(path, json.dumps(dict(sizes)).encode())
 
 
 def cached_listing(repo: str, commit: str) -> dict[str, int] | None:
     """File → size, or None where it was not noted; a damaged note counts as none."""
     try:
-        text = (commit_folder(repo, commit) / _LISTING).read_text(encoding="utf-8")
-        return {str(name): int(size) for name, size in json.loads(text).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        sizes = parsed(_summed(commit_folder(repo, commit) / _LISTING))
+    except (OSError, ValueError):
         return None
+    is_listing = isinstance(sizes, dict) and all(
+        isinstance(size, int) and size >= 0 for size in sizes.values()
+    )
+    return sizes if is_listing else None
 
 
 def kept_tensors() -> Iterator[Path]:
     """The file of every tensor that is kept."""
-    for path in sorted(tensors_folder().glob("models--*/*/*/*-*")):
-        if not path.name.startswith(".") and path.suffix != _PART:
-            yield path
+    for _, folder in _folders():
+        yield from own_entries(folder, _TENSOR)
 
 
 def clear_tensors() -> int:
-    """Removes everything; the number of tensors that were removed."""
-    removed = sum(1 for _ in kept_tensors())
-    shutil.rmtree(tensors_folder(), ignore_errors=True)
+    """Removes all that is named as this cache names it; the number of tensors removed."""
+    removed = 0
+    for commit, folder in list(_folders()):
+        removed += remove(own_entries(folder, _TENSOR))
+        remove(own_entries(folder, _OTHERS))
+        remove_if_empty(folder)
+        remove(own_entries(commit, _OTHERS))
+        remove_if_empty(commit)
+        remove_if_empty(commit.parent)
+    remove_if_empty(tensors_folder())
     return removed
+
+
+def _folders() -> Iterator[tuple[Path, Path]]:
+    """The folder of every commit and file, and that of the commit itself, no link among them."""
+    for repo in own_entries(tensors_folder(), _REPO, folders=True):
+        for commit in own_entries(repo, _COMMIT, folders=True):
+            for folder in own_entries(commit, _ANY, folders=True):
+                yield commit, folder
+            yield commit, commit
 
 
 @dataclass(frozen=True)
@@ -93,18 +124,20 @@ class RangeCache:
     def header(self) -> bytes | None:
         """The first bytes of the file, as far as its header goes."""
         try:
-            return (self.folder / _HEADER).read_bytes()
+            return _summed(self.folder / _HEADER)
         except OSError:
             return None
 
     def keep_header(self, raw: bytes) -> None:
-        keep(self.folder / _HEADER, raw)
+        _keep_summed(self.folder / _HEADER, raw)
 
     def path(self, span: Span) -> Path:
         return self.folder / f"{span.begin}-{span.end}"
 
     def has(self, span: Span) -> bool:
-        return span.begin == span.end or _size(self.path(span)) == span.end - span.begin
+        """Whether the bytes are here, as they came."""
+        length = span.end - span.begin
+        return length == 0 or (_size(self.path(span)) == length and _is_intact(self.path(span)))
 
     def missing(self, span: Span) -> Piece:
         """What of a span is still to be fetched, after a break from where it broke."""
@@ -138,7 +171,9 @@ class RangeCache:
         return file
 
     def _complete(self, piece: Piece) -> None:
-        self._part(piece.span).replace(self.path(piece.span))
+        part, path = self._part(piece.span), self.path(piece.span)
+        keep(_sum_of(path), file_sha256(part).encode())
+        part.replace(path)
 
 
 class Sink:
@@ -183,6 +218,37 @@ class Sink:
         self._file = None
         self._cache._complete(piece)
         del self._waiting[0]
+
+
+def _sum_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_SUM}")
+
+
+def _keep_summed(path: Path, content: bytes) -> None:
+    keep(_sum_of(path), hashlib.sha256(content).hexdigest().encode())
+    keep(path, content)
+
+
+def _summed(path: Path) -> bytes:
+    """A small file that agrees with its checksum. Raises OSError."""
+    content = small_bytes(path)
+    if hashlib.sha256(content).hexdigest() != small_text(_sum_of(path)):
+        raise OSError(f"{path}: is not what was written")
+    return content
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file agrees with its checksum; it is read once, as long as it stays as it is."""
+    try:
+        changed = path.stat().st_mtime_ns
+        return _digest(path, changed) == small_text(_sum_of(path))
+    except (OSError, CheckpointError):
+        return False
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest(path: Path, _changed: int) -> str:
+    return file_sha256(path)
 
 
 def _size(path: Path) -> int:

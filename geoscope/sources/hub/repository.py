@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
+from geoscope.foreign import INDEX, SMALL, reason, small_text
 from geoscope.formats.container import Container, FileHeader
 from geoscope.formats.disk import Room, check_room
+from geoscope.formats.layout import is_index
 from geoscope.formats.readers import SAFETENSORS, open_container
 from geoscope.models.opening import Folder
 from geoscope.outputs.output_folder import travels
@@ -160,9 +162,9 @@ class HubFolder:
 
     def text(self, name: str) -> str:
         try:
-            return self._download(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.label}/{name}: cannot be read: {error}") from None
+            return small_text(self._download(name), INDEX if is_index(name) else SMALL)
+        except OSError as error:
+            raise CheckpointError(f"{self.label}/{name}: cannot be read: {reason(error)}") from None
 
     def headers(self, names: Sequence[str]) -> Mapping[str, FileHeader]:
         with ThreadPoolExecutor(max_workers=_HEADER_REQUESTS) as pool:

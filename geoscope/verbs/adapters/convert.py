@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from geoscope.adapters.table import starts_on_base
 from geoscope.arguments import Place, path_text
 from geoscope.engine import matrix_boundary
 from geoscope.errors import OptionError, PairingError, first_names
+from geoscope.foreign import exists, is_folder, local_path
 from geoscope.formats.safetensors_writer import FilePlan
 from geoscope.linalg import Product
 from geoscope.peft.adapter import Adapter, read_adapter
@@ -307,8 +307,8 @@ def _refuse_original_as_base(origin: AdapterFolder, end: Adapter) -> None:
 
 
 def _same_model(one: str, two: str) -> bool:
-    paths = [Path(name).expanduser() for name in (one, two)]
-    return one == two or (all(path.is_dir() for path in paths) and paths[0].samefile(paths[1]))
+    paths = [local_path(name) for name in (one, two)]
+    return one == two or (all(map(is_folder, paths)) and paths[0].samefile(paths[1]))
 
 
 def _notes(
@@ -384,8 +384,8 @@ def _told(
 
 def _whole(reference: str) -> str:
     """A folder by its whole path; a Hub id as it is."""
-    path = Path(reference).expanduser()
-    return str(path.resolve()) if path.exists() else reference
+    path = local_path(reference)
+    return str(path.resolve()) if exists(path) else reference
 
 
 def _decomposes_at_load(adapter: Adapter) -> bool:

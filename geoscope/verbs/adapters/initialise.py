@@ -28,6 +28,7 @@ from geoscope.adapters.peft_config import max_lora_rank, rank_advice
 from geoscope.arguments import Place, path_of, path_text
 from geoscope.engine import matrix_boundary, one_blas_thread, resolve_devices
 from geoscope.errors import CheckpointError, NumericsError, OptionError
+from geoscope.foreign import local_path
 from geoscope.formats.container import files_of
 from geoscope.formats.hashes import file_sha256
 from geoscope.models.checkpoint import Checkpoint
@@ -321,7 +322,7 @@ def _reference(checkpoint: Checkpoint) -> str:
     """The base for the files: a folder by its whole path, a Hub id without its revision."""
     ref = checkpoint.ref
     if ref.commit is None:
-        return str(Path(ref.given).expanduser().resolve())
+        return str(local_path(ref.given).resolve())
     return ref.given.removeprefix("hf://").partition("@")[0]
 
 
@@ -419,5 +420,5 @@ def _written(out: Path, files: AdapterFiles) -> ModelRef:
 
 def _inputs(checkpoint: Checkpoint) -> list[Path]:
     """Local folders that hold the base: the output may not be one of them."""
-    given = Path(checkpoint.ref.given).expanduser()
+    given = local_path(checkpoint.ref.given)
     return [given] if checkpoint.ref.commit is None and given.exists() else []

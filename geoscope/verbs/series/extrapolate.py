@@ -17,6 +17,7 @@ from geoscope.arguments import Place, path_of, paths_of
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, first_names
 from geoscope.files import record_bytes, record_size
+from geoscope.foreign import local_path
 from geoscope.linalg import Product
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.writable import refuse_unwritable
@@ -289,7 +290,7 @@ def _write(
         **{name: path.stat().st_size for name, path in travelling.items()},
         RECORD: record_size(len(stored)),
     }
-    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
+    given = [local_path(point) for point in (found.refs[0].given, *found.points)]
     # the folder of a run is no place for a model either
     inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
     held: dict[str, str] = {}

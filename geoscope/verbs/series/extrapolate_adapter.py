@@ -21,6 +21,7 @@ from geoscope.adapters.peft_names import lora_keys
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, PairingError, first_names
 from geoscope.files import record_bytes, record_size
+from geoscope.foreign import local_path
 from geoscope.formats.hashes import tensor_sha256
 from geoscope.formats.safetensors_writer import FilePlan, TensorWriter
 from geoscope.linalg import Product
@@ -123,7 +124,7 @@ def _rank_of(last: Adapter, rank: int | None) -> int:
 
 def _inputs(found: Followed) -> list[Path]:
     """Files and folders that the output must not be written over."""
-    given = [Path(point).expanduser() for point in (found.refs[0].given, *found.points)]
+    given = [local_path(point) for point in (found.refs[0].given, *found.points)]
     return [path for path in (*given, *(point.parent for point in given[1:])) if path.exists()]
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from geoscope.errors import OptionError
+from geoscope.foreign import local_path
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.pairing import match
 from geoscope.names import NameMap
@@ -63,7 +63,7 @@ def _without(series: Series, point: SeriesPoint, start: str) -> Series:
 
 def _counts_from_zero(series: Series) -> bool:
     """Whether there is an epoch 0, given or beside those that are given."""
-    beside = {Path(point.given).expanduser().parent / "epoch_0" for point in series.points}
+    beside = {local_path(point.given).parent / "epoch_0" for point in series.points}
     return series.points[0].step == 0 or any(path.is_dir() for path in beside)
 
 

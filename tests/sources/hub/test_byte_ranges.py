@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoscope.sources.hub.byte_ranges import Piece, Run, Span, runs
-from geoscope.sources.hub.range_cache import RangeCache
+from geoscope.sources.hub.range_cache import (
+    RangeCache,
+    cached_listing,
+    clear_tensors,
+    keep_listing,
+    kept_tensors,
+    tensors_folder,
+)
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 400)), max_size=30)
 
@@ -80,5 +87,69 @@ def test_a_kept_file_of_another_size_is_not_believed(tmp_path: Path) -> None:
     cache = RangeCache(tmp_path)
     cache.path(Span(8, 16)).write_bytes(b"1234567")
     assert not cache.has(Span(8, 16))
-    cache.path(Span(8, 16)).write_bytes(b"12345678")
-    assert cache.has(Span(8, 16))
+
+
+SPAN = Span(8, 40)
+
+
+def kept(folder: Path) -> RangeCache:
+    cache = RangeCache(folder)
+    with cache.lock(), cache.sink(Run((Piece(SPAN, SPAN.begin),))) as sink:
+        sink.write(bytes(range(32)))
+    assert cache.has(SPAN)
+    return cache
+
+
+def test_a_kept_tensor_with_one_flipped_bit_is_fetched_again(tmp_path: Path) -> None:
+    cache = kept(tmp_path)
+    content = bytearray(cache.path(SPAN).read_bytes())
+    content[20] ^= 1
+    cache.path(SPAN).write_bytes(content)
+    assert not cache.has(SPAN)
+    assert cache.missing(SPAN) == Piece(SPAN, SPAN.begin)
+    assert kept(tmp_path).path(SPAN).read_bytes() == bytes(range(32))
+
+
+def test_a_kept_tensor_without_its_checksum_is_fetched_again(tmp_path: Path) -> None:
+    cache = kept(tmp_path)
+    (tmp_path / "8-40.sha256").unlink()
+    assert not cache.has(SPAN)
+
+
+def test_a_changed_header_is_not_believed(tmp_path: Path) -> None:
+    cache = RangeCache(tmp_path / "file")
+    cache.keep_header(b"12345678{}")
+    assert cache.header() == b"12345678{}"
+    (tmp_path / "file" / "header").write_bytes(b"12345678{ ")
+    assert cache.header() is None
+
+
+def test_a_changed_listing_is_not_believed(tmp_path: Path) -> None:
+    keep_listing("org/name", "a" * 40, {"model.safetensors": 12})
+    assert cached_listing("org/name", "a" * 40) == {"model.safetensors": 12}
+    (listing,) = tmp_path.rglob("listing.json")
+    listing.write_text('{"model.safetensors": 13}')
+    assert cached_listing("org/name", "a" * 40) is None
+
+
+def test_clear_leaves_the_cache_of_others_and_follows_no_link(tmp_path: Path) -> None:
+    """Where both lie in one folder, as with GEOSCOPE_CACHE=~/.cache/huggingface."""
+    theirs = tensors_folder() / "models--org--name" / "snapshots" / ("a" * 40)
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_text("{}")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "8-40").write_text("mine")
+    for name in ("models--a--b", f"models--c--d/{'b' * 40}", f"models--e--f/{'c' * 40}/file"):
+        link = tensors_folder() / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(mine)
+    keep_listing("org/name", "a" * 40, {"model.safetensors": 12})
+    kept(RangeCache.of("org/name", "a" * 40, "model.safetensors").folder)
+    assert len(list(kept_tensors())) == 1
+    assert clear_tensors() == 1
+    assert (
+        list(kept_tensors()) == []
+        and not (tensors_folder() / "models--org--name" / ("a" * 40)).exists()
+    )
+    assert (theirs / "config.json").exists() and (mine / "8-40").read_text() == "mine"
