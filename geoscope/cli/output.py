@@ -149,6 +149,7 @@ class Show:
     strict: bool = False
     dry_run: bool = False
     quiet: bool = False
+    details: bool = False
     verbose: bool = False
     debug: bool = False
     fail_on: str | None = None
@@ -177,10 +178,13 @@ def answer(facts: Mapping[str, Any], text: str, show: Show) -> None:
 
 
 def _text(report: Report, show: Show) -> str:
+    if show.quiet and not (show.details or show.verbose or show.explain):
+        return reports.render_headline(report)
     return reports.render_text(
         report,
         width=_width(),
         colour=_colour(),
+        details=show.details,
         verbose=show.verbose,
         explain=show.explain,
     )

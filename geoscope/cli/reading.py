@@ -16,7 +16,7 @@ __all__ = ["metrics", "show"]
 
 Shown = Annotated[
     Show,
-    taken("as_json", "out", "force", "quiet", "verbose", "debug", "fail_on", "explain"),
+    taken("as_json", "out", "force", "quiet", "details", "verbose", "debug", "fail_on", "explain"),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["DASH", "degrees", "number", "percent", "shorten", "shorten_all", "times"]
+__all__ = ["DASH", "degrees", "number", "percent", "share", "shorten", "shorten_all", "times"]
 
 DASH = "–"
 _ELLIPSIS = "…"
@@ -41,6 +41,15 @@ def percent(share: float) -> str:
     if 0.995 <= share < 1:
         return ">99 %"
     return f"{100 * share:.0f} %"
+
+
+def share(value: float) -> str:
+    """A share in percent, two significant digits.
+
+    >>> [share(x) for x in (0.1776, 0.00868, 0.9961, 1.0)]
+    ['18 %', '.87 %', '>99 %', '100 %']
+    """
+    return percent(value) if 0.995 <= value <= 1 else f"{_significant(100 * value, 2)} %"
 
 
 def _significant(value: float, digits: int) -> str:

@@ -150,7 +150,7 @@ def test_what_a_method_has_not_is_in_no_table(models: dict[str, Path], tmp_path:
     report = initialise(
         str(models["llama"]), tmp_path / "out", InitOptions(method="pissa", rank=2)
     ).report
-    text = reports.render_text(report, width=140, colour=False)
+    text = reports.render_text(report, width=140, colour=False, details=True)
     assert "captured energy" not in text.split("(…)")[0]
     assert "Jaccard" not in text
     assert "mask" not in text.split("(…)")[0]
@@ -158,7 +158,7 @@ def test_what_a_method_has_not_is_in_no_table(models: dict[str, Path], tmp_path:
     assert "~" not in text
     lora = InitOptions(method="lora", rank=2)
     made = initialise(str(models["llama"]), tmp_path / "lora", lora)
-    text = reports.render_text(made.report, width=140, colour=False)
+    text = reports.render_text(made.report, width=140, colour=False, details=True)
     assert "head energy" not in text.split("(…)")[0]  # of a product that is zero
     reports.write(report, tmp_path / "figure.svg")
     figure = (tmp_path / "figure.svg").read_text()
@@ -196,7 +196,7 @@ def test_the_record_and_the_report_tell_the_same(models: dict[str, Path], tmp_pa
     assert reports.read(path) == made.report
     for suffix in ("png", "md", "csv"):
         reports.write(made.report, tmp_path / f"report.{suffix}")
-    text = reports.render_text(made.report, width=100, colour=False)
+    text = reports.render_text(made.report, width=100, colour=False, details=True)
     assert "density of the mask" in text
     assert "COMPLETE 14 of 14" in text
 

@@ -22,7 +22,7 @@ def drifting(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_says_drift_or_diffusion_and_how_far(drifting: Run) -> None:
-    done = command("trajectory", drifting.folder, "--base", drifting.base)
+    done = command("trajectory", drifting.folder, "--base", drifting.base, "--details")
     assert done.code == 0, done.err
     words = " ".join(done.out.split())
     assert "mostly drift" in words
@@ -83,7 +83,7 @@ def test_few_checkpoints_are_printed_with_what_does_not_apply(
     tmp_path: Path, steps: tuple[int, ...]
 ) -> None:
     run = Run.write(tmp_path, steps, drift=0.5)
-    done = command("trajectory", run.folder, "--base", run.base)
+    done = command("trajectory", run.folder, "--base", run.base, "--details")
     assert done.code == 0
     assert "NOT_APPLICABLE" in done.out
 
@@ -160,7 +160,9 @@ def test_single_entries_on_request(drifting: Run) -> None:
     assert values["scalar_r2_share"] == pytest.approx((r2 > 0.7).mean(), abs=1e-3)
     assert values["scalar_r2_kept"] == pytest.approx(moved.mean(), abs=1e-9)
     assert null == pytest.approx(0.44, abs=0.04)
-    assert "median R² of an entry" in command(*given[:-1], "--scalar-r2", "published").out
+    assert (
+        "median R² of an entry" in command(*given[:-1], "--scalar-r2", "published", "--details").out
+    )
     refused = command(*given, "--scalar-r2", "some")
     assert refused.code == 2 and "some" in refused.err
 
