@@ -43,7 +43,7 @@ _CAUTIOUS = "~"
 def answer(report: Report, *, rows: int | None = None) -> list[Block]:
     """Title; headline with its facts, at most `rows` of them; coverage and what to do next."""
     kind, parts = kind_of(report.kind), sections(report)
-    body = _several(kind, parts, rows) if len(parts) > 1 else _alone(kind, parts[0], rows)
+    body = _alone(kind, parts[0], rows) if len(parts) == 1 else _several(kind, parts, rows)
     first, *others = headlines(report)
     named = others if len(others) <= _BESIDE else []  # of more the table tells it
     lines = (*named, *_alerts(report, kind, parts))

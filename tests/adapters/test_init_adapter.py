@@ -461,7 +461,13 @@ def test_verify_fails_on_a_changed_folder(models: dict[str, Path], tmp_path: Pat
     initialise(str(models["llama"]), out, InitOptions(rank=2, residual_dtype="bfloat16"))
     done = run("verify-adapter", str(out))
     assert done.exit_code == 1
-    assert "FAIL" in done.stdout
+    title, _, rest = done.stdout.partition("\n\n")
+    assert title.startswith(str(out))
+    headline, *lines = rest.splitlines()
+    marks = [line[:4] for line in lines if line[:4] in ("ok  ", "FAIL", "warn")]
+    assert headline == f"NOT SOUND: {marks.count('FAIL')} of {len(marks)} checks failed."
+    assert 0 < marks.count("FAIL") < len(marks)
+    assert run("verify-adapter", str(out), "-q").stdout == f"{headline}\n"
     assert run("verify-adapter", str(out), "--allow-lossy").exit_code == 0
 
 
@@ -471,6 +477,7 @@ def test_convert_writes_a_plain_adapter(models: dict[str, Path], tmp_path: Path)
     words = ["convert-adapter", str(out), str(out / "adapter"), "-o", str(tmp_path / "plain")]
     done = run(*words)
     assert done.exit_code == 0, done.exception
+    assert "\n\nPLAIN LORA OF RANK 4: exact.\n" in done.stdout
     config = json.loads((tmp_path / "plain/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert config["base_model_name_or_path"] == str(models["llama"])

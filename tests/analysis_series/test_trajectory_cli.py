@@ -113,8 +113,9 @@ def test_extrapolate_writes_and_says_what_skill_means(tmp_path: Path, drifting: 
     given = "extrapolate", drifting.folder, "--base", drifting.base, "--to-step", "100"
     done = command(*given, "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "step 100 from checkpoints up to step 90" in done.out
-    assert "skill is about weights and not about the model" in done.out
+    assert "Prediction of step 100" in done.out
+    assert "WITHIN WHAT IS CREDIBLE: 10 steps from step 90" in done.out
+    assert "Skill is about weights and not about the model" in done.out
     assert {W.dtype for W in stored(tmp_path / "out").values()} == {torch.bfloat16}
     told = command(*given, "-o", tmp_path / "two", "--method", "damped(linear)", "--json")
     report = json.loads(told.out)
@@ -131,7 +132,7 @@ def test_extrapolate_refuses_beyond_the_horizon(tmp_path: Path, drifting: Run) -
     assert not (tmp_path / "out").exists()
     done = command(*given, "-o", tmp_path / "out", "--method", "two-point", "--force")
     assert done.code == 0
-    assert "asked for 8910" in done.out
+    assert "BEYOND WHAT IS CREDIBLE: 8910 steps" in done.out
 
 
 def test_single_entries_on_request(drifting: Run) -> None:
