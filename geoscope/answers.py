@@ -74,6 +74,7 @@ class Fact:
     sign: on which side of the limit the number is beyond it.
     beyond: the word for that.
     over_null: the name of a threshold times the null, where that is the larger limit.
+    from_steps: the name of the least number of checkpoints at which the limit is in force.
     other: an id, of which the larger number is shown with its null.
     by_noise: the scale is of the number over its null.
     scale: up to which number each word reads; `{times}` is the number over its null.
@@ -89,6 +90,7 @@ class Fact:
     sign: str = "≥"
     beyond: str = ""
     over_null: str = ""
+    from_steps: str = ""
     other: str = ""
     by_noise: bool = False
     scale: tuple[tuple[float, str], ...] = ()
@@ -455,7 +457,13 @@ CAPACITY_USED = Answer(
             "open",
             when=(Condition("suggested_rank", "–"),),
         ),
-        Outcome(("SATURATED",), "RANK USED UP", "a larger rank may have been used.", "bad"),
+        Outcome(
+            ("SATURATED",),
+            "RANK USED UP",
+            "a larger rank may have been used.",
+            "bad",
+            "If it did not start at zero, give its start with --initial-adapter DIR.",
+        ),
         Outcome(("RANK_COLLAPSE",), "FAR TOO LARGE", _HOLDS, "bad"),
         Outcome(("CONCENTRATED", "IDLE"), "LARGER THAN NEEDED", _HOLDS, "open"),
         Outcome(("USED",), "THE RANK FITS", _HOLDS),
@@ -512,7 +520,7 @@ MOVED = Answer(
         Outcome(
             ("DRIFT",),
             "STEADY DRIFT",
-            "the run keeps its direction; how far it can be foretold is not shown.",
+            "the run keeps its direction; no method foretells it credibly.",
         ),
         Outcome(
             (), "NO STEADY DRIFT", "the steps turn as those of a random walk do, or more.", "open"
@@ -531,8 +539,10 @@ MOVED = Answer(
             "a walk shows as much (p)",
             "drift_p",
             limit="level",
+            from_steps="few",
             beyond="perhaps",
             scale=((0.01, "hardly"),),
+            rest="perhaps",
         ),
         Fact("neighbours", "cosine of two steps", "increment_cosine_corrected"),
         Fact("straightness", "distance/length of path", "straightness"),

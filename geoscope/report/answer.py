@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from geoscope.answers import Answer, Condition, Fact, Outcome
+from geoscope.errors import first_names
 from geoscope.kinds import Kind
 from geoscope.records import LayerRecord, Report, Status
 from geoscope.report.beside import anchor_block, overlap_block
@@ -175,8 +176,13 @@ def _limits(section: Section) -> Mapping[str, float]:
 
 
 def _limit(fact: Fact, section: Section, null: float | None) -> float | None:
-    """The limit in force for this fact: of an angle the larger of its limit and its null's."""
+    """The limit in force for this fact: of an angle the larger of its limit and its null's.
+
+    The steps of a series begin with that of its base.
+    """
     limits = _limits(section)
+    if fact.from_steps and len(section.steps) <= limits.get(fact.from_steps, 0):
+        return None
     limit = limits.get(fact.limit)
     over = limits.get(fact.over_null)
     if limit is None or over is None or null is None:
@@ -190,10 +196,13 @@ def _limit(fact: Fact, section: Section, null: float | None) -> float | None:
 def _alerts(report: Report, kind: Kind, parts: Sequence[Section]) -> list[str]:
     """What to do, matrices that were not compared, and those that differ from the headline."""
     lines = [f"→ {compared_line(report)}. Reasons: --details."] if report.coverage.missing else []
+    holders: dict[str, list[str]] = {}
     for part in parts:
-        name = f"{part.label}: " if len(parts) > 1 else ""
-        told = (outcome(kind, part).todo, _odd(part), _apart(part))
-        lines += [f"→ {name}{words}" for words in told if words]
+        for words in filter(None, (outcome(kind, part).todo, _odd(part), _apart(part))):
+            holders.setdefault(words, []).append(part.label)
+    for words, labels in holders.items():
+        name = "" if len(labels) == len(parts) else f"{first_names(labels, limit=2)}: "
+        lines.append(f"→ {name}{words}")
     more = len(lines) - _ALERTS
     return lines if more <= 0 else [*lines[:_ALERTS], f"→ {more} more: --details."]
 

@@ -260,6 +260,18 @@ def test_the_limit_of_an_angle_is_the_larger_of_two() -> None:
         assert row(text_of(other), "turned").split()[-3:] == [f"{null}.00°", limit, "ok"]
 
 
+@pytest.mark.parametrize(("checkpoints", "limit"), [(8, True), (7, False)])
+def test_a_limit_that_needs_checkpoints_stands_from_these_on(checkpoints: int, limit: bool) -> None:
+    report = judged("DRIFT", "trajectory", limits={"level": 0.01, "few": 8})
+    steps = tuple(range(checkpoints + 1))
+    text = text_of(replace(report, summary=replace(report.summary, steps=steps)))
+    assert (" .0100 " in row(text, "by chance")) == limit
+
+
+def test_a_full_rank_asks_for_the_start() -> None:
+    assert "→ If it did not start at zero" in text_of(judged("SATURATED", "capacity"))
+
+
 def test_a_missing_number_says_why() -> None:
     report = all_null(judged("MIXED"))
     verdict = replace(judged("MIXED").summary.verdict or _none(), code="RANK_COLLAPSE")
