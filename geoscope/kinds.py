@@ -12,6 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from geoscope.answers import (
+    ALIGNMENT,
+    ANISOTROPY,
+    CAPACITY_USED,
+    COMPARED,
+    INITIALISED,
+    MOVED,
+    SPECTRUM,
+    Answer,
+)
+
 __all__ = ["CAPACITY", "FAR", "KINDS", "MOTION", "PAIR_KINDS", "UPDATE", "Judge", "Kind"]
 
 
@@ -76,6 +87,7 @@ class Kind:
     worst: the id that orders the matrices where no verdict flags any.
     sentence: the id and the words of the headline where there is no verdict.
     panels: rows of panels of the figure (geoscope.report.panels).
+    answer: its first lines: headline and facts.
     null: what the nulls of this kind are, as the head of their column and in the legend.
     share: what a verdict's shares are of, in the headline and beside the counts of matrices.
     drops_empty: rows and columns in which no matrix has a number are left out.
@@ -88,6 +100,7 @@ class Kind:
     worst: str
     sentence: tuple[str, str]
     panels: tuple[tuple[str, ...], ...]
+    answer: Answer
     families: tuple[str, ...] = ()
     judge: Judge | None = None
     overlaps: bool = False
@@ -183,6 +196,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "collapse": Kind(
             title="Spectral collapse",
+            answer=SPECTRUM,
             families=("size", "collapse"),
             judge=UPDATE,
             curves=("energy",),
@@ -208,6 +222,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "anisotropy": Kind(
             title="Anisotropy of the update",
+            answer=ANISOTROPY,
             families=("size", "spectrum"),
             curves=("spectrum",),
             model=(_SIZE, _SPECTRUM),
@@ -231,6 +246,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "alignment": Kind(
             title="Alignment with the base",
+            answer=ALIGNMENT,
             families=("size", "update_alignment", "base_alignment", "masks"),
             overlaps=True,
             curves=("energy", "angles"),
@@ -255,6 +271,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "capacity": Kind(
             title="Capacity",
+            answer=CAPACITY_USED,
             families=("size", "capacity"),
             judge=CAPACITY,
             curves=("spectrum",),
@@ -297,6 +314,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "compare": Kind(
             title="Base and tuned compared",
+            answer=COMPARED,
             families=(
                 "size",
                 "spectrum",
@@ -330,6 +348,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "init-adapter": Kind(
             title="Adapter initialised",
+            answer=INITIALISED,
             model=tuple(_ADAPTER.items()),
             columns=(
                 "relative_norm",
@@ -358,6 +377,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "trajectory": Kind(
             title="Trajectory",
+            answer=MOVED,
             judge=MOTION,
             model=(
                 (

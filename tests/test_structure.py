@@ -69,7 +69,17 @@ def wing(module: str) -> str:
 # What each wing may import of the others (docs/architecture.md). `` is geoscope/__init__.py, from
 # which nothing is taken.
 FLOOR = {
-    *("_version", "arguments", "digits", "errors", "files", "folders", "foreign", "kinds"),
+    *(
+        "_version",
+        "answers",
+        "arguments",
+        "digits",
+        "errors",
+        "files",
+        "folders",
+        "foreign",
+        "kinds",
+    ),
     *("names", "patterns", "pattern_server", "profile", "records"),
 }
 ALLOWED: dict[str, set[str]] = {
@@ -79,7 +89,8 @@ ALLOWED: dict[str, set[str]] = {
     "profile": set(),
     "files": set(),
     "folders": set(),
-    "kinds": set(),
+    "answers": set(),
+    "kinds": {"answers"},
     "arguments": {"errors"},
     "foreign": {"errors"},
     "pattern_server": set(),
@@ -465,7 +476,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 
 # Tables of data, read from top to bottom.
-TABLES = {"metrics/table.py"}
+TABLES = {"answers.py", "metrics/table.py"}
 LONGEST_FILE, LONGEST_BODY, USUAL_BODY = 500, 60, 16
 
 

@@ -13,7 +13,7 @@ import typer
 from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.command import repeated, taken
-from geoscope.cli.output import Show
+from geoscope.cli.output import Show, Told
 from geoscope.verbs.adapters.options import InitOptions
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def init_adapter(
     ],
     out: opt.InitFolder = None,
     files: opt.ReportFiles = None,
-    show: Annotated[Show, taken("as_json", "quiet", "verbose", "debug")],
+    show: Annotated[Show, taken("as_json", "quiet", "details", "verbose", "debug")],
 ) -> None:
     """GeoRA, PiSSA, MiLoRA, OLoRA, RLPO, RLMO or LoRA initial weights."""
     from geoscope.verbs.adapters.initialise import default_output, initialise, model_here
@@ -137,17 +137,17 @@ def verify_adapter(
         raise typer.Exit(1)
 
 
-def _verification(verification: Verification) -> str:
-    """One line a check, what failed with its reason."""
+def _verification(verification: Verification) -> Told:
+    """A line a check, what failed with its reason."""
     layout = f", layout {verification.layout}" if verification.layout else ""
-    lines = [f"{verification.folder} on {verification.base}{layout}"]
-    lines += [f"{_mark(check)} {check.text}" for check in verification.checks]
+    checks = verification.checks
+    failed = [check for check in checks if not check.ok]
+    headline = f"ALL CHECKS HOLD: {len(checks)} of {len(checks)}."
+    if failed:
+        headline = f"NOT SOUND: {len(failed)} of {len(checks)} checks failed."
+    lines = [f"{_mark(check)} {check.text}" for check in checks]
     lines += [f"note: {note}" for note in verification.notes]
-    failed = sum(not check.ok for check in verification.checks)
-    lines.append(
-        f"{failed} of {len(verification.checks)} checks failed" if failed else "all checks hold"
-    )
-    return "\n".join(lines)
+    return Told(f"{verification.folder} on {verification.base}{layout}", headline, lines)
 
 
 def _mark(check: Check) -> str:
@@ -204,19 +204,21 @@ def _facts(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -
     }
 
 
-def _converted(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -> str:
+def _converted(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -> Told:
+    """What was written, and what its rank leaves out of the update."""
     from geoscope.report.numbers import number
     from geoscope.verbs.adapters.convert import discarded_share
 
     config = conversion.config
-    text = (
-        f"{out}: LoRA of rank {config['r']}, lora_alpha {config['lora_alpha']:g}, on "
-        f"{config['base_model_name_or_path']}"
-    )
+    what = f"PLAIN LORA OF RANK {config['r']}"
+    lines = [
+        f"lora_alpha  {config['lora_alpha']:g}",
+        f"base        {config['base_model_name_or_path']}",
+    ]
+    title = f"Adapter converted: {out}"
     if not modules:
-        return text
+        return Told(title, f"{what}: exact.", lines)
     worst = max(modules, key=lambda module: module.share)
-    return (
-        f"{text}\nleft out by the rank: {number(discarded_share(modules))} of the update's energy, "
-        f"at most {number(worst.share)} ({worst.name})"
-    )
+    lines.append(f"worst       {number(worst.share)} left out of {worst.name}")
+    discarded = number(discarded_share(modules))
+    return Told(title, f"{what}: {discarded} of the update's energy is left out.", lines)

@@ -12,7 +12,7 @@ from geoscope.folders import cache_folder
 __all__ = ["app", "results_folder"]
 
 app = typer.Typer(
-    help="The kept results of earlier runs, and the kept tensors of Hub models.",
+    help="The kept results, and tensors of Hub models.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -35,4 +35,5 @@ def demo(
             folder / "base", steps[-1], kind="collapse", progress=progress, argv=sys.argv
         )
     output.emit(report, show)
-    output.data(story(folder, steps, report))
+    if not show.quiet:
+        output.data(story(folder, steps, report))

@@ -247,13 +247,15 @@ Strict = Annotated[bool, words("--strict", "Exit 1 when a matrix in scope was no
 DryRun = Annotated[bool, words("--dry-run",
     "Show what would be read and computed, from headers alone; compute and write nothing.")]
 Quiet = Annotated[bool, words("--quiet, -q",
-    "Nothing on standard error but errors and what explains the exit code.")]
+    "The headline alone; nothing on standard error but errors and what explains the exit code.")]
+Details = Annotated[bool, words("--details",
+    "All numbers: of the model, of each kind of module, and of the worst matrices.")]
 Verbose = Annotated[bool, words("--verbose, -v",
-    "List every matrix, and how it was computed (with error bounds).")]
+    "The details of every matrix, and how it was computed (with error bounds).")]
 Debug = Annotated[bool, words("--debug",
     "Show the traceback of an error, as GEOSCOPE_DEBUG=1 does.")]
 FailOn = Annotated[str | None, words("--fail-on EXPR",
     "Exit 3 when any of EXPR[,EXPR…] holds: CODE, CODE>SHARE, ID>NUMBER or ID<NUMBER.")]
-Explain = Annotated[bool, words("--explain", "Show every threshold and the values it met.")]
+Explain = Annotated[bool, words("--explain", "Also every threshold and the values it met.")]
 
 # fmt: on

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Show",
+    "Told",
     "answer",
     "check_file",
     "check_outputs",
@@ -137,14 +138,14 @@ def fault(text: str) -> None:
 
 def remark(text: str, *, quiet: bool = False) -> None:
     """A remark of one or more lines, as wide as the terminal at the most."""
-    wrapped = textwrap.wrap(
-        text,
-        _columns(sys.stderr),
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
+    say(_wrapped(text, _columns(sys.stderr)), quiet=quiet)
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = textwrap.wrap(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-    say("\n".join(wrapped), quiet=quiet)
+    return "\n".join(lines)
 
 
 def say_in_pipe(text: str, *, quiet: bool = False) -> None:
@@ -163,6 +164,7 @@ class Show:
     strict: bool = False
     dry_run: bool = False
     quiet: bool = False
+    details: bool = False
     verbose: bool = False
     debug: bool = False
     fail_on: str | None = None
@@ -182,19 +184,42 @@ def emit(report: Report, show: Show) -> None:
             say(f"wrote {path}", quiet=show.quiet)
 
 
-def answer(facts: Mapping[str, Any], text: str, show: Show) -> None:
-    """What is not a report, on standard output: the facts as JSON, or the text."""
+@dataclass(frozen=True)
+class Told:
+    """What a command says that makes no report.
+
+    title: what it is about.
+    headline: the answer.
+    lines: what stands below it.
+    """
+
+    title: str
+    headline: str
+    lines: Sequence[str]
+
+    @property
+    def text(self) -> str:
+        """Within 80 columns, as far as paths allow."""
+        lines = (self.title, "", self.headline, *self.lines)
+        return "\n".join(_wrapped(line, 80) for line in lines)
+
+
+def answer(facts: Mapping[str, Any], told: Told, show: Show) -> None:
+    """What is not a report, on standard output: the facts as JSON, or the text; its headline."""
     if show.as_json:
         document(json.dumps(facts, indent=2, sort_keys=True))
     else:
-        data(text)
+        data(told.headline if show.quiet else told.text)
 
 
 def _text(report: Report, show: Show) -> str:
+    if show.quiet and not (show.details or show.verbose or show.explain):
+        return reports.render_headline(report)
     return reports.render_text(
         report,
         width=_width(),
         colour=_colour(),
+        details=show.details,
         verbose=show.verbose,
         explain=show.explain,
     )

@@ -29,7 +29,10 @@ SeveralTuned = Annotated[
 ]
 Adapter = Annotated[str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")]
 
-_SHOW = ("as_json", "out", "force", "strict", "dry_run", "quiet", "verbose", "debug", "fail_on")
+_SHOW = (
+    *("as_json", "out", "force", "strict", "dry_run", "quiet", "details", "verbose"),
+    *("debug", "fail_on"),
+)
 _PAIR = (
     *("include", "exclude", "layers", "initial_adapter", "lora_alpha"),
     *("map_name", "allow_vocab_resize"),

@@ -17,7 +17,7 @@ __all__ = ["join", "metrics", "show"]
 
 Shown = Annotated[
     Show,
-    taken("as_json", "out", "force", "quiet", "verbose", "debug", "fail_on", "explain"),
+    taken("as_json", "out", "force", "quiet", "details", "verbose", "debug", "fail_on", "explain"),
 ]
 
 

@@ -10,7 +10,7 @@ import typer
 from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.command import leave, ready, taken
-from geoscope.cli.output import Show
+from geoscope.cli.output import Show, Told
 from geoscope.errors import OptionError
 from geoscope.verbs.series.options import FollowOptions
 
@@ -29,7 +29,7 @@ Points = Annotated[
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
 _TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
-_SHOW = ("as_json", "out", "force", "strict", "quiet", "verbose", "debug", "fail_on")
+_SHOW = ("as_json", "out", "force", "strict", "quiet", "details", "verbose", "debug", "fail_on")
 
 
 def _series(*names: str) -> object:
@@ -43,7 +43,7 @@ def trajectory(
     vectors: opt.Vectors = None,
     show: Annotated[Show, taken(*_SHOW)],
 ) -> None:
-    """Drift or diffusion? A run step by step, and how far it can be foretold."""
+    """Drift or diffusion? How far can a run be foretold?"""
     from geoscope.verbs.series.follow import follow
     from geoscope.verbs.series.report import IDS
 
@@ -76,7 +76,7 @@ def extrapolate(
     options: Annotated[FollowOptions, _series()],
     show: Annotated[Show, taken("as_json", "quiet", "debug")],
 ) -> None:
-    """Predicted weights of a later step, as far as held-out checkpoints justify them."""
+    """Predicted weights of a later step, where credible."""
     from geoscope.verbs.series.extrapolate import extrapolate as run
 
     with output.matrices(quiet=show.quiet) as progress:
@@ -116,21 +116,23 @@ def _facts(predicted: Extrapolation) -> dict[str, object]:
     }
 
 
-def _told(predicted: Extrapolation, *, whole_model: bool) -> str:
+def _told(predicted: Extrapolation, *, whole_model: bool) -> Told:
+    """Whether held-out checkpoints justify the distance, and what was written how."""
     from geoscope.report.numbers import number
 
-    folders = ", ".join(map(str, predicted.folders))
-    adapter = ""
+    is_credible = predicted.ahead <= predicted.horizon
+    counts = ", ".join(f"{name} {count}" for name, count in predicted.counts.items())
+    lines = [
+        f"skill    {number(predicted.skill)} of {predicted.method}, held out, over holding still",
+        f"methods  {'tensors' if whole_model else 'matrices'}: {counts}",
+    ]
     if predicted.rank is not None:
         left_out = number(predicted.discarded)
-        adapter = f"adapter of rank {predicted.rank}, which leaves out {left_out} of the energy\n"
-    counts = ", ".join(f"{name} {count}" for name, count in predicted.counts.items())
-    return (
-        f"{folders}: step {predicted.target} from checkpoints up to step {predicted.last}\n"
-        f"{adapter}"
-        f"{'tensors' if whole_model else 'matrices'} by method: {counts}\n"
-        f"held-out skill of {predicted.method}: {number(predicted.skill)} over holding the last "
-        f"checkpoint; credible up to {number(predicted.horizon)} steps ahead, asked for "
-        f"{predicted.ahead}\n"
-        "skill is about weights and not about the model: evaluate it"
+        lines.append(f"rank     {predicted.rank}, which leaves out {left_out} of the energy")
+    lines += ["", "Skill is about weights and not about the model: evaluate it."]
+    return Told(
+        f"Prediction of step {predicted.target}: {', '.join(map(str, predicted.folders))}",
+        f"{'WITHIN' if is_credible else 'BEYOND'} WHAT IS CREDIBLE: {predicted.ahead} steps from "
+        f"step {predicted.last}; credible are {number(predicted.horizon)}.",
+        lines,
     )

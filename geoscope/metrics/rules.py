@@ -34,7 +34,8 @@ class Rules:
 
 
 RULES: Mapping[Judge, Rules] = {
-    UPDATE: Rules(judge, judge_model, VERDICT_IDS),
+    # The shares of a verdict are of the update's energy.
+    UPDATE: Rules(judge, judge_model, (*VERDICT_IDS, "update.frobenius_norm")),
     CAPACITY: Rules(
         lambda row, _k, limits: judge_capacity(row, limits),
         lambda names, _modules, rows, judged, limits: judge_capacity_model(

@@ -6,6 +6,6 @@
 from __future__ import annotations
 
 from geoscope.report.files import SUFFIXES, check_output, read, write
-from geoscope.report.text import render_text
+from geoscope.report.text import render_headline, render_text
 
-__all__ = ["SUFFIXES", "check_output", "read", "render_text", "write"]
+__all__ = ["SUFFIXES", "check_output", "read", "render_headline", "render_text", "write"]

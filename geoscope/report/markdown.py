@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from geoscope.records import Report
+from geoscope.report.answer import answer
 from geoscope.report.content import page
 from geoscope.report.page import Block, Cell, Grid, Head
 from geoscope.report.plain import plain
@@ -17,8 +18,10 @@ _MARKS = re.compile(r"[\\`*|<#~]|(?<!\w)_|_(?!\w)")
 
 
 def render_markdown(report: Report) -> str:
-    """The blocks of the page, the first as title."""
-    first, *rest = page(plain(report))
+    """The blocks of the page, the first as title; then the answer."""
+    report = plain(report)
+    first, *rest = page(report)
+    rest = [*answer(report)[1:], *rest]
     parts = [f"# {_escaped(first.title)}", *_prose(first)]
     for block in rest:
         parts += [f"## {_escaped(block.title)}"] if block.title else []
@@ -39,15 +42,21 @@ def _table(grid: Grid) -> str:
         _row([":--" if head.is_words else "--:" for head in heads]),
     ]
     for row in grid.rows:
-        if len(row) == 1:
-            lines.append(_row([f"**{_escaped(row[0].text)}**", *([""] * (len(kept) - 1))]))
+        if len(row) != len(grid.heads):
+            lines.append(_row([*_named(row), *([""] * (len(kept) - len(row)))]))
         else:
             lines.append(_row([_cell(grid.heads[index], row[index]) for index in kept]))
     return "\n".join(lines)
 
 
+def _named(row: tuple[Cell, ...]) -> list[str]:
+    """The head of a group, or a name with words."""
+    first, *words = (_escaped(cell.text) for cell in row)
+    return [first, *words] if words else [f"**{first}**"]
+
+
 def _has_text(grid: Grid, index: int) -> bool:
-    return any(row[index].text for row in grid.rows if len(row) > 1)
+    return any(row[index].text for row in grid.rows if len(row) == len(grid.heads))
 
 
 def _row(cells: list[str]) -> str:

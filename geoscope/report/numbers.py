@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from geoscope.digits import DASH, number, significant
 
-__all__ = ["DASH", "degrees", "number", "percent", "shorten", "shorten_all", "times"]
+__all__ = ["DASH", "degrees", "number", "percent", "share", "shorten", "shorten_all", "times"]
 
 _ELLIPSIS = "…"
 
@@ -31,6 +31,15 @@ def percent(share: float) -> str:
     if 0.995 <= share < 1:
         return ">99 %"
     return f"{100 * share:.0f} %"
+
+
+def share(value: float) -> str:
+    """A share in percent, two significant digits.
+
+    >>> [share(x) for x in (0.1776, 0.00868, 0.9961, 1.0)]
+    ['18 %', '.87 %', '>99 %', '100 %']
+    """
+    return percent(value) if 0.995 <= value <= 1 else f"{significant(100 * value, 2)} %"
 
 
 def shorten(name: str, limit: int) -> str:

@@ -20,18 +20,23 @@ class Cell:
 class Head:
     """Head of a column. Words stand left, numbers right; a name may be cut in the middle.
 
-    Long words stand in the last column, and wrap there or below their row.
+    Long words stand in the last column, and wrap there or below their row. What is extra goes
+    first where the columns do not fit.
     """
 
     text: str
     is_words: bool = False
     is_name: bool = False
     is_long: bool = False
+    is_extra: bool = False
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; columns are in order of importance. A row of one cell heads a group."""
+    """A table; columns are in order of importance.
+
+    A row of one cell heads a group; one of two, in a wider table, is a name with words beside it.
+    """
 
     heads: tuple[Head, ...]
     rows: tuple[tuple[Cell, ...], ...]

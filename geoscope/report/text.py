@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geoscope.records import Report
+from geoscope.report.answer import answer, headlines
 from geoscope.report.content import page
+from geoscope.report.explain import explain_blocks
 from geoscope.report.numbers import shorten_all
 from geoscope.report.page import Block, Cell, Grid, Head
 from geoscope.report.plain import plain
+from geoscope.report.sections import sections
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["render_text"]
+__all__ = ["render_headline", "render_text"]
 
 _NARROWEST = 40
+_ANSWER_WIDTH, _ANSWER_LINES, _FEWEST_ROWS = 80, 20, 1
 _GAP = 2
 _LEAST_ROOM = 20  # of a last column of long words; with less it goes below its row
 _BELOW = "    "
@@ -38,18 +43,66 @@ _CODE_STYLES = {
     "RANK_COLLAPSE": "red",
     "INIT_MISMATCH": "red",
     "PARTIAL": "red",
+    "good": "green",
+    "open": "yellow",
+    "bad": "red",
 }
 
 
 def render_text(
-    report: Report, *, width: int, colour: bool, verbose: bool = False, explain: bool = False
+    report: Report,
+    *,
+    width: int,
+    colour: bool,
+    details: bool = False,
+    verbose: bool = False,
+    explain: bool = False,
 ) -> str:
-    """The report as text within `width` columns (40 at least), ending in a newline."""
+    """The report as text within `width` columns (40 at least), ending in a newline.
+
+    The answer in at most 20 lines of 80 columns; all numbers with `details` or `verbose`; rules,
+    limits and what met them with `explain`.
+    """
     width = max(width, _NARROWEST)
     lines: list[Text] = []
     for block in page(plain(report), verbose=verbose, explain=explain):
         lines += _block_lines(block, width)
     return _printed(lines[:-1], width, colour=colour)
+    if details or verbose:
+        blocks = page(report, verbose=verbose, explain=explain)
+        blocks[1:1] = [Block("\n".join(headlines(report)))]
+        return _printed(_lines(blocks, width), width, colour=colour)
+    lines = _answer_lines(report, min(width, _ANSWER_WIDTH))
+    if explain:
+        blocks = [block for part in sections(report) for block in explain_blocks(part)]
+        lines += [_empty(), *_lines(blocks, width)] if blocks else []
+    return _printed(lines, width, colour=colour)
+
+
+def render_headline(report: Report) -> str:
+    """The headline alone, whatever its width, ending in a newline."""
+    return "\n".join(headlines(plain(report))) + "\n"
+
+
+def _answer_lines(report: Report, width: int) -> list[Text]:
+    """The answer; where it is too long the last facts are left out."""
+    lines = _lines(answer(report), width)
+    if len(lines) <= _ANSWER_LINES:
+        return lines
+    grid = answer(report)[1].grid
+    count = 0 if grid is None else len(grid.rows)
+    rows = max(_FEWEST_ROWS, count - (len(lines) - _ANSWER_LINES))
+    return _lines(answer(report, rows=rows), width)
+
+
+def _lines(blocks: Sequence[Block], width: int) -> list[Text]:
+    return [line for block in blocks for line in _block_lines(block, width)][:-1]
+
+
+def _empty() -> Text:
+    from rich.text import Text
+
+    return Text("")
 
 
 def _printed(lines: list[Text], width: int, *, colour: bool) -> str:
@@ -119,7 +172,6 @@ class _Column:
 
 
 def _grid_lines(grid: Grid, width: int) -> list[Text]:
-    from rich.text import Text
 
     columns = _columns(grid, width)
     long = columns.pop() if columns and columns[-1].head.is_long else None
@@ -132,14 +184,24 @@ def _grid_lines(grid: Grid, width: int) -> list[Text]:
         lines.append(_line([_set_head(column) for column in heads]))
     at = 0
     for row in grid.rows:
-        if len(row) == 1:
-            lines.append(Text(row[0].text, style="italic"))
+        if len(row) != len(grid.heads):
+            lines += _across(row, columns, width)
             continue
         cells = _line([_set_cell(column, column.cells[at]) for column in columns])
         words = "" if long is None else long.cells[at].text
         lines += _beside(cells, words, start, width) if is_beside else _over(cells, words, width)
         at += 1
     return lines
+
+
+def _across(row: tuple[Cell, ...], columns: list[_Column], width: int) -> list[Text]:
+    """The head of a group, or a name in the first column with words over the others."""
+    from rich.text import Text
+
+    if len(row) == 1:
+        return [Text(row[0].text, style="italic")]
+    start = columns[0].width if columns else 0
+    return _beside(Text(row[0].text.ljust(start)), row[1].text, start + _GAP, width)
 
 
 def _beside(row: Text, words: str, start: int, width: int) -> list[Text]:
@@ -159,14 +221,15 @@ def _over(row: Text, words: str, width: int) -> list[Text]:
 
 
 def _columns(grid: Grid, width: int) -> list[_Column]:
-    rows = [row for row in grid.rows if len(row) > 1]
+    rows = [row for row in grid.rows if len(row) == len(grid.heads)]
+    has_groups = any(len(row) == 1 for row in grid.rows)
     columns: list[_Column] = []
     for index, head in enumerate(grid.heads):
         cells = [row[index] for row in rows]
         if head.is_name:
             names = shorten_all([cell.text for cell in cells], max(20, width * 2 // 5))
             cells = [Cell(name) for name in names]
-        if index == 0 and len(rows) < len(grid.rows):
+        if index == 0 and has_groups:
             cells = [Cell(f"  {cell.text}") for cell in cells]  # below the heads of their groups
         columns.append(_Column(head, _marked(cells)))
     return [column for column in columns if not column.is_empty]
@@ -174,10 +237,11 @@ def _columns(grid: Grid, width: int) -> list[_Column]:
 
 def _marked(cells: list[Cell]) -> tuple[Cell, ...]:
     """Where a number carries a mark behind it, the others get a space: digits stay aligned."""
-    if not any(cell.text.endswith("~") for cell in cells):
+    marks = ("~", "*")
+    if not any(cell.text.endswith(marks) for cell in cells):
         return tuple(cells)
     return tuple(
-        cell if cell.text.endswith("~") else Cell(f"{cell.text} ", cell.null) for cell in cells
+        cell if cell.text.endswith(marks) else Cell(f"{cell.text} ", cell.null) for cell in cells
     )
 
 
@@ -186,6 +250,9 @@ def _width(columns: list[_Column]) -> int:
 
 
 def _fitting(columns: list[_Column], width: int) -> list[_Column]:
+    """Those that fit: without what is extra where not all do, and then from the left."""
+    if _width(columns) > width:
+        columns = [column for column in columns if not column.head.is_extra]
     used, kept = 0, []
     for column in columns:
         used += column.width + (_GAP if kept else 0)

@@ -86,7 +86,7 @@ def test_an_adapter_alone(made: Adapters, name: str) -> None:
 
 
 def test_the_words_of_an_adapter_alone(made: Adapters) -> None:
-    done = run("capacity", made.of["collapsed"])
+    done = run("capacity", made.of["collapsed"], "--details")
     assert "RANK_COLLAPSE · 100 % of the changed matrices" in done.out
     assert "matrices: RANK_COLLAPSE 4 (100 %)" in done.out
     assert "a few directions hold the update, far fewer than the rank" in " ".join(done.out.split())
@@ -114,7 +114,7 @@ def test_over_its_base_the_numbers_are_the_same_and_the_size_is_known(made: Adap
         for key, value in theirs["values"].items():
             near = None if value is None else pytest.approx(value, rel=1e-9)
             assert mine["values"][key] == near, key
-    assert "The base" not in run("capacity", made.base, made.of["falling"]).out
+    assert "The base" not in run("capacity", made.base, made.of["falling"], "--details").out
 
 
 def test_a_merged_model_is_a_full_update_with_a_suggested_rank(made: Adapters) -> None:
@@ -126,7 +126,7 @@ def test_a_merged_model_is_a_full_update_with_a_suggested_rank(made: Adapters) -
     model = done.report["summary"]["model"]
     assert model["suggested_rank"] == 1
     assert model["nominal_rank"] is None
-    text = run("capacity", made.base, made.merged).out
+    text = run("capacity", made.base, made.merged, "--details").out
     assert "nominal rank" not in text and "k90/r_max" not in text
     assert "suggested rank" in text
 

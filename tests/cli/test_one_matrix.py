@@ -177,7 +177,7 @@ def test_any_error_is_told_in_one_line(
 def test_the_text_says_which_and_why(made: dict[str, Path], broken: Break) -> None:
     broken(MemoryError())
     for name in ("collapse", "trajectory"):
-        text = run(*(word.format(**made) for word in COMMANDS[name])).out
+        text = run(*(word.format(**made) for word in COMMANDS[name]), "--details").out
         assert f"PARTIAL 1 of 4 matrices not compared: {TALL}" in text
         assert "memory ran out (1 matrix)" in text
 

@@ -23,7 +23,7 @@ def drifting(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_says_drift_or_diffusion_and_how_far(drifting: Run) -> None:
-    done = command("trajectory", drifting.folder, "--base", drifting.base)
+    done = command("trajectory", drifting.folder, "--base", drifting.base, "--details")
     assert done.code == 0, done.err
     words = " ".join(done.out.split())
     assert "mostly drift" in words
@@ -84,7 +84,7 @@ def test_few_checkpoints_are_printed_with_what_does_not_apply(
     tmp_path: Path, steps: tuple[int, ...]
 ) -> None:
     run = Run.write(tmp_path, steps, drift=0.5)
-    done = command("trajectory", run.folder, "--base", run.base)
+    done = command("trajectory", run.folder, "--base", run.base, "--details")
     assert done.code == 0
     assert "NOT_APPLICABLE" in done.out
 
@@ -114,8 +114,9 @@ def test_extrapolate_writes_and_says_what_skill_means(tmp_path: Path, drifting: 
     given = "extrapolate", drifting.folder, "--base", drifting.base, "--to-step", "100"
     done = command(*given, "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "step 100 from checkpoints up to step 90" in done.out
-    assert "skill is about weights and not about the model" in done.out
+    assert "Prediction of step 100" in done.out
+    assert "WITHIN WHAT IS CREDIBLE: 10 steps from step 90" in done.out
+    assert "Skill is about weights and not about the model" in done.out
     assert {W.dtype for W in stored(tmp_path / "out").values()} == {torch.bfloat16}
     told = command(*given, "-o", tmp_path / "two", "--method", "damped(linear)", "--json")
     report = json.loads(told.out)
@@ -132,7 +133,7 @@ def test_extrapolate_refuses_beyond_the_horizon(tmp_path: Path, drifting: Run) -
     assert not (tmp_path / "out").exists()
     done = command(*given, "-o", tmp_path / "out", "--method", "two-point", "--force")
     assert done.code == 0
-    assert "asked for 8910" in done.out
+    assert "BEYOND WHAT IS CREDIBLE: 8910 steps" in done.out
 
 
 def test_single_entries_on_request(drifting: Run) -> None:
@@ -161,7 +162,9 @@ def test_single_entries_on_request(drifting: Run) -> None:
     assert values["scalar_r2_share"] == pytest.approx((r2 > 0.7).mean(), abs=1e-3)
     assert values["scalar_r2_kept"] == pytest.approx(moved.mean(), abs=1e-9)
     assert null == pytest.approx(0.44, abs=0.04)
-    assert "median R² of an entry" in command(*given[:-1], "--scalar-r2", "published").out
+    assert (
+        "median R² of an entry" in command(*given[:-1], "--scalar-r2", "published", "--details").out
+    )
     refused = command(*given, "--scalar-r2", "some")
     assert refused.code == 2 and "some" in refused.err
 

@@ -596,7 +596,7 @@ def _overlaps(records: Sequence[LayerRecord]) -> tuple[Overlap, ...]:
 
 
 def plain(report: Report, width: int = 80, **options: bool) -> str:
-    return render_text(report, width=width, colour=False, **options)
+    return render_text(report, width=width, colour=False, details=True, **options)
 
 
 def lines_with(text: str, start: str) -> list[str]:

@@ -23,7 +23,7 @@ OF_RANK = (
 
 
 def text_of(report: Report, **options: bool) -> str:
-    return render_text(report, width=100, colour=False, **options)
+    return render_text(report, width=100, colour=False, details=True, **options)
 
 
 def lacking(report: Report, *keys: str) -> Report:

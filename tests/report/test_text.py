@@ -21,11 +21,21 @@ GOLDEN = Path(__file__).parent / "golden"
 DIMENSIONAL = [quantity for quantity in QUANTITIES.values() if quantity.id.endswith("@k")]
 
 
-@pytest.mark.parametrize(("kind", "width"), [("compare", 80), ("compare", 120), ("anisotropy", 80)])
-def test_text_is_as_reviewed(kind: str, width: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "width", "runs"),
+    [
+        ("compare-80", "compare", 80, 1),
+        ("compare-120", "compare", 120, 1),
+        ("anisotropy-80", "anisotropy", 80, 1),
+        *((f"answer-{kind}", kind, 0, 1) for kind in KINDS),
+        ("answer-two-models", "compare", 0, 2),
+    ],
+)
+def test_text_is_as_reviewed(name: str, kind: str, width: int, runs: int) -> None:
     """GEOSCOPE_WRITE_GOLDEN=1 writes the files again; read their change in review."""
-    text = plain(example(kind, layers=2, rho=0.006, partial=True), width)
-    path = GOLDEN / f"{kind}-{width}.txt"
+    report = example(kind, layers=2, rho=0.006, partial=True, runs=runs)
+    text = plain(report, width) if width else render_text(report, width=80, colour=False)
+    path = GOLDEN / f"{name}.txt"
     if os.environ.get("GEOSCOPE_WRITE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
@@ -51,7 +61,7 @@ def test_without_colour_there_are_no_escapes_and_no_boxes(monkeypatch: pytest.Mo
 def test_colour_adds_escapes_and_no_letters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")  # the caller decides, not the environment
     report = example()
-    coloured = render_text(report, width=80, colour=True)
+    coloured = render_text(report, width=80, colour=True, details=True)
     assert "\x1b[1;32mOFF_PRINCIPAL" in coloured
     bare = "".join(part.partition("m")[2] for part in f"m{coloured}".split("\x1b["))
     assert [line.rstrip() for line in bare.splitlines()] == plain(report).splitlines()

@@ -150,7 +150,7 @@ def test_what_a_method_has_not_is_in_no_table(models: dict[str, Path], tmp_path:
     report = initialise(
         str(models["llama"]), tmp_path / "out", InitOptions(method="pissa", rank=2)
     ).report
-    text = reports.render_text(report, width=140, colour=False)
+    text = reports.render_text(report, width=140, colour=False, details=True)
     assert "captured energy" not in text.split("(…)")[0]
     assert "Jaccard" not in text
     assert "mask" not in text.split("(…)")[0]
@@ -158,7 +158,7 @@ def test_what_a_method_has_not_is_in_no_table(models: dict[str, Path], tmp_path:
     assert "~" not in text
     lora = InitOptions(method="lora", rank=2)
     made = initialise(str(models["llama"]), tmp_path / "lora", lora)
-    text = reports.render_text(made.report, width=140, colour=False)
+    text = reports.render_text(made.report, width=140, colour=False, details=True)
     assert "head energy" not in text.split("(…)")[0]  # of a product that is zero
     reports.write(report, tmp_path / "figure.svg")
     figure = (tmp_path / "figure.svg").read_text()
@@ -196,7 +196,7 @@ def test_the_record_and_the_report_tell_the_same(models: dict[str, Path], tmp_pa
     assert reports.read(path) == made.report
     for suffix in ("png", "md", "csv"):
         reports.write(made.report, tmp_path / f"report.{suffix}")
-    text = reports.render_text(made.report, width=100, colour=False)
+    text = reports.render_text(made.report, width=100, colour=False, details=True)
     assert "density of the mask" in text
     assert "COMPLETE 14 of 14" in text
 
@@ -461,7 +461,13 @@ def test_verify_fails_on_a_changed_folder(models: dict[str, Path], tmp_path: Pat
     initialise(str(models["llama"]), out, InitOptions(rank=2, residual_dtype="bfloat16"))
     done = run("verify-adapter", str(out))
     assert done.exit_code == 1
-    assert "FAIL" in done.stdout
+    title, _, rest = done.stdout.partition("\n\n")
+    assert title.startswith(str(out))
+    headline, *lines = rest.splitlines()
+    marks = [line[:4] for line in lines if line[:4] in ("ok  ", "FAIL", "warn")]
+    assert headline == f"NOT SOUND: {marks.count('FAIL')} of {len(marks)} checks failed."
+    assert 0 < marks.count("FAIL") < len(marks)
+    assert run("verify-adapter", str(out), "-q").stdout == f"{headline}\n"
     assert run("verify-adapter", str(out), "--allow-lossy").exit_code == 0
 
 
@@ -471,6 +477,7 @@ def test_convert_writes_a_plain_adapter(models: dict[str, Path], tmp_path: Path)
     words = ["convert-adapter", str(out), str(out / "adapter"), "-o", str(tmp_path / "plain")]
     done = run(*words)
     assert done.exit_code == 0, done.exception
+    assert "\n\nPLAIN LORA OF RANK 4: exact.\n" in done.stdout
     config = json.loads((tmp_path / "plain/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert config["base_model_name_or_path"] == str(models["llama"])

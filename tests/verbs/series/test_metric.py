@@ -168,7 +168,7 @@ def test_the_report_relates_matrices_kinds_and_the_model(run: Path, tmp_path: Pa
         assert model[f"{key}_mean"] == pytest.approx(mean)
     assert set(report.summary.nulls) >= {"pls_r2", "pls_r2_mean"}
     assert "a value at 8 of 8 checkpoints" in report.provenance.parameters["notes"][-1]
-    text = render_text(report, width=100, colour=False)
+    text = render_text(report, width=100, colour=False, details=True)
     assert "relation with the metric" in text
     assert "held-out skill" in text
     assert Report.loads(report.dumps()) == report
@@ -177,7 +177,9 @@ def test_the_report_relates_matrices_kinds_and_the_model(run: Path, tmp_path: Pa
 def test_without_a_metric_the_report_says_nothing_of_one(run: Path) -> None:
     report = followed(run, directions=False)
     assert not [key for key in report.summary.model if key.startswith(("metric_", "pls_"))]
-    assert "relation with the metric" not in render_text(report, width=100, colour=False)
+    assert "relation with the metric" not in render_text(
+        report, width=100, colour=False, details=True
+    )
 
 
 @pytest.mark.slow

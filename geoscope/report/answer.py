@@ -1,0 +1,468 @@
+"""The first lines of a report: a headline that answers its question, facts, what to do next.
+
+What is said stands in the tables of `geoscope.answers`; here the first outcome that fits is found
+and its numbers are put in. Every number is the report's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from geoscope.answers import Answer, Condition, Fact, Outcome
+from geoscope.errors import first_names
+from geoscope.kinds import Kind
+from geoscope.records import LayerRecord, Report, Status
+from geoscope.report.beside import anchor_block, overlap_block
+from geoscope.report.content import title
+from geoscope.report.coverage import compared_line
+from geoscope.report.numbers import DASH, degrees, number, share, shorten, times
+from geoscope.report.page import Block, Cell, Grid, Head
+from geoscope.report.sections import Section, base_label, sections, with_dimension
+from geoscope.report.tables import kind_of
+
+__all__ = ["answer", "headlines", "outcome"]
+
+_PLACE = re.compile(r"\{([^{}:]+)(?::(share|noise))?\}")
+_WHY = {
+    Status.NON_FINITE: "NaN or Inf",
+    Status.ZERO_UPDATE: "unchanged",
+    Status.NOT_CONVERGED: "no result",
+    Status.BELOW_RESOLUTION: "hidden",
+}
+_BLOCKS = 4  # so many parts of the depth are told apart
+_BESIDE = 3  # so many tuned models have a column; of more each has a row
+_MODELS = 9  # so many have a row
+_PAIRS = 3
+_ALERTS = 3
+_PARTLY = "*"
+_CAUTIOUS = "~"
+
+
+def answer(report: Report, *, rows: int | None = None) -> list[Block]:
+    """Title; headline with its facts, at most `rows` of them; coverage and what to do next."""
+    kind, parts = kind_of(report.kind), sections(report)
+    body = _alone(kind, parts[0], rows) if len(parts) == 1 else _several(kind, parts, rows)
+    first, *others = headlines(report)
+    named = others if len(others) <= _BESIDE else []  # of more the table tells it
+    lines = (*named, *_alerts(report, kind, parts))
+    tone = _tone([outcome(kind, part).tone for part in parts])
+    return [
+        Block(_title(report, parts)),
+        Block(first, lines, body, code=tone),
+        Block("", _tail(report, kind, parts, body)),
+    ]
+
+
+def _title(report: Report, parts: Sequence[Section]) -> str:
+    if len(parts) <= _BESIDE:
+        return title(report)
+    return f"{kind_of(report.kind).title}: {base_label(report)} → {len(parts)} tuned models"
+
+
+def headlines(report: Report) -> list[str]:
+    """The answer in a line; of several tuned models how many have which, then a line for each."""
+    kind, parts = kind_of(report.kind), sections(report)
+    if len(parts) == 1:
+        return [_headline(kind, parts[0])]
+    counts = Counter(outcome(kind, part).first for part in parts)
+    told = [f"{first} in {count} of {len(parts)}" for first, count in counts.most_common()]
+    return [f"{', '.join(told)} tuned models.", *(_named_headline(kind, part) for part in parts)]
+
+
+def _named_headline(kind: Kind, section: Section) -> str:
+    code = _code(section)
+    bracket = f" ({code})" if code else ""
+    return f"{section.tuned} {section.label}: {outcome(kind, section).first}{bracket}"
+
+
+def outcome(kind: Kind, section: Section) -> Outcome:
+    """The first outcome of the kind that fits the code and the numbers."""
+    code = _code(section)
+    return next(
+        each
+        for each in kind.answer.outcomes
+        if (not each.codes or code in each.codes)
+        and all(_holds(condition, section) for condition in each.when)
+    )
+
+
+def _tone(tones: Sequence[str]) -> str:
+    return next(tone for tone in ("bad", "open", "good") if tone in tones)
+
+
+def _code(section: Section) -> str:
+    if section.verdict is not None:
+        return section.verdict.code
+    return str((section.distance or {}).get("code") or "")
+
+
+def _headline(kind: Kind, section: Section) -> str:
+    result = outcome(kind, section)
+    code = _code(section)
+    words = f"{result.first}: {_filled(result.sentence, kind, section)}"
+    return f"{words}  ({code}{_flagged(section)})" if code else words
+
+
+def _flagged(section: Section) -> str:
+    verdict = section.verdict
+    if verdict is None or not verdict.counts:
+        return ""
+    return f", {len(verdict.flagged)} of {len(section.layers)} matrices flagged"
+
+
+def _filled(sentence: str, kind: Kind, section: Section) -> str:
+    """The sentence with the numbers of the model."""
+
+    def filled(match: re.Match[str]) -> str:
+        key, form = match.groups()
+        if key == "verdict":
+            return _own_sentence(section)
+        own = with_dimension(key, section.whole.k)
+        if form == "noise":
+            unit = next((fact.unit for fact in kind.answer.facts if fact.id == key), "")
+            return _shown(section.whole.nulls.get(own), unit)
+        return _shown(section.whole.values.get(own), form or "")
+
+    return _PLACE.sub(filled, sentence)
+
+
+def _own_sentence(section: Section) -> str:
+    """The first sentence of the verdict."""
+    verdict = section.verdict
+    if verdict is None:
+        return DASH
+    text = verdict.text.removeprefix(f"{verdict.code.lower()}: ").partition(". ")[0]
+    return f"{text.removesuffix('.')}."
+
+
+def _shown(value: float | int | None, unit: str) -> str:
+    if value is None:
+        return DASH
+    match unit:
+        case "share":
+            return share(value)
+        case "angle":
+            return degrees(value)
+        case _:
+            return number(value)
+
+
+# --- conditions and limits ------------------------------------------------------------------------
+
+
+def _holds(condition: Condition, section: Section) -> bool:
+    key = with_dimension(condition.id, section.whole.k)
+    value, null = section.whole.values.get(key), section.whole.nulls.get(key)
+    if condition.sign == DASH:
+        return value is None
+    if condition.by_noise:
+        value = value / null if value is not None and null else None
+    limit = condition.limit
+    limit = _limits(section).get(limit) if isinstance(limit, str) else limit
+    return _is_beyond(value, condition.sign, limit)
+
+
+def _is_beyond(value: float | None, sign: str, limit: float | None) -> bool:
+    if value is None or limit is None:
+        return False
+    return value < limit if sign == "<" else value >= limit
+
+
+def _limits(section: Section) -> Mapping[str, float]:
+    return {} if section.verdict is None else section.verdict.thresholds
+
+
+def _limit(fact: Fact, section: Section, null: float | None) -> float | None:
+    """The limit in force for this fact: of an angle the larger of its limit and its null's.
+
+    The steps of a series begin with that of its base.
+    """
+    limits = _limits(section)
+    if fact.from_steps and len(section.steps) <= limits.get(fact.from_steps, 0):
+        return None
+    limit = limits.get(fact.limit)
+    over = limits.get(fact.over_null)
+    if limit is None or over is None or null is None:
+        return limit
+    return max(limit, over * null)
+
+
+# --- what needs the user --------------------------------------------------------------------------
+
+
+def _alerts(report: Report, kind: Kind, parts: Sequence[Section]) -> list[str]:
+    """What to do, matrices that were not compared, and those that differ from the headline."""
+    lines = [f"→ {compared_line(report)}. Reasons: --details."] if report.coverage.missing else []
+    holders: dict[str, list[str]] = {}
+    for part in parts:
+        for words in filter(None, (outcome(kind, part).todo, _odd(part), _apart(part))):
+            holders.setdefault(words, []).append(part.label)
+    for words, labels in holders.items():
+        name = "" if len(labels) == len(parts) else f"{first_names(labels, limit=2)}: "
+        lines.append(f"→ {name}{words}")
+    more = len(lines) - _ALERTS
+    return lines if more <= 0 else [*lines[:_ALERTS], f"→ {more} more: --details."]
+
+
+def _odd(section: Section) -> str:
+    """Flagged matrices of a model whose own code flags nothing."""
+    verdict = section.verdict
+    if verdict is None or not verdict.flagged:
+        return ""
+    flagged = set(verdict.flagged) - set(verdict.apart)
+    codes = Counter(
+        str(layer.verdict["code"])
+        for layer in section.layers
+        if layer.verdict and layer.name in flagged
+    )
+    if not codes or verdict.code in codes:
+        return ""
+    told = ", ".join(f"{code} {count}" for code, count in codes.most_common())
+    worst = next(name for name in verdict.flagged if name in flagged)
+    return f"Look at {told}, worst {shorten(worst, 40)}: --details."
+
+
+def _apart(section: Section) -> str:
+    verdict = section.verdict
+    if verdict is None or not verdict.apart:
+        return ""
+    first = shorten(verdict.apart[0], 40)
+    more = f" and {len(verdict.apart) - 1} more" if len(verdict.apart) > 1 else ""
+    return f"Set apart, no update of the base's: {first}{more}."
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+def _alone(kind: Kind, section: Section, rows: int | None) -> Grid:
+    """A row for each fact that has a number, or a reason for having none."""
+    said = kind.answer
+    heads = (
+        Head("", is_words=True),
+        Head("", is_words=True, is_extra=True),
+        *map(Head, ("here", said.noise[0], "limit")),
+        Head("", is_words=True),
+    )
+    about = outcome(kind, section).about
+    facts = [fact for fact in said.facts if _stands(fact, about)]
+    cells = [row for fact in facts if (row := _row(fact, section))]
+    cells += [_where(section)] if said.by_block and not about and _where(section) else []
+    return Grid(heads, tuple(cells[:rows]))
+
+
+def _stands(fact: Fact, about: Sequence[str]) -> bool:
+    return fact.id in about if about else not fact.is_aside
+
+
+def _row(fact: Fact, section: Section) -> tuple[Cell, ...]:
+    whole = section.whole
+    key = _key(fact, section)
+    value, null = whole.values.get(key), whole.nulls.get(key)
+    if value is None:
+        reason = _reason(key, section)
+        return _cells(fact, section, DASH, "", "", reason) if reason else ()
+    limit = _limit(fact, section, null)
+    return _cells(
+        fact,
+        section,
+        _shown(value, fact.unit) + _mark(key, section),
+        "" if null is None else _shown(null, fact.unit),
+        "" if limit is None else _shown(limit, fact.unit),
+        _reading(fact, value, null, limit),
+    )
+
+
+def _cells(fact: Fact, section: Section, *texts: str) -> tuple[Cell, ...]:
+    k = section.whole.k
+    return tuple(map(Cell, (fact.label, fact.words.format(k=k), *texts)))
+
+
+def _key(fact: Fact, section: Section) -> str:
+    """The id, or of two the one with the larger number."""
+    values, k = section.whole.values, section.whole.k
+    keys = [with_dimension(key, k) for key in (fact.id, fact.other) if key]
+    known = [(value, key) for key in keys if (value := values.get(key)) is not None]
+    return max(known)[1] if known else keys[0]
+
+
+def _reason(key: str, section: Section) -> str:
+    """Why the model has no number; nothing for one that does not apply or is not in the report."""
+    statuses = Counter(layer.status_of(key) for layer in section.layers if key in layer.values)
+    reasons = [status for status, _ in statuses.most_common() if status in _WHY]
+    return _WHY[reasons[0]] if reasons else ""
+
+
+def _mark(key: str, section: Section) -> str:
+    if 0 < section.whole.numbered(key) < len(section.layers):
+        return _PARTLY
+    return _CAUTIOUS if section.whole.is_cautioned(key) else ""
+
+
+def _reading(fact: Fact, value: float, null: float | None, limit: float | None) -> str:
+    """A word: beyond the limit, or where the number is on its scale."""
+    if fact.beyond and _is_beyond(value, fact.sign, limit):
+        return fact.beyond
+    measured = value
+    if fact.by_noise:
+        if not null:
+            return ""
+        measured = value / null
+    for bound, word in fact.scale:
+        if measured < bound or measured == bound == 0:
+            return word
+    if fact.scale:
+        return fact.rest.format(times=times(measured))
+    return "ok" if limit is not None and fact.beyond else ""
+
+
+def _where(section: Section) -> tuple[Cell, ...]:
+    """Shares of the update's energy along the depth, in at most four parts; a row of two cells."""
+    parts = _along_depth(section.layers)
+    total = sum(energy for _, energy in parts)
+    if len(parts) < 2 or not total:
+        return ()
+    shares = [energy / total for _, energy in parts]
+    first, last = parts[0][0][0], parts[-1][0][-1]
+    what = "by block" if all(len(blocks) == 1 for blocks, _ in parts) else "by depth, blocks"
+    listed = " · ".join(f"{100 * each:.0f}" for each in shares)
+    return Cell("where"), Cell(f"{what} {first} … {last}: {listed} %  {_depth_word(shares)}")
+
+
+def _along_depth(layers: Sequence[LayerRecord]) -> list[tuple[list[int], float]]:
+    """Blocks of each part of the depth, and the update's energy in them."""
+    energy: Counter[int] = Counter()
+    for layer in layers:
+        norm = layer.values.get("update.frobenius_norm")
+        if layer.layer is not None and norm is not None:
+            energy[layer.layer] += norm**2  # pyright: ignore[reportArgumentType]
+    blocks = sorted(energy)
+    count = min(_BLOCKS, len(blocks))
+    ends = [round(i * len(blocks) / count) for i in range(count + 1)] if count else []
+    groups = [blocks[start:end] for start, end in pairwise(ends)]
+    return [(group, sum(energy[block] for block in group)) for group in groups]
+
+
+def _depth_word(shares: Sequence[float]) -> str:
+    """early, late or in the middle where one part has half as much again as an even share."""
+    largest = max(range(len(shares)), key=lambda i: shares[i])
+    if shares[largest] * len(shares) < 1.5:
+        return "even"
+    return {0: "early", len(shares) - 1: "late"}.get(largest, "in the middle")
+
+
+# --- several tuned models -------------------------------------------------------------------------
+
+
+def _several(kind: Kind, parts: Sequence[Section], rows: int | None) -> Grid:
+    """The facts that have a number in one of them: of few models a row each, of many a column."""
+    facts = [
+        fact
+        for fact in kind.answer.facts
+        if fact.label and not fact.is_aside and _is_known(fact, parts)
+    ]
+    if len(parts) <= _BESIDE:
+        return _models_beside(facts[:rows], parts)
+    return _models_below(kind, facts, parts, min(_MODELS, rows or _MODELS))
+
+
+def _models_beside(facts: Sequence[Fact], parts: Sequence[Section]) -> Grid:
+    names = (Head("", is_words=True), Head("", is_words=True, is_extra=True))
+    k = parts[0].whole.k
+    rows = [
+        (
+            *(Cell(fact.label), Cell(fact.words.format(k=k))),
+            *(_beside_null(fact, part) for part in parts),
+        )
+        for fact in facts
+    ]
+    return Grid((*names, *(Head(str(part.tuned)) for part in parts)), tuple(rows))
+
+
+def _models_below(kind: Kind, facts: Sequence[Fact], parts: Sequence[Section], most: int) -> Grid:
+    heads = [Head("tuned", is_words=True), Head("answer", is_words=True)]
+    heads += [Head(fact.label) for fact in facts]
+    table: list[tuple[Cell, ...]] = [
+        (
+            Cell(f"{part.tuned} {part.label}"),
+            Cell(outcome(kind, part).first, code=outcome(kind, part).tone),
+            *(_beside_null(fact, part) for fact in facts),
+        )
+        for part in (parts if len(parts) <= most else parts[: most - 1])
+    ]
+    if len(table) < len(parts):
+        table.append((Cell(f"… {len(parts) - len(table)} more: --details"),))
+    return Grid(tuple(heads), tuple(table))
+
+
+def _is_known(fact: Fact, parts: Sequence[Section]) -> bool:
+    return any(part.whole.values.get(_key(fact, part)) is not None for part in parts)
+
+
+def _beside_null(fact: Fact, section: Section) -> Cell:
+    key = _key(fact, section)
+    value, null = section.whole.values.get(key), section.whole.nulls.get(key)
+    text = _shown(value, fact.unit) + ("" if value is None else _mark(key, section))
+    return Cell(text, "" if null is None else f"({_shown(null, fact.unit)})")
+
+
+# --- coverage and what comes next -----------------------------------------------------------------
+
+
+def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> tuple[str, ...]:
+    """Coverage, what the columns and marks mean, what cannot be seen, and what to do next."""
+    said = kind.answer
+    complete = "" if report.coverage.missing else f"{compared_line(report)}."
+    pairs = _pairs(report, parts[0]) if len(parts) > 1 else ""
+    lines = [
+        pairs,
+        *anchor_block(report, kind, parts[0]).lines,
+        " ".join(filter(None, (complete, _noise(said, body, is_alone=len(parts) == 1)))),
+        _marks(body),
+        said.caveat,
+        _next(said, parts),
+    ]
+    return tuple(filter(None, lines))
+
+
+def _pairs(report: Report, section: Section) -> str:
+    grid = overlap_block(report, section).grid
+    rows = () if grid is None else grid.rows
+    told = [f"{row[0].text} {row[2].text} {row[2].null}".rstrip() for row in rows[:_PAIRS]]
+    more = f" and {len(rows) - _PAIRS} more" if len(rows) > _PAIRS else ""
+    return f"Cosine of the updates: {', '.join(told)}{more}." if told else ""
+
+
+def _noise(said: Answer, body: Grid, *, is_alone: bool) -> str:
+    """What the nulls are, where the table has some."""
+    name, words = said.noise
+    cells = [cell for row in _whole_rows(body) for cell in row]
+    columns = [i for i, head in enumerate(body.heads) if is_alone and head.text == name]
+    has_null = any(row[i].text for row in _whole_rows(body) for i in columns)
+    if not has_null and not any(cell.null for cell in cells):
+        return ""
+    return f"{name.capitalize() if is_alone else '(…)'}: {words}."
+
+
+def _marks(body: Grid) -> str:
+    """What the marks behind numbers mean."""
+    texts = [cell.text for row in _whole_rows(body) for cell in row]
+    words = {_PARTLY: "of some matrices only", _CAUTIOUS: "rounding is a visible part"}
+    told = [
+        f"{mark} {what}"
+        for mark, what in words.items()
+        if any(len(text) > 1 and text.endswith(mark) for text in texts)
+    ]
+    return f"{'; '.join(told)}." if told else ""
+
+
+def _whole_rows(body: Grid) -> list[tuple[Cell, ...]]:
+    return [row for row in body.rows if len(row) == len(body.heads)]
+
+
+def _next(said: Answer, parts: Sequence[Section]) -> str:
+    explained = any(part.verdict and part.verdict.explain for part in parts)
+    words = ["All numbers: --details", "why: --explain" if explained else "", said.next]
+    return " · ".join(filter(None, words))
