@@ -58,7 +58,7 @@ def adalora_modules(
     """Every adapted module by name. Raises CheckpointError for factors that lack their partners or
     contradict the config."""
     start = _positive(config, "init_r", label)
-    alpha = config.get("lora_alpha")
+    alpha: Any = config.get("lora_alpha")
     if not NUMBER.holds(alpha):
         raise CheckpointError(
             f"{label}: lora_alpha is {shown(alpha)} in adapter_config.json, and must be a number; "

@@ -64,10 +64,7 @@ def render_text(
     limits and what met them with `explain`.
     """
     width = max(width, _NARROWEST)
-    lines: list[Text] = []
-    for block in page(plain(report), verbose=verbose, explain=explain):
-        lines += _block_lines(block, width)
-    return _printed(lines[:-1], width, colour=colour)
+    report = plain(report)
     if details or verbose:
         blocks = page(report, verbose=verbose, explain=explain)
         blocks[1:1] = [Block("\n".join(headlines(report)))]

@@ -17,8 +17,7 @@ from geoscope.report import render_headline, render_text
 from geoscope.report.answer import headlines
 from geoscope.report.numbers import number, share
 from geoscope.report.tables import QUANTITIES
-
-from .examples import all_null, example
+from tests.helpers.examples import all_null, example
 
 LIMITS = {name: threshold.value for name, threshold in THRESHOLDS.items()}
 

@@ -129,12 +129,11 @@ def initialise(
     refuse_unwritable(checkpoint, "init-adapter")
     targets = choose_targets(checkpoint, options)
     files = plan_files(checkpoint, targets, options)
-    inputs = _inputs(checkpoint)
     folder = OutputFolder(
         out,
         files.sizes(len(targets.shapes) + len(targets.weights)),
         force=options.force,
-        inputs=inputs,
+        inputs=_inputs(checkpoint),
         meanwhile=files.spool_bytes,
     )
     if on_start is not None:
@@ -156,10 +155,7 @@ def initialise(
             hashes[name] = spool.keep(target, [one.factors for one in starts])
             kept.update(zip(target.names, map(_without_tensors, starts), strict=True))
             progress.on_pair(len(kept), len(targets.shapes), name)
-            rewritten = [one.residual for one in starts if one.residual is not None]
-            if target.experts is None or not rewritten:
-                return rewritten[0] if rewritten else None
-            return torch.stack(rewritten)
+            return _rewritten(target, starts)
 
         if files.model is not None:
             write_model(output, "residual", checkpoint, files.model, replacement)
@@ -182,6 +178,14 @@ def initialise(
         seconds=time.perf_counter() - started,
     )  # fmt: skip
     return Initialised(report, out, card, out / files.card)
+
+
+def _rewritten(target: Target, starts: Sequence[_Start]) -> Tensor | None:
+    """The residual that takes a weight's place, of a stack of experts a stack; None without one."""
+    residuals = [start.residual for start in starts if start.residual is not None]
+    if target.experts is None or not residuals:
+        return residuals[0] if residuals else None
+    return torch.stack(residuals)
 
 
 def _read_names(checkpoint: Checkpoint, files: AdapterFiles, targets: Targets) -> list[str]:
