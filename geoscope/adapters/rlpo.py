@@ -56,7 +56,7 @@ def rlpo(
         {"spectral": head.method},
         (*_vanished(head.S[:-1], float(head.S[0]), "leading"), *gap_note(head.gap)),
     )
-    return _factors(W, found, s, iid_cut(*W.shape, rank, seed))
+    return _factors(W, found, s, iid_cut(W.shape[0], W.shape[1], rank, seed))
 
 
 def rlmo(
@@ -80,7 +80,7 @@ def rlmo(
             *gap_note(gap, "the first of the last r singular values and the one above it"),
         ),
     )
-    return _factors(W, found, s, iid_cut(*W.shape, rank, seed, is_last=True))
+    return _factors(W, found, s, iid_cut(W.shape[0], W.shape[1], rank, seed, is_last=True))
 
 
 def _last(W: Tensor, rank: int, solver: str) -> Tail:
