@@ -8,6 +8,7 @@ refusal is one line: what was found, what is needed, what to do.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -65,7 +66,15 @@ _MEGATRON = (
     "Export it with the framework's own converter, for verl `python -m verl.model_merger merge "
     "--backend megatron --local_dir … --target_dir OUT`, and give OUT."
 )
-_DEEPSPEED = "Run `zero_to_fp32.py` in that folder, or save with `--save_hf_ckpt`."
+# DeepSpeed's script takes the folder above the shards, and their own as the tag.
+_ZERO = (
+    "Run `python {above}/zero_to_fp32.py {above} OUT --safe_serialization --tag {tag}` (DeepSpeed "
+    "writes the script there) and give OUT."
+)
+_ZERO_HERE = "Run `python {here}/zero_to_fp32.py {here} OUT --safe_serialization` and give OUT."
+_ZERO_PARALLEL = (
+    "Export it with the trainer: `zero_to_fp32.py` does not join the parts of tensor parallelism."
+)
 _TOGETHER = "Give the folder that holds them all, on this disk."
 
 
@@ -87,6 +96,11 @@ def odd_shards(evidence: str) -> Refused:
 def refusal(reference: str, refused: Refused) -> UnsupportedFormat:
     """The one line for the user."""
     hint = refused.hint.replace("{ref}", reference)
+    shards = PurePosixPath(reference)
+    shards = shards.parent if shards.suffix in (".pt", ".py") else shards
+    places = {"here": str(shards), "above": str(shards.parent), "tag": shards.name}
+    for place, path in places.items():
+        hint = hint.replace(f"{{{place}}}", shlex.quote(path))
     return UnsupportedFormat(
         f"`{reference}`: weights are {refused.format} ({refused.evidence}). {refused.needs} {hint}"
     )
@@ -328,16 +342,12 @@ _FRAMEWORKS = (
         _PRECISIONS,
     ),
     (re.compile(r"model_world_size_\d+_rank_\d+\.pt$"), "verl FSDP shards", _TOGETHER, _PARTS),
-    (
-        re.compile(
-            r"(?:.*mp_rank_\d+_model_states\.pt|.*zero_pp_rank_\d+_.*\.pt|zero_to_fp32\.py)$"
-        ),
-        "DeepSpeed ZeRO shards",
-        _DEEPSPEED,
-        _PRECISIONS,
-    ),
     (re.compile(r"(?:\.metadata|.*\.distcp)$"), "a DCP checkpoint", _TOGETHER, _PARTS),
 )
+_ZERO_FILE = re.compile(
+    r"(?:.*zero_pp_rank_(?P<rank>\d+)_)?(?:.*mp_rank_(?P<part>\d+)_)(?P<what>model|optim)_states\.pt$"
+)
+_ZERO_SCRIPT = "zero_to_fp32.py"
 _SUFFIXES = {
     ".gguf": "GGUF",
     ".msgpack": "Flax",
@@ -368,6 +378,8 @@ def by_files(names: Collection[str]) -> Refused | None:
     if adapter or "adapter_config.json" in names:
         evidence = [name for name in ordered if name == "adapter_config.json"] + adapter
         return Refused("a PEFT adapter", ", ".join(evidence[:2]), _ADAPTER, _BESIDE)
+    if (zero := _deepspeed(ordered)) is not None:
+        return zero
     for pattern, called, hint, needs in _FRAMEWORKS:
         found = [name for name in ordered if pattern.match(name)]
         if found:
@@ -377,3 +389,22 @@ def by_files(names: Collection[str]) -> Refused | None:
         if suffix in _SUFFIXES:
             return Refused(_SUFFIXES[suffix], name, _CONVERT)
     return None
+
+
+def _deepspeed(names: Collection[str]) -> Refused | None:
+    """Shards of DeepSpeed ZeRO, with the stage and the number of ranks that their names tell, and
+    the command that converts this very folder."""
+    shards = {name: match for name in names if (match := _ZERO_FILE.match(name)) is not None}
+    if not shards:
+        if _ZERO_SCRIPT not in names:
+            return None
+        return Refused("DeepSpeed ZeRO shards", _ZERO_SCRIPT, _ZERO_HERE)
+    ranks = {match["rank"] for match in shards.values()} - {None}
+    parts = {match["part"] for match in shards.values()}
+    is_third = any(one["rank"] and one["what"] == "model" for one in shards.values())
+    called = "DeepSpeed ZeRO shards"
+    if ranks:
+        stage = "ZeRO-3" if is_third else "ZeRO-1 or ZeRO-2"
+        called = f"DeepSpeed {stage} shards of {len(ranks)} rank{'s' * (len(ranks) > 1)}"
+    hint = _ZERO if len(parts) == 1 else _ZERO_PARALLEL
+    return Refused(called, first_names(sorted(shards), 1), hint)

@@ -104,9 +104,10 @@ def _iid_cut(q: int, M: int, k: int, seed: int, is_last: bool) -> tuple[float, f
     cut = k if is_last else 1  # the k + 1 energies ascend; this one is the first above the cut
     shares, gaps = [], []
     for main, side in iid_tridiagonals(q, M, seed):
-        energies = np.asarray(
-            eigvalsh_tridiagonal(main, side, select="i", select_range=chosen, lapack_driver="stebz")
-        ).clip(min=0)
+        found = eigvalsh_tridiagonal(
+            main, side, select="i", select_range=chosen, lapack_driver="stebz"
+        )
+        energies = np.maximum(np.asarray(found), 0)
         held = energies[:k] if is_last else energies[1:]
         below, above = np.sqrt(energies[cut - 1]), np.sqrt(energies[cut])
         shares.append(float(held.sum() / main.sum()))

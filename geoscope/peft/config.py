@@ -145,13 +145,17 @@ def start_of(config: Mapping[str, Any]) -> str | None:
 
 def drawn_start(config: Mapping[str, Any]) -> str | None:
     """What to say of an adapter that was drawn at random, over a base that stayed as it was."""
-    for field in ("init_lora_weights", "init_weights"):
-        value = config.get(field)
-        if value is False or (field == "init_weights" and value in _DRAWN):
-            word = "false" if value is False else value
-            return (
-                f"{field} is {word}: all factors were drawn at random, so the update was not zero "
-                "before training, and the draw is counted with it; give the adapter before "
-                "training as --initial-adapter"
-            )
-    return None
+    start = config.get("init_weights")
+    if config.get("init_lora_weights") is False:
+        drawn, what = "init_lora_weights is false: both factors were", "product"
+        way_out = "give the adapter before training as --initial-adapter"
+    elif start is False or start in _DRAWN:
+        word = "false" if start is False else start
+        drawn, what = f"init_weights is {word}: all parameters were", "update"
+        way_out = "compare it with BASE+START, START being the adapter before training"
+    else:
+        return None
+    return (
+        f"{drawn} drawn at random, so the {what} was not zero before training, and is counted with "
+        f"the update; {way_out}"
+    )

@@ -232,7 +232,13 @@ def test_readable_weights_beside_another_format_are_read(tmp_path: Path) -> None
     assert open_checkpoint(str(tmp_path)).tensors
 
 
-DEEPSPEED = "Run `zero_to_fp32.py` in that folder, or save with `--save_hf_ckpt`."
+DEEPSPEED = (
+    "Run `python {above}/zero_to_fp32.py {above} OUT --safe_serialization --tag 'global step'` "
+    "(DeepSpeed writes the script there) and give OUT."
+)
+PARALLEL = (
+    "Export it with the trainer: `zero_to_fp32.py` does not join the parts of tensor parallelism."
+)
 MEGATRON = (
     "Export it with the framework's own converter, for verl `python -m verl.model_merger merge "
     "--backend megatron --local_dir … --target_dir OUT`, and give OUT."
@@ -244,9 +250,25 @@ MEGATRON = (
     [
         (
             ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-            "DeepSpeed ZeRO shards",
+            "DeepSpeed ZeRO-1 or ZeRO-2 shards of 1 rank",
             "mp_rank_00_model_states.pt and 1 more",
             f"{READS} {DEEPSPEED}",
+        ),
+        (
+            [
+                f"{prefix}zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt"
+                for rank in range(4)
+                for prefix, what in (("", "model"), ("bf16_", "optim"))
+            ],
+            "DeepSpeed ZeRO-3 shards of 4 ranks",
+            "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt and 7 more",
+            f"{READS} {DEEPSPEED}",
+        ),
+        (
+            ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"],
+            "DeepSpeed ZeRO shards",
+            "mp_rank_00_model_states.pt and 1 more",
+            f"{READS} {PARALLEL}",
         ),
         (
             [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
@@ -264,7 +286,8 @@ def test_a_framework_folder_is_known_by_its_files(
     for name in names:
         (folder / name).touch()
     expected = f"`{{ref}}`: weights are {called} ({evidence}). {rest}"
-    assert line(folder) == expected.replace("{ref}", str(folder))
+    expected = expected.replace("{ref}", str(folder)).replace("{above}", str(tmp_path))
+    assert line(folder) == expected
 
 
 def test_framework_shards_in_a_folder_below_are_named_with_it(tmp_path: Path) -> None:

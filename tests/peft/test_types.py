@@ -452,6 +452,19 @@ def test_a_place_of_tinylora_is_told_by_its_draw(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_drawn"),
+    [({}, False), ({"init_weights": False}, True), ({"init_weights": "mini", "mini_r": 4}, False)],
+)
+def test_a_start_that_was_drawn_is_told(
+    tmp_path: Path, settings: dict[str, Any], is_drawn: bool
+) -> None:
+    merged(tmp_path, "llama", of("MissConfig", r=4, **settings))
+    notes = read_adapter(tmp_path).notes
+    told = "init_weights is false: all parameters were drawn at random"
+    assert any(note.startswith(told) for note in notes) is is_drawn
+
+
 @pytest.mark.parametrize("case", ["miss", "miss, mini"])
 def test_miss_tells_nothing_without_the_base(tmp_path: Path, case: str) -> None:
     merged(tmp_path, *CASES[case])

@@ -166,7 +166,7 @@ def test_accelerate_writes_dcp_below_its_checkpoints(shards: Path) -> None:
     ("file", "called", "hint"),
     [
         ("_actor/global_step20/mp_rank_00_model_states.pt", "DeepSpeed ZeRO shards",
-         "Run `zero_to_fp32.py` in that folder, or save with `--save_hf_ckpt`."),
+         "OUT --safe_serialization --tag global_step20`"),
         ("policy/weights/iter_0000002/common.pt", "a Megatron checkpoint", "--backend megatron"),
         ("actor/dist_ckpt/common.pt", "a Megatron checkpoint", "--backend megatron"),
     ],

@@ -94,8 +94,8 @@ def verify_adapter(
     base = None if base is None else path_text(base, "base")
     origin = adapter_folder(folder)
     adapter = read_adapter(origin.adapter, origin.label)
-    adapter.refuse_more_than_plain("verify-adapter")
-    layout = _layout(origin, adapter)
+    more = adapter.not_plain
+    layout = _layout(origin, adapter) if more is None else origin.layout
     reference = _reference(origin, adapter, layout, base)
     original = open_checkpoint(reference)
     refuse_ungathered(original)
@@ -105,26 +105,30 @@ def verify_adapter(
     live = module_paths(list(original.tensors), original.config)
     match = AdapterMatch.of(adapter, original, live.paths)
     tick = _Counter(len(match.pieces), on_module)
-    checks = [
-        _layout_check(origin, adapter, layout),
-        spelling_check(adapter),
-        keys_check(match),
-        shapes_check(match),
-        *packing_checks(match),
-        *tied_checks(match),
-        *([_config_check(adapter)] if layout else []),
-        _vllm_check(origin, adapter),
-    ]
+    if more is not None and layout is None:
+        checks = _checks_of_another_type(match, more)
+    else:
+        adapter.refuse_more_than_plain(f"layout {layout}")
+        checks = [
+            _layout_check(origin, adapter, layout),
+            spelling_check(adapter),
+            keys_check(match),
+            shapes_check(match),
+            *packing_checks(match),
+            *tied_checks(match),
+            *([_config_check(adapter)] if layout else []),
+            _vllm_check(origin, adapter),
+        ]
     if residual is not None:
         checks += [
             _weights_check(match, original, residual, tick, allow_lossy=allow_lossy),
             _untouched_check(match, original, residual),
         ]
-    if layout == "mirror" or starts_on_base(origin.record.get("method")):
+    if layout == "mirror" or (more is None and starts_on_base(origin.record.get("method"))):
         checks.append(_product_check(match, original, tick))
     if layout == "anchor" and origin.anchor is not None:
         checks.append(_anchor_check(adapter, read_adapter(origin.anchor, f"{folder}/anchor")))
-    if origin.record:
+    if origin.record and more is None:
         checks.append(_hashes_check(origin.record, match, original))
     if with_peft and checks[0].ok:
         anchor = origin.anchor if layout == "anchor" else None
@@ -149,6 +153,20 @@ def _reference(
             "with; give it with `base`"
         )
     return found
+
+
+def _checks_of_another_type(match: AdapterMatch, called: str) -> list[Check]:
+    """What can be told of an adapter that is more than plain LoRA."""
+    count = len(match.adapter.modules)
+    vllm = f"vLLM serves plain LoRA alone, and this is {called}; merge it into the base"
+    return [
+        Check("layout", True, f"{called} on its base, {count} modules"),
+        keys_check(match),
+        shapes_check(match),
+        *packing_checks(match),
+        *tied_checks(match),
+        Check("vllm", True, vllm, is_warning=True),
+    ]
 
 
 # --- the layout ---------------------------------------------------------------------------------

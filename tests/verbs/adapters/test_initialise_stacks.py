@@ -127,7 +127,7 @@ def test_one_stack_of_square_experts_says_how_it_is_packed(
 
 def test_a_part_of_the_layers_is_named_in_full(tmp_path: Path) -> None:
     folder = tiny_models.stacked(tmp_path / "two", tiny_models.qwen3_moe(tmp_path / "apart"))
-    initialise(folder, tmp_path / "out", InitOptions(rank=2, method="rlmo", layers="1"))
+    initialise(folder, tmp_path / "out", InitOptions(rank=2, method="rlmo", layers=frozenset({1})))
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     names = [f"model.layers.1.mlp.experts.{leaf}" for leaf in ("down_proj", "gate_up_proj")]
     assert config["target_parameters"] == names

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from geoscope.errors import NumericsError, OptionError, UnsupportedFormat
+from geoscope.errors import NumericsError, OptionError
 from geoscope.records import Report
 from geoscope.trajectory.backtest import backtest
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS
@@ -171,7 +171,7 @@ def test_a_rewritten_base_needs_the_start_of_its_adapters(tmp_path: Path) -> Non
     follow([str(folder)], options=FollowOptions(initial_adapter=str(initial), jobs=1))
 
 
-def test_updates_that_need_the_base_are_refused_by_name(tmp_path: Path) -> None:
+def test_updates_that_need_the_base_ask_for_it(tmp_path: Path) -> None:
     _, folder, _ = lora_run(tmp_path, (0, 10, 20), from_zero=True)
     for path in folder.glob("checkpoint-*"):
         weights = path / "adapter_model.safetensors"
@@ -183,7 +183,7 @@ def test_updates_that_need_the_base_are_refused_by_name(tmp_path: Path) -> None:
         save_file(tensors, weights)
         config = path / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
-    with pytest.raises(UnsupportedFormat, match=r"DoRA is not followed .*; merge every step into"):
+    with pytest.raises(OptionError, match=r"of DoRA is not told without its base; .* `base`$"):
         follow([str(folder)])
 
 
