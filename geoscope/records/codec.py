@@ -15,7 +15,7 @@ completes what was read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
@@ -77,7 +77,10 @@ def _form(kind: Any) -> _Form:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _Form(lambda value: value.value, kind)
     if origin is tuple:
-        return _of_tuples(_form(parts[0]))
+        return _of_tuples(_form(parts[0]), tuple)
+    if isinstance(kind, type) and issubclass(kind, tuple):
+        (base,) = cast(Any, kind).__orig_bases__
+        return _of_tuples(_form(get_args(base)[0]), kind)
     if origin is Mapping:
         return _of_mappings(_form(parts[1]))
     nouns = [part for part in parts if part is not NoneType]
@@ -86,12 +89,13 @@ def _form(kind: Any) -> _Form:
     return _AS_IS
 
 
-def _of_tuples(item: _Form) -> _Form:
+def _of_tuples(item: _Form, kind: Callable[[Iterable[Any]], Any]) -> _Form:
+    """kind: tuple, or a class of its own: `class Layers(tuple[LayerRecord, ...])`."""
     if item is _AS_IS:
-        return _Form(list, tuple)
+        return _Form(list, kind)
     return _Form(
         lambda values: [item.write(value) for value in values],
-        lambda values: tuple(item.read(value) for value in values),
+        lambda values: kind(item.read(value) for value in values),
     )
 
 

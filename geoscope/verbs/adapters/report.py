@@ -11,6 +11,7 @@ from geoscope.names import layer_index, module_kind
 from geoscope.records import (
     Coverage,
     LayerRecord,
+    Layers,
     ModelRef,
     Provenance,
     Report,
@@ -63,7 +64,7 @@ def adapter_report(
             seconds=seconds,
         ),
         coverage=Coverage(matched=tuple(targets.matrices), skipped=targets.skipped),
-        layers=layers,
+        layers=Layers(layers),
         summary=Summary(
             model=_combined([layer.values for layer in layers]),
             nulls=_mean_nulls(layers),

@@ -23,8 +23,9 @@ from geoscope.names import NameMap, Selection, in_natural_order
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.module import AdapterModule
 from geoscope.records import ModelRef, Skipped
+from geoscope.sources.memory import Opened
 from geoscope.sources.open import open_adapter
-from geoscope.sources.series import Series, SeriesPoint, open_series
+from geoscope.sources.series import Series, SeriesPoint, open_series, series_in_memory
 from geoscope.sources.steps import given_steps
 from geoscope.trajectory.factor_series import Factor, FactorSeries
 from geoscope.trajectory.increments import (
@@ -92,33 +93,41 @@ class Followed:
 
 
 def open_followed(
-    references: Sequence[str],
+    references: Sequence[Opened],
     options: FollowOptions,
     progress: Progress | None = None,
     *,
+    start: Checkpoint | None = None,
     in_parts: bool = True,
 ) -> Followed:
     """The series and its base, matched tensor by tensor; data of the Hub is fetched.
 
+    start: the base, where it is open already and not a reference in the options.
     in_parts: fused and stacked tensors of models in parts; without it as they are stored.
     Raises OptionError, CheckpointError, PairingError.
     """
     progress = progress or Progress()
     steps = None if options.steps is None else given_steps(options.steps)
-    base = initial = None
-    if options.base is not None:
+    base, initial = start, None
+    if start is None and options.base is not None:
         base = open_model(options.base, on_progress=progress.on_download)
     if options.initial_adapter is not None:
         initial = open_adapter(
             options.initial_adapter, alpha=options.lora_alpha, on_progress=progress.on_download
         )
-    series = open_series(
-        references,
-        steps=steps,
-        alpha=options.lora_alpha,
-        starts=_starts(base, initial),
-        on_progress=progress.on_download,
-    )
+    places = [one for one in references if isinstance(one, str)]
+    if len(places) == len(references):
+        series = open_series(
+            places,
+            steps=steps,
+            alpha=options.lora_alpha,
+            starts=_starts(base, initial),
+            on_progress=progress.on_download,
+        )
+    elif places:
+        raise OptionError("references: paths and models in memory make no one series; open all")
+    else:
+        series = series_in_memory([one for one in references if not isinstance(one, str)], steps)
     if series.kind == "adapter":
         return _of_adapters(series, options, progress, base, initial)
     if options.initial_adapter is not None:
