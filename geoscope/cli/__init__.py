@@ -9,7 +9,7 @@ import typer
 from geoscope._version import __version__
 from geoscope.cli import adapters, cache, demo, output, pairs, reading, series
 from geoscope.cli.command import flat
-from geoscope.cli.wording import in_options, option_names
+from geoscope.cli.wording import worded
 from geoscope.errors import GeoscopeError
 
 __all__ = ["app", "told"]
@@ -69,4 +69,4 @@ app.add_typer(cache.app, name="cache")
 
 def told(error: GeoscopeError) -> str:
     """The error's line with options where the library names parameters."""
-    return in_options(str(error), option_names(typer.main.get_command(app)))
+    return worded(str(error))

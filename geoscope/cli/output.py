@@ -1,4 +1,7 @@
-"""Where words go: data to standard output, talk to standard error; both know what a terminal is."""
+"""Where words go: data to standard output, talk to standard error; both know what a terminal is.
+
+All of them pass `worded`: the library names parameters, the command line its options.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from geoscope import report as reports
+from geoscope.cli.wording import worded
 from geoscope.errors import ReportError
 from geoscope.records import Report
 
@@ -101,7 +105,7 @@ class _Stream(io.TextIOWrapper):
 
 def data(text: str) -> None:
     """Text on standard output, one line end at its end."""
-    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.write(worded(text).rstrip("\n") + "\n")
     sys.stdout.flush()
 
 
@@ -117,7 +121,7 @@ def document(text: str) -> None:
 def say(text: str, *, quiet: bool = False) -> None:
     """A remark on standard error."""
     if not quiet:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(worded(text) + "\n")
         sys.stderr.flush()
 
 
@@ -164,7 +168,7 @@ def emit(report: Report, show: Show) -> None:
             data(_text(report, show))
     finally:
         for path in show.out:
-            reports.write(report, path)
+            reports.write(report, path, words=worded)
             say(f"wrote {path}", quiet=show.quiet)
 
 

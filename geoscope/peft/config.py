@@ -83,5 +83,5 @@ def drawn_start(config: Mapping[str, Any]) -> str | None:
     return (
         "init_lora_weights is false: both factors were drawn at random, so the product was not "
         "zero before training, and is counted with the update; give the adapter before training "
-        "as --initial-adapter"
+        "as `initial_adapter`"
     )

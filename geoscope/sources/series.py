@@ -47,7 +47,7 @@ from geoscope.sources.steps import Step
 
 __all__ = ["Series", "SeriesPoint", "open_series", "series_in_memory"]
 
-_NO_NUMBER = "no step number in its name; set the steps by hand with --steps"
+_NO_NUMBER = "no step number in its name; set the steps by hand with `steps`"
 _NO_WEIGHTS = "a file without weights"
 
 

@@ -233,9 +233,9 @@ def _make(
     except OptionError as error:
         raise OptionError(f"{info.name}: {error}") from None
     except NumericsError as error:
-        if "--exclude" in str(error):
+        if "`exclude`" in str(error):
             raise
-        way_out = f"leave it out with --exclude '{info.name}'"
+        way_out = f"leave it out with `exclude` '{info.name}'"
         raise NumericsError(f"{error}; nothing is written, {way_out}") from error
 
 

@@ -95,9 +95,9 @@ def _dropped_notes(
 def _left_out(info: TensorInfo, options: InitOptions) -> str | None:
     """Why a matrix in scope is not adapted, or None."""
     if options.targets:
-        return None if _kind(info.name) in options.targets else "not among --targets"
+        return None if _kind(info.name) in options.targets else "not among `targets`"
     if _ROUTER.search(info.name) and not options.include:
-        return "router: --targets reaches it"
+        return "router: `targets` reaches it"
     if not info.name.endswith(".weight"):
         return "not the weight of a module"
     return None

@@ -54,7 +54,7 @@ Change = Operand | Product
 
 # Bytes of all checkpoints' entries of a block in fp64: what a pass over a tensor costs in memory.
 _BLOCK_BYTES = 64 << 20
-_BASE, _INITIAL = "the base (--base)", "the adapter before training (--initial-adapter)"
+_BASE, _INITIAL = "the base (`base`)", "the adapter before training (`initial_adapter`)"
 
 
 class SeriesTensor(Protocol):
@@ -432,7 +432,7 @@ def _of_adapters(
     first = ModelRef.not_read(last.base) if base is None else base.ref
     notes = [*series.notes, *adapters[-1].notes]
     if base is None:
-        notes.append("without --base the size of the base is not known: no relative update")
+        notes.append("without `base` the size of the base is not known: no relative update")
     return Followed(
         steps=(series.start or 0, *series.steps),
         tensors=tensors,

@@ -68,7 +68,7 @@ def test_the_base_among_the_checkpoints_is_taken_out(
     start = run.points[0].with_name("checkpoint-0")
     found = followed([run.folder], base=spelling(start))
     assert found.summary.steps == STEPS
-    assert f"{start}: is the base (--base); taken out of the series" in notes(found)
+    assert f"{start}: is the base (`base`); taken out of the series" in notes(found)
     shutil.rmtree(start)
     same_numbers(found, followed([run.folder], base=str(run.base)), rel=0)
 
@@ -76,7 +76,7 @@ def test_the_base_among_the_checkpoints_is_taken_out(
 def test_a_copy_of_the_base_at_step_0_is_known_by_its_weights(run: Run) -> None:
     found = followed([run.folder], base=str(run.base))
     assert found.summary.steps == STEPS
-    assert "checkpoint-0: holds the weights of the base (--base); taken out" in notes(found)
+    assert "checkpoint-0: holds the weights of the base (`base`); taken out" in notes(found)
 
 
 def test_other_weights_at_step_0_are_refused_with_the_way_out(run: Run) -> None:
@@ -98,7 +98,7 @@ def test_extrapolate_takes_it_out_too(run: Run, tmp_path: Path) -> None:
     start = str(run.points[0].with_name("checkpoint-0"))
     options = FollowOptions(base=start, jobs=1)
     made = extrapolate([run.folder], tmp_path / "out", 50, method="hold", options=options)
-    assert any("is the base (--base)" in note for note in made.notes)
+    assert any("is the base (`base`)" in note for note in made.notes)
 
 
 def test_a_base_of_another_kind_than_the_series(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_epoch_0_is_trained_where_it_is_not_the_base(tmp_path: Path) -> None:
     folder = str(epochs(run, 0)[0].parent)
     found = followed([folder], base=str(run.base))
     assert found.summary.steps == (0, 1, 2, 3, 4)
-    assert "epoch_0 is read as epoch 1" in notes(found) and "--steps" in notes(found)
+    assert "epoch_0 is read as epoch 1" in notes(found) and "`steps`" in notes(found)
     # relative to the first checkpoint no number changes
     assert followed([folder]).summary.steps == (0, 1, 2, 3)
 
@@ -169,7 +169,7 @@ def test_epoch_0_that_is_the_base_is_no_training(tmp_path: Path) -> None:
     save_model(folder / "epoch_0", run.models[0])
     found = followed([str(folder)], base=str(run.base))
     assert found.summary.steps == (0, 1, 2, 3, 4)
-    assert "epoch_0: holds the weights of the base (--base)" in notes(found)
+    assert "epoch_0: holds the weights of the base (`base`)" in notes(found)
 
 
 def test_adapters_of_epochs_from_0_on(tmp_path: Path) -> None:
