@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from geoscope._version import __version__
-from geoscope.cli import adapters, cache, demo, output, pairs, reading, series
+from geoscope.cli import adapters, cache, demo, output, pairs, reading, series, watch
 from geoscope.cli.command import flat
 from geoscope.cli.wording import worded
 from geoscope.errors import GeoscopeError
@@ -56,6 +56,7 @@ for _command in (
     pairs.capacity,
     series.trajectory,
     series.extrapolate,
+    watch.watch,
     adapters.init_adapter,
     adapters.verify_adapter,
     adapters.convert_adapter,
