@@ -107,7 +107,7 @@ ALLOWED: dict[str, set[str]] = {
         *("engine", "metrics", "trajectory", "adapters", "linalg"),
         *FLOOR,
     },
-    "integrations": {"verbs", *FLOOR},
+    "integrations": {"verbs", "sources", *FLOOR},
     "cli": {"verbs", "report", "integrations", "demo", *FLOOR},
     "__main__": {"cli", *FLOOR},
 }

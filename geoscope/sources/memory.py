@@ -61,7 +61,7 @@ class LiveAdapter:
     adapter: Adapter
 
 
-Model = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor] | nn.Module
+Model = str | os.PathLike[str] | Checkpoint | LiveAdapter | Mapping[str, Tensor] | nn.Module
 Opened = str | Checkpoint | LiveAdapter
 
 
@@ -71,7 +71,7 @@ def opened(model: Model, name: str, label: str | None = None) -> Opened:
     name: of the parameter. label: how messages and reports name tensors and modules, by default
     the parameter. Raises OptionError, or UnsupportedFormat for weights that are not all here.
     """
-    if isinstance(model, Checkpoint):
+    if isinstance(model, (Checkpoint, LiveAdapter)):
         return model
     if isinstance(model, nn.Module):
         return _of_module(model, label or name)
@@ -83,7 +83,7 @@ def opened(model: Model, name: str, label: str | None = None) -> Opened:
 
 def opened_all(models: Any, name: str) -> tuple[Opened, ...]:
     """One model or several, each with its number where there are several."""
-    if isinstance(models, (str, os.PathLike, Checkpoint, Mapping, nn.Module)):
+    if isinstance(models, (str, os.PathLike, Checkpoint, LiveAdapter, Mapping, nn.Module)):
         return (opened(models, name),)
     if isinstance(models, (bytes, bytearray)) or not hasattr(models, "__iter__"):
         raise OptionError(f"`{name}` {models!r}: paths or models are needed, one or several")

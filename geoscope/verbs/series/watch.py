@@ -31,7 +31,7 @@ from geoscope.verbs.pairs.compare import compare
 from geoscope.verbs.pairs.prepare import Prepared, prepare
 from geoscope.verbs.series.watch_options import WatchOptions
 
-__all__ = ["LOG", "Observation", "scalars", "watch"]
+__all__ = ["LOG", "Observation", "recorded", "scalars", "watch"]
 
 LOG = "geoscope.jsonl"
 _SCHEMA = "geoscope.watch/1"
@@ -177,24 +177,26 @@ class _Watcher:
         }
 
     def _record(self, save: Save, report: Report) -> dict[str, Any]:
-        kept = [key for key in report.summary.model if self._wanted(key)]
-        model, nulls = report.summary.model, report.summary.nulls
-        verdict = report.summary.verdict
-        return _line(
-            save,
-            MEASURED,
-            verdict=None if verdict is None else verdict.code,
-            matrices=len(report.coverage.matched),
-            missing=len(report.coverage.missing),
-            values={key: model[key] for key in kept},
-            nulls={key: nulls[key] for key in kept if key in nulls},
-            layers=_by_layer(report.layers, kept),
-        )
+        return _line(save, MEASURED, **recorded(report, self.options.only))
 
-    def _wanted(self, key: str) -> bool:
-        wanted = self.options.only or KINDS["compare"].columns
-        bare = key.partition("@")[0]
-        return any(bare in (one.partition("@")[0], f"update.{one}") for one in wanted)
+
+def recorded(report: Report, only: Sequence[str] = ()) -> dict[str, Any]:
+    """What a line holds of a report; only: as in `WatchOptions`."""
+    model, nulls, verdict = report.summary.model, report.summary.nulls, report.summary.verdict
+    kept = [key for key in model if _is_wanted(key, only or KINDS["compare"].columns)]
+    return {
+        "verdict": None if verdict is None else verdict.code,
+        "matrices": len(report.coverage.matched),
+        "missing": len(report.coverage.missing),
+        "values": {key: model[key] for key in kept},
+        "nulls": {key: nulls[key] for key in kept if key in nulls},
+        "layers": _by_layer(report.layers, kept),
+    }
+
+
+def _is_wanted(key: str, wanted: Sequence[str]) -> bool:
+    bare = key.partition("@")[0]
+    return any(bare in (one.partition("@")[0], f"update.{one}") for one in wanted)
 
 
 def _line(save: Save, status: str, **facts: Any) -> dict[str, Any]:
