@@ -44,7 +44,8 @@ _PLACE = ("layer", "module", "rows", "columns", "verdict")
 def _place(layer: LayerRecord) -> dict[str, Any]:
     code = None if layer.verdict is None else layer.verdict["code"]
     sides = (*layer.shape, None)[:2]
-    place = dict(zip(_PLACE, (layer.layer, layer.module, *sides, code), strict=True))
+    facts = (layer.layer, layer.module, *sides, code)
+    place: dict[str, Any] = dict(zip(_PLACE, facts, strict=True))
     return place if layer.tuned is None else {"tuned": layer.tuned, **place}
 
 

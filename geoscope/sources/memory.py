@@ -203,13 +203,14 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 def _of_module(module: nn.Module, label: str) -> Checkpoint | LiveAdapter:
     while (inside := _WRAPPERS.get(type(module).__name__)) is not None:
-        module = getattr(module, inside)
+        module = module.get_submodule(inside)
     given = f"{label} ({type(module).__name__})"
     _refuse_wrapped(module, given)
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(module, peft.PeftModel):
         return _base(module, given)
-    base = module.get_base_model()
+    wrapped: Any = module
+    base: nn.Module = wrapped.get_base_model()
     return LiveAdapter(_base(base, f"{label} ({type(base).__name__})"), _adapter(module, given))
 
 
@@ -234,7 +235,7 @@ def _base(module: nn.Module, given: str) -> Checkpoint:
 
 def _config(module: nn.Module) -> dict[str, Any]:
     """config.json of transformers; empty for other modules."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     made = config.to_dict() if hasattr(config, "to_dict") else config
     return dict(made) if isinstance(made, Mapping) else {}
 

@@ -16,12 +16,23 @@ from geoscope.names import NameMap, Selection, chosen_layers
 
 __all__ = ["Compute", "Rename", "Select", "Start", "chosen", "form"]
 
-Chosen = TypeVar("Chosen")
-
 
 def form(rule: Callable[[Any, str], Any]) -> dict[str, Any]:
     """Metadata of a field: its value is `rule(value, name)`, but for a default None."""
     return {"form": rule}
+
+
+class _Choices:
+    """Puts every field in its one form when an object is made. Raises OptionError."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # pyright: ignore[reportArgumentType]
+            value, rule = getattr(self, each.name), each.metadata.get("form")
+            if rule is not None and not (value is None and each.default is None):
+                object.__setattr__(self, each.name, rule(value, each.name))
+
+
+Chosen = TypeVar("Chosen", bound=_Choices)
 
 
 def chosen(kind: type[Chosen], options: Chosen | None, named: Mapping[str, Any]) -> Chosen:
@@ -36,17 +47,7 @@ def chosen(kind: type[Chosen], options: Chosen | None, named: Mapping[str, Any])
             hint = f"; is {near[0]} meant?" if near else f"; they are {', '.join(known)}"
             raise OptionError(f"{name!r} is not an option of this function{hint}")
     made = kind() if options is None else options
-    return replace(made, **named)  # pyright: ignore[reportType]
-
-
-class _Choices:
-    """Puts every field in its one form when an object is made. Raises OptionError."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):  # pyright: ignore[reportArgumentType]
-            value, rule = getattr(self, each.name), each.metadata.get("form")
-            if rule is not None and not (value is None and each.default is None):
-                object.__setattr__(self, each.name, rule(value, each.name))
+    return replace(made, **named)  # pyright: ignore[reportArgumentType]
 
 
 def _rules(value: Any, _name: str) -> Sequence[str]:

@@ -13,6 +13,7 @@ import pytest
 from geoscope.errors import OptionError
 from geoscope.integrations.loggers import LOGGERS, open_logger
 
+EVENTS = "tensorboard.backend.event_processing.event_accumulator"
 VALUES = {"geoscope/nss": 0.25, "geoscope/layer_0/energy_two_sided@8": 0.5}
 
 
@@ -42,16 +43,14 @@ class Asked:
 
 
 def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+        events: Any = pytest.importorskip(EVENTS)
         logger = open_logger("tensorboard", tmp_path, "run")
         for step in (10, 20):
             logger.log(step, {key: step * value for key, value in VALUES.items()})
         logger.close()
-        found = EventAccumulator(str(tmp_path))
+        found = events.EventAccumulator(str(tmp_path))
         found.Reload()
     for key, value in VALUES.items():
         assert [(one.step, one.value) for one in found.Scalars(key)] == [

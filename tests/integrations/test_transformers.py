@@ -199,13 +199,11 @@ def test_a_base_that_is_not_there_is_said(
 
 
 def test_tensorboard_has_what_report_to_names(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    reader: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     model = adapted(llama(tmp_path / "base"))
     train(model, tmp_path / "run", GeoscopeCallback(), report_to=["tensorboard"])
     (events,) = tmp_path.rglob("geoscope/events*")
-    found = EventAccumulator(str(events.parent))
+    found = reader.EventAccumulator(str(events.parent))
     found.Reload()
     report = geoscope.anisotropy(tmp_path / "run" / "checkpoint-4")
     last = found.Scalars("geoscope/update.stable_rank")[-1]

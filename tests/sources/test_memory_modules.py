@@ -57,7 +57,7 @@ def adapted(model: Any, **config: Any) -> Any:
 @pytest.mark.parametrize("make", [llama, qwen2_tied])
 def test_a_module_of_transformers_gives_the_report_of_its_folder(tmp_path: Path, make: Any) -> None:
     base = live(make(tmp_path / "base"))
-    tuned = shaken(base)
+    tuned: Any = shaken(base)
     tuned.save_pretrained(tmp_path / "tuned")
     found = geoscope.compare(base, tuned)
     assert facts(found) == facts(geoscope.compare(tmp_path / "base", tmp_path / "tuned"))

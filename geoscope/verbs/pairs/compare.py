@@ -53,7 +53,7 @@ def compare(
         raise OptionError("one tuned model is needed beside the base")
     first = opened(base, "base")
     started = time.perf_counter()
-    others = opened_all(tuned, "tuned") if len(tuned) > 1 else (opened(tuned[0], "tuned"),)
+    others = opened_all(tuned, "tuned")
     prepared = [prepare(first, one, options, progress) for one in others]
     _check_initial(prepared, options)
     beside = None

@@ -7,6 +7,7 @@ watcher that was killed and started again leaves the same file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ __all__ = ["LOG", "Observation", "recorded", "scalars", "watch"]
 LOG = "geoscope.jsonl"
 _SCHEMA = "geoscope.watch/1"
 MEASURED, FAILED, GONE = "MEASURED", "FAILED", "GONE"
+# Kept beside the columns of compare.
+_RANKS = ("effective_rank", "top_share", "update_sparsity_exact")
 # Of what changed since the checkpoint before.
 _BETWEEN = ("relative_update", "update_sparsity_exact", "update.stable_rank")
 
@@ -183,7 +186,7 @@ class _Watcher:
 def recorded(report: Report, only: Sequence[str] = ()) -> dict[str, Any]:
     """What a line holds of a report; only: as in `WatchOptions`."""
     model, nulls, verdict = report.summary.model, report.summary.nulls, report.summary.verdict
-    kept = [key for key in model if _is_wanted(key, only or KINDS["compare"].columns)]
+    kept = [key for key in model if _is_wanted(key, only or (*KINDS["compare"].columns, *_RANKS))]
     return {
         "verdict": None if verdict is None else verdict.code,
         "matrices": len(report.coverage.matched),
@@ -191,7 +194,35 @@ def recorded(report: Report, only: Sequence[str] = ()) -> dict[str, Any]:
         "values": {key: model[key] for key in kept},
         "nulls": {key: nulls[key] for key in kept if key in nulls},
         "layers": _by_layer(report.layers, kept),
+        "depth": _depth(report.layers),
     }
+
+
+def _depth(layers: Sequence[LayerRecord]) -> dict[str, Any]:
+    """Block → its share of Σ‖ΔW‖², and Σ i·share; with the shares of the parameters as nulls."""
+    energies: dict[int, float] = {}
+    parameters: dict[int, float] = {}
+    for one in layers:
+        norm = one.values.get("update.frobenius_norm")
+        if one.layer is not None and norm is not None:
+            energies[one.layer] = energies.get(one.layer, 0.0) + norm**2
+            parameters[one.layer] = parameters.get(one.layer, 0.0) + math.prod(one.shape)
+    shares, nulls = _shares(energies), _shares(parameters)
+    return {
+        "shares": {str(block): share for block, share in shares.items()},
+        "nulls": {str(block): share for block, share in nulls.items()},
+        "centre": _centre(shares),
+        "centre_null": _centre(nulls),
+    }
+
+
+def _shares(parts: Mapping[int, float]) -> dict[int, float]:
+    whole = math.fsum(parts.values())
+    return {block: parts[block] / whole for block in sorted(parts)} if whole > 0 else {}
+
+
+def _centre(shares: Mapping[int, float]) -> float | None:
+    return math.fsum(block * share for block, share in shares.items()) if shares else None
 
 
 def _is_wanted(key: str, wanted: Sequence[str]) -> bool:
@@ -290,9 +321,12 @@ class _Lines:
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """geoscope/<metric>, geoscope/layer_<i>/<metric> and geoscope/change/<metric> of a line."""
+    """The numbers of a line: geoscope/<metric>, geoscope/layer_<i>/<metric>, and the like."""
     found = {f"geoscope/{key}": value for key, value in record.get("values", {}).items()}
     found |= {f"geoscope/change/{key}": v for key, v in record.get("change", {}).items()}
+    depth = record.get("depth", {})
+    found["geoscope/depth/centre"] = depth.get("centre")
+    found |= {f"geoscope/layer_{b}/energy_share": v for b, v in depth.get("shares", {}).items()}
     for block, own in record.get("layers", {}).items():
         found |= {f"geoscope/layer_{block}/{key}": value for key, value in own.items()}
     return {key: float(value) for key, value in found.items() if value is not None}

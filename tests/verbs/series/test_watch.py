@@ -72,7 +72,7 @@ def test_each_step_has_the_numbers_of_compare(tmp_path: Path, base: Path) -> Non
         assert record["verdict"] == report.summary.verdict.code  # type: ignore[union-attr]
         assert record["values"]["relative_update"] == report["relative_update"].value
         assert {**report.summary.model, **record["values"]} == report.summary.model
-        mean = [one["relative_update"].value for one in report.layers if one.layer == 1]
+        mean: list[Any] = [one["relative_update"].value for one in report.layers if one.layer == 1]
         assert record["layers"]["1"]["relative_update"] == pytest.approx(sum(mean) / 2)
     between = geoscope.compare(*folders, kind="anisotropy", ks=2)
     assert found[1].record["before"] == 10 and "before" not in found[0].record
@@ -106,6 +106,26 @@ def test_a_budget_takes_a_fixed_sample_of_layers(tmp_path: Path, base: Path) -> 
     shutil.rmtree(root)
     save(root, 10)
     assert "layers_measured" not in look(root, base, seconds=1e6)[0].record
+
+
+def test_the_depth_profile_is_where_the_energy_lies(tmp_path: Path, base: Path) -> None:
+    root = tmp_path / "run"
+    save(root, 10)
+    both = look(root, base)[0].record["depth"]
+    before, after = weights(), state(10)
+    energy: dict[str, float] = {"0": 0.0, "1": 0.0}
+    for name, one in after.items():
+        if "layers" in name and one.dim() == 2:
+            energy[name.split(".")[2]] += float((one.double() - before[name].double()).norm()) ** 2
+    whole = sum(energy.values())
+    assert both["shares"] == pytest.approx({block: e / whole for block, e in energy.items()})
+    assert both["centre"] == pytest.approx(energy["1"] / whole)
+    assert both["nulls"] == {"0": 0.5, "1": 0.5} and both["centre_null"] == 0.5
+    moved = {**before, **{n: one for n, one in after.items() if "layers.1" in n}}
+    (save_model(root / "checkpoint-20", moved) / "trainer_state.json").write_text("{}")
+    record = look(root, base)[0].record
+    assert record["depth"]["shares"] == {"0": 0.0, "1": 1.0}
+    assert scalars(record)["geoscope/depth/centre"] == 1.0
 
 
 # --- when it is whole ---------------------------------------------------------------------------
@@ -189,7 +209,8 @@ def test_a_checkpoint_that_goes_while_it_is_read_costs_a_line(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "run"
-    save(root, 10), save(root, 20)
+    save(root, 10)
+    save(root, 20)
     real = module.compare
 
     def rotated(first: Any, second: Any, **how: Any) -> Any:
@@ -233,7 +254,7 @@ def test_killed_and_started_again_it_leaves_the_same_file(tmp_path: Path, base: 
             save(tmp_path / name, step)
     look(tmp_path / "whole", base)
     options = WatchOptions(base=str(base), ks=(2,), device="cpu")
-    watcher = watch(tmp_path / "killed", options=options, once=True, interval=0.0)
+    watcher: Any = watch(tmp_path / "killed", options=options, once=True, interval=0.0)
     next(watcher)
     watcher.close()
     with (tmp_path / "killed" / LOG).open("ab") as file:  # what a kill in a write leaves
@@ -367,7 +388,8 @@ def test_a_run_of_adapters_is_measured_from_its_factors(
 
 def test_the_command_prints_a_line_a_step(tmp_path: Path, base: Path) -> None:
     root = tmp_path / "run"
-    save(root, 10), save(root, 20)
+    save(root, 10)
+    save(root, 20)
     how = ("--base", base, "--once", "--k", "2", "--device", "cpu")
     done = run("watch", root, *how)
     assert done.code == 0 and f"watching {root}" in done.err
@@ -382,7 +404,8 @@ def test_the_command_prints_a_line_a_step(tmp_path: Path, base: Path) -> None:
 
 def test_a_condition_ends_it_or_runs_a_command(tmp_path: Path, base: Path) -> None:
     root = tmp_path / "run"
-    save(root, 10), save(root, 20)
+    save(root, 10)
+    save(root, 20)
     how = ("--base", base, "--once", "--k", "2", "--device", "cpu")
     fail = ("--fail-on", "relative_update>1e-9")
     done = run("watch", root, *how, *fail)
