@@ -2,10 +2,13 @@
 
 >>> import geoscope
 >>> report = geoscope.compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
+>>> report = geoscope.compare(before, model, include="q_proj")  # doctest: +SKIP
 
-`compare`, `follow`, `initialise` and `verify_adapter` are what the commands call; `read_report`
-opens what they wrote; `geora` initialises one matrix. The names below are loaded when they are
-first used, so that `geoscope --help` needs no torch.
+Every command has its function: `inspect`, `collapse`, `anisotropy`, `alignment`, `compare`,
+`capacity`, `follow` (of `geoscope trajectory`), `extrapolate`, `init_adapter`, `verify_adapter`,
+`convert_adapter`. `measure` takes a pair of matrices, `geora` initialises one; `read_report` opens
+what was saved. The names below are loaded when they are first used, so that `geoscope --help` needs
+no torch.
 """
 
 from __future__ import annotations
@@ -22,11 +25,23 @@ if TYPE_CHECKING:
     from geoscope.records import LayerRecord, Report, Status
     from geoscope.report import read as read_report
     from geoscope.report import write as write_report
+    from geoscope.sources.open import open_checkpoint
+    from geoscope.verbs.adapters.convert import convert_adapter
     from geoscope.verbs.adapters.initialise import initialise
+    from geoscope.verbs.adapters.initialise import initialise as init_adapter
     from geoscope.verbs.adapters.options import InitOptions
     from geoscope.verbs.adapters.verify import verify_adapter
     from geoscope.verbs.options import Interrupted, Options, Progress
+    from geoscope.verbs.pairs.calls import (
+        alignment,
+        anisotropy,
+        capacity,
+        collapse,
+        inspect,
+        measure,
+    )
     from geoscope.verbs.pairs.compare import compare
+    from geoscope.verbs.series.extrapolate import extrapolate
     from geoscope.verbs.series.follow import follow
     from geoscope.verbs.series.options import FollowOptions
 
@@ -42,10 +57,20 @@ __all__ = [
     "Progress",
     "Report",
     "Status",
+    "alignment",
+    "anisotropy",
+    "capacity",
+    "collapse",
     "compare",
+    "convert_adapter",
+    "extrapolate",
     "follow",
     "geora",
+    "init_adapter",
     "initialise",
+    "inspect",
+    "measure",
+    "open_checkpoint",
     "read_report",
     "verify_adapter",
     "write_report",
@@ -64,10 +89,20 @@ _HOMES = {
     "Progress": ("geoscope.verbs.options", "Progress"),
     "Report": ("geoscope.records", "Report"),
     "Status": ("geoscope.records", "Status"),
+    "alignment": ("geoscope.verbs.pairs.calls", "alignment"),
+    "anisotropy": ("geoscope.verbs.pairs.calls", "anisotropy"),
+    "capacity": ("geoscope.verbs.pairs.calls", "capacity"),
+    "collapse": ("geoscope.verbs.pairs.calls", "collapse"),
     "compare": ("geoscope.verbs.pairs.compare", "compare"),
+    "convert_adapter": ("geoscope.verbs.adapters.convert", "convert_adapter"),
+    "extrapolate": ("geoscope.verbs.series.extrapolate", "extrapolate"),
     "follow": ("geoscope.verbs.series.follow", "follow"),
     "geora": ("geoscope.adapters", "geora"),
+    "init_adapter": ("geoscope.verbs.adapters.initialise", "initialise"),
     "initialise": ("geoscope.verbs.adapters.initialise", "initialise"),
+    "inspect": ("geoscope.verbs.pairs.calls", "inspect"),
+    "measure": ("geoscope.verbs.pairs.calls", "measure"),
+    "open_checkpoint": ("geoscope.sources.open", "open_checkpoint"),
     "read_report": ("geoscope.report", "read"),
     "verify_adapter": ("geoscope.verbs.adapters.verify", "verify_adapter"),
     "write_report": ("geoscope.report", "write"),

@@ -137,7 +137,7 @@ class NameMap:
             if not changed:
                 raise OptionError(f"`map_name` {text!r}: nothing is left of {name}")
             if changed != mapped:
-                rules.append(f"--map-name {text}")
+                rules.append(f"`map_name` {text}")
                 mapped = changed
         found, built_in = canonical(mapped)
         return found, (*rules, *built_in)
@@ -145,7 +145,7 @@ class NameMap:
     def notes(self, names: Iterable[str]) -> tuple[str, ...]:
         """A line for each rule that changes none of these names."""
         used = {rule for name in names for rule in self.canonical(name)[1]}
-        rules = (f"--map-name {text}" for text in self.given)
+        rules = (f"`map_name` {text}" for text in self.given)
         return tuple(f"{rule}: changes no name" for rule in rules if rule not in used)
 
 
@@ -275,11 +275,11 @@ class Selection:
         """Why `name` is left out, or None when it is looked at."""
         layer = layer_index(name)
         if self._any_finds("exclude", name):
-            return "excluded by --exclude"
+            return "excluded by `exclude`"
         if self.layers is not None and layer not in self.layers:
-            return "not in --layers"
+            return "not in `layers`"
         if self.include:
-            return None if self._any_finds("include", name) else "not matched by --include"
+            return None if self._any_finds("include", name) else "not matched by `include`"
         return None if in_default_scope else scope_reason
 
     def _any_finds(self, option: str, name: str) -> bool:

@@ -225,8 +225,8 @@ def test_a_rule_that_leaves_nothing_of_a_name_is_refused() -> None:
 
 def test_rules_come_in_their_order_and_the_unused_are_told() -> None:
     rules = NameMap(("^a=b", "^b=c", "^x=y"))
-    assert rules.canonical("a.weight") == ("c.weight", ("--map-name ^a=b", "--map-name ^b=c"))
-    assert rules.notes(["a.weight", "d.weight"]) == ("--map-name ^x=y: changes no name",)
+    assert rules.canonical("a.weight") == ("c.weight", ("`map_name` ^a=b", "`map_name` ^b=c"))
+    assert rules.notes(["a.weight", "d.weight"]) == ("`map_name` ^x=y: changes no name",)
     assert NameMap().canonical("module.x.weight") == canonical("module.x.weight")
 
 
@@ -507,27 +507,27 @@ def test_without_options_the_default_scope_decides() -> None:
 def test_include_replaces_the_default_scope() -> None:
     reaching = Selection(include=("embed", "q_proj"))
     assert reason(reaching, OUTSIDE, default=False) is None
-    assert reason(reaching) == "not matched by --include"
+    assert reason(reaching) == "not matched by `include`"
 
 
 def test_exclude_takes_away_whatever_the_other_options_say() -> None:
-    assert reason(Selection(exclude=("mlp",))) == "excluded by --exclude"
+    assert reason(Selection(exclude=("mlp",))) == "excluded by `exclude`"
     both = Selection(include=("up_proj",), exclude=("layers.3",), layers=frozenset({3}))
-    assert reason(both) == "excluded by --exclude"
+    assert reason(both) == "excluded by `exclude`"
 
 
 def test_layers_pick_blocks_and_leave_out_what_is_in_none() -> None:
     assert reason(Selection(layers=frozenset({3}))) is None
-    assert reason(Selection(layers=frozenset({2}))) == "not in --layers"
-    assert reason(Selection(layers=frozenset())) == "not in --layers"
+    assert reason(Selection(layers=frozenset({2}))) == "not in `layers`"
+    assert reason(Selection(layers=frozenset())) == "not in `layers`"
     outside = Selection(include=("embed",), layers=frozenset({3}))
-    assert reason(outside, OUTSIDE, default=False) == "not in --layers"
+    assert reason(outside, OUTSIDE, default=False) == "not in `layers`"
 
 
 def test_patterns_are_searched_anywhere_in_the_full_name() -> None:
     for pattern in ("up", r"layers\.[0-3]\.", "weight$", "^model"):
         assert reason(Selection(include=(pattern,))) is None
-    assert reason(Selection(include=("^layers",))) == "not matched by --include"
+    assert reason(Selection(include=("^layers",))) == "not matched by `include`"
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])

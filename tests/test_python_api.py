@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,30 @@ def _raised(path: Path) -> list[str]:
     return [one.value for one in texts if isinstance(one.value, str)]
 
 
+# Options of other programs, and a command that is named with its own.
+FOREIGN = {
+    *("--max-lora-rank", "--enable-lora", "--lora-modules"),  # vLLM
+    *("--model", "--adapter-path", "--save-path", "--dequantize"),  # mlx_lm
+    *("--backend", "--local_dir", "--target_dir", "--save_hf_ckpt"),  # verl, DeepSpeed
+    "--report",
+}
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Every text of a module but its documentation."""
+    module = ast.parse(path.read_text())
+    told = {
+        id(node.body[0].value)
+        for node in ast.walk(module)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and ast.get_docstring(node) is not None
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            yield node.value
+
+
 LIBRARY = [path for path in PACKAGE.rglob("*.py") if path.parent.name not in ("cli", "demo")]
 
 
@@ -224,3 +248,50 @@ def test_no_error_of_the_library_names_an_option(path: Path) -> None:
         assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) & options, text
         for parameter in re.findall(r"`(\w+)`", text):
             assert in_options(f"`{parameter}`", names).startswith("--"), text
+
+
+def test_no_text_of_the_library_names_an_option() -> None:
+    """Notes, reasons and checks name parameters; the command line puts its options there."""
+    named = {
+        f"{path.relative_to(PACKAGE)}: {text}"
+        for path in LIBRARY
+        if path.name != "__main__.py"
+        for text in _texts(path)
+        if {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - FOREIGN
+    }
+    assert named == set()
+
+
+def test_the_probe_sees_options_in_texts() -> None:
+    found = [text for path in (PACKAGE / "cli").glob("*.py") for text in _texts(path)]
+    assert any("--fail-on" in text for text in found)
+    assert not any("The command line: thin" in text for text in found)  # documentation
+
+
+def test_reports_of_the_command_line_say_its_options(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    chosen = ["--include", "q_proj", "--map-name", "^nothing=x"]
+    done = run("compare", *pair, *chosen, "-o", tmp_path / "r.json", "-o", tmp_path / "r.md")
+    texts = [done.out, done.err, *((tmp_path / name).read_text() for name in ("r.json", "r.md"))]
+    wanted = ("--include", "--map-name ^", "--include", "--include")
+    for text, words in zip(texts, wanted, strict=True):
+        assert words in text
+        assert not re.search(r"`(include|map_name|exclude)\\?`", text)
+    options = geoscope.Options(include="q_proj", map_name="^nothing=x")
+    report = geoscope.compare(*pair, options=options)
+    assert {one.reason for one in report.coverage.skipped} >= {"not matched by `include`"}
+    assert "`map_name` ^nothing=x: changes no name" in report.provenance.parameters["notes"]
+    saved = geoscope.read_report(tmp_path / "r.json")
+    assert saved.layers == report.layers
+    assert "not matched by --include" in {one.reason for one in saved.coverage.skipped}
+    shown = run("inspect", *pair, "--include", "q_proj", "--verbose").out
+    assert "not matched by --include" in shown and "`include`" not in shown
+
+
+def test_markdown_names_options_too() -> None:
+    names = {"map_name": "--map-name"}
+    assert in_options(r"give \`map_name\` or `map_name`", names) == "give --map-name or --map-name"
+    assert in_options("`model.layers.0.map_name` `other`", names) == (
+        "`model.layers.0.map_name` `other`"
+    )

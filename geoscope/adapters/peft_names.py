@@ -119,7 +119,7 @@ def module_paths(names: Collection[str], config: Mapping[str, Any]) -> ModulePat
     if any(isinstance(config.get(part), Mapping) for part in _OTHER_SENSES):
         note = (
             f"unknown family {family!r}, disk names used as module paths; verify-adapter "
-            "--with-peft shows whether they are right"
+            "`with_peft` shows whether they are right"
         )
         return ModulePaths(modules, (note,))
     return _with_backbone(modules, family)

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from geoscope._version import __version__
-from geoscope.cli import adapters, cache, demo, output, pairs, reading, series
+from geoscope.cli import adapters, cache, demo, output, pairs, reading, series, watch
 from geoscope.cli.command import flat
-from geoscope.cli.wording import in_options, option_names
+from geoscope.cli.wording import worded
 from geoscope.errors import GeoscopeError
 
 __all__ = ["app", "told"]
@@ -56,6 +56,7 @@ for _command in (
     pairs.capacity,
     series.trajectory,
     series.extrapolate,
+    watch.watch,
     adapters.init_adapter,
     adapters.verify_adapter,
     adapters.convert_adapter,
@@ -70,4 +71,4 @@ app.add_typer(cache.app, name="cache")
 
 def told(error: GeoscopeError) -> str:
     """The error's line with options where the library names parameters."""
-    return in_options(str(error), option_names(typer.main.get_command(app)))
+    return worded(str(error))

@@ -191,6 +191,26 @@ WholeModel = Annotated[bool, words("--whole-model",
     "Of --method next: norms and biases train its networks and are predicted, too, and without "
     "--include also embeddings and the output head, as published.")]
 
+# --- a run while it trains ------------------------------------------------------------------------
+
+RunBase = Annotated[str | None, words("--base MODEL",
+    "The model that the run started from. Without it only adapters can be measured, alone.")]
+Every = Annotated[int, words("--every N", "Only steps that are multiples of N.")]
+Only = Annotated[str | None, words("--metrics NAME,NAME…",
+    "Metrics that are kept and logged, without their @k. Default: the columns of compare."),
+    Read(_names)]
+Seconds = Annotated[float | None, words("--budget SECONDS",
+    "Bound on the estimated time of a step: a fixed sample of layers is measured where all would "
+    "take longer, and the line says which.")]
+Once = Annotated[bool, words("--once", "Measure what is there now, and end.")]
+Until = Annotated[int | None, words("--until STEP", "End after this step.")]
+Interval = Annotated[float, words("--interval SECONDS",
+    "Time between two looks. A save of which the trainer says nothing has to stand still as long.")]
+Log = Annotated[str | None, words("--log NAME,NAME…",
+    "Also log to tensorboard (in RUN/geoscope), wandb, trackio or mlflow.")]
+OnFail = Annotated[str | None, words("--on-fail CMD",
+    "With --fail-on: run this shell command, with GEOSCOPE_STEP and GEOSCOPE_MET set, and go on.")]
+
 # --- adapters -------------------------------------------------------------------------------------
 
 Method = Annotated[str, words("--method NAME", "geora, pissa, milora, olora, rlpo, rlmo or lora.")]

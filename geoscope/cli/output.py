@@ -1,4 +1,7 @@
-"""Where words go: data to standard output, talk to standard error; both know what a terminal is."""
+"""Where words go: data to standard output, talk to standard error; both know what a terminal is.
+
+All of them pass `worded`: the library names parameters, the command line its options.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from geoscope import report as reports
+from geoscope.cli.wording import worded
 from geoscope.errors import ReportError
 from geoscope.foreign import printable
 from geoscope.records import Report
@@ -105,7 +109,7 @@ class _Stream(io.TextIOWrapper):
 
 def data(text: str) -> None:
     """Text on standard output, one line end at its end, and no letter that steers a terminal."""
-    _put(printable(text, lines=True))
+    _put(printable(worded(text), lines=True))
 
 
 def _put(text: str) -> None:
@@ -126,7 +130,7 @@ def document(text: str) -> None:
 def say(text: str, *, quiet: bool = False) -> None:
     """A remark on standard error."""
     if not quiet:
-        sys.stderr.write(printable(text, lines=True) + "\n")
+        sys.stderr.write(printable(worded(text), lines=True) + "\n")
         sys.stderr.flush()
 
 
@@ -180,7 +184,7 @@ def emit(report: Report, show: Show) -> None:
             _put(_text(report, show))  # printable by itself: escapes in it are our colours
     finally:
         for path in show.out:
-            reports.write(report, path)
+            reports.write(report, path, words=worded)
             say(f"wrote {path}", quiet=show.quiet)
 
 

@@ -1,15 +1,20 @@
-"""Errors of the library in the words of the command line.
+"""Texts of the library in the words of the command line.
 
-The library names a parameter, in backticks: `max_memory`. Here it becomes the option that sets it.
+The library names a parameter, in backticks: `max_memory`. Here it becomes the option that sets it,
+in everything that the command line says: errors, notes, reasons, reports and their files.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-__all__ = ["in_options", "option_names"]
+__all__ = ["in_options", "option_names", "worded"]
+
+# Markdown has a backslash before each backtick.
+_PARAMETER = re.compile(r"(\\?)`(\w+)\1`")
 
 
 def option_names(command: Any) -> dict[str, str]:
@@ -23,4 +28,18 @@ def option_names(command: Any) -> dict[str, str]:
 
 def in_options(text: str, names: Mapping[str, str]) -> str:
     """The text with `parameter` as --option, where there is one."""
-    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+    return _PARAMETER.sub(lambda found: names.get(found[2], found[0]), text)
+
+
+def worded(text: str) -> str:
+    """The text with the options of geoscope where the library names parameters."""
+    return in_options(text, _names()) if "`" in text else text
+
+
+@cache
+def _names() -> dict[str, str]:
+    import typer
+
+    from geoscope.cli import app  # which is made of what uses this
+
+    return option_names(typer.main.get_command(app))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from geoscope.errors import OptionError
-from geoscope.metrics.metric import ROLES, Metric
+from geoscope.metrics.metric import Metric
 from geoscope.metrics.precision import FLOORS
 from geoscope.metrics.table import FAMILIES, METRICS
 
@@ -61,14 +61,10 @@ def find(text: str) -> Metric:
 
     Raises OptionError with near names.
     """
-    role, _, rest = text.partition(".")
-    bare = rest if role in ROLES and rest else text
-    for one in METRICS:
-        if bare == one.id or bare.partition("@")[0] == one.id.removesuffix("@k"):
-            return one
-    near = [one.id for one in METRICS if bare.partition("@")[0] in one.id][:5]
-    hint = f"near: {', '.join(near)}" if near else "`geoscope metrics` lists them all"
-    raise OptionError(f"no metric {text!r}; {hint}")
+    try:
+        return METRICS[text]
+    except KeyError as error:
+        raise OptionError(error.args[0]) from None
 
 
 def listing() -> str:

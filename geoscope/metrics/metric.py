@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from torch import Tensor
 
-__all__ = ["ROLES", "Instance", "Metric", "Null", "instances", "takes_of"]
+__all__ = ["ROLES", "Instance", "Metric", "Metrics", "Null", "instances", "takes_of"]
 
 ROLES = ("base", "tuned", "update")
 
@@ -63,6 +63,29 @@ class Metric:
     unit: str = ""
     integer: bool = False
     option: str | None = None
+
+
+class Metrics(tuple[Metric, ...]):
+    """All metrics in their order, and by an id, however much of it is filled in: `["lift@64"]`."""
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> Metric: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Metric, ...]: ...
+
+    def __getitem__(self, key: SupportsIndex | slice | str) -> Metric | tuple[Metric, ...]:
+        """Raises KeyError with near names."""
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        role, _, rest = key.partition(".")
+        bare = rest if role in ROLES and rest else key
+        for one in self:
+            if bare == one.id or bare.partition("@")[0] == one.id.removesuffix("@k"):
+                return one
+        near = [one.id for one in self if bare.partition("@")[0] in one.id][:5]
+        hint = f"near: {', '.join(near)}" if near else "`geoscope metrics` lists them all"
+        raise KeyError(f"no metric {key!r}; {hint}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from geoscope.metrics import alignment, capacity, collapse, masks, nulls, size, spectrum
-from geoscope.metrics.metric import Metric, Null
+from geoscope.metrics.metric import Metric, Metrics, Null
 
 __all__ = ["FAMILIES", "METRICS"]
 
@@ -50,7 +50,7 @@ def _angle_null(side: str) -> Null:
     )
 
 
-METRICS: tuple[Metric, ...] = (
+_EVERY = (
     # ---- size and precision -------------------------------------------------------------------
     Metric(
         "relative_update",
@@ -858,3 +858,5 @@ METRICS: tuple[Metric, ...] = (
         integer=True,
     ),
 )
+
+METRICS = Metrics(_EVERY)

@@ -291,7 +291,7 @@ def _rule_for(matching: Matching, base: Checkpoint, tuned: Checkpoint) -> str | 
     if found is None or 2 * found[1] < min(len(base.tensors), len(tuned.tensors)):
         return None
     rule, count = found
-    return f"give --map-name '{rule}', under which {count} of them agree"
+    return f"give `map_name` '{rule}', under which {count} of them agree"
 
 
 def _examples(names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ _BUFFER = re.compile(
     r"|running_mean|running_var)$"
 )
 _CONVOLUTION = re.compile(r"(?:^|[._])conv", re.IGNORECASE)
-_REACH = "outside the default scope; --include reaches it"
+_REACH = "outside the default scope; `include` reaches it"
 
 
 @dataclass(frozen=True)

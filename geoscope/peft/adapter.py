@@ -84,10 +84,11 @@ class Adapter:
     that scaling · B·A is no update of the original base; None where nothing says so.
     Names of base tensors are those of the live model: `model.embed_tokens.weight`.
     beside: a remark on what else lies in its folder.
+    path: its folder; None for one in memory.
     """
 
     given: str
-    path: Path
+    path: Path | None
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     modules: Mapping[str, AdapterModule]
@@ -128,6 +129,11 @@ class Adapter:
         if self.base is None or self.base_folder is not None:
             return None if self.base is None else str(self.base_folder)
         return self.base if self.revision is None else f"{self.base}@{self.revision}"
+
+    @property
+    def layout(self) -> str | None:
+        """`residual`, `mirror` or `anchor`, by its folder; None where nothing tells it."""
+        return None if self.path is None else adapter_folder(self.path).layout
 
     @property
     def revision(self) -> str | None:
@@ -278,13 +284,15 @@ def read_adapter(folder: Path, given: str | None = None, *, alpha: float | None 
 
 def adapter_of(
     given: str,
-    path: Path,
+    path: Path | None,
     config: Mapping[str, Any],
     container: Container,
     *,
     alpha: float | None = None,
 ) -> Adapter:
     """The adapter of a config and the tensors in a container, wherever they lie.
+
+    path: of its folder; None for one in memory.
 
     alpha: see `read_adapter`. Raises as that does.
     """
@@ -333,12 +341,13 @@ def _with_alpha(config: Mapping[str, Any], alpha: float, given: str) -> dict[str
     return {**config, "lora_alpha": alpha}
 
 
-def base_folder(adapter: Path, base: Any) -> Path | None:
+def base_folder(adapter: Path | None, base: Any) -> Path | None:
     """The folder that `base_model_name_or_path` names; a relative path is told from here, or from
     the folder of the adapter."""
     if not isinstance(base, str) or not base:
         return None
-    for path in (local_path(base), adapter / base):
+    own = () if adapter is None else (adapter / base,)
+    for path in (local_path(base), *own):
         if is_folder(path):
             return resolved(path)
     return None

@@ -148,7 +148,7 @@ def drawn_start(config: Mapping[str, Any]) -> str | None:
     start = config.get("init_weights")
     if config.get("init_lora_weights") is False:
         drawn, what = "init_lora_weights is false: both factors were", "product"
-        way_out = "give the adapter before training as --initial-adapter"
+        way_out = "give the adapter before training as `initial_adapter`"
     elif start is False or start in _DRAWN:
         word = "false" if start is False else start
         drawn, what = f"init_weights is {word}: all parameters were", "update"

@@ -4,8 +4,8 @@ Numbers that are undefined are None and carry a `Status`; nothing is ever replac
 """
 
 from geoscope.records.codec import decode, encode
-from geoscope.records.layers import LayerRecord, Overlap, Run, Summary, Verdict
-from geoscope.records.numbers import Collected, Curve, Numbers, Status, Steps, Values
+from geoscope.records.layers import LayerRecord, Layers, Overlap, Run, Summary, Verdict
+from geoscope.records.numbers import Collected, Curve, Numbers, Reading, Status, Steps, Values
 from geoscope.records.report import SCHEMA, Coverage, Provenance, Report
 from geoscope.records.survey import Survey
 from geoscope.records.tensors import (
@@ -26,11 +26,13 @@ __all__ = [
     "Coverage",
     "Curve",
     "LayerRecord",
+    "Layers",
     "ModelRef",
     "Numbers",
     "Overlap",
     "Pairing",
     "Provenance",
+    "Reading",
     "Rename",
     "Report",
     "Run",

@@ -178,8 +178,8 @@ def _errors(card: AdapterCard) -> str:
         text += (
             "\nAn RLVR run of full weights is about 1e-3 of ‖W‖. A trainer that rounds the "
             "residual to bf16 perturbs the policy as much before step 1: load it in float32, or "
-            "take `--layout mirror`, which is exact in every dtype. transformers 5 and vLLM load a "
-            "model in the dtype that its config.json names, bf16 for most, unless told otherwise.\n"
+            "take the layout `mirror`, exact in every dtype. transformers 5 and vLLM load a model "
+            "in the dtype that its config.json names, bf16 for most, unless told otherwise.\n"
         )
     return text
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
@@ -83,7 +83,10 @@ def _form(kind: Any) -> _Form:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _Form(lambda value: value.value, kind)
     if origin is tuple:
-        return _of_tuples(_form(parts[0]), None if parts[-1] is Ellipsis else len(parts))
+        return _of_tuples(_form(parts[0]), None if parts[-1] is Ellipsis else len(parts), tuple)
+    if isinstance(kind, type) and issubclass(kind, tuple):
+        (base,) = cast(Any, kind).__orig_bases__
+        return _of_tuples(_form(get_args(base)[0]), None, kind)
     if origin is Mapping:
         return _of_mappings(_form(parts[1]))
     if all(part in _SCALARS for part in parts or (kind,)):
@@ -103,12 +106,14 @@ def _scalar(kinds: frozenset[type], value: Any) -> Any:
     raise TypeError(f"{shown(value)} stands where {needed} is needed")
 
 
-def _of_tuples(item: _Form, length: int | None) -> _Form:
-    def read(values: Any) -> tuple[Any, ...]:
+def _of_tuples(item: _Form, length: int | None, kind: Callable[[Iterable[Any]], Any]) -> _Form:
+    """kind: tuple, or a class of its own: `class Layers(tuple[LayerRecord, ...])`."""
+
+    def read(values: Any) -> Any:
         if not isinstance(values, list) or len(values) != (length or len(values)):
             needed = "a list" if length is None else f"a list of {length}"
             raise TypeError(f"{shown(values)} stands where {needed} is needed")
-        return tuple(item.read(value) for value in values)
+        return kind(item.read(value) for value in values)
 
     return _Form(lambda values: [item.write(value) for value in values], read)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from geoscope.records.codec import added, spare, within
 from geoscope.records.numbers import Curve, Numbers, Steps, Values
 
-__all__ = ["LayerRecord", "Overlap", "Run", "Summary", "Verdict"]
+__all__ = ["LayerRecord", "Layers", "Overlap", "Run", "Summary", "Verdict"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,32 @@ class LayerRecord(Numbers):
     tuned: int | None = spare(None)
     series: Mapping[str, Steps] = within("values")
     gram: tuple[tuple[float, ...], ...] = spare(())
+
+
+class Layers(tuple[LayerRecord, ...]):
+    """Records in their order; `layers["model.layers.0.mlp.down_proj.weight"]` by name."""
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> LayerRecord: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[LayerRecord, ...]: ...
+
+    def __getitem__(
+        self, key: SupportsIndex | slice | str
+    ) -> LayerRecord | tuple[LayerRecord, ...]:
+        """Of a name the one record; raises KeyError for none, or one of each tuned model."""
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        same = [one for one in self if key in (one.name, one.name.removesuffix(".weight"))]
+        if len(same) == 1:
+            return same[0]
+        if same:
+            raise KeyError(
+                f"{key!r} is there for {len(same)} tuned models; choose one by its number, tuned"
+            )
+        near = [one.name for one in self if key in one.name]
+        raise KeyError(f"no matrix {key!r}" + (f"; near: {', '.join(near[:4])}" if near else ""))
 
 
 @dataclass(frozen=True)

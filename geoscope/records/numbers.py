@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
-__all__ = ["Collected", "Curve", "Numbers", "Status", "Steps", "Values"]
+__all__ = ["Collected", "Curve", "Numbers", "Reading", "Status", "Steps", "Values", "reading"]
 
 Values = Mapping[str, float | int | None]
 Curve = tuple[tuple[float, float], ...]
@@ -50,6 +51,32 @@ _SENTENCES = {
 }
 
 
+class Reading(NamedTuple):
+    """A number beside its null; value is None where it is undefined, null where there is none.
+
+    status: of one matrix; None of numbers over several.
+    """
+
+    value: float | int | None
+    null: float | None
+    status: Status | None = None
+
+
+def reading(
+    key: str, values: Values, nulls: Mapping[str, float], status: Mapping[str, Status] | None = None
+) -> Reading:
+    """The number of an id; one that has a role is that of the update where none is named.
+
+    Raises KeyError with near names.
+    """
+    full = key if key in values else f"update.{key}"
+    if full not in values:
+        near = [one for one in values if key.partition("@")[0] in one] or list(values)
+        raise KeyError(f"no number {key!r} here; near: {', '.join(near[:8])}")
+    known = None if status is None else status.get(full, Status.OK)
+    return Reading(values[full], nulls.get(full), known)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
     """Numbers of one subject, each beside its null and its status.
@@ -64,6 +91,10 @@ class Numbers:
     nulls: Mapping[str, float] = field(default_factory=dict)
     status: Mapping[str, Status] = field(default_factory=dict)
     raw: Mapping[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Reading:
+        """Value, null and status of an id: `record["stable_rank"].value`. Raises KeyError."""
+        return reading(key, self.values, self.nulls, self.status)
 
     def status_of(self, key: str) -> Status:
         """OK where none is listed."""

@@ -6,15 +6,21 @@ Its JSON form (schema `geoscope.report/1`) is canonical and reads back equal.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from geoscope.errors import ReportError
 from geoscope.foreign import parsed, shown
 from geoscope.records.codec import decode, encode, spare
-from geoscope.records.layers import LayerRecord, Overlap, Summary
+from geoscope.records.layers import Layers, Overlap, Summary
+from geoscope.records.numbers import Reading, reading
 from geoscope.records.tensors import ModelRef, Rename, ShapeMismatch, Skipped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 __all__ = ["SCHEMA", "Coverage", "Provenance", "Report"]
 
@@ -65,21 +71,67 @@ class Coverage:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """Everything a command found. `to_json` and `from_json` are inverse to each other."""
+    """Everything a command found. `to_json` and `from_json` are inverse to each other.
+
+    report["nss"] is a number of the model beside its null; report.layers["…q_proj.weight"]["nss"]
+    the same of one matrix, with its status.
+    """
 
     kind: str
     provenance: Provenance
     coverage: Coverage
-    layers: tuple[LayerRecord, ...]
+    layers: Layers
     summary: Summary
-    vectors: tuple[LayerRecord, ...] = spare(())
+    vectors: Layers = spare(Layers())
     overlaps: tuple[Overlap, ...] = spare(())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", Layers(self.layers))
+        object.__setattr__(self, "vectors", Layers(self.vectors))
 
     def __repr__(self) -> str:
         models = " → ".join(ref.given for ref in self.provenance.refs)
         verdict = None if self.summary.verdict is None else self.summary.verdict.code
         count = f"{len(self.layers)} matrices, {len(self.coverage.missing)} missing"
         return f"<geoscope.Report {self.kind}: {models}; {count}; verdict {verdict}>"
+
+    def __getitem__(self, key: str) -> Reading:
+        """A number of the model beside its null: `report["nss"].value`. Raises KeyError."""
+        return reading(key, self.summary.model, self.summary.nulls)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tables of the page."""
+        from geoscope.report.notebook import render_notebook
+
+        return render_notebook(self)
+
+    def to_frame(self, part: str = "values") -> DataFrame:
+        """One row a matrix, ids as columns. Raises OptionError, or ReportError without pandas.
+
+        part: values, nulls, statuses or raw (the numbers behind BELOW_RESOLUTION); frames of all
+        four have the same rows.
+        """
+        from geoscope.report.frames import to_frame
+
+        return to_frame(self, part)
+
+    def figure(self, name: str | None = None) -> Figure:
+        """The figure of the report, or one panel of it by name, as a matplotlib Figure.
+
+        Raises OptionError with the names that there are.
+        """
+        from geoscope.report.figures import figure
+
+        return figure(self, name)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes .json (which `geoscope.read_report` opens), .csv, .md, .png, .svg or .pdf.
+
+        A file that is there is replaced. Raises OptionError or ReportError.
+        """
+        from geoscope.report import write
+
+        write(self, path)
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **encode(self)}

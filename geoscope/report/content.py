@@ -126,7 +126,7 @@ def _model_block(kind: Kind, section: Section, *, verbose: bool) -> Block:
         lines.append(f"each row has one k; the verdict takes each matrix at its own (k = {own})")
     if beyond := [k for k in every if k not in ks]:
         k = _listed(beyond)
-        lines.append(f"left out: k = {k}, above an eighth of every shorter side (see --verbose)")
+        lines.append(f"left out: k = {k}, above an eighth of every shorter side (see `verbose`)")
     grid = model_grid(kind, whole, ks)
     return Block("model", tuple(lines) if grid.rows else (), grid)
 

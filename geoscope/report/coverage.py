@@ -175,7 +175,7 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
     if name.startswith("mask_"):
         return "The shorter side is below the rank of the mask."
     if quick and not k and name not in _OF_LEADING:
-        return "--quick leaves out what needs a whole spectrum."
+        return "`quick` leaves out what needs a whole spectrum."
     if name in ("numerical_rank", "condition_number"):
         return "Singular values are below what the storage format resolves at this size."
     return ""

@@ -11,11 +11,13 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure, SubFigure
 
+from geoscope.errors import OptionError
 from geoscope.kinds import Kind
 from geoscope.records import Report
 from geoscope.report.content import headline, title
@@ -26,7 +28,7 @@ from geoscope.report.plain import plain
 from geoscope.report.sections import Section, sections
 from geoscope.report.tables import kind_of
 
-__all__ = ["render_figure"]
+__all__ = ["figure", "render_figure"]
 
 _WIDTH = 12.0
 _MARGIN = 0.2
@@ -57,10 +59,33 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def render_figure(report: Report, suffix: str) -> bytes:
     """The bytes of the figure as `.png`, `.svg` or `.pdf`."""
-    report, stream = plain(report), io.BytesIO()
+    return _saved(figure(plain(report)), suffix)
+
+
+def figure(report: Report, name: str | None = None) -> Figure:
+    """All panels of a report, or one by its name. Raises OptionError with the names there are."""
+    kind = kind_of(report.kind)
+    names = [each for row in kind.panels for each in row]
+    if name is not None:
+        if name not in names:
+            raise OptionError(f"name {name!r} is not one of {', '.join(names)}")
+        kind = replace(kind, panels=((name,),))
     with _own_style():
-        figure = _figure(report)
-        _settle(figure)
+        made = _figure(report, kind)
+        _settle(made)
+    return made
+
+
+class _Shown(Figure):
+    """A figure that notebooks show without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return _saved(self, ".png")
+
+
+def _saved(figure: Figure, suffix: str) -> bytes:
+    stream = io.BytesIO()
+    with _own_style():
         figure.savefig(stream, format=suffix.removeprefix("."), **_OPTIONS[suffix])
     return stream.getvalue()
 
@@ -74,13 +99,13 @@ def _own_style() -> Iterator[None]:
         yield
 
 
-def _figure(report: Report) -> Figure:
-    kind, parts = kind_of(report.kind), sections(report)
+def _figure(report: Report, kind: Kind) -> Figure:
+    parts = sections(report)
     header = _header(report, kind, parts)
     top = _MARGIN + _LINE * (len(header) + 1.3)
     heights = [sum(_heights(kind, part)) for part in parts]
     height = top + sum(heights) + _MARGIN
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = _Shown(figsize=(_WIDTH, height), layout="constrained")
     _write_header(figure, header, height)
     bottom, side = _MARGIN / 2 / height, _MARGIN / 2 / _WIDTH
     rect = (side, bottom, 1 - 2 * side, 1 - bottom - top / height)

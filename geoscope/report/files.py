@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from geoscope.arguments import Place, path_of
@@ -43,11 +43,14 @@ def _check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     raise OptionError(f"{path}: suffix {path.suffix!r} is {what}{', '.join(suffixes)}")
 
 
-def write(report: Report, path: Place) -> None:
-    """Write a report in the format of the suffix. Nothing half-written stays behind."""
+def write(report: Report, path: Place, *, words: Callable[[str], str] | None = None) -> None:
+    """Write a report in the format of the suffix. Nothing half-written stays behind.
+
+    words: what becomes of the text of JSON and Markdown, whose notes name parameters.
+    """
     path = path_of(path, "path")
     _check_suffix(path)
-    content = _rendered(report, path.suffix.lower())
+    content = _rendered(report, path.suffix.lower(), words or str)
     try:
         with replacing(path) as file:
             file.write(content)
@@ -55,10 +58,10 @@ def write(report: Report, path: Place) -> None:
         raise ReportError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _rendered(report: Report, suffix: str) -> bytes:
+def _rendered(report: Report, suffix: str, words: Callable[[str], str]) -> bytes:
     match suffix:
         case ".json":
-            return _encoded(_json(report))
+            return _encoded(words(_json(report)))
         case ".csv":
             from geoscope.report.csvs import render_csv
 
@@ -66,7 +69,7 @@ def _rendered(report: Report, suffix: str) -> bytes:
         case ".md":
             from geoscope.report.markdown import render_markdown
 
-            return _encoded(render_markdown(report))
+            return _encoded(words(render_markdown(report)))
         case _:
             from geoscope.report.figures import render_figure
 

@@ -109,6 +109,8 @@ def open_location(
 
 def base_in_shards(adapter: Adapter) -> Checkpoint | None:
     """The base of an adapter that was read from shards, which hold it, too; None for any other."""
+    if adapter.path is None:
+        return None
     names = file_names(adapter.path)
     if not holds_shards(names) or any(is_adapter_file(name) for name in names):
         return None

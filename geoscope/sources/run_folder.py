@@ -183,4 +183,4 @@ def run_folder(given: Candidate) -> tuple[tuple[Candidate, ...], tuple[Skipped, 
     return tuple(found), tuple(passed)
 
 
-_NO_NUMBER = "no step number in its name; set the steps by hand with --steps to use it"
+_NO_NUMBER = "no step number in its name; set the steps by hand with `steps` to use it"

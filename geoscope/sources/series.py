@@ -31,6 +31,7 @@ from geoscope.records import Skipped
 from geoscope.sources.common_folder import in_common_folder
 from geoscope.sources.hub.progress import OnDownload
 from geoscope.sources.locate import Location, locate
+from geoscope.sources.memory import LiveAdapter
 from geoscope.sources.open import open_location
 from geoscope.sources.places import below, find_places
 from geoscope.sources.reference import LocalReference
@@ -44,9 +45,9 @@ from geoscope.sources.run_folder import (
 from geoscope.sources.signs import Kind
 from geoscope.sources.steps import Step
 
-__all__ = ["Series", "SeriesPoint", "open_series"]
+__all__ = ["Series", "SeriesPoint", "open_series", "series_in_memory"]
 
-_NO_NUMBER = "no step number in its name; set the steps by hand with --steps"
+_NO_NUMBER = "no step number in its name; set the steps by hand with `steps`"
 _NO_WEIGHTS = "a file without weights"
 
 
@@ -144,6 +145,34 @@ def open_series(
     if unit == "epoch":
         notes.append("the numbers of this series are epochs, not steps")
     return Series(points, skipped, tuple(notes), unit, max(taken, default=None))
+
+
+def series_in_memory(
+    models: Sequence[Checkpoint | LiveAdapter], steps: Sequence[int] | None
+) -> Series:
+    """The series of models that are open, or in memory; each has its step by hand.
+
+    Raises OptionError for steps that are not given, and as `open_series` does.
+    """
+    if steps is None or len(steps) != len(models):
+        count = "none" if steps is None else f"{len(steps)}"
+        raise OptionError(
+            f"`steps`: one number for each of the {len(models)} models is needed, {count} given"
+        )
+    points = sorted(map(_point_in_memory, models, steps), key=lambda point: point.step)
+    _check_steps(points)
+    _check_kinds(points)
+    for point in points:
+        if point.checkpoint is not None:
+            refuse_ungathered(point.checkpoint)
+    return Series(tuple(points))
+
+
+def _point_in_memory(model: Checkpoint | LiveAdapter, step: int) -> SeriesPoint:
+    if isinstance(model, LiveAdapter):
+        adapter = model.adapter
+        return SeriesPoint(int(step), adapter.given, "in memory", "adapter", adapter=adapter)
+    return SeriesPoint(int(step), model.ref.given, "in memory", "model", checkpoint=model)
 
 
 def _by_hand(found: Sequence[Candidate], steps: Sequence[int]) -> tuple[Candidate, ...]:

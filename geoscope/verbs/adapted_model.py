@@ -92,7 +92,7 @@ def adapted(
         start=start,
         start_changes=before,
         is_difference=is_difference,
-        is_doubled=adapter_folder(adapter.path).layout == "mirror",
+        is_doubled=adapter.layout == "mirror",
         uncompared=found.lacking,
         names=names,
         renamed=renamed,

@@ -5,15 +5,16 @@ Loads no torch: the command line makes its options from these fields, and help m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, TypeVar
 
 from geoscope.arguments import path_text, texts
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection, chosen_layers
 
-__all__ = ["Compute", "Rename", "Select", "Start", "form"]
+__all__ = ["Compute", "Rename", "Select", "Start", "chosen", "form"]
 
 _MOST_WORKERS = 1024  # a thread each
 
@@ -31,6 +32,24 @@ class _Choices:
             value, rule = getattr(self, each.name), each.metadata.get("form")
             if rule is not None and not (value is None and each.default is None):
                 object.__setattr__(self, each.name, rule(value, each.name))
+
+
+Chosen = TypeVar("Chosen", bound=_Choices)
+
+
+def chosen(kind: type[Chosen], options: Chosen | None, named: Mapping[str, Any]) -> Chosen:
+    """The options, with those that were named in the call in their place.
+
+    Raises OptionError for a name that is none of them.
+    """
+    known = [each.name for each in fields(kind)]  # pyright: ignore[reportArgumentType]
+    for name in named:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; is {near[0]} meant?" if near else f"; they are {', '.join(known)}"
+            raise OptionError(f"{name!r} is not an option of this function{hint}")
+    made = kind() if options is None else options
+    return replace(made, **named)  # pyright: ignore[reportArgumentType]
 
 
 def _rules(value: Any, _name: str) -> Sequence[str]:

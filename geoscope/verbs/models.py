@@ -15,6 +15,7 @@ from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.folder import record_beside
 from geoscope.sources.hub.progress import OnDownload
+from geoscope.sources.memory import LiveAdapter, Opened
 from geoscope.sources.open import base_in_shards, open_adapter, open_model_or_adapter
 from geoscope.sources.reference import base_and_adapter
 from geoscope.verbs.adapted_model import adapted, started_from
@@ -23,7 +24,7 @@ __all__ = ["adapter_at", "apart", "apart_over", "in_parts", "open_model", "open_
 
 
 def open_model(
-    reference: str,
+    reference: Opened,
     *,
     initial: str | None = None,
     alpha: float | None = None,
@@ -34,20 +35,25 @@ def open_model(
 
     initial, alpha, names: `--initial-adapter`, `--lora-alpha`, `--map-name`. Raises GeoscopeError.
     """
+    if isinstance(reference, Checkpoint):
+        return reference
+    if isinstance(reference, LiveAdapter):
+        _refuse_alpha(reference, alpha)
+        return _over_own(reference, names)
     pair = base_and_adapter(reference)
     if pair is not None:
         base = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
-        return _as_model(_over(base, adapter, initial, alpha, names), given=reference)
+        return _as_model(_over(base, adapter, initial, alpha, names), reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
     whole = _over(_base_of(found, on_progress), found, initial, alpha, names)
-    return _as_model(whole, given=found.given)
+    return _as_model(whole, found.given)
 
 
 def open_tuned(
-    reference: str,
+    reference: Opened,
     base: Checkpoint,
     *,
     initial: str | None = None,
@@ -61,19 +67,72 @@ def open_tuned(
 
     Raises GeoscopeError.
     """
+    if isinstance(reference, Checkpoint):
+        return reference
+    if isinstance(reference, LiveAdapter):
+        _refuse_alpha(reference, alpha)
+        return _live(reference, base, initial, names)
     pair = base_and_adapter(reference)
     if pair is not None:
         own = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
         over_base = _over(base if same else own, adapter, initial, alpha, names)
-        return _as_model(over_base, given=reference)
+        return _as_model(over_base, reference)
     found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
     if isinstance(found, Checkpoint):
         return found
     if isinstance(base, AdaptedCheckpoint) and _are_siblings(base.adapter, found):
         return _difference(base, found, names)
     return _over(base, found, initial, alpha, names)
+
+
+def _refuse_alpha(live: LiveAdapter, alpha: float | None) -> None:
+    if alpha is not None:
+        raise OptionError(
+            f"`lora_alpha` {alpha:g}: the configuration of {live.adapter.given} is in memory; set "
+            "it there"
+        )
+
+
+def _live(
+    live: LiveAdapter, base: Checkpoint, initial: str | None, names: NameMap
+) -> AdaptedCheckpoint:
+    """Over the base that is given where this has the weights of its own; else over its own."""
+    own = _over_own(live, names)
+    whole = base.whole if isinstance(base, AdaptedCheckpoint) else base
+    if initial is None and not _same_weights(own, whole):
+        note = (
+            f"its base is not {whole.ref.given}: the weights of both are compared whole; give "
+            "get_base_model() in its place for the adapter alone"
+        )
+        told = replace(live, adapter=replace(live.adapter, beside=note))
+        return _over_own(told, names)
+    if initial is None and isinstance(base, AdaptedCheckpoint):
+        return _difference(base, live.adapter, names)
+    return _over(base, live.adapter, initial, None, names)
+
+
+def _over_own(live: LiveAdapter, names: NameMap) -> AdaptedCheckpoint:
+    """Its own base holds what a start took out of it, so there is nothing to take off."""
+    return _as_model(adapted(live.base, live.base, live.adapter, None, names), live.adapter.given)
+
+
+def _same_weights(own: AdaptedCheckpoint, base: Checkpoint) -> bool:
+    """Whether every tensor that the adapter changes has the same entries in both bases."""
+    if own.whole is base:
+        return True
+    stored = {
+        own.whole.views[name].stored if name in own.whole.views else name for name in own.changes
+    }
+    return all(_is_equal(own.whole, base, name) for name in sorted(stored))
+
+
+def _is_equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    info = other.tensors.get(name)
+    if info is None or info.shape != one.tensors[name].shape:
+        return False
+    return bool((one.read(name).double() == other.read(name).double()).all())
 
 
 def _are_siblings(one: Adapter, other: Adapter) -> bool:
@@ -159,16 +218,21 @@ def _over(
     return adapted(base, base, adapter, start, names)
 
 
-def _as_model(found: AdaptedCheckpoint, *, given: str) -> AdaptedCheckpoint:
+def _as_model(found: AdaptedCheckpoint, given: str) -> AdaptedCheckpoint:
     """Known as base and adapter together, as two of one adapter over different bases differ."""
     resolved = f"{found.whole.ref.resolved}+{found.ref.resolved}"
     return replace(found, ref=replace(found.ref, given=given, resolved=resolved))
 
 
 def adapter_at(
-    reference: str, *, alpha: float | None = None, on_progress: OnDownload | None = None
+    reference: Opened, *, alpha: float | None = None, on_progress: OnDownload | None = None
 ) -> Adapter:
     """The adapter that a reference names. Raises OptionError for a model, alone or below it."""
+    if isinstance(reference, LiveAdapter):
+        _refuse_alpha(reference, alpha)
+        return reference.adapter
+    if isinstance(reference, Checkpoint):
+        raise OptionError(f"{reference.ref.given}: a model and not an adapter; give its base, too")
     if (pair := base_and_adapter(reference)) is not None:
         raise OptionError(
             f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"

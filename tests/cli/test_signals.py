@@ -221,10 +221,10 @@ def test_a_signal_during_the_write_leaves_no_half_file(
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report without matrices: `show` renders it without importing torch."""
-    from geoscope.records import Coverage, Provenance, Report, Summary
+    from geoscope.records import Coverage, Layers, Provenance, Report, Summary
 
     provenance = Provenance("0", (), (), "cpu", "float64", 0, {}, 0.0)
-    report = Report("anisotropy", provenance, Coverage(()), (), Summary({}, {}, {}, {}))
+    report = Report("anisotropy", provenance, Coverage(()), Layers(), Summary({}, {}, {}, {}))
     path = tmp_path_factory.mktemp("saved") / "report.json"
     path.write_text(report.dumps())
     return path

@@ -14,6 +14,7 @@ from typing import Any
 from geoscope.records import (
     Coverage,
     LayerRecord,
+    Layers,
     ModelRef,
     Overlap,
     Provenance,
@@ -96,9 +97,9 @@ def example(
         kind=kind,
         provenance=_provenance(runs),
         coverage=_coverage(records, missing),
-        layers=tuple(records),
+        layers=Layers(records),
         summary=_summary(kind, records, runs),
-        vectors=_vectors(layers),
+        vectors=Layers(_vectors(layers)),
         overlaps=_overlaps(records) if runs > 1 else (),
     )
 

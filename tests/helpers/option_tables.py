@@ -28,7 +28,7 @@ MORE = {
     "--limit": "../verdict.md#thresholds",
     "--map-name": "../formats.md#names",
     "--max-memory": "../numerics.md#memory",
-    "--metrics": "../trajectories.md#a-metric-beside-the-weights",
+    "trajectory --metrics": "../trajectories.md#a-metric-beside-the-weights",
     "--quick": "../numerics.md#methods-and-bounds",
     "--resume": "cache.md",
     "--scalar-r2": "../trajectories.md#two-things-are-called-rank-1",

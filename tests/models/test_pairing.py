@@ -16,7 +16,7 @@ from geoscope.sources.open import open_checkpoint
 from tests.helpers.files import llama, model_of, write_model, zeros
 
 ALL = Selection()
-REACH = "outside the default scope; --include reaches it"
+REACH = "outside the default scope; `include` reaches it"
 UP = "model.layers.0.mlp.up_proj.weight"
 
 Tensors = dict[str, torch.Tensor]
@@ -160,7 +160,7 @@ def test_a_rule_of_the_user_matches_names_and_is_listed(
     rename = next(one for one in without.renamed if one.base == UP)
     assert rename.tuned == UP.replace(old, new)
     for rule in given:
-        assert f"--map-name {rule}" in rename.rule
+        assert f"`map_name` {rule}" in rename.rule
     with pytest.raises(PairingError, match="nothing to compare"):
         pair(base, tuned, ALL)
 
@@ -261,7 +261,7 @@ def test_a_stack_whose_layout_is_not_known_is_missing(sides: Sides) -> None:
     assert Skipped(name, reason, missing=True) in pairing.skipped
     assert pairing.missing == (name,)
     excluded = sides.pair(tensors, tensors, Selection(exclude=("experts",)))
-    assert Skipped(name, "excluded by --exclude") in excluded.skipped
+    assert Skipped(name, "excluded by `exclude`") in excluded.skipped
     assert excluded.missing == ()
 
 
@@ -326,7 +326,7 @@ def test_include_replaces_the_default_scope(sides: Sides) -> None:
         *(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)),
     ]  # fmt: skip
     assert pairing.vectors == ()
-    assert reasons(pairing)[UP] == "not matched by --include"
+    assert reasons(pairing)[UP] == "not matched by `include`"
     assert pairing.missing == ()
 
 
@@ -337,8 +337,8 @@ def test_exclude_takes_away_and_layers_choose(sides: Sides) -> None:
         f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "koqv"
     ]
     assert pairing.vectors == ()
-    assert reasons(pairing)[UP] == "excluded by --exclude"
-    assert reasons(pairing)["model.layers.0.self_attn.q_proj.weight"] == "not in --layers"
+    assert reasons(pairing)[UP] == "excluded by `exclude`"
+    assert reasons(pairing)["model.layers.0.self_attn.q_proj.weight"] == "not in `layers`"
 
 
 def test_what_the_selection_leaves_out_is_not_missing(sides: Sides) -> None:

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from geoscope.records import LayerRecord, Report
+from geoscope.records import LayerRecord, Layers, Report
 from geoscope.report.csvs import render_csv
 from tests.helpers.examples import example
 
@@ -49,9 +49,8 @@ def test_verdict_and_tuned_have_columns_where_there_are_any() -> None:
 def test_names_with_commas_and_quotes_are_quoted() -> None:
     report = example(layers=0)
     layer = LayerRecord('odd, "name"', None, "x", (2, 3), values={"nss": 1.0})
-    row = rows_of(Report("compare", report.provenance, report.coverage, (layer,), report.summary))[
-        0
-    ]
+    made, covered = report.provenance, report.coverage
+    row = rows_of(Report("compare", made, covered, Layers([layer]), report.summary))[0]
     assert row["name"] == 'odd, "name"'
     assert row["layer"] == ""
 

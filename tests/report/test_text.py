@@ -238,7 +238,7 @@ def test_an_anchor_without_a_number_is_a_dash() -> None:
 def test_rows_beyond_an_eighth_of_every_side_are_left_out() -> None:
     report = example()  # hidden size 192: k_v is 24 and 8, and 64 exceeds an eighth of 192
     text = plain(report)
-    assert "left out: k = 64, above an eighth of every shorter side (see --verbose)" in text
+    assert "left out: k = 64, above an eighth of every shorter side (see `verbose`)" in text
     assert [line for line in lines_with(text, "captured C_LR(") if "(64)" in line] == []
     for words in ("captured C_LR(8)", "captured C_LR(24)", "mean angle left, k = 24"):
         assert lines_with(text, words)

@@ -98,7 +98,7 @@ def test_the_rule_that_is_proposed_joins_them(
     base = write_model(tmp_path / "base", {**{f"{mine}{n}": torch.ones(4, 4) for n in names},
                                            "cls.weight": torch.ones(4, 4)})  # fmt: skip
     tuned = write_model(tmp_path / "tuned", {f"{theirs}{n}": torch.ones(4, 4) for n in names})
-    assert f"give --map-name '{rule}', under which 4 of them agree" in failure(base, tuned)
+    assert f"give `map_name` '{rule}', under which 4 of them agree" in failure(base, tuned)
     one, other = open_checkpoint(str(base)), open_checkpoint(str(tuned))
     assert len(pair(one, other, Selection(), NameMap((rule,))).matrices) == 4
 

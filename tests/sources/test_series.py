@@ -109,8 +109,8 @@ def test_what_a_glob_of_the_shell_brings_along_is_listed(run: Path) -> None:
         "trainer_log.jsonl": "a file without weights",
         "optimizer.pt": "a file without weights",
         "runs": "a folder without weights",
-        "checkpoint-final": "no step number in its name; set the steps by hand with --steps",
-        "latest": "no step number in its name; set the steps by hand with --steps",
+        "checkpoint-final": "no step number in its name; set the steps by hand with `steps`",
+        "latest": "no step number in its name; set the steps by hand with `steps`",
     }
     assert lost(found) == set()
 
@@ -124,7 +124,7 @@ def test_broken_links_of_a_glob_stay_on_this_disk(
     found = opened("my run/*")
     assert found.steps == (40, 200, 1000)
     assert reasons(found) == {
-        "latest": "no step number in its name; set the steps by hand with --steps",
+        "latest": "no step number in its name; set the steps by hand with `steps`",
         "checkpoint-50": "step 50: my run/checkpoint-50: neither a file nor a folder",
     }
     assert lost(found) == {"checkpoint-50"}
@@ -135,7 +135,7 @@ def test_a_run_folder_lists_what_has_no_number(run: Path) -> None:
     model(run / "checkpoint-final")
     found = opened(run)
     assert found.steps == (40, 200, 1000)
-    hint = "no step number in its name; set the steps by hand with --steps to use it"
+    hint = "no step number in its name; set the steps by hand with `steps` to use it"
     assert reasons(found) == {
         "checkpoint-final": hint,
         "my run": f"weights of the run folder itself: {hint}",
@@ -227,7 +227,7 @@ def test_nothing_given_or_nothing_left(tmp_path: Path) -> None:
     message = fails(CheckpointError, touch(tmp_path / "a.txt"), model(tmp_path / "base"))
     assert message == (
         f"no checkpoint of a step among what was given ({tmp_path}/a.txt: a file without weights, "
-        f"{tmp_path}/base: no step number in its name; set the steps by hand with --steps)"
+        f"{tmp_path}/base: no step number in its name; set the steps by hand with `steps`)"
     )
 
 

@@ -70,7 +70,7 @@ def changes_of(adapter: Adapter, paths: BasePaths, base: Checkpoint) -> Changes:
 def _lacks(adapter: Adapter, lacking: list[str]) -> str:
     return (
         f"{adapter.given}: the base lacks {len(lacking)} of {len(adapter.modules)} adapted "
-        f"modules: {first_names(lacking)}; give the model that it was trained on, or --map-name "
+        f"modules: {first_names(lacking)}; give the model that it was trained on, or `map_name` "
         "where it has other names for them"
     )
 

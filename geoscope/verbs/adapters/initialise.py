@@ -262,9 +262,9 @@ def _make_one(
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from None
     except NumericsError as error:
-        if "--exclude" in str(error):
+        if "`exclude`" in str(error):
             raise
-        way_out = f"leave it out with --exclude '{target.info.name}'"
+        way_out = f"leave it out with `exclude` '{target.info.name}'"
         raise NumericsError(f"{error}; nothing is written, {way_out}") from error
 
 

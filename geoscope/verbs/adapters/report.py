@@ -11,6 +11,7 @@ from geoscope.names import layer_index, module_kind
 from geoscope.records import (
     Coverage,
     LayerRecord,
+    Layers,
     ModelRef,
     Provenance,
     Report,
@@ -61,7 +62,7 @@ def adapter_report(
             seconds=seconds,
         ),
         coverage=Coverage(matched=tuple(targets.shapes), skipped=targets.skipped),
-        layers=layers,
+        layers=Layers(layers),
         summary=Summary(
             model=_combined([layer.values for layer in layers]),
             nulls=_mean_nulls(layers),

@@ -35,7 +35,7 @@ class SeenStart:
         return (
             f"the update looks like the start of {self.method} on {self.seen} of {self.of} "
             "matrices that were looked at: the start is then counted twice; give the adapter "
-            "before training as --initial-adapter"
+            "before training as `initial_adapter`"
         )
 
 

@@ -32,7 +32,7 @@ from geoscope.verbs.adapters.options import InitOptions
 
 __all__ = ["Target", "Targets", "choose_targets"]
 
-_NOT_NAMED = "not among --targets"
+_NOT_NAMED = "not among `targets`"
 _DROPPED = "of multi-token prediction: the live model has no such block"
 _ROUTER = re.compile(r"\.(?:gate|router|shared_expert_gate)\.weight$")
 
@@ -207,7 +207,7 @@ def _left_out(info: TensorInfo, options: InitOptions) -> str | None:
     if options.targets:
         return _not_named(info, options)
     if _ROUTER.search(info.name) and not options.include:
-        return "router: --targets reaches it"
+        return "router: `targets` reaches it"
     if not info.name.endswith(".weight"):
         return "not the weight of a module"
     return None

@@ -325,12 +325,12 @@ def _number(value: float) -> float | None:
 
 def _why_lossy(residual: Checkpoint, name: str, accepted: bool) -> str:
     if accepted:
-        return "accepted, --allow-lossy"
+        return "accepted, `allow_lossy`"
     dtype = residual.tensors[name].dtype
     if dtype in ("bfloat16", "float16"):
         return (
-            f"{dtype} is too coarse for a residual; write it with --residual-dtype float32, "
-            "choose --layout mirror, or accept it with --allow-lossy"
+            f"{dtype} is too coarse for a residual; write it with `residual_dtype` float32, "
+            "choose `layout` mirror, or accept it with `allow_lossy`"
         )
     return "residual, adapter and base are not of one run, or lora_alpha was changed"
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from geoscope.adapters.peft_names import expert_name
-from geoscope.arguments import Place, path_text
 from geoscope.engine import plan, resolve_devices, resolve_dtype
 from geoscope.errors import CheckpointError, OptionError, PairingError
 from geoscope.formats.container import Container
@@ -18,9 +18,10 @@ from geoscope.models.pairing import pair
 from geoscope.names import NameMap
 from geoscope.peft.adapted import AdaptedCheckpoint, Change
 from geoscope.peft.adapter import Adapter
-from geoscope.peft.folder import adapter_folder
 from geoscope.records import ModelRef, Report, Skipped, TensorInfo
+from geoscope.sources.memory import Model, Opened, opened
 from geoscope.verbs.adapted_model import adapter_notes, started_from
+from geoscope.verbs.choices import chosen
 from geoscope.verbs.models import adapter_at
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.assemble import assemble
@@ -31,20 +32,21 @@ __all__ = ["measure_adapter", "prepare_alone"]
 
 
 def measure_adapter(
-    reference: Place,
+    reference: Model,
     kind: str,
     *,
     options: Options | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
+    **named: Any,
 ) -> Report:
     """A report of kind `anisotropy` or `capacity` on an adapter alone.
 
     What takes the base is not applicable. Raises GeoscopeError, Interrupted on Ctrl-C.
     """
-    options, progress = options or Options(), progress or Progress()
+    options, progress = chosen(Options, options, named), progress or Progress()
     started = time.perf_counter()
-    prepared = prepare_alone(path_text(reference, "reference"), options, progress)
+    prepared = prepare_alone(opened(reference, "reference"), options, progress)
     progress.on_plan(prepared.planned)
     run = run_one(prepared, kind, options, progress)
     report = assemble([run.about], [run], kind, options, argv, time.perf_counter() - started)
@@ -53,7 +55,9 @@ def measure_adapter(
     return report
 
 
-def prepare_alone(reference: str, options: Options, progress: Progress | None = None) -> Prepared:
+def prepare_alone(
+    reference: Opened, options: Options, progress: Progress | None = None
+) -> Prepared:
     """As `prepare`, of the adapter's modules that are products of two factors."""
     progress = progress or Progress()
     devices = resolve_devices(options.device)
@@ -127,7 +131,7 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         changes=changes,
         start=start,
         start_changes={} if start is None else changes,
-        is_doubled=adapter_folder(adapter.path).layout == "mirror",
+        is_doubled=adapter.layout == "mirror",
     )
     return tuned, skipped
 

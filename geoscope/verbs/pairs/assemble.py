@@ -11,6 +11,7 @@ from geoscope.metrics import aggregate
 from geoscope.records import (
     Coverage,
     LayerRecord,
+    Layers,
     Provenance,
     Report,
     Run,
@@ -86,9 +87,9 @@ def assemble(
             seconds=seconds,
         ),
         coverage=_coverage(runs),
-        layers=tuple(records),
+        layers=Layers(records),
         summary=_summary(runs, several=several),
-        vectors=tuple(vectors),
+        vectors=Layers(vectors),
     )
 
 
@@ -198,7 +199,7 @@ def _aggregates(
     )
 
 
-def anchored(run: TunedRun, anchor: TunedRun, given: str) -> dict[str, Any]:
+def anchored(run: TunedRun, anchor: TunedRun, given: str | None) -> dict[str, Any]:
     """Every number of the model as a ratio to the anchor's (`--anchor`).
 
     See docs/methods.md#thresholds.
@@ -212,8 +213,9 @@ def anchored(run: TunedRun, anchor: TunedRun, given: str) -> dict[str, Any]:
         ratios[key] = value / other if value is not None and other else None
     nss, other = ours.get("nss"), theirs.get("nss")
     preserving = None if nss is None or other is None else nss <= 0.5 * other
+    ref = anchor.about.tuned
     return {
-        "ref": encode(anchor.about.tuned) | {"given": given},
+        "ref": encode(ref) | {"given": given or ref.given},
         "ratios": ratios,
         "spectrum_preserving": preserving,
     }

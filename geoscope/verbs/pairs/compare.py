@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
-from geoscope.arguments import Place, path_text, paths_of
 from geoscope.errors import OptionError, Stopped
 from geoscope.kinds import KINDS, PAIR_KINDS
 from geoscope.records import Overlap, Report, Skipped
+from geoscope.sources.memory import Model, Opened, opened, opened_all
+from geoscope.verbs.choices import chosen
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.about import about
 from geoscope.verbs.pairs.assemble import anchored, assemble, lacking
@@ -23,36 +25,40 @@ __all__ = ["compare"]
 
 
 def compare(
-    base: Place,
-    *tuned: Place,
+    base: Model,
+    *tuned: Model,
     kind: str = "compare",
     options: Options | None = None,
-    anchor: Place | None = None,
+    anchor: Model | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
+    **named: Any,
 ) -> Report:
     """What training changed between a base and one or more tuned models.
 
-    base, tuned: folders, files or Hub ids (`org/name[@revision]`). kind: `collapse`, `anisotropy`,
-    `alignment` or `compare` (all families). anchor: another tuned model of the same base; the
-    summary then holds each number as a ratio to the anchor's. Raises GeoscopeError: Interrupted
+    base, tuned: folders, files or Hub ids (`org/name[@revision]`), state dicts, modules, or open
+    checkpoints; of tensors in memory nothing is written, changed or kept. kind: `collapse`,
+    `anisotropy`, `alignment` or `compare` (all families). anchor: another tuned model of the same
+    base; the summary then holds each number as a ratio to the anchor's. named: fields of `Options`,
+    in place of those in `options`. Raises GeoscopeError: Interrupted
     with the partial report on Ctrl-C, others before anything is computed.
 
     >>> report = compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
     >>> report.summary.verdict.code  # doctest: +SKIP
     'OFF_PRINCIPAL'
     """
-    options, progress = options or Options(), progress or Progress()
+    options, progress = chosen(Options, options, named), progress or Progress()
     if kind not in PAIR_KINDS:
         raise OptionError(f"kind {kind!r} is not one of {', '.join(PAIR_KINDS)}")
     if not tuned:
         raise OptionError("one tuned model is needed beside the base")
-    first = path_text(base, "base")
+    first = opened(base, "base")
     started = time.perf_counter()
-    prepared = [prepare(first, one, options, progress) for one in paths_of(tuned, "tuned")]
+    others = opened_all(tuned, "tuned")
+    prepared = [prepare(first, one, options, progress) for one in others]
     _check_initial(prepared, options)
     beside = None
-    given = None if anchor is None else path_text(anchor, "anchor")
+    given = None if anchor is None else opened(anchor, "anchor")
     if given is not None:
         alone = replace(options, initial_adapter=None)  # which is of the tuned model
         beside = prepare(first, given, alone, progress)
@@ -78,12 +84,17 @@ def compare(
         failed = [one for one in found if isinstance(one, Skipped)]
         report = replace(report, overlaps=overlaps, coverage=lacking(report.coverage, failed))
     if reference is not None:
-        ratios = anchored(runs[0], reference, given or "")
+        ratios = anchored(runs[0], reference, _label(given))
         report = replace(report, summary=replace(report.summary, anchor=ratios))
     for run in (*runs, reference):
         if run is not None and run.interrupted is not None:
             raise Interrupted(report if report.layers else None, run.interrupted)
     return report
+
+
+def _label(model: Opened | None) -> str | None:
+    """A reference as it was given; what is open has a name of its own."""
+    return model if isinstance(model, str) else None
 
 
 def _check_initial(prepared: Sequence[Prepared], options: Options) -> None:

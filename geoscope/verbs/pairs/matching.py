@@ -39,7 +39,7 @@ def match_models(
     else:
         pairing = pair(base, tuned, options.selection, names)
     notes += tuple(
-        f"{one.name}: {one.base[0]} rows in base, {one.tuned[0]} in tuned; --allow-vocab-resize "
+        f"{one.name}: {one.base[0]} rows in base, {one.tuned[0]} in tuned; `allow_vocab_resize` "
         "compares the rows that both have"
         for one in pairing.shape_mismatch
         if one.name in pairing.missing and is_resized(one.name, one.base, one.tuned)

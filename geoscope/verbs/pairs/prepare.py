@@ -27,6 +27,7 @@ from geoscope.metrics import Rounding
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import NameMap
 from geoscope.records import Pairing, Survey, WeightPair, encode
+from geoscope.sources.memory import Opened
 from geoscope.verbs.models import open_model, open_tuned
 from geoscope.verbs.options import Options, Planned, Progress
 from geoscope.verbs.pairs.matching import match_models
@@ -104,7 +105,9 @@ class Prepared:
         return ", ".join(str(one) for one in self.devices)
 
 
-def prepare(base: str, tuned: str, options: Options, progress: Progress | None = None) -> Prepared:
+def prepare(
+    base: Opened, tuned: Opened, options: Options, progress: Progress | None = None
+) -> Prepared:
     """Headers, pairing and plan of one pair of models; decomposes and downloads nothing."""
     progress = progress or Progress()
     devices = resolve_devices(options.device)

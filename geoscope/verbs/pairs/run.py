@@ -150,7 +150,7 @@ def _with_start(
             return matrices, ()
         note = (
             f"{given}: ρ is {ratio:.2g}, much for an adapter; if its product was not zero before "
-            "training, give that adapter as --initial-adapter"
+            "training, give that adapter as `initial_adapter`"
         )
         return matrices, (note,)
     notes = (f"{given}: {start.text}",)

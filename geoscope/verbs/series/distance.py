@@ -69,5 +69,5 @@ def _told(
         i == 0,
         f"{code}: step {step:g} {what} the base {base}{where} (cosine {cosine:.2g}, of unrelated "
         f"weights 0 ± {_deviation(found, far):.1g}), so that −W_0 is part of every update from it "
-        "on; give the model that the series was trained from as --base",
+        "on; give the model that the series was trained from as `base`",
     )

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from geoscope.arguments import Place, path_of, paths_of
+from geoscope.arguments import Place, path_of
 from geoscope.engine import one_blas_thread
 from geoscope.errors import NonFiniteError, NumericsError
+from geoscope.models.checkpoint import Checkpoint
 from geoscope.records import Report, Skipped, Status
+from geoscope.sources.memory import Model, opened, opened_all
+from geoscope.verbs.choices import chosen
+from geoscope.verbs.models import open_model
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
 from geoscope.verbs.series.metric import metric_curve
@@ -29,26 +34,31 @@ __all__ = ["follow", "measure_series"]
 
 
 def follow(
-    references: Place | Sequence[Place],
+    references: Model | Sequence[Model],
     *,
+    base: Model | None = None,
     options: FollowOptions | None = None,
     vectors: Place | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
+    **named: Any,
 ) -> Report:
     """The trajectory of a series of checkpoints: statistics, rank-1 paths, held-out skill.
 
-    references: one, or several: folders in any order, one run folder, globs, `repo@step_*`.
+    references: one, or several: folders in any order, one run folder, globs, `repo@step_*`; or
+    state dicts, modules, open checkpoints, with `steps`. base: as in `FollowOptions`, or such a
+    model.
     vectors: a safetensors file to write the leading pairs into, see `write_vectors`. argv: the
-    words of the command, for the report. Raises GeoscopeError.
+    words of the command, for the report. named: fields of `FollowOptions`, in place of those in
+    `options`. Raises GeoscopeError.
 
     >>> follow(["runs/grpo"], options=FollowOptions(base="base/"))  # doctest: +SKIP
     """
-    options = options or FollowOptions()
+    options, start = _with_base(chosen(FollowOptions, options, named), base)
     started = time.perf_counter()
     progress = progress or Progress()
     file = None if vectors is None else path_of(vectors, "vectors")
-    found = open_followed(paths_of(references, "references"), options, progress)
+    found = open_followed(opened_all(references, "references"), options, progress, start=start)
     curve, notes = metric_curve(found.series, options)
     found = replace(found, notes=(*found.notes, *notes))
     made = measure_series(found, options, progress)
@@ -63,6 +73,17 @@ def follow(
         argv=tuple(argv),
         seconds=time.perf_counter() - started,
     )
+
+
+def _with_base(
+    options: FollowOptions, base: Model | None
+) -> tuple[FollowOptions, Checkpoint | None]:
+    """The options that name the base, and the base itself where it is open."""
+    model = None if base is None else opened(base, "base")
+    if model is None or isinstance(model, str):
+        return options if model is None else replace(options, base=model), None
+    whole = open_model(model)
+    return replace(options, base=whole.ref.given), whole
 
 
 def measure_series(found: Followed, options: FollowOptions, progress: Progress) -> Trajectory:

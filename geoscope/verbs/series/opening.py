@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from geoscope.errors import OptionError
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.peft.adapter import Adapter
+from geoscope.sources.memory import Opened
 from geoscope.sources.open import open_adapter
-from geoscope.sources.series import open_series
+from geoscope.sources.series import Series, open_series, series_in_memory
 from geoscope.sources.steps import given_steps
 from geoscope.verbs.models import open_model
 from geoscope.verbs.options import Progress
@@ -22,33 +23,29 @@ __all__ = ["open_followed"]
 
 
 def open_followed(
-    references: Sequence[str],
+    references: Sequence[Opened],
     options: FollowOptions,
     progress: Progress | None = None,
     *,
+    start: Checkpoint | None = None,
     in_parts: bool = True,
 ) -> Followed:
     """The series and its base, matched tensor by tensor; data of the Hub is fetched.
 
+    start: the base, where it is open already and not a reference in the options.
     in_parts: fused and stacked tensors of models in parts; without it as they are stored.
     Raises OptionError, CheckpointError, PairingError.
     """
     progress = progress or Progress()
     steps = None if options.steps is None else given_steps(options.steps)
-    base = initial = None
-    if options.base is not None:
+    base, initial = start, None
+    if start is None and options.base is not None:
         base = open_model(options.base, on_progress=progress.on_download)
     if options.initial_adapter is not None:
         initial = open_adapter(
             options.initial_adapter, alpha=options.lora_alpha, on_progress=progress.on_download
         )
-    series = open_series(
-        references,
-        steps=steps,
-        alpha=options.lora_alpha,
-        starts=_starts(base, initial),
-        on_progress=progress.on_download,
-    )
+    series = _series(references, steps, options, _starts(base, initial), progress)
     if series.kind == "adapter":
         return adapter_series(series, options, progress, base, initial, in_parts=in_parts)
     if options.initial_adapter is not None:
@@ -56,6 +53,29 @@ def open_followed(
     if options.lora_alpha is not None:
         raise OptionError("`lora_alpha` is for series of adapters; these are whole models")
     return model_series(series, options, progress, base, in_parts=in_parts)
+
+
+def _series(
+    references: Sequence[Opened],
+    steps: Sequence[int] | None,
+    options: FollowOptions,
+    starts: Mapping[str, str],
+    progress: Progress,
+) -> Series:
+    """From paths, or from models in memory. Raises OptionError for both together."""
+    places = [reference for reference in references if isinstance(reference, str)]
+    in_memory = [reference for reference in references if not isinstance(reference, str)]
+    if places and in_memory:
+        raise OptionError("references: paths and models in memory make no one series; open all")
+    if in_memory:
+        return series_in_memory(in_memory, steps)
+    return open_series(
+        places,
+        steps=steps,
+        alpha=options.lora_alpha,
+        starts=starts,
+        on_progress=progress.on_download,
+    )
 
 
 def _starts(base: Checkpoint | None, initial: Adapter | None) -> dict[str, str]:

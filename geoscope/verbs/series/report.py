@@ -24,6 +24,7 @@ from geoscope.records import (
     Collected,
     Coverage,
     LayerRecord,
+    Layers,
     Provenance,
     Report,
     Skipped,
@@ -155,7 +156,7 @@ def trajectory_report(
             skipped=(*found.skipped, *made.failed),
             missing=missing,
         ),
-        layers=(*layers, *failed),
+        layers=Layers((*layers, *failed)),
         summary=_summary(
             found, made, test, options, link, layers, traps, distance, base_exact=base_exact
         ),

@@ -70,7 +70,7 @@ def _counts_from_zero(series: Series) -> bool:
 def _one_later(series: Series) -> Series:
     note = (
         "epochs count from 0 here, and epoch_0 is trained (torchtune): epoch_0 is read as epoch 1, "
-        "and so on; --steps sets other numbers"
+        "and so on; `steps` sets other numbers"
     )
     points = tuple(replace(point, step=point.step + 1) for point in series.points)
     return replace(series, points=points, notes=(*series.notes, note))

@@ -81,7 +81,7 @@ def _jumps(total: Increments, *, adapters: bool) -> list[str]:
     levels = [median([x for x in row if x == x] or [math.nan]) for row in rows]
     reason = "resumed from another base"
     if adapters:
-        reason += ", or an adapter that did not start at zero: give --initial-adapter"
+        reason += ", or an adapter that did not start at zero: give `initial_adapter`"
     found: list[str] = []
     for i, speeds in enumerate(zip(*rows, strict=True)):
         times = min(speed / level for speed, level in zip(speeds, levels, strict=True))

@@ -173,7 +173,7 @@ def test_a_bf16_residual_fails_unless_lossy_is_allowed(
     assert 5e-4 < check.worst < 5e-3
     assert "bfloat16 is too coarse for a residual" in check.text
     assert (
-        "--residual-dtype float32, choose --layout mirror, or accept it with --allow" in check.text
+        "`residual_dtype` float32, choose `layout` mirror, or accept it with `allow" in check.text
     )
     assert failed(verify_adapter(str(out), allow_lossy=True)) == {}
 

@@ -146,7 +146,7 @@ def test_epoch_0_is_trained_where_it_is_not_the_base(tmp_path: Path) -> None:
     folder = str(epochs(run, 0)[0].parent)
     found = followed([folder], base=str(run.base))
     assert found.summary.steps == (0, 1, 2, 3, 4)
-    assert "epoch_0 is read as epoch 1" in notes(found) and "--steps" in notes(found)
+    assert "epoch_0 is read as epoch 1" in notes(found) and "`steps`" in notes(found)
     # relative to the first checkpoint no number changes
     assert followed([folder]).summary.steps == (0, 1, 2, 3)
 

@@ -47,9 +47,9 @@ def test_a_name_rule_without_effect_is_said(tmp_path: Path) -> None:
     run = Run.write(tmp_path, STEPS)
     rules = FollowOptions(jobs=1, base=str(run.base), map_name=("^nowhere=else", "^model=model"))
     told = follow([str(run.folder)], options=rules).provenance.parameters["notes"]
-    assert [line for line in told if "map-name" in line] == [
-        "--map-name ^nowhere=else: changes no name",
-        "--map-name ^model=model: changes no name",
+    assert [line for line in told if "map_name" in line] == [
+        "`map_name` ^nowhere=else: changes no name",
+        "`map_name` ^model=model: changes no name",
     ]
 
 
@@ -91,7 +91,7 @@ def test_an_adapter_that_did_not_start_at_zero_is_said(tmp_path: Path) -> None:
     _, folder, initial = lora_run(tmp_path, STEPS, from_zero=False)
     (line,) = notes(folder)
     assert line.startswith("step 10: jump in ‖ΔW‖, ")
-    assert line.endswith("an adapter that did not start at zero: give --initial-adapter")
+    assert line.endswith("an adapter that did not start at zero: give `initial_adapter`")
     assert notes(folder, initial_adapter=str(initial)) == []
 
 
