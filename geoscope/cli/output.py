@@ -181,7 +181,7 @@ def emit(report: Report, show: Show) -> None:
         if show.as_json:
             document(report.dumps())
         else:
-            _put(_text(report, show))  # printable by itself: escapes in it are our colours
+            _put(worded(_text(report, show)))  # printable by itself: escapes in it are our colours
     finally:
         for path in show.out:
             reports.write(report, path, words=worded)

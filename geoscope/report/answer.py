@@ -195,7 +195,7 @@ def _limit(fact: Fact, section: Section, null: float | None) -> float | None:
 
 def _alerts(report: Report, kind: Kind, parts: Sequence[Section]) -> list[str]:
     """What to do, matrices that were not compared, and those that differ from the headline."""
-    lines = [f"→ {compared_line(report)}. Reasons: --details."] if report.coverage.missing else []
+    lines = [f"→ {compared_line(report)}. Reasons: `details`."] if report.coverage.missing else []
     holders: dict[str, list[str]] = {}
     for part in parts:
         for words in filter(None, (outcome(kind, part).todo, _odd(part), _apart(part))):
@@ -204,7 +204,7 @@ def _alerts(report: Report, kind: Kind, parts: Sequence[Section]) -> list[str]:
         name = "" if len(labels) == len(parts) else f"{first_names(labels, limit=2)}: "
         lines.append(f"→ {name}{words}")
     more = len(lines) - _ALERTS
-    return lines if more <= 0 else [*lines[:_ALERTS], f"→ {more} more: --details."]
+    return lines if more <= 0 else [*lines[:_ALERTS], f"→ {more} more: `details`."]
 
 
 def _odd(section: Section) -> str:
@@ -222,7 +222,7 @@ def _odd(section: Section) -> str:
         return ""
     told = ", ".join(f"{code} {count}" for code, count in codes.most_common())
     worst = next(name for name in verdict.flagged if name in flagged)
-    return f"Look at {told}, worst {shorten(worst, 40)}: --details."
+    return f"Look at {told}, worst {shorten(worst, 40)}: `details`."
 
 
 def _apart(section: Section) -> str:
@@ -393,7 +393,7 @@ def _models_below(kind: Kind, facts: Sequence[Fact], parts: Sequence[Section], m
         for part in (parts if len(parts) <= most else parts[: most - 1])
     ]
     if len(table) < len(parts):
-        table.append((Cell(f"… {len(parts) - len(table)} more: --details"),))
+        table.append((Cell(f"… {len(parts) - len(table)} more: `details`"),))
     return Grid(tuple(heads), tuple(table))
 
 
@@ -464,5 +464,5 @@ def _whole_rows(body: Grid) -> list[tuple[Cell, ...]]:
 
 def _next(said: Answer, parts: Sequence[Section]) -> str:
     explained = any(part.verdict and part.verdict.explain for part in parts)
-    words = ["All numbers: --details", "why: --explain" if explained else "", said.next]
+    words = ["All numbers: `details`", "why: `explain`" if explained else "", said.next]
     return " · ".join(filter(None, words))

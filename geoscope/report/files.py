@@ -98,6 +98,6 @@ def read(path: Place) -> Report:
         if _ADAPTER_RECORD in text:
             raise ReportError(
                 f"{path}: is the record of an adapter folder and no report; `geoscope "
-                f"verify-adapter {path.parent}` reads it, and init-adapter --report writes a report"
+                f"verify-adapter {path.parent}` reads it"
             ) from None
         raise ReportError(f"{path}: {error}") from None

@@ -373,8 +373,8 @@ def test_what_is_set_apart_is_named() -> None:
 
 def test_details_and_explanations_are_one_option_away() -> None:
     report = example("collapse")
-    assert "All numbers: --details · why: --explain" in text_of(report)
-    assert "why: --explain" not in text_of(example("alignment"))
+    assert "All numbers: `details` · why: `explain`" in text_of(report)
+    assert "why: `explain`" not in text_of(example("alignment"))
     explained = text_of(report, explain=True)
     assert explained.startswith(text_of(report))
     assert "rules in order" in explained
