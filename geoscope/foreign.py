@@ -82,7 +82,7 @@ def small_text(path: Path, limit: int = SMALL, *, encoding: str = "utf-8") -> st
     try:
         return small_bytes(path, limit).decode(encoding)
     except UnicodeDecodeError as error:
-        raise OSError(errno.EILSEQ, f"it is no text: {error}") from None
+        raise OSError(errno.EILSEQ, f"it is not text: {error}") from None
 
 
 def reason(error: OSError) -> str:
@@ -103,7 +103,7 @@ def local_path(text: str | os.PathLike[str]) -> Path:
 
 
 def resolved(path: Path) -> Path:
-    """The path without links; one that leads in a circle, or is no name of a file, stays."""
+    """The path without links; one that leads in a circle, or is not a name of a file, stays."""
     try:
         return path.resolve()
     except (OSError, RuntimeError, ValueError):

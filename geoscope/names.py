@@ -231,7 +231,7 @@ def parse_layers(text: str) -> frozenset[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
         if match is None:
-            raise OptionError(f"`layers` {text!r}: {part!r} is no index or range; write 0-3,7")
+            raise OptionError(f"`layers` {text!r}: {part!r} is not an index or range; write 0-3,7")
         if any(len(digits or "") > _LAYER_DIGITS for digits in match.groups()):
             raise OptionError(
                 f"`layers` {part.strip()!r}: no model has so many blocks; write at most "
@@ -269,7 +269,7 @@ class Selection:
                 try:
                     check_pattern(pattern)
                 except PatternError as error:
-                    raise _unusable(name, pattern, error, "is no regular expression") from None
+                    raise _unusable(name, pattern, error, "is not a regular expression") from None
 
     def reason_against(self, name: str, *, in_default_scope: bool, scope_reason: str) -> str | None:
         """Why `name` is left out, or None when it is looked at."""

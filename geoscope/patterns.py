@@ -41,7 +41,7 @@ class PatternError(GeoscopeError):
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises PatternError for what is no regular expression, or one that is too large."""
+    """Raises PatternError for what is not a regular expression, or one that is too large."""
     if len(pattern) > _LETTERS:
         raise PatternError(f"it has {len(pattern)} letters, {_LETTERS} are allowed")
     try:

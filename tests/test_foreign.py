@@ -99,7 +99,7 @@ def test_a_file_as_large_as_allowed_is_read_and_one_byte_more_is_not(tmp_path: P
     with pytest.raises(OSError, match="more than 9 bytes"):
         small_bytes(path, 9)
     path.write_bytes(b"\xff")
-    with pytest.raises(OSError, match="it is no text"):
+    with pytest.raises(OSError, match="it is not text"):
         small_text(path)
 
 

@@ -533,7 +533,7 @@ def test_patterns_are_searched_anywhere_in_the_full_name() -> None:
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_is_no_regular_expression_is_refused(option: str) -> None:
     patterns: Any = ("fine", "layers.(")
-    with pytest.raises(OptionError, match="is no regular expression") as caught:
+    with pytest.raises(OptionError, match="is not a regular expression") as caught:
         Selection(**{option: patterns})
     assert str(caught.value).startswith(f"`{option}` 'layers.('")
     assert "\n" not in str(caught.value)

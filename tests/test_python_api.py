@@ -214,7 +214,9 @@ def _raised(path: Path) -> list[str]:
 
 
 # Options of other programs, and a command that is named with its own.
-FOREIGN = {"--safe_serialization", "--tag", 
+FOREIGN = {
+    "--safe_serialization",
+    "--tag",
     *("--max-lora-rank", "--enable-lora", "--lora-modules"),  # vLLM
     *("--model", "--adapter-path", "--save-path", "--dequantize"),  # mlx_lm
     *("--backend", "--local_dir", "--target_dir", "--save_hf_ckpt"),  # verl, DeepSpeed

@@ -442,7 +442,7 @@ def test_the_docstring_draws_the_tree_of_errors() -> None:
 
 
 def test_every_error_of_the_package_is_a_geoscope_error() -> None:
-    """So that the one boundary of the command line catches it; a signal is no error."""
+    """So that the one boundary of the command line catches it; a signal is not an error."""
     found = raised_on_purpose()
     assert len(found) >= 9
     for name, one in found.items():

@@ -52,11 +52,11 @@ def concatenated(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor) -> tuple[Tensor, 
 
 
 def _refuse_overflow(*factors: Tensor) -> None:
-    for one in factors:
-        bad = int((~torch.isfinite(one)).sum())
+    for factor in factors:
+        bad = int((~torch.isfinite(factor)).sum())
         if bad:
             raise NumericsError(
-                f"{bad} of {one.numel()} entries of a factor are NaN or infinite; "
+                f"{bad} of {factor.numel()} entries of a factor are NaN or infinite; "
                 "the training run diverged, take an earlier step"
             )
 

@@ -58,7 +58,7 @@ def checked(W: Tensor, rank: int, *, zero: bool = False) -> float:
     """
     if W.ndim != 2 or W.dtype not in _DTYPES:
         raise NumericsError(
-            f"a {W.dtype} tensor of shape {tuple(W.shape)} is no matrix of 16-, 32- or 64-bit "
+            f"a {W.dtype} tensor of shape {tuple(W.shape)} is not a matrix of 16-, 32- or 64-bit "
             "floats; dequantise it, or leave it out with `exclude`"
         )
     m, n = W.shape

@@ -175,7 +175,9 @@ def dropped_names(names: Collection[str], config: Mapping[str, Any]) -> tuple[st
     """
     text = config.get("text_config")
     sides = [text] if isinstance(text, Mapping) else []
-    counts = [one[key] for one in (*sides, config) for key in _COUNTS if type(one.get(key)) is int]
+    counts = [
+        side[key] for side in (*sides, config) for key in _COUNTS if type(side.get(key)) is int
+    ]
 
     def is_dropped(name: str) -> bool:
         block = _NUMBERED.match(name)

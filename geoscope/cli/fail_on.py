@@ -63,7 +63,7 @@ def _parse(text: str, kind: str, codes: Collection[str], ids: Collection[str]) -
     try:
         limit = float(number) if number else 0.0
     except ValueError:
-        raise OptionError(f"--fail-on {text!r}: {number!r} is no number") from None
+        raise OptionError(f"--fail-on {text!r}: {number!r} is not a number") from None
     if subject.isupper():
         if not codes:
             raise OptionError(f"--fail-on {text!r}: a {kind} report has no verdict")
@@ -73,7 +73,7 @@ def _parse(text: str, kind: str, codes: Collection[str], ids: Collection[str]) -
             raise OptionError(f"--fail-on {text!r}: a code's share is compared with > only")
         return Condition(text, subject, sign, limit, is_code=True)
     if subject not in ids:
-        near = [one for one in ids if subject.split("@")[0] in one][:3]
+        near = [id_ for id_ in ids if subject.split("@")[0] in id_][:3]
         hint = f"such as {', '.join(near)}" if near else "see geoscope metrics"
         raise OptionError(f"--fail-on {text!r}: a {kind} report has no {subject!r}; {hint}")
     if not sign:
@@ -83,4 +83,4 @@ def _parse(text: str, kind: str, codes: Collection[str], ids: Collection[str]) -
 
 def holding(conditions: Sequence[Condition], report: Report) -> list[str]:
     """The conditions that the report meets, as they were written."""
-    return [one.text for one in conditions if one.holds(report)]
+    return [condition.text for condition in conditions if condition.holds(report)]

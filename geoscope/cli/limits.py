@@ -18,7 +18,7 @@ _DEGREES = ("deg", "°")
 def parse_limits(texts: Sequence[str]) -> dict[str, float] | None:
     """The limits by name, None for none; the last of one name holds.
 
-    Raises OptionError for a name that no threshold has, and for what is no limit.
+    Raises OptionError for a name that no threshold has, and for what is not a limit.
     """
     return dict(_parse(text) for text in texts) or None
 
@@ -43,7 +43,7 @@ def _number(text: str, value: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise OptionError(f"--limit {text!r}: {value!r} is no number")
+        raise OptionError(f"--limit {text!r}: {value!r} is not a number")
     return number
 
 

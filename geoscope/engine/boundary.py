@@ -19,7 +19,7 @@ def matrix_boundary(name: str | None = None) -> Iterator[None]:
     """Whatever computing raises comes out as a NumericsError of one line; `name` is put in front.
 
     What is not of one matrix passes: other errors of geoscope (a file, an option), OSError of
-    reading, and a stop, which is no Exception.
+    reading, and a stop, which is not an Exception.
     """
     prefix = "" if name is None else f"{name}: "
     try:

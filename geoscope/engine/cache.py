@@ -53,7 +53,7 @@ class ResultCache:
         return result if intact and isinstance(result, dict) else None
 
     def put(self, key: str, result: Mapping[str, Any]) -> None:
-        """Keeps a result. A full or read-only disk is no reason to fail: it is then not kept."""
+        """Keeps a result. A full or read-only disk is not a reason to fail: it is then not kept."""
         entry = {"result": result, "sha256": _checksum(key, result)}
         keep(self._path(key), json.dumps(entry, allow_nan=False).encode())
 

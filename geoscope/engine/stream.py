@@ -262,7 +262,7 @@ def _attempt(
     try:
         # Nothing moves where they are there; else the batch before has left its room by now.
         with matrix_boundary():
-            there = tuple(one.to(device) for one in stacks)
+            there = tuple(stack.to(device) for stack in stacks)
             results = work(batch, *there)
         return [Outcome(pair, one) for pair, one in zip(batch.pairs, results, strict=True)]
     except NumericsError as error:
@@ -275,11 +275,11 @@ def _attempt(
         outcomes = []
         for part in parts:
             smaller = replace(batch, pairs=batch.pairs[part])
-            outcomes += _attempt(smaller, tuple(one[part] for one in stacks), work, device)
+            outcomes += _attempt(smaller, tuple(stack[part] for stack in stacks), work, device)
         return outcomes
     if device.type == "cpu":
         return [Outcome(batch.pairs[0], None, failure=reason)]
     why = "ran out of memory" if is_full else f"failed ({reason})"
     note = f"computed on the CPU: {device.type} {why}"
-    here = tuple(one.cpu() for one in stacks)
+    here = tuple(stack.cpu() for stack in stacks)
     return [replace(one, note=note) for one in _attempt(batch, here, work, torch.device("cpu"))]

@@ -54,10 +54,10 @@ class Sent:
     def received(self) -> tuple[Tensor, ...]:
         """The stacks, for work on the current stream: it starts once the copies are done."""
         if self.arrived is not None:
-            for one in self.stacks:
-                stream = torch.cuda.current_stream(one.device)
+            for stack in self.stacks:
+                stream = torch.cuda.current_stream(stack.device)
                 stream.wait_event(self.arrived)
-                one.record_stream(stream)  # they were allocated for the stream of the copies
+                stack.record_stream(stream)  # they were allocated for the stream of the copies
         return self.stacks
 
     def wait(self) -> None:
@@ -77,9 +77,9 @@ class Sender:
         """Starts the copies. Where the device has no room the stacks stay where they are."""
         try:
             if self._stream is None:
-                return Sent(tuple(one.to(self._device) for one in stacks))
+                return Sent(tuple(stack.to(self._device) for stack in stacks))
             with torch.cuda.stream(self._stream):
-                there = tuple(one.to(self._device, non_blocking=True) for one in stacks)
+                there = tuple(stack.to(self._device, non_blocking=True) for stack in stacks)
                 arrived = torch.cuda.Event()
                 arrived.record(self._stream)
             return Sent(there, arrived)

@@ -139,10 +139,10 @@ def _data(view: BinaryIO, what: str) -> tuple[int, int]:
     try:
         archive = zipfile.ZipFile(view)
         entries = archive.infolist()
-        (data,) = [one for one in entries if one.filename.split("/")[1:2] == ["data"]]
-        orders = [one for one in entries if one.filename.endswith("/byteorder")]
-        plain = all(one.compress_type == zipfile.ZIP_STORED for one in entries)
-        if not plain or any(archive.read(one) != b"little" for one in orders):
+        (data,) = [entry for entry in entries if entry.filename.split("/")[1:2] == ["data"]]
+        orders = [entry for entry in entries if entry.filename.endswith("/byteorder")]
+        plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not plain or any(archive.read(order) != b"little" for order in orders):
             raise _damaged(what, "it is compressed, or in the byte order of another machine")
         view.seek(data.header_offset)
         lengths = _LOCAL_HEADER.unpack(view.read(_LOCAL_HEADER.size))

@@ -213,7 +213,9 @@ def _region(name: str, info: _Record | None, where: str) -> Region:
         )
     file = info.state["relative_path"]
     if not isinstance(file, str) or not is_plain_name(file):
-        raise _damaged(where, f"{name} is placed in {shown(file)}, which is no file of this folder")
+        raise _damaged(
+            where, f"{name} is placed in {shown(file)}, which is not a file of this folder"
+        )
     begin, length = _counts((info.state["offset"], info.state["length"]), name, where)
     return Region(file, begin, length)
 

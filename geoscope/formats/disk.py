@@ -17,7 +17,7 @@ Room = Mapping[Path, int]
 
 def nearest(path: Path) -> Path:
     """The folder itself, or the first one above that exists."""
-    return next(one for one in (path, *path.absolute().parents) if one.exists())
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def in_units(nbytes: int) -> str:

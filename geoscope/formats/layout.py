@@ -164,5 +164,5 @@ def parse_object(text: str, label: str) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{label}: no valid JSON ({reason}); copy it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{label}: the JSON is no object; copy it again")
+        raise CheckpointError(f"{label}: the JSON is not an object; copy it again")
     return value

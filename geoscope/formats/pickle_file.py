@@ -200,7 +200,7 @@ def _info(name: str, tensor: torch.Tensor, source: str) -> TensorInfo:
 def shared_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """name → the name it repeats, for tensors that are the same view of the same storage.
 
-    Kept is the shortest path that is no output head: the embedding of a tied pair, and the name
+    Kept is the shortest path that is not an output head: the embedding of a tied pair, and the name
     that transformers keeps where several modules share one.
     """
     kept: dict[tuple[Any, ...], str] = {}

@@ -124,7 +124,7 @@ def _spec(
     names: tuple[str, ...],
     label: str,
 ) -> _Spec:
-    kinds = [type(one).__name__ for one in placements]
+    kinds = [type(placement).__name__ for placement in placements]
     evidence = f"{name} is {', '.join(kinds)} on a mesh of {names}"
     splits = [i for i, kind in enumerate(kinds) if kind == "Shard"]
     parallel = any(

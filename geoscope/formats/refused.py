@@ -218,7 +218,7 @@ def _without_scale(name: str, tensors: Mapping[str, TensorInfo]) -> Refused:
         return Refused("FP8", f"tensor {name} is {FP8} without {name}{SCALE}", GIVE_BF16)
     sides = " × ".join(map(str, scale.shape)) or "one number"
     return Refused(
-        "FP8", f"tensor {scale.name}: {scale.dtype}, {sides}, is no scale by block", GIVE_BF16
+        "FP8", f"tensor {scale.name}: {scale.dtype}, {sides}, is not a scale by block", GIVE_BF16
     )
 
 
@@ -401,7 +401,7 @@ def _deepspeed(names: Collection[str]) -> Refused | None:
         return Refused("DeepSpeed ZeRO shards", _ZERO_SCRIPT, _ZERO_HERE)
     ranks = {match["rank"] for match in shards.values()} - {None}
     parts = {match["part"] for match in shards.values()}
-    is_third = any(one["rank"] and one["what"] == "model" for one in shards.values())
+    is_third = any(shard["rank"] and shard["what"] == "model" for shard in shards.values())
     called = "DeepSpeed ZeRO shards"
     if ranks:
         stage = "ZeRO-3" if is_third else "ZeRO-1 or ZeRO-2"

@@ -109,7 +109,7 @@ def parse_header(text: bytes, size: int, label: str) -> Header:
     raw = _parse(text, label)
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(label, "__metadata__ is no table of strings")
+        raise _damaged(label, "__metadata__ is not a table of strings")
     data_start = 8 + len(text)
     return Header(checked_entries(raw, label, size - data_start), metadata, data_start)
 
@@ -139,7 +139,7 @@ def _parse(text: bytes, label: str) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(label, f"no valid JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(raw, dict):
-        raise _damaged(label, "the JSON is no table")
+        raise _damaged(label, "the JSON is not a table")
     return raw
 
 

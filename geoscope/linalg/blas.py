@@ -61,7 +61,7 @@ def _constant(value: float | bytes, kind: Any) -> Any:
 
 def _call(module: Any, name: str, *arguments: Any) -> None:
     """Calls a routine: tensors by their memory; numbers, flags and ctypes scalars by address."""
-    sizes = [one for one in arguments if type(one) is int]
+    sizes = [argument for argument in arguments if type(argument) is int]
     integers = (ctypes.c_int * len(sizes))(*sizes)  # one piece of memory: thousands of calls a run
     following = ctypes.addressof(integers)
     addresses = []

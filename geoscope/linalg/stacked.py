@@ -200,11 +200,11 @@ def _checked(G: Tensor, solved: _Solved, k: int) -> Eigenpairs:
     faults = tuple(
         next(
             # not ≤ rather than >: NaN is a fault
-            (f"eigh: {what} off by {x:.0e}" for what, x in zip(off, one, strict=True)
+            (f"eigh: {what} off by {x:.0e}" for what, x in zip(off, number, strict=True)
              if not x <= _SOUND),
             None,
         )
-        for one in numbers
+        for number in numbers
     )  # fmt: skip
     return Eigenpairs(values, rows, last, residuals, faults)
 
@@ -298,7 +298,7 @@ class _Lane:
         with nullcontext() if self._own is None else torch.cuda.stream(self._own):
             if self._own is not None:
                 self._own.wait_stream(self._callers)
-            found = [work(one, k) for one in matrices]
+            found = [work(matrix, k) for matrix in matrices]
             if self._own is not None:
                 for one in (part for pair in found for part in pair if part is not None):
                     one.record_stream(self._callers)  # freed only once the caller is done with it

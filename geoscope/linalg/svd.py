@@ -353,7 +353,7 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
     """The factors of several stacks of one shape, as those of one stack."""
 
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        present = [one for one in tensors if one is not None]
+        present = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(present) if present else None
 
     return Factors(

@@ -90,7 +90,7 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
 
 def _is_refuted(checks: Sequence[Check]) -> bool:
     """Whether a number says that a rule does not hold; one that is missing says nothing."""
-    return any(one.value is not None and not one.holds for one in checks)
+    return any(check.value is not None and not check.holds for check in checks)
 
 
 def judge_capacity_model(

@@ -108,7 +108,7 @@ def describe(metric: Metric) -> str:
 
 def dumps(metrics: Sequence[Metric]) -> str:
     """Metrics as strict JSON, keys sorted; what does not apply is null."""
-    document = {"schema": _SCHEMA, "metrics": [_row(one) for one in metrics]}
+    document = {"schema": _SCHEMA, "metrics": [_row(metric) for metric in metrics]}
     return json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False)
 
 

@@ -97,11 +97,15 @@ def cosine_and_deviation(rows: Sequence[Measured]) -> tuple[float | None, float]
     whatever the spectra: 1/√N where the energies are as the sizes. None, and NaN, of zero sides.
     """
     weights = [row.weights for row in rows if row.weights.get("tuned") is not None]
-    base, tuned = (math.fsum(one[side] for one in weights) for side in ("base", "tuned"))
+    base, tuned = (math.fsum(weight[side] for weight in weights) for side in ("base", "tuned"))
     if not base * tuned:
         return None, math.nan
-    inner = math.fsum((one["base"] + one["tuned"] - one["update"]) / 2 for one in weights)
-    variance = math.fsum(one["base"] * one["tuned"] / one["parameters"] for one in weights)
+    inner = math.fsum(
+        (weight["base"] + weight["tuned"] - weight["update"]) / 2 for weight in weights
+    )
+    variance = math.fsum(
+        weight["base"] * weight["tuned"] / weight["parameters"] for weight in weights
+    )
     return inner / math.sqrt(base * tuned), math.sqrt(variance / (base * tuned))
 
 

@@ -107,7 +107,7 @@ def _weights(
 
 
 def _squared(norm: Tensor) -> float:
-    """Raises NumericsError where the square of a norm is no normal number of fp64."""
+    """Raises NumericsError where the square of a norm is not a normal number of fp64."""
     square = float(norm) * float(norm)
     if float(norm) != 0 and not sys.float_info.min < square < math.inf:
         raise NumericsError(f"a norm of {float(norm):.1e}: squares of the weights leave fp64")

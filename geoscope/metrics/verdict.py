@@ -134,7 +134,7 @@ def _quantised(numbers: _Numbers) -> str:
 
 
 def _joined(*parts: str) -> str:
-    return "; ".join(one for one in parts if one)
+    return "; ".join(part for part in parts if part)
 
 
 _Rules = list[tuple[str, list[list[Check]]]]

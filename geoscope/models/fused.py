@@ -43,9 +43,9 @@ def fused_parts(info: TensorInfo, config: Mapping[str, Any]) -> tuple[str, Parts
     leaf, out = match["leaf"], info.shape[0]
     rule = _rule(leaf, info, config)
     parts = None if rule is None else rule(out, text_config(config))
-    if parts is None or sum(one.total for one in parts.values()) != out:
+    if parts is None or sum(part.total for part in parts.values()) != out:
         return None
-    return (leaf, parts) if all(one.fits(out) for one in parts.values()) else None
+    return (leaf, parts) if all(part.fits(out) for part in parts.values()) else None
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -164,7 +164,7 @@ def assemble(
         ),
         config=config,
         tensors=tensors,
-        notes=(*notes, *file_notes, *(one for one in doubts if one is not None), *turn_notes),
+        notes=(*notes, *file_notes, *(doubt for doubt in doubts if doubt is not None), *turn_notes),
         tied_to=tied_names(tensors, config, shared),
         source=source,
         scales=scales,

@@ -181,7 +181,7 @@ class _Ledger:
             self.missing.append(info.name)
 
     def _skip_known(self, info: TensorInfo) -> bool:
-        """Whether it is no tensor of its own: tied to another, or the scale of one."""
+        """Whether it is not a tensor of its own: tied to another, or the scale of one."""
         reason = self.tied.get(self.names.canonical(info.name)[0]) or scale_reason(info.name)
         if reason is not None:
             self.skipped.append(Skipped(info.name, reason))

@@ -2,7 +2,7 @@
 
 Default scope: floating-point matrices inside a numbered block, whatever the family, with at least
 two rows and columns. A checkpoint without numbered blocks: every matrix but embeddings and output
-head. `--include` reaches further; buffers and what is no matrix stay out of its reach.
+head. `--include` reaches further; buffers and what is not a matrix stay out of its reach.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ class _Part:
 
 def common_config(*checkpoints: Checkpoint) -> Mapping[str, Any]:
     """The first config.json that names a family: for a pair of which one side has none."""
-    return next((one.config for one in checkpoints if one.config.get("model_type")), {})
+    return next(
+        (checkpoint.config for checkpoint in checkpoints if checkpoint.config.get("model_type")), {}
+    )
 
 
 def split(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -47,16 +49,16 @@ def split(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> Ch
     told: Counter[tuple[str, str]] = Counter()
     for name, info in checkpoint.tensors.items():
         leaf, parts = ("", []) if name in views else _parts(info, checkpoint, config)
-        names = [one.info.name for one in parts]
+        names = [part.info.name for part in parts]
         if not parts or any(one in checkpoint.tensors for one in names):
             tensors[name] = info
             if _stays_fused(info):
                 told[_leaf(info), ""] += 1
             continue
-        tensors |= {one.info.name: one.info for one in parts}
-        views |= {one.info.name: one.view for one in parts}
+        tensors |= {part.info.name: part.info for part in parts}
+        views |= {part.info.name: part.view for part in parts}
         if leaf and len(info.shape) == 2:
-            told[leaf, ", ".join(_leaf(one.info) for one in parts)] += 1
+            told[leaf, ", ".join(_leaf(part.info) for part in parts)] += 1
     notes = _notes(told, config.get("model_type"))
     return replace(
         checkpoint,
@@ -84,8 +86,8 @@ def _parts(
     experts = expert_parts(info, checkpoint.tensors, config)
     if experts:
         return "", [
-            _part(info, one.name, one.blocks, axis=int(one.turned), matrix=one.number)
-            for one in experts
+            _part(info, expert.name, expert.blocks, axis=int(expert.turned), matrix=expert.number)
+            for expert in experts
         ]
     fused = fused_parts(info, config)
     if fused is None:

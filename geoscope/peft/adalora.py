@@ -71,7 +71,7 @@ def adalora_modules(
     modules: dict[str, AdaLoraModule] = {}
     for path, roles in found.items():
         A, B, E = (roles[one] for one in _ROLES)
-        # What is pruned to nothing has no rows: that is no sign of shards.
+        # What is pruned to nothing has no rows: that is not a sign of shards.
         if kept.get(path) != 0:
             refuse_flat((A, B, E), label)
         rank = A.shape[0]
@@ -111,7 +111,7 @@ def _kept(config: Mapping[str, Any], label: str) -> dict[str, int]:
     masks = config.get("rank_pattern") or {}
     if not isinstance(masks, Mapping) or not all(isinstance(one, list) for one in masks.values()):
         raise CheckpointError(
-            f"{label}: rank_pattern in adapter_config.json is no table of masks, as AdaLoRA has "
+            f"{label}: rank_pattern in adapter_config.json is not a table of masks, as AdaLoRA has "
             "it; copy adapter_config.json again"
         )
     return {

@@ -81,7 +81,7 @@ class Adapter:
     vectors: name of a base tensor → a change of a bias: `lora_bias`, IA3 (where there is a bias).
     others: stored tensors that are no factors of `modules`.
     initial: why the product was not zero before training ("init_lora_weights is 'pissa'"), so
-    that scaling · B·A is no update of the original base; None where nothing says so.
+    that scaling · B·A is not an update of the original base; None where nothing says so.
     Names of base tensors are those of the live model: `model.embed_tokens.weight`.
     beside: a remark on what else lies in its folder.
     path: its folder; None for one in memory.
@@ -218,7 +218,7 @@ class Adapter:
     def sides_of(
         self, name: str, base: Mapping[str, TensorInfo], config: Mapping[str, Any]
     ) -> Sides | None:
-        """The sides of a stack of experts in the base, (out, in); None for what is no stack there,
+        """The sides of a stack of experts in the base, (out, in); None for what is not a stack there,
         or does not tell its sides."""
         module = self.modules[name]
         if not module.is_stack or module.experts == 1:
@@ -229,10 +229,10 @@ class Adapter:
     def notes(self) -> tuple[str, ...]:
         """What a reader should know of how the factors are read."""
         notes = [one for one in (self.beside, drawn_start(self.config)) if one is not None]
-        if any(isinstance(one, LibraryModule) for one in self.modules.values()):
+        if any(isinstance(module, LibraryModule) for module in self.modules.values()):
             kind = self.config["peft_type"]
             notes.append(f"{kind} is merged by PEFT itself, so that its update is dense")
-        turned = sum(one.is_turned is True for one in self.modules.values())
+        turned = sum(module.is_turned is True for module in self.modules.values())
         if not turned:
             return tuple(notes)
         return (
@@ -244,11 +244,11 @@ class Adapter:
     @property
     def not_plain(self) -> str | None:
         """What makes it more than LoRA on matrices and whole replaced tensors; None for that."""
-        for one in self.modules.values():
-            if not isinstance(one, LoraModule) or one.kind == "base":
-                return one.called
-            if one.is_embedding:
-                return f"an adapted embedding, {one.name}"
+        for module in self.modules.values():
+            if not isinstance(module, LoraModule) or module.kind == "base":
+                return module.called
+            if module.is_embedding:
+                return f"an adapted embedding, {module.name}"
         if self.rows:
             return "trainable tokens"
         if self.vectors:
@@ -306,7 +306,7 @@ def adapter_of(
     _refuse_dtypes([info for one in modules.values() for info in one.stored], given)
     used = {info.name for one in modules.values() for info in one.stored}
     vectors = {name: one for module in modules.values() for name, one in module.vectors.items()}
-    used |= {one.stored for one in vectors.values()}
+    used |= {vector.stored for vector in vectors.values()}
     others = tuple(name for name in tensors if name not in used)
     return Adapter(
         given=given,
@@ -324,11 +324,11 @@ def adapter_of(
 
 
 def _refuse_dtypes(factors: Iterable[TensorInfo], given: str) -> None:
-    for one in factors:
-        if one.dtype not in ("float64", "float32", "float16", "bfloat16"):
+    for factor in factors:
+        if factor.dtype not in ("float64", "float32", "float16", "bfloat16"):
             raise UnsupportedFormat(
-                f"{given}: {one.name} is {one.dtype}; geoscope reads factors in fp64, fp32, fp16 "
-                "and bf16: save the adapter in one of these"
+                f"{given}: {factor.name} is {factor.dtype}; geoscope reads fp64, fp32, fp16 "
+                "and bf16 factors: save the adapter in one of these"
             )
 
 

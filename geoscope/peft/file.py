@@ -47,7 +47,7 @@ class _Shards:
 def open_adapter_file(folder: Path, given: str) -> Container:
     """The tensors of the adapter, from their headers. Raises CheckpointNotFound or CheckpointError,
     for shards without an index UnsupportedFormat."""
-    first = adapter_files([one.name for one in folder.iterdir() if one.is_file()], given)[0]
+    first = adapter_files([entry.name for entry in folder.iterdir() if entry.is_file()], given)[0]
     if first.endswith(_INDEX):
         return _open_shards(folder, first, given)
     refuse_link_to_elsewhere(folder / first, given)
@@ -65,7 +65,7 @@ def adapter_files(names: Collection[str], given: str) -> tuple[str, ...]:
             return (name,)
         if f"{name}{_INDEX}" in names:
             suffix = name.rpartition(".")[2]
-            return f"{name}{_INDEX}", *(one for one in shards if one.endswith(suffix))
+            return f"{name}{_INDEX}", *(shard for shard in shards if shard.endswith(suffix))
     if shards:
         raise UnsupportedFormat(
             f"{given}: the factors are in {len(shards)} shards ({first_names(shards, 1)}) without "

@@ -71,7 +71,7 @@ def by_module(
 
 def _without_its_name(tensors: Iterable[str], roles: Iterable[str]) -> str | None:
     """The first key of an adapter that was called as its keys begin, `lora`: `q_proj_A.weight`."""
-    ends = tuple(f"{one[one.index('_') :]}.weight" for one in roles if "_" in one)
+    ends = tuple(f"{role[role.index('_') :]}.weight" for role in roles if "_" in role)
     return next((name for name in tensors if name.endswith(ends)), None)
 
 

@@ -96,7 +96,7 @@ class LoraModule(AdapterModule):
         if self.magnitude is None:
             return super().updated(weight, read)
         self.check_fits(tuple(weight.shape))
-        B, A = (one.double() for one in self._stored_factors(read))
+        B, A = (factor.double() for factor in self._stored_factors(read))
         changed = weight.double() + self.scaling * (B @ A).reshape(weight.shape)
         along = -2 if self.is_embedding else -1
         magnitude = read(self.magnitude.name).double().unsqueeze(along)
@@ -134,7 +134,7 @@ def lora_modules(
             "factors and adapter_config.json are of different saves: copy both again"
         )
     modules = [_module(path, roles, config, label) for path, roles in found.items()]
-    return packed_by_shapes({one.name: one for one in modules})
+    return packed_by_shapes({module.name: module for module in modules})
 
 
 def _module(
@@ -231,20 +231,20 @@ def _named(targets: Any, module: str) -> bool:
         return False
     if isinstance(targets, str):
         return targets != "all-linear" and finds(fullmatches, targets, module)
-    return any(module == one or module.endswith(f".{one}") for one in targets)
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def expert_parts(module: AdapterModule, known: Collection[str]) -> tuple[tuple[str, ...], ...]:
     """The experts' own modules that a stack stands for: of each expert, from top to bottom.
 
-    known: paths of modules; () where they do not hold all of them, and for what is no stack.
+    known: paths of modules; () where they do not hold all of them, and for what is not a stack.
     """
     holder, _, leaf = module.name.rpartition(".")
     for leaves in _EXPERT_LEAVES.get(leaf, ()) if module.is_stack else ():
         for name in _EXPERT_HOLDERS:
             above = holder.replace(_EXPERT_HOLDERS[0], name)
             parts = tuple(
-                tuple(f"{above}.{e}.{one}" for one in leaves) for e in range(module.experts)
+                tuple(f"{above}.{e}.{leave}" for leave in leaves) for e in range(module.experts)
             )
             if all(path in known for row in parts for path in row):
                 return parts

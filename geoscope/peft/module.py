@@ -73,7 +73,7 @@ class AdapterModule(ABC):
         """W′ in fp64 from the base weight W, (m, n) or (E, m, n). Raises CheckpointError for
         another shape."""
         self.check_fits(tuple(weight.shape))
-        B, A = (one.double() for one in self.factors(read))
+        B, A = (factor.double() for factor in self.factors(read))
         return weight.double() + self.scaling * (B @ A).reshape(weight.shape)
 
     def with_base(self, base: Mapping[str, TensorInfo]) -> AdapterModule:

@@ -101,7 +101,7 @@ def base_sides(
     info = infos.get(module.name)
     if info is None:
         rows = [infos[path].shape for path in parts[0]] if parts else []
-        return Sides(sum(one[0] for one in rows), rows[0][1], is_turned=False) if rows else None
+        return Sides(sum(row[0] for row in rows), rows[0][1], is_turned=False) if rows else None
     found = parts_of_stack(info, {one.name: one for one in infos.values()}, config)
     if not found:
         return None

@@ -71,7 +71,7 @@ def reading(
     """
     full = key if key in values else f"update.{key}"
     if full not in values:
-        near = [one for one in values if key.partition("@")[0] in one] or list(values)
+        near = [value for value in values if key.partition("@")[0] in value] or list(values)
         raise KeyError(f"no number {key!r} here; near: {', '.join(near[:8])}")
     known = None if status is None else status.get(full, Status.OK)
     return Reading(values[full], nulls.get(full), known)

@@ -155,7 +155,7 @@ class Report:
         try:
             return json.dumps(self.to_json(), sort_keys=True, allow_nan=False, ensure_ascii=False)
         except ValueError as error:
-            raise ReportError(f"the report is no strict JSON: {error}") from None
+            raise ReportError(f"the report is not strict JSON: {error}") from None
 
     @classmethod
     def loads(cls, text: str) -> Report:
@@ -165,7 +165,7 @@ class Report:
         except ValueError as error:
             raise ReportError(f"not JSON: {error}") from None
         if not isinstance(data, dict):
-            raise ReportError("not a report: the document is no JSON object")
+            raise ReportError("not a report: the document is not a JSON object")
         return cls.from_json(cast(dict[str, Any], data))
 
 

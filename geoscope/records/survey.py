@@ -45,8 +45,12 @@ class Survey:
         document = {
             "schema": SURVEY_SCHEMA,
             "models": [dict(model) for model in self.models],
-            "matrices": [_tensor(one.base, one.layer, one.module) for one in pairing.matrices],
-            "vectors": [_tensor(one.base, one.layer, one.module) for one in pairing.vectors],
+            "matrices": [
+                _tensor(matrix.base, matrix.layer, matrix.module) for matrix in pairing.matrices
+            ],
+            "vectors": [
+                _tensor(vector.base, vector.layer, vector.module) for vector in pairing.vectors
+            ],
             "base_only": list(pairing.base_only),
             "tuned_only": list(pairing.tuned_only),
             "shape_mismatch": [encode(item) for item in pairing.shape_mismatch],

@@ -13,7 +13,7 @@ from geoscope.report.plain import plain
 __all__ = ["render_markdown"]
 
 
-# An underscore inside a word is no mark.
+# An underscore inside a word is not a mark.
 _MARKS = re.compile(r"[\\`*|<#~]|(?<!\w)_|_(?!\w)")
 
 

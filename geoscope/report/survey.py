@@ -28,8 +28,8 @@ def render_survey(survey: Survey, *, verbose: bool) -> str:
     if verbose:
         lines += ["", "matrices"]
         lines += [
-            f"  {one.name}  {_by(one.shape)}  {_dtypes(one.base, one.tuned)}"
-            for one in pairing.matrices
+            f"  {matrix.name}  {_by(matrix.shape)}  {_dtypes(matrix.base, matrix.tuned)}"
+            for matrix in pairing.matrices
         ]
     return "\n".join(lines)
 
@@ -46,9 +46,9 @@ def _model(role: str, model: Mapping[str, Any]) -> list[str]:
 def _kinds(pairing: Pairing) -> list[str]:
     """Matrices in scope by module kind and shape."""
     groups: dict[tuple[str, tuple[int, ...], str], list[int | None]] = {}
-    for one in pairing.matrices:
-        key = (one.module, one.shape, _dtypes(one.base, one.tuned))
-        groups.setdefault(key, []).append(one.layer)
+    for matrix in pairing.matrices:
+        key = (matrix.module, matrix.shape, _dtypes(matrix.base, matrix.tuned))
+        groups.setdefault(key, []).append(matrix.layer)
     lines = [f"{len(pairing.matrices)} matrices in scope"]
     for (module, shape, dtype), layers in groups.items():
         lines.append(f"  {len(layers):>4} × {module:<22} {_by(shape):<14} {dtype:<20}".rstrip())
@@ -88,7 +88,7 @@ def _first(names: Sequence[str]) -> str:
 
 def _work(survey: Survey) -> list[str]:
     matrices = survey.pairing.matrices  # of one model with itself, or of an adapter over nothing
-    read = sum(one.tuned.nbytes + survey.paired * one.base.nbytes for one in matrices)
+    read = sum(matrix.tuned.nbytes + survey.paired * matrix.base.nbytes for matrix in matrices)
     lines = [f"would read {_bytes(read)}"]
     if survey.bytes_to_fetch:
         lines[0] += f", after fetching {_bytes(survey.bytes_to_fetch)}"

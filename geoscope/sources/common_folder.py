@@ -1,4 +1,4 @@
-"""Below the folders of the steps, in which sub-folder are the weights, where it is no usual one?
+"""Below the folders of the steps, in which sub-folder are the weights, where it is not a usual one?
 
     run/step_10/out/weights/ · run/step_20/out/weights/ …      → out/weights of every step
 

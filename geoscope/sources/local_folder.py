@@ -153,12 +153,14 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
     """Folders below that hold weights, in the usual places and right here, → why not to be read."""
     usual = [row.folder for row in FOLDERS if (path / row.folder).is_dir()]
     others = in_natural_order({*roots_below(path), *_folders(path), *_step_parts(path)})
-    if any(one.folder is None for one in manifests(path)):  # beside Megatron's shards the base
+    if any(
+        manifest.folder is None for manifest in manifests(path)
+    ):  # beside Megatron's shards the base
         usual, others = [row.folder for row in FOLDERS if not row.is_read], []
     found: dict[str, Refused | None] = {}
     for folder in dict.fromkeys([*usual, *others]):
         try:
-            readable = any(one.kind in WEIGHTS for one in find_places(path / folder))
+            readable = any(place.kind in WEIGHTS for place in find_places(path / folder))
             refused = by_files(file_names(path / folder, folder))
         except CheckpointError:
             continue

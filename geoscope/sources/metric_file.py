@@ -90,7 +90,7 @@ def _csv(text: str, label: str) -> _Rows:
             cells = {name: cell for name, cell in row.items() if name is not None}
             yield f"line {reader.line_num}", {name: _number(cell) for name, cell in cells.items()}
     except csv.Error as error:
-        raise CheckpointError(f"{label}: line {reader.line_num} is no CSV: {error}") from None
+        raise CheckpointError(f"{label}: line {reader.line_num} is not CSV: {error}") from None
 
 
 def _number(cell: Any) -> Any:
@@ -154,7 +154,7 @@ def _step(value: Any, where: str) -> int:
 
 
 def _finite(value: Any) -> float | None:
-    """As a float; None for what is no number, not finite, or too large for one."""
+    """As a float; None for what is not a number, not finite, or too large for one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -100,18 +100,18 @@ def kinds_at(folder: Path, folders: Sequence[str]) -> list[Place]:
 def choose(places: Sequence[Place]) -> Place | None:
     """The place that is meant by the folder above it; None when none holds what is read."""
     readable = (Kind.ADAPTER, Kind.NO_FACTORS, *WEIGHTS)
-    return next((one for kind in readable for one in places if one.kind is kind), None)
+    return next((place for kind in readable for place in places if place.kind is kind), None)
 
 
 def choose_below(places: Sequence[Place]) -> Place | None:
     """The same for a folder that was named itself: weights right there come before all others."""
-    here = (one for one in places if not one.folder and one.kind in WEIGHTS)
+    here = (place for place in places if not place.folder and place.kind in WEIGHTS)
     return next(here, choose(places))
 
 
 def where(chosen: Place, places: Sequence[Place]) -> str:
     """ "actor/lora_adapter/: adapter, chosen over the model folder in actor/huggingface/"."""
-    others = [one for one in places if one is not chosen and one.kind is not Kind.CONFIG]
+    others = [place for place in places if place is not chosen and place.kind is not Kind.CONFIG]
     rest = [f"the {one.kind.value} in {one}" for one in others]
     taken = f"{chosen}: {chosen.kind.value}"
     taken += f", chosen over {first_names(rest)}" if rest else ""
@@ -126,7 +126,7 @@ def below(given: str, folder: str) -> str:
 def without_factors(given: str, chosen: Place, places: Sequence[Place]) -> CheckpointError:
     """The error for an adapter folder without factors, and what to give in its place."""
     label = below(given, chosen.folder)
-    models = [below(given, one.folder) for one in places if one.kind in WEIGHTS]
-    instead = [one for one in models if one != label]
+    models = [below(given, place.folder) for place in places if place.kind in WEIGHTS]
+    instead = [model for model in models if model != label]
     hint = f"; give {first_names(instead)} to take the full weights" if instead else ""
     return CheckpointError(f"adapter folder without `adapter_model.safetensors` ({label}){hint}")

@@ -120,7 +120,7 @@ def _looks_like_a_path(reference: str) -> bool:
 def _hub_name(reference: str) -> HubReference:
     """`org/name[@revision]`; the revision may hold slashes."""
     if "://" in reference:
-        raise OptionError(f"{reference}: a URL is no reference to a model; {GRAMMAR}")
+        raise OptionError(f"{reference}: a URL is not a reference to a model; {GRAMMAR}")
     if reference.count("@") > 1:
         raise OptionError(f"{reference}: more than one @; {GRAMMAR}")
     repo, at, revision = reference.partition("@")
@@ -154,9 +154,9 @@ def _hub_uri(reference: str) -> HubReference:
 
 def _hub_reference(reference: str, repo: str, revision: str | None, folder: str) -> HubReference:
     if not _REPO.fullmatch(repo):
-        raise OptionError(f"{reference}: {repo!r} is no org/name; {GRAMMAR}")
+        raise OptionError(f"{reference}: {repo!r} is not an org/name; {GRAMMAR}")
     if revision is not None and (not revision or "@" in revision or _NO_REVISION.search(revision)):
-        raise OptionError(f"{reference}: {revision!r} is no revision; {GRAMMAR}")
+        raise OptionError(f"{reference}: {revision!r} is not a revision; {GRAMMAR}")
     if any(part in ("", ".", "..") for part in folder.split("/")) and folder:
-        raise OptionError(f"{reference}: {folder!r} is no sub-folder; {GRAMMAR}")
+        raise OptionError(f"{reference}: {folder!r} is not a sub-folder; {GRAMMAR}")
     return HubReference(reference, repo, revision, folder)

@@ -79,7 +79,7 @@ def _is_link(reference: str) -> bool:
 
 
 def _candidate(reference: str) -> Candidate:
-    if _is_link(reference):  # one that leads nowhere is no Hub model either
+    if _is_link(reference):  # one that leads nowhere is not a Hub model either
         return _local(reference, local_path(reference))
     parsed = parse_reference(reference)
     if isinstance(parsed, LocalReference):
@@ -142,7 +142,7 @@ def runs_below(path: Path) -> list[str]:
 
 
 def _holds_weights(path: Path) -> bool:
-    return any(one.kind is not Kind.CONFIG for one in find_places(path))
+    return any(place.kind is not Kind.CONFIG for place in find_places(path))
 
 
 def _step_folders(path: Path) -> list[Path]:

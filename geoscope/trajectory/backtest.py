@@ -192,7 +192,7 @@ class Backtest:
         candidates = self._candidates
         if not candidates or not bool(self.rolling.any()):
             return dict.fromkeys(self.names, "hold")
-        errors = torch.stack([self._at(one, self.count) for one in candidates])
+        errors = torch.stack([self._at(candidate, self.count) for candidate in candidates])
         names = [*candidates, "hold"]
         picked = self._pick(errors, self.count).tolist()
         return {name: names[which] for name, which in zip(self.names, picked, strict=True)}
@@ -274,7 +274,7 @@ def backtest(
     for name, one in increments.items():
         if one.steps != steps:
             raise OptionError(f"{name} has other steps than the first tensor; all must agree")
-    H = torch.stack([one.H.to(torch.float64) for one in series])
+    H = torch.stack([item.H.to(torch.float64) for item in series])
     pairs = pairs_of(len(steps) - 1)
     rules = {name: EXTRAPOLATORS[name] for name in methods if name != "hold"}
     moves = {name: _linear_moves(H, series[0].elapsed, one) for name, one in rules.items()}
@@ -288,7 +288,7 @@ def backtest(
     size = H.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
     targets = torch.tensor([tau for _, tau in pairs], dtype=torch.long)
     origins = torch.tensor([o for o, _ in pairs], dtype=torch.long)
-    rounding = torch.tensor([one.rounding for one in series], dtype=torch.float64)
+    rounding = torch.tensor([item.rounding for item in series], dtype=torch.float64)
     return Backtest(
         steps,
         tuple(increments),

@@ -337,7 +337,7 @@ def _fit(
     training.advance(taken, stopped)
     fit = Fit(
         key=key,
-        parameters=sum(one.numel() for one in training.network.parameters()),
+        parameters=sum(parameter.numel() for parameter in training.network.parameters()),
         rows=int(everything.sum()),
         steps=taken,
         first=first,

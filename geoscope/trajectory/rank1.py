@@ -226,7 +226,9 @@ def _images(
     """Δ_i·x, (T, m), or with `left` Δ_iᵀ·x, (T, n)."""
     if updates is not None:
         rows = x[None, None]
-        return torch.stack([(one.left(rows) if left else one.right(rows))[0, 0] for one in updates])
+        return torch.stack(
+            [(update.left(rows) if left else update.right(rows))[0, 0] for update in updates]
+        )
     known, other = (path.u, path.v) if left else (path.v, path.u)
     return (path.sigma * (known @ x))[:, None] * other
 
@@ -364,5 +366,5 @@ def _divide(numbers: Tensor, by: Tensor) -> Series:
 
 
 def _mean(numbers: Series) -> float | None:
-    defined = [one for one in numbers if one is not None]
+    defined = [number for number in numbers if number is not None]
     return math.fsum(defined) / len(defined) if defined else None

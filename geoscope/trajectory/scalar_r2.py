@@ -67,7 +67,7 @@ class ScalarR2Counts:
 class ScalarR2:
     """Accumulators per entry of one block, in fp64 on the block's device.
 
-    times: t_1 … t_T, the checkpoints that will be added (the base is no data point).
+    times: t_1 … t_T, the checkpoints that will be added (the base is not a data point).
     published_filter: keep only entries with range > 1e-4 and at least 4 distinct values, as the
     paper does. That selects movers: slow pure noise that survives it shows medians near .9.
     """
@@ -144,10 +144,10 @@ class _Seen:
             return
         self._low, self._high = torch.minimum(self._low, x), torch.maximum(self._high, x)
         new = torch.ones_like(self._enough)
-        for one in self._values:
-            empty = one.isnan()
-            new &= one != x
-            one[new & empty] = x[new & empty]
+        for value in self._values:
+            empty = value.isnan()
+            new &= value != x
+            value[new & empty] = x[new & empty]
             new &= ~empty
         self._enough |= new
 

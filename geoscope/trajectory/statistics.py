@@ -68,8 +68,8 @@ def _corrected_cosine(inc: Increments) -> float | None:
     """
     cosines = temporal.step_cosines(storage_noise.corrected_gram(inc))
     lost = [
-        storage_noise.noise_status(one) is Status.BELOW_RESOLUTION
-        for one in storage_noise.step_precision_ratios(inc)
+        storage_noise.noise_status(ratio) is Status.BELOW_RESOLUTION
+        for ratio in storage_noise.step_precision_ratios(inc)
     ]
     kept = [
         one for i, one in enumerate(cosines) if one is not None and not (lost[i] or lost[i + 1])

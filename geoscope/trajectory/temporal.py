@@ -1,7 +1,7 @@
 """Statistics of a path in weight space from the inner products of its increments.
 
 See docs/methods.md#drift. Each takes `Increments` and returns a number, or one per step, and None
-where it is 0/0. Rows are the T checkpoints; the base, Δ = 0, is no data point. Fits use t_i − t_0,
+where it is 0/0. Rows are the T checkpoints; the base, Δ = 0, is not a data point. Fits use t_i − t_0,
 the steps since the base.
 """
 
@@ -224,7 +224,7 @@ def _r2(G: Tensor, X: Tensor) -> float | None:
 def _neighbours(G: Tensor) -> Numbers:
     energies = G.diagonal()
     rows = zip(G.diagonal(1), energies[:-1], energies[1:], strict=True)
-    return tuple(_cosine(*one) for one in rows)
+    return tuple(_cosine(*row) for row in rows)
 
 
 def _cosine(product: Tensor, one: Tensor, two: Tensor) -> float | None:
@@ -234,5 +234,5 @@ def _cosine(product: Tensor, one: Tensor, two: Tensor) -> float | None:
 
 
 def _mean(numbers: Numbers) -> float | None:
-    defined = [one for one in numbers if one is not None]
+    defined = [number for number in numbers if number is not None]
     return math.fsum(defined) / len(defined) if defined else None

@@ -80,7 +80,7 @@ def adapted(
         config=base.config,
         tensors=tensors,
         notes=(*notes, *adapter_notes(laid, start), *found.notes),
-        # what is changed is no copy any more
+        # what is changed is not a copy any more
         tied_to={name: kept for name, kept in base.tied_to.items() if name not in changes},
         source=base.source,
         views=base.views,

@@ -151,7 +151,7 @@ def _difference(base: AdaptedCheckpoint, adapter: Adapter, names: NameMap) -> Ad
     Raises OptionError where one of them changes a matrix by no product.
     """
     found = adapted(base, base, adapter, base.adapter, names, is_difference=True)
-    if not all(one.has_factors for one in (*found.changes.values(), *base.changes.values())):
+    if not all(change.has_factors for change in (*found.changes.values(), *base.changes.values())):
         raise OptionError(
             f"{adapter.given}: it and {base.adapter.given} are adapters of one base and do not "
             "both change it by products alone; give BASE+ADAPTER twice, or merge them and compare "

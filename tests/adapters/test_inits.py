@@ -165,8 +165,8 @@ def test_what_cannot_be_initialised_is_said_in_one_line(name: str) -> None:
     offers: list[tuple[Tensor, int, type[Exception], str]] = [
         (W, 9, OptionError, "rank 9 does not fit a 12×8 matrix"),
         (broken, 2, NumericsError, "1 of 96 entries are NaN"),
-        (W[0], 2, NumericsError, "is no matrix"),
-        (W.to(torch.float8_e4m3fn), 2, NumericsError, "is no matrix"),
+        (W[0], 2, NumericsError, "is not a matrix"),
+        (W.to(torch.float8_e4m3fn), 2, NumericsError, "is not a matrix"),
     ]
     if name != "lora":
         offers.append(

@@ -493,7 +493,7 @@ def test_fail_on_looks_at_each_of_several_models(models: Models) -> None:
         ("compare", "relative_update", "needs > or <"),
         ("compare", "relative_updat>1", "has no"),
         ("compare", "relative_update>much", "write CODE"),
-        ("compare", "relative_update>1e", "is no number"),
+        ("compare", "relative_update>1e", "is not a number"),
         ("compare", "relative_update>=1", "write CODE"),
         ("compare", "", "write CODE"),
         ("compare", "OFF_PRINCIPAL,", "write CODE"),
@@ -557,11 +557,11 @@ def test_limits_are_shown_by_the_names_that_are_taken(models: Models) -> None:
         ("distorted=1", "no threshold 'distorted'; near: distorted.nss, "),
         ("nss=1", "no threshold 'nss'; near: distorted.nss$"),
         ("x=1", "no threshold 'x'; they are unrelated.cosine, "),
-        ("distorted.nss=much", "'much' is no number"),
-        ("distorted.nss=nan", "'nan' is no number"),
-        ("distorted.nss=", "'' is no number"),
+        ("distorted.nss=much", "'much' is not a number"),
+        ("distorted.nss=nan", "'nan' is not a number"),
+        ("distorted.nss=", "'' is not a number"),
         ("distorted.angle=15", "15deg"),
-        ("distorted.nss=15deg", "is no number"),
+        ("distorted.nss=15deg", "is not a number"),
     ],
 )
 def test_limits_that_are_none_are_refused_before_the_work(
@@ -664,7 +664,7 @@ def test_what_the_terminal_cannot_show_is_escaped(
         assert "weights (\\u03c1)" in done.out
 
 
-# --- input that is no good ----------------------------------------------------------------------
+# --- input that is not good ----------------------------------------------------------------------
 
 
 def garbage(tmp_path: Path) -> Path:

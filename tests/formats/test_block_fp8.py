@@ -217,11 +217,11 @@ READS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8. Use a bf16 conver
     ("scale", "evidence"),
     [
         (None, f"tensor {UP} is float8_e4m3fn without {UP}_scale_inv"),
-        (torch.ones(()), f"tensor {UP}_scale_inv: float32, one number, is no scale by block"),
-        (torch.ones(2, 1), f"tensor {UP}_scale_inv: float32, 2 × 1, is no scale by block"),
+        (torch.ones(()), f"tensor {UP}_scale_inv: float32, one number, is not a scale by block"),
+        (torch.ones(2, 1), f"tensor {UP}_scale_inv: float32, 2 × 1, is not a scale by block"),
         (
             torch.ones(2, 2, dtype=torch.int32),
-            f"tensor {UP}_scale_inv: int32, 2 × 2, is no scale by block",
+            f"tensor {UP}_scale_inv: int32, 2 × 2, is not a scale by block",
         ),
     ],
 )

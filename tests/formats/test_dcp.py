@@ -201,7 +201,7 @@ def test_a_file_outside_of_the_folder_is_refused(shards: Path, tmp_path: Path, f
         metadata.storage_data[MetadataIndex(UP, (0, 0))].relative_path = file
 
     change(folder, point)
-    assert f"{UP} is placed in {file!r}, which is no file of this folder" in refusal(folder)
+    assert f"{UP} is placed in {file!r}, which is not a file of this folder" in refusal(folder)
 
 
 def test_a_link_out_of_the_folder_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ F32 = torch.zeros(4, 4)
         (
             {".weight": F8, ".weight_scale_inv": F32},
             "FP8",
-            f"tensor {BLOCK}.weight_scale_inv: float32, 4 × 4, is no scale by block",
+            f"tensor {BLOCK}.weight_scale_inv: float32, 4 × 4, is not a scale by block",
             BF16,
         ),
         (

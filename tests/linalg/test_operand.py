@@ -127,7 +127,7 @@ def test_blocks_cover_the_longer_side_once(shape: tuple[int, int]) -> None:
 def test_both_sides_are_upcast_before_they_are_subtracted(
     dtype: str, plus: float, minus: float
 ) -> None:
-    """The difference is no number of the format; subtracted there, it would round away."""
+    """The difference is not a number of the format; subtracted there, it would round away."""
     one, other = (torch.full((1, 2, 2), x, dtype=DTYPES[dtype]) for x in (plus, minus))
     assert float((one - other)[0, 0, 0]) != plus - minus
     A = Operand(one, other)

@@ -198,7 +198,7 @@ def test_a_sum_of_products_is_the_product_of_stacked_factors() -> None:
 
 
 def trained(rho: float, *, seed: int = 14) -> tuple[Product, Product]:
-    """A start that is no zero, and a small step from it, both stored in fp32."""
+    """A start that is not zero, and a small step from it, both stored in fp32."""
     B, A = factors(70, 50, 4, seed=seed)
     dB, dA = factors(70, 50, 4, seed=seed + 2)
     after = Product.of((B + rho * dB).float(), (A + rho * dA).float(), 0.5)

@@ -104,7 +104,7 @@ def test_values_are_those_of_numpy(name: str, route: str) -> None:
         error = float((found.S[0] - S).abs().max()) / float(S[0])
         (how,) = found.methods
         assert error <= 1e-10
-        # numpy's own error, of a few eps, is no part of the bound
+        # numpy's own error, of a few eps, is not a part of the bound
         assert error <= how["bound"] + 100 * 2.0**-53
 
 

@@ -306,7 +306,7 @@ def test_what_is_no_adapter_folder(tmp_path: Path) -> None:
     (path / "adapter_model-00001-of-00002.safetensors").write_bytes(b"")
     refused(path, UnsupportedFormat, r"in 1 shards .* without adapter_model\.safetensors\.index")
     (path / "adapter_config.json").write_text("[1]", encoding="utf-8")
-    refused(path, CheckpointError, "the JSON is no object")
+    refused(path, CheckpointError, "the JSON is not an object")
 
 
 def test_factors_of_another_type_or_of_kernels(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_csv_and_jsonl_say_the_same(
         ("a.csv", "step,r\n1,2\n1,3\n", "r has two values at step 1, 2 and 3 (line 3); keep one"),
         ("a.jsonl", '{"step": 1, "r": 2}\n{"r": 1}\n', "no step column in line 2"),
         ("a.jsonl", '{"step": 1, "r": 2}\n{"st', "line 2: no valid JSON"),
-        ("a.jsonl", "[1]\n", "line 1: the JSON is no object"),
+        ("a.jsonl", "[1]\n", "line 1: the JSON is not an object"),
         ("a.jsonl", '{"step": null, "r": 2}\n', "line 1: step is null"),
         ("a.jsonl", '{"step": true, "r": 2}\n', "line 1: step is true"),
         ("trainer_state.json", "{}", "has no log_history"),

@@ -177,7 +177,7 @@ def _norms(layer: LayerRecord) -> Steps:
 
 
 def _known(series: Steps) -> list[float]:
-    return [one for one in series if one is not None]
+    return [item for item in series if item is not None]
 
 
 def _line(axes: Axes, section: Section, key: str, colour: str, label: str) -> bool:

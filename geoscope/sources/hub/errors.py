@@ -66,7 +66,7 @@ def hub_errors(
     except errors.EntryNotFoundError:
         raise HubNotFound(f"{what} is not on the Hub") from None
     except errors.HFValidationError:
-        raise OptionError(f"{repo!r} is no org/name; {GRAMMAR}") from None
+        raise OptionError(f"{repo!r} is not an org/name; {GRAMMAR}") from None
     except network as error:
         raise _transport(error, what, file) from None
 

@@ -204,7 +204,7 @@ class HubFolder:
     def files(self, names: Sequence[str]) -> list[Path]:
         """Whole files on this disk, fetched if there is room for all of them."""
         paths = [self._path(name) for name in names]
-        missing = [one for one in paths if in_cache(self.repo, self.commit, one) is None]
+        missing = [path for path in paths if in_cache(self.repo, self.commit, path) is None]
         check_room([{cache_of(self.repo): sum(self.sizes[one] for one in missing)}])
         return [self._download(name) for name in names]
 

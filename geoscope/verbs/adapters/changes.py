@@ -117,7 +117,7 @@ def _rows(module: AdapterModule, paths: BasePaths, adapter: Adapter) -> dict[str
     found: dict[str, Change] = {}
     for expert, parts in enumerate(_parts(module, paths.stored)):
         rows = [paths.stored[path] for path in parts]
-        sides = sum(one.shape[0] for one in rows), rows[0].shape[1]
+        sides = sum(row.shape[0] for row in rows), rows[0].shape[1]
         if sides != module.shape:
             raise _misfit(adapter, module, sides)
         top = 0
@@ -133,7 +133,7 @@ def _parts(module: AdapterModule, stored: Mapping[str, TensorInfo]) -> tuple[tup
         return expert_parts(module, stored)
     above, _, leaf = module.name.rpartition(".")
     parts = tuple(f"{above}.{one}" for one in _FUSED.get(leaf, ()))
-    return (parts,) if parts and all(one in stored for one in parts) else ()
+    return (parts,) if parts and all(part in stored for part in parts) else ()
 
 
 def _check_shape(

@@ -60,8 +60,8 @@ class ModuleEnergy:
 
 def discarded_share(modules: Sequence[ModuleEnergy]) -> float:
     """Σ discarded / Σ energy, 0 where all updates are zero."""
-    energy = sum(one.energy for one in modules)
-    return sum(one.discarded for one in modules) / energy if energy > 0 else 0.0
+    energy = sum(module.energy for module in modules)
+    return sum(module.discarded for module in modules) / energy if energy > 0 else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +279,7 @@ def _plain_start(origin: AdapterFolder) -> str | None:
 def _refuse_rank(
     rank: int | None, end: Adapter, starts_at_zero: bool, origin: AdapterFolder
 ) -> None:
-    largest = max(one.rank for one in end.modules.values()) * (1 if starts_at_zero else 2)
+    largest = max(module.rank for module in end.modules.values()) * (1 if starts_at_zero else 2)
     if rank is None and starts_at_zero:
         what = "mirror layout" if origin.layout == "mirror" else _plain_start(origin)
         raise OptionError(
@@ -287,7 +287,7 @@ def _refuse_rank(
             "already; use it as it is, or compress it with `rank`"
         )
     # At the largest rank nothing is left out; it is of use where it makes different ranks one.
-    limit = largest - (len({one.rank for one in end.modules.values()}) == 1)
+    limit = largest - (len({module.rank for module in end.modules.values()}) == 1)
     if rank is not None and not 1 <= rank <= limit:
         raise OptionError(
             f"`rank` {rank}: takes 1 … {limit}; rank {largest} is exact: "

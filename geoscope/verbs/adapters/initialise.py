@@ -152,7 +152,7 @@ def initialise(
             if name not in targets.weights:
                 return None
             target, starts = targets.weights[name], next(made)
-            hashes[name] = spool.keep(target, [one.factors for one in starts])
+            hashes[name] = spool.keep(target, [start.factors for start in starts])
             kept.update(zip(target.names, map(_without_tensors, starts), strict=True))
             progress.on_pair(len(kept), len(targets.shapes), name)
             return _rewritten(target, starts)
@@ -294,8 +294,8 @@ def _started(W: Tensor, name: str, options: InitOptions, *, is_turned: bool) -> 
 
 def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
     """Raises NumericsError for what is written and is not finite."""
-    finite = all(one is None or math.isfinite(one) for one in numbers)
-    if not (finite and all(bool(torch.isfinite(one).all()) for one in tensors)):
+    finite = all(number is None or math.isfinite(number) for number in numbers)
+    if not (finite and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)):
         raise NumericsError(
             "the weights are too large or too small for factors in float32, or for the residual"
         )
@@ -412,7 +412,7 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     containers = {
         info.source: checkpoint.source.open(info.source) for info in checkpoint.tensors.values()
     }
-    return sorted({path for one in containers.values() for path in files_of(one)})
+    return sorted({path for container in containers.values() for path in files_of(container)})
 
 
 def _written(out: Path, files: AdapterFiles) -> ModelRef:

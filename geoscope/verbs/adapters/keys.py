@@ -27,7 +27,7 @@ class Check:
     """One claim about the folder; `text` tells all of it.
 
     worst: the number it stands on, None where there is none or it is not finite. name: where.
-    is_warning: what it says is worth knowing and is no failure; `ok` is true then.
+    is_warning: what it says is worth knowing and is not a failure; `ok` is true then.
     """
 
     id: str
@@ -42,8 +42,8 @@ def spelling_check(adapter: Adapter) -> Check:
     """Keys as `PeftModel.save_pretrained` writes them: another one is used by no loader."""
     wanted = {
         info.name: key
-        for one in adapter.modules.values()
-        for info, key in zip(one.stored, lora_keys(one.path), strict=True)
+        for module in adapter.modules.values()
+        for info, key in zip(module.stored, lora_keys(module.path), strict=True)
     }
     wanted |= {stored: whole_key(saved_name(stored)) for stored in adapter.replaced.values()}
     odd = [name for name, key in wanted.items() if name != key]
@@ -61,7 +61,7 @@ def spelling_check(adapter: Adapter) -> Check:
 
 def packing_checks(match: AdapterMatch) -> list[Check]:
     """Of stacked experts, whether the PEFT that the config names reads them as they are packed."""
-    turned = [one.name for one in match.adapter.modules.values() if one.is_turned]
+    turned = [module.name for module in match.adapter.modules.values() if module.is_turned]
     if not turned:
         return []
     version = match.adapter.config.get("peft_version")

@@ -105,8 +105,8 @@ def _canonical_index(
         spellings = {_canonical(path, names)}
         if path in every:
             spellings.add(names.canonical(every[path].name)[0])
-        for one in spellings:
-            found.setdefault(one, set()).add(path)
+        for spelling in spellings:
+            found.setdefault(spelling, set()).add(path)
     return {name: next(iter(paths)) for name, paths in found.items() if len(paths) == 1}
 
 

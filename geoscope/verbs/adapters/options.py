@@ -67,7 +67,7 @@ class InitOptions(Compute, Select):
         if self.solver not in (None, "auto", "exact"):
             raise OptionError(f"`solver` {self.solver!r} is not one of auto, exact")
         self._check_layout()
-        _ = self.selection  # refuses what is no regular expression
+        _ = self.selection  # refuses what is not a regular expression
         for name in ("rho", "spec_rank", "scale_convention", "solver"):
             if getattr(self, name) is not None and name not in self.initialisation.options:
                 raise OptionError(f"`{name}` has no effect on `method` {self.method}; leave it out")

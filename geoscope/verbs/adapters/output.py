@@ -96,9 +96,9 @@ def plan_files(checkpoint: Checkpoint, targets: Targets, options: InitOptions) -
         **({"base_sha": checkpoint.ref.commit} if checkpoint.ref.commit else {}),
     }
     tensors: dict[str, TensorPlan] = {}
-    for one in targets.weights.values():
-        (m, n), rank = one.shape, options.written_rank * (one.experts or 1)
-        key_A, key_B = one.keys
+    for weight in targets.weights.values():
+        (m, n), rank = weight.shape, options.written_rank * (weight.experts or 1)
+        key_A, key_B = weight.keys
         tensors[key_A] = TensorPlan("float32", (rank, n))
         tensors[key_B] = TensorPlan("float32", (m, rank))
     model, travelling, notes = None, {}, ()
@@ -135,7 +135,7 @@ class Spool:
 
         factors: of each of its matrices.
         """
-        of_each = [paired(one, self._layout) for one in factors]
+        of_each = [paired(factor, self._layout) for factor in factors]
         pairs: list[tuple[Tensor, Tensor]] = []
         for adapter in zip(*of_each, strict=True):
             A, B = ([one.cpu() for one in side] for side in zip(*adapter, strict=True))

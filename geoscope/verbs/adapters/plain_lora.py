@@ -57,7 +57,7 @@ def plain_config(
         parameters=was.get("target_parameters") or (),
     )
     # the version tells how stacks of experts are packed
-    versions = ("peft_version",) if any(one.is_stack for one in end.modules.values()) else ()
+    versions = ("peft_version",) if any(module.is_stack for module in end.modules.values()) else ()
     kept = {key: was[key] for key in (*_KEPT, *versions) if was.get(key)}
     expression = {"target_modules": targets} if isinstance(targets, str) else {}
     changed = {"task_type": was.get("task_type"), "use_rslora": use_rslora, **patterns}
@@ -90,10 +90,10 @@ def carried(end: Adapter) -> tuple[str, ...]:
 
 def plain_plan(end: Adapter, rank: int | None, others: tuple[str, ...]) -> FilePlan:
     tensors: dict[str, TensorPlan] = {}
-    for one in end.modules.values():
-        r = (2 * one.rank if rank is None else rank) * one.experts
-        key_A, key_B = lora_keys(one.path)
-        m, n = one.shape[::-1] if one.is_turned else one.shape
+    for module in end.modules.values():
+        r = (2 * module.rank if rank is None else rank) * module.experts
+        key_A, key_B = lora_keys(module.path)
+        m, n = module.shape[::-1] if module.is_turned else module.shape
         tensors[key_A] = TensorPlan("float32", (r, n))
         tensors[key_B] = TensorPlan("float32", (m, r))
     for name in others:

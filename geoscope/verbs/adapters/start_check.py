@@ -55,9 +55,9 @@ def seen_start(prepared: Prepared) -> SeenStart | None:
     if tuned.start is not None or not prepared.has_base:
         return None
     factored = [
-        one
-        for one in prepared.pairing.matrices
-        if (change := tuned.changes.get(one.tuned.name)) is not None
+        matrix
+        for matrix in prepared.pairing.matrices
+        if (change := tuned.changes.get(matrix.tuned.name)) is not None
         and change.has_factors
         and change.rows is None
     ]

@@ -42,7 +42,7 @@ class Target:
     """A weight that gets an adapter.
 
     info: its header. path: of the module in the live model, of a stack of experts that of the
-    parameter. keys: of A and B. experts: how many matrices it holds, None for one that is no stack.
+    parameter. keys: of A and B. experts: how many matrices it holds, None for one that is not a stack.
     is_turned: whether each of them lies (in, out) in the file.
     """
 
@@ -81,12 +81,12 @@ class Targets:
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether these are Conv1D layers, which hold (in, out)."""
-        return all(one.info.transposed for one in self.weights.values())
+        return all(weight.info.transposed for weight in self.weights.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name of each matrix in a report → (out, in)."""
-        return {name: one.shape for one in self.weights.values() for name in one.names}
+        return {name: weight.shape for weight in self.weights.values() for name in weight.names}
 
 
 def choose_targets(checkpoint: Checkpoint, options: InitOptions) -> Targets:

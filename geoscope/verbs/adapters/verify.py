@@ -83,7 +83,7 @@ def verify_adapter(
 
     folder: the output of `init-adapter`, or an adapter folder. base: reference of the original
     model where neither geoscope.json nor the adapter's config tells it. allow_lossy: an error above
-    1e-5 is told and is no failure. with_peft: load it with transformers and PEFT, too.
+    1e-5 is told and is not a failure. with_peft: load it with transformers and PEFT, too.
     on_module(done, all) is called as matrices are read. Raises OptionError or CheckpointError where
     something cannot be read at all; what can be and is wrong is a check that is not ok.
 
@@ -190,7 +190,7 @@ def _layout_check(origin: AdapterFolder, adapter: Adapter, layout: str | None) -
         return Check("layout", True, f"{origins}plain LoRA on its base, {count}")
     beside = {"residual": origin.residual, "anchor": origin.anchor, "mirror": origin.adapter}
     if layout not in beside:
-        return Check("layout", False, f"{layout!r} in {RECORD} is no layout; write it again")
+        return Check("layout", False, f"{layout!r} in {RECORD} is not a layout; write it again")
     if beside[layout] is None:
         return Check(
             "layout", False, f"{layout}, {told}, but {layout}/ is missing; write the folder again"
@@ -199,7 +199,9 @@ def _layout_check(origin: AdapterFolder, adapter: Adapter, layout: str | None) -
 
 
 def _ranks(adapter: Adapter) -> str:
-    return ", ".join(str(rank) for rank in sorted({one.rank for one in adapter.modules.values()}))
+    return ", ".join(
+        str(rank) for rank in sorted({module.rank for module in adapter.modules.values()})
+    )
 
 
 # --- what the config says -----------------------------------------------------------------------
@@ -315,7 +317,7 @@ def _not_computed(check: str, failed: Mapping[str, str]) -> Check:
 
 
 def _badness(error: float) -> float:
-    """For comparisons: what is no number is worst."""
+    """For comparisons: what is not a number is worst."""
     return error if error == error else float("inf")
 
 
@@ -464,7 +466,10 @@ def _hashes_check(record: Mapping[str, Any], match: AdapterMatch, base: Checkpoi
 def _path_of(base: Checkpoint, file: str) -> Path | None:
     """Where a weight file of the base lies; None for a file that holds none of its tensors."""
     containers = [base.source.open(one) for one in {info.source for info in base.tensors.values()}]
-    return next((path for one in containers for path in files_of(one) if path.name == file), None)
+    return next(
+        (path for container in containers for path in files_of(container) if path.name == file),
+        None,
+    )
 
 
 # --- PEFT ---------------------------------------------------------------------------------------

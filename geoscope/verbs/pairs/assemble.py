@@ -61,14 +61,14 @@ def assemble(
     several = len(sides) > 1
     refs = (sides[0].base, *(side.tuned for side in sides))
     records = [
-        record_of(one, i + 1 if several else None)
+        record_of(matrix, i + 1 if several else None)
         for i, run in enumerate(runs)
-        for one in run.matrices
+        for matrix in run.matrices
     ]
     vectors = [
-        replace(one, tuned=i + 1 if several else None)
+        replace(vector, tuned=i + 1 if several else None)
         for i, run in enumerate(runs)
-        for one in run.vectors
+        for vector in run.vectors
     ]
     return Report(
         kind=kind,
@@ -117,7 +117,7 @@ def _coverage(runs: Sequence[TunedRun]) -> Coverage:
         pairing = run.about.pairing
         missing.update(dict.fromkeys(pairing.missing))
         skipped.update({(one.name, one.reason): one for one in pairing.skipped})
-        done = {one.pair.name for one in run.matrices}
+        done = {matrix.pair.name for matrix in run.matrices}
         for one in run.matrices:
             if one.failure is None:
                 matched[one.pair.name] = None
@@ -185,10 +185,12 @@ _Values = dict[str, float | int | None]
 def _aggregates(
     run: TunedRun,
 ) -> tuple[_Values, dict[str, float], dict[str, _Values], dict[str, dict[str, float]]]:
-    values, nulls = aggregate([one.row for one in run.matrices], run.selected)
-    kinds = dict.fromkeys(one.pair.module for one in run.matrices)
+    values, nulls = aggregate([matrix.row for matrix in run.matrices], run.selected)
+    kinds = dict.fromkeys(matrix.pair.module for matrix in run.matrices)
     per_kind = {
-        kind: aggregate([one.row for one in run.matrices if one.pair.module == kind], run.selected)
+        kind: aggregate(
+            [matrix.row for matrix in run.matrices if matrix.pair.module == kind], run.selected
+        )
         for kind in kinds
     }
     return (

@@ -59,13 +59,13 @@ def _common_rows(
 def _adapted_only(pairing: Pairing, tuned: Checkpoint, options: Options) -> Pairing:
     """Without what the adapter leaves as it is. Raises PairingError where nothing is left."""
     left_out = [
-        Skipped(one.name, "the adapter leaves it as it is")
-        for one in (*pairing.matrices, *pairing.vectors)
-        if tuned.leaves(one.tuned.name)
+        Skipped(matrix.name, "the adapter leaves it as it is")
+        for matrix in (*pairing.matrices, *pairing.vectors)
+        if tuned.leaves(matrix.tuned.name)
     ]
     names = {one.name for one in left_out}
-    matrices = tuple(one for one in pairing.matrices if one.name not in names)
-    vectors = tuple(one for one in pairing.vectors if one.name not in names)
+    matrices = tuple(matrix for matrix in pairing.matrices if matrix.name not in names)
+    vectors = tuple(vector for vector in pairing.vectors if vector.name not in names)
     lacking = _lacking(tuned, options)
     missing = (*pairing.missing, *(one.name for one in lacking if one.missing))
     if not matrices and not (options.include and vectors):

@@ -78,7 +78,7 @@ def worker(
     def work(batch: Batch, *stacks: Tensor) -> list[Matrix]:
         results: dict[int, Matrix] = {}
         keys: dict[int, str] = {}
-        facts = [(headers.rounding(one), headers.nominal(one)) for one in batch.pairs]
+        facts = [(headers.rounding(pair), headers.nominal(pair)) for pair in batch.pairs]
         for i, one in enumerate(batch.pairs):
             bad = sum(nonfinite_entries(stack[i]) for stack in stacks)
             if bad:
@@ -118,7 +118,7 @@ def _key(
 ) -> str:
     return cache.key(
         {
-            "stacks": [content_of(one) for one in stacks],
+            "stacks": [content_of(stack) for stack in stacks],
             "facts": facts,
             "kind": kind,
             "settings": asdict(options.settings),

@@ -135,8 +135,10 @@ def compare_part(
         options=_kept(options),
         about=about(prepared),
         matrices=tuple(
-            PartMatrix(record_of(one, None), one.row.weights, one.row.floors, one.failure)
-            for one in work.matrices
+            PartMatrix(
+                record_of(matrix, None), matrix.row.weights, matrix.row.floors, matrix.failure
+            )
+            for matrix in work.matrices
         ),
         vectors=work.vectors,
         seconds=time.perf_counter() - started,

@@ -174,8 +174,8 @@ def _wanted(
 ) -> tuple[tuple[Checkpoint, list[str]], ...]:
     pairs = (*pairing.matrices, *pairing.vectors)
     if tuned.lies_over(base):
-        return ((base, [one.base.name for one in pairs]),)
-    return (base, [one.base.name for one in pairs]), (tuned, [one.tuned.name for one in pairs])
+        return ((base, [pair.base.name for pair in pairs]),)
+    return (base, [pair.base.name for pair in pairs]), (tuned, [pair.tuned.name for pair in pairs])
 
 
 def survey(prepared: Prepared, *, paired: bool) -> Survey:
@@ -187,8 +187,8 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
             {
                 **encode(side.ref),
                 "tensors": side.stored,
-                "parameters": sum(math.prod(one.shape) for one in side.tensors.values()),
-                "bytes": sum(one.nbytes for one in side.tensors.values()),
+                "parameters": sum(math.prod(tensor.shape) for tensor in side.tensors.values()),
+                "bytes": sum(tensor.nbytes for tensor in side.tensors.values()),
                 "model_type": side.config.get("model_type"),
             }
             for side in sides

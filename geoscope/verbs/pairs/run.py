@@ -130,7 +130,7 @@ def judged_run(about: About, work: Work, kind: str, options: Options) -> TunedRu
         about=about,
         matrices=matrices,
         vectors=work.vectors,
-        selected=all_selected(kind, options, {two_sides(one.pair.shape) for one in matrices}),
+        selected=all_selected(kind, options, {two_sides(matrix.pair.shape) for matrix in matrices}),
         verdict=_verdict(kind, matrices, options) if matrices else None,
         distance=_distance(matrices, options),
         interrupted=work.interrupted,
@@ -169,9 +169,9 @@ def _with_start(
 
 def _within(budget: int, matrices: Sequence[Matrix]) -> tuple[dict[str, Any], str]:
     """Ranks within a budget, and what they hold in words."""
-    shapes = [two_sides(one.pair.shape) for one in matrices]
-    found = ranks_within(budget, [one.spectrum for one in matrices], shapes)
-    names = [one.pair.name.removesuffix(".weight") for one in matrices]
+    shapes = [two_sides(matrix.pair.shape) for matrix in matrices]
+    found = ranks_within(budget, [matrix.spectrum for matrix in matrices], shapes)
+    names = [matrix.pair.name.removesuffix(".weight") for matrix in matrices]
     told = {**asdict(found), "given": budget, "ranks": dict(zip(names, found.ranks, strict=True))}
     same, own = (f"{100 * one:.0f} %" for one in (found.uniform_energy, found.energy))
     words = (
@@ -185,7 +185,7 @@ def _within(budget: int, matrices: Sequence[Matrix]) -> tuple[dict[str, Any], st
 def _ratio(matrices: Sequence[Matrix]) -> float:
     """ρ of all together; 0 without numbers."""
     update, base = (
-        sum(one.row.weights.get(key, 0.0) for one in matrices) for key in ("update", "base")
+        sum(matrix.row.weights.get(key, 0.0) for matrix in matrices) for key in ("update", "base")
     )
     return math.sqrt(update / base) if base > 0 else 0.0
 
@@ -254,19 +254,19 @@ def _vector_values(before: Tensor, after: Tensor) -> dict[str, float | int | Non
 
 
 def _distance(matrices: Sequence[Matrix], options: Options) -> Distance | None:
-    rows = [one.row for one in matrices]
+    rows = [matrix.row for matrix in matrices]
     limits = limits_in_force(options.limits)
     near = Judged("", None, "", "", ())
     judged = [judge_distance(row, None, limits)[0] or near for row in rows]
-    return distance([one.pair.name for one in matrices], rows, judged, limits)
+    return distance([matrix.pair.name for matrix in matrices], rows, judged, limits)
 
 
 def _verdict(kind: str, matrices: Sequence[Matrix], options: Options) -> Verdict | None:
     judge = KINDS[kind].judge
     if judge is None:
         return None
-    names = [one.pair.name for one in matrices]
-    rows = [one.row for one in matrices]
-    judged = [one.judged for one in matrices if one.judged is not None]
-    modules = [one.pair.module for one in matrices]
+    names = [matrix.pair.name for matrix in matrices]
+    rows = [matrix.row for matrix in matrices]
+    judged = [matrix.judged for matrix in matrices if matrix.judged is not None]
+    modules = [matrix.pair.module for matrix in matrices]
     return RULES[judge].model(names, modules, rows, judged, options.limits)

@@ -36,10 +36,12 @@ def selected(kind: str, options: Options, shape: tuple[int, int]) -> list[Instan
     for metric in METRICS:
         if metric.option is not None and not getattr(options, metric.option):
             continue
-        for one in instances(metric, dimensions(options, shape)):
-            template = one.id if one.k is None else one.id.replace(f"@{one.k}", "@k")
+        for instance in instances(metric, dimensions(options, shape)):
+            template = (
+                instance.id if instance.k is None else instance.id.replace(f"@{instance.k}", "@k")
+            )
             if metric.family in KINDS[kind].families or template in with_verdict:
-                found.append(one)
+                found.append(instance)
     return found
 
 

@@ -26,8 +26,8 @@ def overlaps_of(
     One that failed says why; one with NaN or Inf, which its model's row says, is left out.
     """
     first, second = prepared[a - 1], prepared[b - 1]
-    other = {one.base.name: one.tuned.name for one in second.pairing.matrices}
-    common = [one for one in first.pairing.matrices if one.base.name in other]
+    other = {matrix.base.name: matrix.tuned.name for matrix in second.pairing.matrices}
+    common = [matrix for matrix in first.pairing.matrices if matrix.base.name in other]
 
     def read(one: WeightPair) -> tuple[Tensor, ...]:
         base = first.base.read(one.base.name)
@@ -41,7 +41,9 @@ def overlaps_of(
         # Of one batch all are alike: stacks hold pairs of equal dtypes, of adapters one pair.
         count = first.tuned.parts_of_update(first.base, batch.pairs[0].tuned.name)
         return [
-            _overlap([one[i : i + 1] for one in stacks], count, options, in_blocks=in_blocks(pair))
+            _overlap(
+                [stack[i : i + 1] for stack in stacks], count, options, in_blocks=in_blocks(pair)
+            )
             for i, pair in enumerate(batch.pairs)
         ]
 
@@ -79,7 +81,7 @@ def _overlap(
 
     stacks: the base, `count` of the first update, the rest of the second.
     """
-    if any(nonfinite_entries(one) for one in stacks):
+    if any(nonfinite_entries(stack) for stack in stacks):
         return None
     base, *updates = stacks
     sides = [

@@ -21,7 +21,9 @@ __all__ = ["as_models", "is_made_of", "not_predicted", "of_a_base"]
 
 def of_a_base(adapter: Adapter) -> str | None:
     """What such an adapter is called; None where all its updates are products."""
-    return next((one.called for one in adapter.modules.values() if one.kind == "base"), None)
+    return next(
+        (module.called for module in adapter.modules.values() if module.kind == "base"), None
+    )
 
 
 def as_models(

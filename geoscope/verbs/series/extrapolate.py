@@ -291,7 +291,7 @@ def _write(
         RECORD: record_size(len(stored)),
     }
     given = [local_path(point) for point in (found.refs[0].given, *found.points)]
-    # the folder of a run is no place for a model either
+    # the folder of a run is not a place for a model either
     inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
     held: dict[str, str] = {}
     with OutputFolder(result.out, sizes, force=force, inputs=inputs) as folder:

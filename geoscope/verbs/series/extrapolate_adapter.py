@@ -177,7 +177,7 @@ def _compressed(
 
 def _tensors(found: Followed) -> list[AdapterTensor]:
     """The matrices of the adapters, experts of a stack in their order."""
-    return [one for one in found.tensors.values() if isinstance(one, AdapterTensor)]
+    return [tensor for tensor in found.tensors.values() if isinstance(tensor, AdapterTensor)]
 
 
 def _named_base(last: Adapter) -> str | None:

@@ -39,7 +39,7 @@ def model_series(
         notes = base.notes[len(whole.notes) :]
     notes += rules.notes(name for one in (base, *checkpoints) for name in one.tensors)
     pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
-    names = [{one.name: one for one in found.matrices} for found in pairings]
+    names = [{matrix.name: matrix for matrix in found.matrices} for found in pairings]
     common = [name for name in names[0] if all(name in found for found in names)]
     absent = {name for found in names for name in found} - set(common)
     absent |= {name for found in pairings for name in found.missing}

@@ -178,11 +178,11 @@ def _spans(tensor: ModelTensor, horizon: int, seed: int) -> Rank1Path:
         rows.append((near, float(change.norm())))
     factors = [one for one, _ in rows]
     return Rank1Path(
-        sigma=torch.stack([one.S[0, 0] for one in factors]),
-        second=torch.stack([one.S[0, -1] for one in factors]),
+        sigma=torch.stack([factor.S[0, 0] for factor in factors]),
+        second=torch.stack([factor.S[0, -1] for factor in factors]),
         norm=torch.tensor([norm for _, norm in rows], dtype=torch.float64),
-        u=torch.stack([_side(one.U).T[0] for one in factors]),
-        v=torch.stack([_side(one.Vh)[0] for one in factors]),
+        u=torch.stack([_side(factor.U).T[0] for factor in factors]),
+        v=torch.stack([_side(factor.Vh)[0] for factor in factors]),
     )
 
 

@@ -105,7 +105,7 @@ def _leading(change: Change, near: Factors | None, seed: int) -> Factors:
 
 def _method(factors: Sequence[Factors]) -> dict[str, Any]:
     """All of them together: every way that was taken, and the largest bounds."""
-    found = [one.methods[0] for one in factors]
+    found = [factor.methods[0] for factor in factors]
 
     def largest(key: str) -> float | None:
         return max((one[key] for one in found if one.get(key) is not None), default=None)
@@ -120,11 +120,11 @@ def _method(factors: Sequence[Factors]) -> dict[str, Any]:
 
 def _path(factors: Iterable[Factors], energy: torch.Tensor) -> Rank1Path:
     rows = list(factors)
-    u, v = (torch.stack([_first(one, side) for one in rows]) for side in ("left", "right"))
+    u, v = (torch.stack([_first(row, side) for row in rows]) for side in ("left", "right"))
     return Rank1Path(
-        sigma=torch.stack([one.S[0, 0] for one in rows]),
+        sigma=torch.stack([row.S[0, 0] for row in rows]),
         second=torch.stack(
-            [one.S[0, 1] if one.S.shape[1] > 1 else one.S[0, 0] * 0 for one in rows]
+            [row.S[0, 1] if row.S.shape[1] > 1 else row.S[0, 0] * 0 for row in rows]
         ),
         norm=energy.clamp_min(0).sqrt(),
         u=u,

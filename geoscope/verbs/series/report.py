@@ -132,7 +132,7 @@ def trajectory_report(
     traps = traps_of(found, made, base_exact=base_exact)
     if distance is not None:
         traps = (distance.text, *traps)
-    skills = {one: test.tensor_skill(one) for one in test.methods}
+    skills = {method: test.tensor_skill(method) for method in test.methods}
     layers = tuple(
         _record(name, found, made, skills, link, base_exact=base_exact) for name in made.increments
     )
@@ -278,8 +278,8 @@ def _summary(
     if made.paths:
         _add_totals(numbers, [*made.paths.values()], total, base_exact=base_exact)
     _add_scalar_r2(numbers, made, [*made.increments], base_exact=base_exact)
-    for one in test.methods:
-        numbers.put(f"skill@{one}", test.skill(one))
+    for method in test.methods:
+        numbers.put(f"skill@{method}", test.skill(method))
     best = test.best()
     horizon = credible_horizon(test, best, seed=options.seed) if best != "hold" else None
     numbers.put("horizon", 0.0 if horizon is None else horizon.steps)
@@ -288,9 +288,9 @@ def _summary(
     if link is not None:
         _add_means(numbers, layers)
     numbers.series.update(_paths_of(total))
-    for one in test.methods:
-        far = credible_horizon(test, one, seed=options.seed, draws=1).distances
-        numbers.series[f"skill_by_distance@{one}"] = tuple(each.skill for each in far)
+    for method in test.methods:
+        far = credible_horizon(test, method, seed=options.seed, draws=1).distances
+        numbers.series[f"skill_by_distance@{method}"] = tuple(each.skill for each in far)
         numbers.series["distance"] = tuple(each.steps for each in far)
     modules = {module_kind(name): None for name in made.increments}
     by_module = {
@@ -303,15 +303,15 @@ def _summary(
         for module in modules
     }
     motion = drift_or_diffusion(whole)
-    first = [one for one in traps if "jump in" in one]
+    first = [trap for trap in traps if "jump in" in trap]
     code = motion.code
     if distance is not None and distance.first and options.base is not None:
         code, first = distance.code, [distance.text, *first]
     return Summary(
         model=numbers.values,
         nulls=numbers.nulls,
-        modules={key: one.values for key, one in by_module.items()},
-        module_nulls={key: one.nulls for key, one in by_module.items()},
+        modules={key: method.values for key, method in by_module.items()},
+        module_nulls={key: method.nulls for key, method in by_module.items()},
         verdict=Verdict(
             code=code,
             share=None,

@@ -104,4 +104,6 @@ def equal_adapters(one: Adapter, other: Adapter) -> bool:
 
 def has_no_update(adapter: Adapter) -> bool:
     """Whether every product is zero, by a factor that is."""
-    return not any(all(one.any() for one in adapter.factors(name)) for name in adapter.modules)
+    return not any(
+        all(factor.any() for factor in adapter.factors(name)) for name in adapter.modules
+    )

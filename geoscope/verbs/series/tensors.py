@@ -96,7 +96,7 @@ class ModelTensor:
         return replace(
             found,
             rounding=tuple(map(_rounding_of, found.rounding, grids)),
-            grids=tuple("" if one is None else one.name for one in grids),
+            grids=tuple("" if grid is None else grid.name for grid in grids),
         )
 
     def _part(self, start: int, end: int) -> list[torch.Tensor]:
@@ -170,7 +170,7 @@ class AdapterTensor:
     def grams(self) -> FactorSeries | None:
         """All updates through the Gram matrices of their factors; None where ranks differ."""
         start = None if self.initial is None else self._factor(self.initial)
-        return FactorSeries.of([self._factor(one) for one in self.adapters], start)
+        return FactorSeries.of([self._factor(adapter) for adapter in self.adapters], start)
 
     def changes(self) -> Iterator[tuple[Change, Change]]:
         before: Product | None = None
@@ -181,7 +181,7 @@ class AdapterTensor:
     def updates(self) -> list[Product]:
         """Δ_1 … Δ_T, each a stack of one."""
         start = None if self.initial is None else _product(self._factor(self.initial))
-        found = [_product(self._factor(one)) for one in self.adapters]
+        found = [_product(self._factor(adapter)) for adapter in self.adapters]
         return found if start is None else [one - start for one in found]
 
     def _factor(self, adapter: Adapter) -> Factor:

@@ -254,7 +254,7 @@ def _by_layer(layers: Sequence[LayerRecord], ids: Sequence[str]) -> dict[str, di
 def _sample(prepared: Prepared, seconds: float) -> list[int] | None:
     """Evenly spaced layers that are estimated to take no longer, one at least; None for all."""
     pairs = prepared.pairing.matrices
-    layers = sorted({one.layer for one in pairs if one.layer is not None})
+    layers = sorted({pair.layer for pair in pairs if pair.layer is not None})
     whole = estimate_seconds(pairs, workers=prepared.workers)
     if whole <= seconds or not layers:
         return None
@@ -281,13 +281,13 @@ class _Lines:
             raise self._unwritable(error) from None
 
     def steps(self) -> set[int]:
-        return {int(one["step"]) for one in self._records()}
+        return {int(record["step"]) for record in self._records()}
 
     def sample(self) -> list[int] | None:
         """The layers that were measured before; None where all were, or nothing was."""
-        for one in self._records():
-            if "layers_measured" in one:
-                return list(one["layers_measured"])
+        for record in self._records():
+            if "layers_measured" in record:
+                return list(record["layers_measured"])
         return None
 
     def _records(self) -> list[dict[str, Any]]:

@@ -223,7 +223,7 @@ def test_an_index_that_names_an_absent_shard_is_an_error(hub: HubServer, client:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [(b"no json", "no valid JSON (Expecting value: line 1 column 1 (char 0))"),
-     (b"[1]", "the JSON is no table"),
+     (b"[1]", "the JSON is not a table"),
      (b'{"a": 1}', "a lacks dtype, shape or data_offsets"),
      (b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
       "a has the impossible shape ['x']")],

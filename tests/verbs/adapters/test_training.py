@@ -124,7 +124,7 @@ def adapter_of(model: Any, adapter: str = "default") -> dict[str, Tensor]:
 
 
 def base_hashes(model: Any) -> dict[str, str]:
-    """Every parameter and buffer that is no factor of an adapter → hash of its bytes."""
+    """Every parameter and buffer that is not a factor of an adapter → hash of its bytes."""
     named = model.state_dict()
     return {name: tensor_sha256(one) for name, one in named.items() if ".lora_" not in name}
 

@@ -95,7 +95,7 @@ def test_a_series_of_adapters_is_that_of_the_merged_models(tmp_path: Path, case:
 
 
 def test_matrices_that_are_not_adapted_are_left_out(tmp_path: Path) -> None:
-    """And the rounding of the base, in bf16, is in every step: it is no noise of one."""
+    """And the rounding of the base, in bf16, is in every step: it is not noise of one."""
     base, adapters, _ = made(tmp_path, "oft")
     report = follow(adapters, options=FollowOptions(base=base))
     left = {one.name: one.reason for one in report.coverage.skipped}
