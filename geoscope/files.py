@@ -65,7 +65,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Writes a file of a cache, and its folder. A full or read-only disk is not a reason to fail."""
+    """Writes a file of a cache, and its folder; not on a full or read-only disk, which is fine."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, durable=False) as file:

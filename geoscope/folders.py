@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_folder"]
+__all__ = ["cache_folder", "results_folder"]
 
 
 def cache_folder() -> Path:
@@ -14,3 +14,8 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "geoscope"
+
+
+def results_folder() -> Path:
+    """Where results of matrices are kept."""
+    return cache_folder() / "results"

@@ -124,9 +124,6 @@ EXCEPTIONS = {
     ("cli", "geoscope.metrics"),
     # a report shows and saves itself: its methods call the renderers, loaded then
     ("records", "geoscope.report"),
-    # `geoscope cache` has nothing to compare
-    ("cli", "geoscope.engine.cache"),
-    ("cli", "geoscope.sources.hub.range_cache"),
 }
 MODULES = {module_of(path) for path in FILES}
 WINGS = {wing(module) for module in MODULES} - {""}

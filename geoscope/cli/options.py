@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from geoscope.cli.cache import results_folder
 from geoscope.cli.limits import parse_limits
 from geoscope.errors import OptionError
+from geoscope.folders import results_folder
 
 __all__ = ["Read", "read_numbers", "read_part"]
 

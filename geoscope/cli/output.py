@@ -69,9 +69,9 @@ def take_streams() -> None:
 class _Stream(io.TextIOWrapper):
     """A standard stream; what is written into it after it failed goes nowhere.
 
-    A reader that went away (`| head`) is not an error: files are written all the same, the exit code
-    stands. Anything else raises ReportError, but for talk, which nobody waits for. A letter that
-    the locale cannot show is not a reason to lose the report.
+    A reader that went away (`| head`) is not an error: files are written all the same, the exit
+    code stands. Anything else raises ReportError, but for talk, which nobody waits for. A letter
+    that the locale cannot show is not a reason to lose the report.
     """
 
     def __init__(self, stream: io.TextIOWrapper, *, is_talk: bool = False) -> None:

@@ -218,8 +218,8 @@ class Adapter:
     def sides_of(
         self, name: str, base: Mapping[str, TensorInfo], config: Mapping[str, Any]
     ) -> Sides | None:
-        """The sides of a stack of experts in the base, (out, in); None for what is not a stack there,
-        or does not tell its sides."""
+        """The sides of a stack of experts in the base, (out, in); None for what is not a stack
+        there, or does not tell its sides."""
         module = self.modules[name]
         if not module.is_stack or module.experts == 1:
             return None

@@ -133,7 +133,7 @@ def original_of(record: Mapping[str, Any]) -> str | None:
 
 
 def refuse_as_base(model: str) -> None:
-    """Raises CheckpointError for a folder that is not an original model: an adapter, or our output."""
+    """Raises CheckpointError for a folder of an adapter, or of our output."""
     folder = local_path(model)
     if not is_folder(folder):
         return
@@ -153,7 +153,7 @@ def refuse_as_base(model: str) -> None:
 
 
 def record_beside(model: str | None) -> Mapping[str, Any]:
-    """geoscope.json of the run that wrote a residual model, {} when `model` is not such a folder."""
+    """geoscope.json of the run that wrote a residual model; {} for another folder."""
     if not model:
         return {}
     folder = resolved(local_path(model))

@@ -51,7 +51,7 @@ class TinyLoraModule(AdapterModule):
         return "TinyLoRA"
 
     def factors(self, read: Read) -> tuple[Tensor, Tensor]:
-        """B as stored, and (Σ_i v_i·P_i)·A in fp64. Raises CheckpointError where P is not a draw."""
+        """B as stored, and (Σ_i v_i·P_i)·A in fp64. Raises CheckpointError where P is not drawn."""
         P = read(self.P.name)
         v = read(self._trained(P).name).double()
         core = (v[:, None, None] * P.double()).sum(0)

@@ -78,7 +78,8 @@ class SeriesPoint:
 class Series:
     """Checkpoints by step, all of one kind.
 
-    passed_over: what is not a point, `missing` where a step is lost with it. notes: one-line remarks.
+    passed_over: what is not a point, `missing` where a step is lost with it.
+    notes: one-line remarks.
     unit: what the numbers count, `step` or `epoch`. start: the number of what the series starts
     from, where that is one of the checkpoints that were given; it is not a point then.
     """

@@ -1,8 +1,8 @@
 """Statistics of a path in weight space from the inner products of its increments.
 
 See docs/methods.md#drift. Each takes `Increments` and returns a number, or one per step, and None
-where it is 0/0. Rows are the T checkpoints; the base, Δ = 0, is not a data point. Fits use t_i − t_0,
-the steps since the base.
+where it is 0/0. Rows are the T checkpoints; the base, Δ = 0, is not a data point. Fits use
+t_i − t_0, the steps since the base.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class Target:
     """A weight that gets an adapter.
 
     info: its header. path: of the module in the live model, of a stack of experts that of the
-    parameter. keys: of A and B. experts: how many matrices it holds, None for one that is not a stack.
+    parameter. keys: of A and B. experts: how many matrices it holds, None for one
+    that is not a stack.
     is_turned: whether each of them lies (in, out) in the file.
     """
 

@@ -70,8 +70,8 @@ def inspect(
 def measure(base: Tensor, tuned: Tensor, *, kind: str = "compare", **how: Any) -> LayerRecord:
     """All numbers of a pair of matrices W0 and W1 (m, n), each with its null and status.
 
-    kind, how: as of `compare`, and fields of `Options`. Raises OptionError for what is not a pair of
-    matrices of one shape with two rows and columns at least, and as `compare` does.
+    kind, how: as of `compare`, and fields of `Options`. Raises OptionError for what is not a pair
+    of matrices of one shape with two rows and columns at least, and as `compare` does.
 
     >>> measure(W0, W1)["update.effective_rank"].value  # doctest: +SKIP
     """
