@@ -59,7 +59,7 @@ def init_adapter(
     files: opt.ReportFiles = None,
     show: Annotated[Show, taken("as_json", "quiet", "details", "verbose", "debug")],
 ) -> None:
-    """GeoRA, PiSSA, MiLoRA, OLoRA, RLPO, RLMO or LoRA initial weights."""
+    """Initial weights of an adapter: GeoRA, PiSSA, RLPO …."""
     from geoscope.verbs.adapters.initialise import default_output, initialise, model_here
 
     model = model_here() if model is None else model

@@ -52,7 +52,7 @@ def join(
         ),
     ],
 ) -> None:
-    """The report of all parts of a comparison; needs no weights."""
+    """One report of the parts that `--part` wrote."""
     from geoscope.verbs.pairs.parts import join as run
     from geoscope.verbs.pairs.parts import read_part
 

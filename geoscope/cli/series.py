@@ -43,7 +43,7 @@ def trajectory(
     vectors: opt.Vectors = None,
     show: Annotated[Show, taken(*_SHOW)],
 ) -> None:
-    """Drift or diffusion? How far can a run be foretold?"""
+    """Drift or diffusion? How far ahead is a run predictable?"""
     from geoscope.verbs.series.follow import follow
     from geoscope.verbs.series.report import IDS
 

@@ -49,7 +49,7 @@ def watch(
     on_fail: opt.OnFail = None,
     show: Annotated[Show, taken("as_json", "quiet", "debug", "fail_on")],
 ) -> None:
-    """A run while it trains: every checkpoint, once it is whole."""
+    """A run while it trains, checkpoint by checkpoint."""
     from geoscope.integrations.loggers import open_logger
     from geoscope.verbs.pairs.selection import ids_of
     from geoscope.verbs.series.watch import LOG, scalars

@@ -133,6 +133,8 @@ OWN_WORDS = {
     "--rank": "of the initial adapter, or to compress to",
     "--device": "of the spectra, of one matrix at a time, or of a network that trains",
     "--seed": "of what the command draws",
+    "--metrics": "a file of curves, or the numbers of each line",
+    "--budget": "parameters of an adapter, or seconds a checkpoint",
 }
 
 
