@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from geoscope.errors import GeoscopeError, OptionError, Stopped
@@ -46,6 +47,7 @@ def _run() -> None:
 
     try:
         take_streams()
+        _check_working_folder()
         app()
     except GeoscopeError as error:
         _tell_whole()
@@ -63,6 +65,14 @@ def _run() -> None:
             "what --debug shows"
         )
         sys.exit(1)
+
+
+def _check_working_folder() -> None:
+    """Raises OptionError where it is gone: a BLAS would end the process over it."""
+    try:
+        Path.cwd()
+    except OSError:
+        raise OptionError("the working folder is gone; change to one that is there") from None
 
 
 def _tell_whole() -> None:

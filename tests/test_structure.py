@@ -88,7 +88,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "profile": set(),
     "files": set(),
-    "folders": set(),
+    "folders": {"errors"},
     "answers": set(),
     "kinds": {"answers"},
     "arguments": {"errors"},

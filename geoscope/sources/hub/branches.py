@@ -33,7 +33,7 @@ def _listed(repo: str) -> list[str]:
     from huggingface_hub import HfApi
 
     with hub_errors(repo, "refs"):
-        return [branch.name for branch in HfApi().list_repo_refs(repo).branches]
+        return [str(branch.name) for branch in HfApi().list_repo_refs(repo).branches]
 
 
 def _cached(repo: str) -> list[str]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from geoscope.errors import HubError
 from geoscope.files import keep
-from geoscope.foreign import small_text
+from geoscope.foreign import shown, small_text
 from geoscope.sources.hub.errors import hub_errors
 from geoscope.sources.hub.progress import OnDownload, quiet_download
 
 __all__ = ["cache_of", "cached_commit", "download", "in_cache", "is_commit", "remember"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"[\w-][\w.-]{0,199}")
+_TIMEOUT = 30.0
 
 
 def cache_of(repo: str) -> Path:
@@ -70,4 +73,17 @@ def download(repo: str, commit: str, path: str, size: int, report: OnDownload | 
     if cached is not None:
         return cached
     with hub_errors(repo, commit, path.rpartition("/")[2]):
+        _check_etag(repo, commit, path)
         return quiet_download(repo, path, commit, size, report)
+
+
+def _check_etag(repo: str, commit: str, path: str) -> None:
+    """Raises HubError for an ETag that is no plain name: a file of the cache is called by it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    etag = get_hf_file_metadata(hf_hub_url(repo, path, revision=commit), timeout=_TIMEOUT).etag
+    if etag is not None and _ETAG.fullmatch(etag) is None:
+        raise HubError(
+            f"{path} of {repo}@{commit}: its ETag {shown(etag)} is no name of a file; "
+            "check HF_ENDPOINT and the proxy"
+        )

@@ -24,6 +24,8 @@ from geoscope.sources.reference import GRAMMAR
 
 __all__ = ["hub_errors", "is_passing", "not_cached"]
 
+# What huggingface_hub raises where it takes an answer apart.
+_NO_HUB = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _BUSY = (408, 429, 500, 502, 503, 504)
 
 
@@ -69,6 +71,8 @@ def hub_errors(
         raise OptionError(f"{repo!r} is not an org/name; {GRAMMAR}") from None
     except network as error:
         raise _transport(error, what, file) from None
+    except _NO_HUB:  # a page of a proxy, JSON of another form, numbers that are none
+        raise _no_hub(what) from None
 
 
 def is_passing(error: Exception) -> bool:
@@ -113,9 +117,7 @@ def _transport(error: Exception, what: str, file: str) -> CheckpointError:
             f"{what}: HTTP {response.status_code} from {url}; {_remedy(response.status_code)}"
         )
     if isinstance(error, errors.FileMetadataError):
-        return HubError(
-            f"{what}: the server does not answer as a Hub does; check HF_ENDPOINT and the proxy"
-        )
+        return _no_hub(what)
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return HubError(f"{what}: {error.strerror}; make room or fix the access, and retry")
     first = (str(error).splitlines() or [""])[0].split("?")[0]
@@ -124,6 +126,12 @@ def _transport(error: Exception, what: str, file: str) -> CheckpointError:
     return HubError(
         f"{what}: {local}the connection to the Hub failed ({detail}); retry, or set HF_ENDPOINT, "
         "or set HF_HUB_OFFLINE=1 to use what is cached"
+    )
+
+
+def _no_hub(what: str) -> HubError:
+    return HubError(
+        f"{what}: the server does not answer as a Hub does; check HF_ENDPOINT and the proxy"
     )
 
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from geoscope.errors import CheckpointError, CheckpointNotFound, first_names
-from geoscope.foreign import INDEX, SMALL, reason, small_text
+from geoscope.errors import CheckpointError, CheckpointNotFound, HubError, first_names
+from geoscope.foreign import COUNT, INDEX, SMALL, reason, shown, small_text
 from geoscope.formats.container import Container, FileHeader
 from geoscope.formats.disk import Room, check_room
 from geoscope.formats.layout import is_index
+from geoscope.formats.links import is_plain_name
 from geoscope.formats.readers import SAFETENSORS, open_container
 from geoscope.models.opening import Folder
 from geoscope.outputs.output_folder import travels
@@ -48,6 +49,8 @@ __all__ = ["HubFolder", "fetch_adapter", "hub_folder"]
 
 _TIMEOUT = 30.0
 _HEADER_REQUESTS = 8
+_LONGEST_PATH = 1000  # letters
+_LARGEST_FILE = 1 << 50  # bytes
 
 
 def hub_folder(reference: HubReference, on_progress: OnDownload | None) -> tuple[Folder, str]:
@@ -67,12 +70,25 @@ def _resolve(reference: HubReference) -> tuple[str, dict[str, int]]:
     repo, revision = reference.repo, reference.revision
     with hub_errors(repo, revision or "main", branches=lambda: _branches(repo)):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    if info.sha is None or not is_commit(info.sha):
+        sizes = {
+            file.rfilename: file.size or 0 for file in info.siblings or () if _is_file(repo, file)
+        }
+    if not isinstance(info.sha, str) or not is_commit(info.sha):
         raise CheckpointError(f"{repo}: the Hub names no commit; set HF_ENDPOINT to a real one")
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     remember(repo, revision or "main", info.sha)
     keep_listing(repo, info.sha, sizes)
     return info.sha, sizes
+
+
+def _is_file(repo: str, sibling: Any) -> bool:
+    """True for a file of a listing. Raises HubError for a name or a size that none has."""
+    name, size = sibling.rfilename, sibling.size
+    is_name = isinstance(name, str) and len(name) <= _LONGEST_PATH and name.isprintable()
+    if not is_name or not all(map(is_plain_name, name.split("/"))):
+        raise HubError(f"{repo}: its listing names the file {shown(name)}, which is no path in it")
+    if size is not None and (not COUNT.holds(size) or not 0 <= size < _LARGEST_FILE):
+        raise HubError(f"{repo}: its listing gives {name} the size {shown(size)}")
+    return True
 
 
 def _branches(repo: str) -> str:
