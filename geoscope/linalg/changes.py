@@ -11,10 +11,12 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from geoscope.linalg.grids import Grid
@@ -37,11 +39,13 @@ __all__ = [
     "changed_mask",
     "expected_unchanged",
     "matched_spread",
+    "nonfinite_counts",
     "nonfinite_entries",
     "side",
     "unchanged",
     "unchanged_cell",
     "unchanged_probability",
+    "unchanged_shares",
 ]
 
 # |ΔW| ≤ 1e-5 counts as unchanged in 2505.11711.
@@ -51,6 +55,8 @@ RELATIVE_TOLERANCE = 1e-3
 
 _BF16 = FORMATS[torch.bfloat16]
 _EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+# Below this many entries their codes are sorted, not counted.
+_FEW = 1 << 16
 # Entries of one step: stays in the cache of one core.
 _BLOCK = 1 << 15
 # The same on other devices, where each step costs a wait: few steps, and room for them.
@@ -69,7 +75,7 @@ class Side:
     """One stored matrix: Frobenius norm, rounding noise, format, and its values.
 
     `noise` is √(Σulp²/12), the Frobenius norm of the rounding error that storing it made; on a
-    grid that of the grid, too.
+    grid that of the grid, too. `stored`: the levels in a 16-bit format that stores them.
     """
 
     norm: float
@@ -78,6 +84,7 @@ class Side:
     levels: Tensor
     counts: Tensor
     grid: Grid | None = None
+    stored: Tensor | None = None
 
     @property
     def is_quantised(self) -> bool:
@@ -94,11 +101,12 @@ def side(weight: Tensor) -> Side:
     """
     fmt = effective_format(weight)
     if weight.dtype in (torch.bfloat16, torch.float16):
-        levels, counts = _histogram(weight)
-        counts = counts.double()
+        stored, counts = _histogram(weight)
+        levels = stored.double()
         norm = torch.dot(counts, levels.square()).sqrt()
-        noise = (torch.dot(counts, squared_spacing(levels, fmt)) / 12).sqrt()
-        return Side(float(norm), float(noise), fmt, levels, counts)
+        spacings = _of_codes(squared_spacing, fmt, stored)[:, 0]
+        noise = (torch.dot(counts, spacings.contiguous()) / 12).sqrt()
+        return Side(float(norm), float(noise), fmt, levels, counts, stored=stored)
     flat = weight.reshape(-1)
     squares = noise_squares = 0.0
     for block in _split(flat):
@@ -116,29 +124,56 @@ def side(weight: Tensor) -> Side:
 
 
 def _histogram(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct values of a 16-bit tensor (fp64) and how often each stands there."""
+    """Distinct values of a 16-bit tensor, as it stores them, and how often each is there (fp64)."""
     codes = weight.contiguous().view(torch.int16).reshape(-1)
-    counts = torch.zeros(65536, dtype=torch.int64, device=weight.device)
-    wide = torch.empty(0, dtype=torch.int32, device=weight.device)
+    if codes.device.type == "cpu" and len(codes) < _FEW:
+        found, often = np.unique(codes.numpy().view(np.uint16), return_counts=True)
+        present, counts = torch.from_numpy(found.view(np.int16)), torch.from_numpy(often)
+    else:
+        every = _code_counts(codes)
+        present = every.nonzero().squeeze(-1)
+        present, counts = present.to(torch.int16), every[present]
+    return present.view(weight.dtype), counts.double()
+
+
+def _code_counts(codes: Tensor) -> Tensor:
+    counts = torch.zeros(65536, dtype=torch.int64, device=codes.device)
+    wide = torch.empty(0, dtype=torch.int32, device=codes.device)
     for block in _split(codes, 32):
         if len(wide) < len(block):  # fresh pages would cost more than the counting
-            wide = torch.empty(len(block), dtype=torch.int32, device=weight.device)
+            wide = torch.empty(len(block), dtype=torch.int32, device=codes.device)
         unsigned = wide[: len(block)].copy_(block).bitwise_and_(0xFFFF)
         counts += torch.bincount(unsigned, minlength=65536)
-    present = counts.nonzero().squeeze(-1)
-    levels = present.to(torch.int16).view(weight.dtype).double()
-    return levels, counts[present]
+    return counts
 
 
-def _count(left: Tensor, relation: Callable[[Any, Any], Any], right: Tensor | float) -> int:
-    """Number of entries for which the relation holds; fp32, fp64 or integers.
+def _of_codes(function: Callable[..., Any], fmt: FloatFormat, stored: Tensor) -> Tensor:
+    """function(levels, fmt) of 16-bit numbers (p,), from a table of all codes: (p, results)."""
+    table = _code_table(function, fmt, stored.dtype, stored.device)
+    return table[stored.view(torch.int16).int() & 0xFFFF]
+
+
+@lru_cache(maxsize=8)
+def _code_table(
+    function: Callable[..., Any], fmt: FloatFormat, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    codes = torch.arange(65536, device=device).to(torch.int16).view(dtype)
+    found = function(codes.double(), fmt)
+    return torch.stack(found if isinstance(found, tuple) else (found,), -1)
+
+
+def _count(
+    left: Tensor, relation: Callable[[Any, Any], Any], right: Tensor | float
+) -> NDArray[np.int64]:
+    """Number of entries in each row for which the relation holds; fp32, fp64 or integers.
 
     numpy compares and counts several times as fast as torch on the CPU.
     """
     if left.device.type != "cpu":
-        return int(torch.count_nonzero(relation(left, right)))
+        return torch.count_nonzero(relation(left, right), -1).cpu().numpy()
     other = right.numpy() if isinstance(right, Tensor) else right
-    return int(np.count_nonzero(relation(left.numpy(), other)))
+    held = relation(left.numpy(), other)
+    return np.array([np.count_nonzero(row) for row in held], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -150,39 +185,55 @@ class Unchanged:
     exact: float
 
 
-@stage("entries")
 def nonfinite_entries(weight: Tensor) -> int:
     """Number of NaN and Inf entries."""
-    flat = weight.reshape(-1)
-    exponent = _EXPONENT_BITS.get(weight.dtype)
+    return nonfinite_counts(weight[None])[0]
+
+
+@stage("entries")
+def nonfinite_counts(weights: Tensor) -> list[int]:
+    """`nonfinite_entries` of each matrix of a stack (b, …)."""
+    exponent = _EXPONENT_BITS.get(weights.dtype)
+    counts = np.zeros(len(weights), dtype=np.int64)
     if exponent is None:
-        return flat.numel() - sum(
-            _count(block.double().abs(), operator.lt, math.inf) for block in _split(flat)
-        )
+        for part in _rows(weights):
+            counts += part.shape[1] - _count(part.double().abs(), operator.lt, math.inf)
+        return counts.tolist()
     # All exponent bits set: on integers this is ten times as fast as isfinite on 16-bit floats.
-    codes = weight.contiguous().view(torch.int16).reshape(-1)
-    return sum(_count(block & exponent, operator.eq, exponent) for block in _split(codes))
+    for part in _rows(weights.contiguous().view(torch.int16)):
+        counts += _count(part & exponent, operator.eq, exponent)
+    return counts.tolist()
 
 
 @stage("entries")
 def unchanged(base: Tensor, tuned: Tensor) -> Unchanged:
     """The shares of docs/methods.md#unchanged-entries. base, tuned: equal shape, storage dtypes."""
-    relative = absolute = exact = 0
+    return unchanged_shares(base[None], tuned[None])[0]
+
+
+@stage("entries")
+def unchanged_shares(base: Tensor, tuned: Tensor) -> list[Unchanged]:
+    """`unchanged` of each pair of a stack (b, …)."""
+    counts = np.zeros((3, len(base)), dtype=np.int64)
     through = _both_bf16(base, tuned)
     for before, after in _blocks(base, tuned):
-        before32, after32 = _through_bf16(before), _through_bf16(after)
-        distance = (before32 - after32).abs_()
-        absolute += _count(distance, operator.le, ABSOLUTE_TOLERANCE)
-        if through:
-            exact += _count(distance, operator.eq, 0.0)
-            continue
-        exact += _count(before.double(), operator.eq, after.double())
-        scale = torch.maximum(before32.abs_(), after32.abs_())
-        relative += _count(distance, operator.le, RELATIVE_TOLERANCE * scale)
-    total = base.numel()
-    # Neighbouring bf16 numbers are at least 2^-8 of themselves apart: within 1e-3 is equal.
-    relative = exact if through else relative
-    return Unchanged(relative / total, absolute / total, exact / total)
+        counts += _unchanged_counts(before, after, through=through)
+    return [Unchanged(*row) for row in (counts / base[0].numel()).T.tolist()]
+
+
+def _unchanged_counts(before: Tensor, after: Tensor, *, through: bool) -> NDArray[np.int64]:
+    """Entries that stayed by each rule, of each row of (b, entries); (3, b)."""
+    before32, after32 = _through_bf16(before), _through_bf16(after)
+    distance = (before32 - after32).abs_()
+    absolute = _count(distance, operator.le, ABSOLUTE_TOLERANCE)
+    if through:
+        # Neighbouring bf16 numbers are at least 2^-8 of themselves apart: within 1e-3 is equal.
+        exact = _count(distance, operator.eq, 0.0)
+        return np.stack([exact, absolute, exact])
+    exact = _count(before.double(), operator.eq, after.double())
+    scale = torch.maximum(before32.abs_(), after32.abs_())
+    relative = _count(distance, operator.le, RELATIVE_TOLERANCE * scale)
+    return np.stack([relative, absolute, exact])
 
 
 @stage("entries")
@@ -191,11 +242,11 @@ def changed_mask(base: Tensor, tuned: Tensor) -> Tensor:
     if _both_bf16(base, tuned):
         return base != tuned
     parts = []
-    for before, after in _blocks(base, tuned):
+    for before, after in _blocks(base[None], tuned[None]):
         before32, after32 = _through_bf16(before), _through_bf16(after)
         distance = (before32 - after32).abs_()
         parts.append(distance > RELATIVE_TOLERANCE * torch.maximum(before32.abs_(), after32.abs_()))
-    return torch.cat(parts).reshape(base.shape)
+    return torch.cat(parts, 1).reshape(base.shape)
 
 
 def _both_bf16(base: Tensor, tuned: Tensor) -> bool:
@@ -203,7 +254,14 @@ def _both_bf16(base: Tensor, tuned: Tensor) -> bool:
 
 
 def _blocks(base: Tensor, tuned: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    return zip(_split(base.reshape(-1)), _split(tuned.reshape(-1)), strict=True)
+    return zip(_rows(base), _rows(tuned), strict=True)
+
+
+def _rows(weights: Tensor) -> tuple[Tensor, ...]:
+    """A stack as blocks (b, entries) of one step."""
+    flat = weights.flatten(1)
+    step = _BLOCK if flat.device.type == "cpu" else _BLOCK_ELSEWHERE
+    return flat.split(max(1, step // len(flat)), dim=1)
 
 
 def _split(flat: Tensor, steps: int = 1) -> tuple[Tensor, ...]:
@@ -224,21 +282,38 @@ def expected_unchanged(base: Side, tuned_format: FloatFormat, spread: float) -> 
     that it stays in the rounding cell, averaged over the entries of the base.
     """
     spread = max(spread, _LEAST_SPREAD)
-    levels, counts = base.levels, base.counts
-    total = float(counts.sum())
+    levels, counts, total = base.levels, base.counts, float(base.counts.sum())
 
-    def mean(probability: Tensor) -> float:
-        return float(torch.dot(counts, probability)) / total
+    def stays(low: Tensor, high: Tensor) -> float:
+        return float(torch.dot(counts, _between(levels, low, high, spread))) / total
 
-    stored = round_to(levels, tuned_format)
-    on_grid = stored == levels
+    relative, absolute, exact = _bounds(base, tuned_format)
+    return Unchanged(relative=stays(*relative), absolute=stays(*absolute), exact=stays(*exact))
+
+
+_Bounds = tuple[Tensor, Tensor]
+
+
+def _bounds(base: Side, tuned_format: FloatFormat) -> tuple[_Bounds, _Bounds, _Bounds]:
+    """Between what each level stays unchanged by the relative, the absolute and the exact rule."""
+    if base.stored is None:
+        columns = _stacked_bounds(base.levels, tuned_format)
+    else:
+        columns = _of_codes(_stacked_bounds, tuned_format, base.stored).T.contiguous()
+    return (columns[0], columns[1]), (columns[2], columns[3]), (columns[4], columns[5])
+
+
+def _stacked_bounds(levels: Tensor, tuned_format: FloatFormat) -> tuple[Tensor, ...]:
+    """The bounds of `_bounds`, one after the other."""
     low, high = rounding_cell(levels, tuned_format)
-    exact = torch.where(on_grid, _between(levels, low, high, spread), 0.0)
-    low, high = bf16_bounds(round_to(levels, _BF16), ABSOLUTE_TOLERANCE, tuned_format)
-    return Unchanged(
-        relative=mean(unchanged_probability(levels, unchanged_cell(levels, tuned_format), spread)),
-        absolute=mean(_between(levels, low, high, spread)),
-        exact=mean(exact),
+    # What the tuned format does not hold cannot stay: an empty cell.
+    high = torch.where(round_to(levels, tuned_format) == levels, high, low)
+    shown = round_to(levels, _BF16)
+    return (
+        *unchanged_cell(levels, tuned_format),
+        *bf16_bounds(shown, ABSOLUTE_TOLERANCE, tuned_format),
+        low,
+        high,
     )
 
 

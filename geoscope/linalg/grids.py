@@ -34,7 +34,7 @@ from torch import Tensor
 from geoscope.linalg.storage import FORMATS, FloatFormat, squared_spacing
 from geoscope.profile import stage
 
-__all__ = ["Grid", "grid_of"]
+__all__ = ["Grid", "grid_of", "grids_of"]
 
 _ENOUGH_ENTRIES = 1024
 _SEGMENT, _SEGMENTS = 16, 256
@@ -68,55 +68,77 @@ class Grid:
 
 
 @stage("entries")
+def grids_of(weights: Tensor) -> tuple[Grid | None, ...]:
+    """`grid_of` each of a stack (b, m, n): ties are counted in all at once."""
+    if weights.ndim != 3 or weights[0].numel() < _ENOUGH_ENTRIES:
+        return (None,) * len(weights)
+    bits = _fraction_bits(weights)
+    sides = [("row", weights), ("column", weights.mT)]
+    ties = {side: _ties(W, bits) for side, W in sides if W.shape[-1] >= _SHORTEST}
+    return tuple(
+        _searched(weight, bits[i], [side for side in ties if ties[side][i]])
+        for i, weight in enumerate(weights)
+    )
+
+
 def grid_of(weight: Tensor) -> Grid | None:
     """The grid of a finite stored matrix (m, n), from a regular sample of it; None without one.
 
     Fewer than 1024 entries are not looked at.
     """
-    if weight.ndim != 2 or weight.numel() < _ENOUGH_ENTRIES:
-        return None
-    views = [("row", weight), ("column", weight.T)]
-    fmt = _format(weight)
-    tied = [(side, W) for side, W in views if W.shape[1] >= _SHORTEST and _has_ties(W, fmt)]
+    return grids_of(weight[None])[0]
+
+
+def _searched(weight: Tensor, bits: int, sides: list[str]) -> Grid | None:
+    """The grid along one of the sides whose values tie."""
+    stored = FORMATS[weight.dtype]
+    fmt = FloatFormat(stored.name, bits, stored.min_exponent)
     # Sums of a few powers of two look even in places.
-    for search in (_codebook, _uniform) if tied and _is_short(weight) else (_uniform, _codebook):
-        for side, W in tied:
-            if (grid := search(W, side, fmt)) is not None:
+    for search in (_codebook, _uniform) if sides and _is_short(weight) else (_uniform, _codebook):
+        for side in sides:
+            grid = search(weight if side == "row" else weight.T, side, fmt)
+            if grid is not None:
                 return grid
     return None
 
 
-def _format(weight: Tensor) -> FloatFormat:
-    """The dtype's, with the fraction bits that a sample has; honest numbers have bf16's or more."""
-    stored = FORMATS[weight.dtype]
-    fraction, _ = torch.frexp(_groups(weight, _SEGMENT, _SEGMENTS))
-    for bits in range(FORMATS[torch.bfloat16].fraction_bits, stored.fraction_bits):
+def _fraction_bits(weights: Tensor) -> list[int]:
+    """The dtype's, or what a sample of each matrix has; honest numbers have bf16's or more."""
+    least, stored = (FORMATS[dtype].fraction_bits for dtype in (torch.bfloat16, weights.dtype))
+    found = torch.full((len(weights),), stored)
+    fraction = None if stored <= least else torch.frexp(_groups(weights, _SEGMENT, _SEGMENTS))[0]
+    for bits in range(stored - 1, least - 1, -1):
         scaled = fraction * 2.0 ** (bits + 1)
-        if torch.equal(scaled, scaled.round()):
-            return FloatFormat(stored.name, bits, stored.min_exponent)
-    return stored
+        found[(scaled == scaled.round()).flatten(1).all(1)] = bits
+    return found.tolist()
 
 
 def _groups(W: Tensor, size: int, count: int) -> Tensor:
-    """(≤ count, size) fp64 on the CPU: groups of neighbours in the order of the rows, spread
+    """(…, ≤ count, size) fp64 on the CPU: groups of neighbours in the order of the rows, spread
     evenly."""
-    total = W.numel() // size
+    rows, columns = W.shape[-2:]
+    total = rows * columns // size
     starts = torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
     flat = (starts[:, None] * size + torch.arange(size)).to(W.device)
-    return W[flat // W.shape[1], flat % W.shape[1]].double().cpu()
+    return W[..., flat // columns, flat % columns].double().cpu()
 
 
 def _spacing(values: Tensor, fmt: FloatFormat) -> Tensor:
     return squared_spacing(values, fmt).sqrt_()
 
 
-def _has_ties(W: Tensor, fmt: FloatFormat) -> bool:
+def _ties(W: Tensor, bits: list[int]) -> list[bool]:
+    """Whether the values of each matrix (b, m, n), of so many fraction bits, tie along its rows."""
+    stored = FORMATS[W.dtype]
     values = _groups(W, _SEGMENT, _SEGMENTS).sort(-1).values
-    gap, after = values.diff(dim=-1), values[:, 1:]
-    inside = (after != 0) & (after.abs() < values.abs().max())  # neither pruned nor clamped
-    ties = int(((gap == 0) & inside).sum())
-    misses = int(((gap > 0) & (gap < 1.5 * _spacing(after, fmt))).sum())
-    return ties >= max(_TIES, _TIES_A_MISS * misses)
+    gap, after = values.diff(dim=-1), values[..., 1:]
+    largest = values.abs().amax((-2, -1), keepdim=True)
+    inside = (after != 0) & (after.abs() < largest)  # neither pruned nor clamped
+    # A bit less doubles the spacing.
+    wider = torch.tensor([2.0 ** (stored.fraction_bits - count) for count in bits])
+    near = gap < 1.5 * _spacing(after, stored) * wider[:, None, None]
+    ties, misses = ((gap == 0) & inside).sum((-2, -1)), ((gap > 0) & near).sum((-2, -1))
+    return (ties >= (_TIES_A_MISS * misses).clamp_min(_TIES)).tolist()
 
 
 def _layouts(W: Tensor, side: str) -> Iterator[tuple[str, int]]:

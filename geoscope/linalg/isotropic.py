@@ -9,7 +9,8 @@ the expectation over the rounding cells of this very base (docs/methods-notes.md
 from __future__ import annotations
 
 import math
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 from scipy.optimize import brentq
@@ -27,10 +28,17 @@ _FINE = 1e-3
 _SPACINGS = 4
 # Standard deviations beyond which nothing lands.
 _REACH = 6.5
+# The same to the rounding of fp64.
+_CERTAIN = 9.0
 # Values that stand for those of a wide base: quantiles of its sizes.
 _LEVELS = 1 << 12
 _PRECISION = 1e-5
 _STEPS = 200
+# Numbers above and below a value that it can reach: spacings are half as long below 2^e.
+_ABOVE = math.ceil(_REACH * _SPACINGS) + 1
+_BELOW = 2 * _ABOVE
+# Fraction bits of formats of which all numbers are kept.
+_SHORT = 10
 
 
 @stage("nulls")
@@ -45,12 +53,11 @@ def isotropic_spread(base: Side, tuned: Side, rms: float) -> float:
     wide = FORMATS[torch.float32].fraction_bits
     if rms == 0 or noise < _FINE * rms or tuned.fmt.fraction_bits < wide <= base.fmt.fraction_bits:
         return math.sqrt(max(rms**2 - noise**2, 0.0))
-    levels, shares = _sizes(base)
+    energy = _Energy(*_sizes(base), tuned.fmt)
 
     @cache
     def excess(log_spread: float) -> float:
-        energy = expected_energy(levels, shares, tuned.fmt, math.exp(log_spread))
-        return math.log(max(energy, 1e-300) / rms**2)
+        return math.log(max(energy.at(math.exp(log_spread)), 1e-300) / rms**2)
 
     # E ~ s², or steeper where most updates round away: a step beyond Newton's brackets the root.
     ends = [math.log(rms)]
@@ -74,18 +81,36 @@ def _sizes(base: Side) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(shares, (0, -len(shares) % stride))
     parts = padded.view(-1, stride).sum(-1)
     middles = torch.arange(len(parts), device=sizes.device) * stride + stride // 2
-    return sizes[middles.clamp_max(len(sizes) - 1)], parts
+    return sizes[middles.clamp_max(len(sizes) - 1)].cpu(), parts.cpu()
 
 
 def expected_energy(sizes: Tensor, shares: Tensor, fmt: FloatFormat, spread: float) -> float:
     """E[(round(w + s·g) − w)²] over g ~ N(0, 1) and the values w of the base; s > 0.
 
-    sizes: |w|, (p,), fp64; shares: (p,), of sum 1.
+    sizes: |w|, (p,), fp64, ascending, on the CPU; shares: (p,), of sum 1.
     """
-    coarse = squared_spacing(sizes, fmt) * _SPACINGS**2 > spread**2
-    fine = _fine_energy(sizes[~coarse], fmt, spread)
-    rough = _coarse_energy(sizes[coarse], fmt, spread)
-    return float(torch.dot(shares[~coarse], fine) + torch.dot(shares[coarse], rough))
+    return _Energy(sizes, shares, fmt).at(spread)
+
+
+class _Energy:
+    """`expected_energy` as a function of s: what does not depend on s is made once."""
+
+    def __init__(self, sizes: Tensor, shares: Tensor, fmt: FloatFormat) -> None:
+        self._sizes, self._shares, self._fmt = sizes, shares, fmt
+        self._reached = squared_spacing(sizes, fmt) * _SPACINGS**2
+        self._first, self._edges = len(sizes) + 1, None
+
+    def at(self, spread: float) -> float:
+        # Spacings grow with the values: the coarse ones are the last.
+        first = int(torch.searchsorted(self._reached, spread**2, right=True))
+        if (
+            self._edges is None or first < self._first
+        ):  # some more are made at once: the next spread may be smaller
+            self._first = int(torch.searchsorted(self._reached, spread**2 / 4))
+            self._edges = _Edges.of(self._sizes[self._first :], self._fmt)
+        fine = _fine_energy(self._sizes[:first], self._fmt, spread)
+        rough = self._edges.energy(first - self._first, spread)
+        return float(torch.dot(self._shares[:first], fine) + torch.dot(self._shares[first:], rough))
 
 
 def _fine_energy(sizes: Tensor, fmt: FloatFormat, spread: float) -> Tensor:
@@ -96,33 +121,62 @@ def _fine_energy(sizes: Tensor, fmt: FloatFormat, spread: float) -> Tensor:
     # Landing numbers are below 2·_SPACINGS·s/eps; those below s/16 are spaced too finely to matter.
     first = max(fmt.min_exponent + 1, math.frexp(spread)[1] - 4)
     last = max(first, math.frexp(2 * _SPACINGS * spread / fmt.eps)[1])
-    powers = 2.0 ** torch.arange(first, last + 1, dtype=torch.float64, device=sizes.device)
+    powers = 2.0 ** torch.arange(first, last + 1, dtype=torch.float64)
     jumps = powers.square() * (0.75 * fmt.eps**2 / 12)
     least = float(powers[0] * fmt.eps / 2) ** 2 / 12
-    above, below = (powers - sizes[:, None]) / spread, (-powers - sizes[:, None]) / spread
-    return spread**2 + least + (_mass(-above) + _mass(below)) @ jumps
+    energy = torch.full_like(sizes, spread**2 + least)
+    # `_mass` is 0 beyond: only these values and powers meet.
+    far = _CERTAIN * spread
+    low, wide = int(torch.searchsorted(sizes, far)), powers < far
+    energy[:low] += _mass((-powers[wide] - sizes[:low, None]) / spread) @ jumps[wide]
+    wide = powers < far + (sizes[-1] if len(sizes) else 0)
+    return energy + _mass((sizes[:, None] - powers[wide]) / spread) @ jumps[wide]
 
 
 def _mass(z: Tensor) -> Tensor:
+    z = z.clamp(-_CERTAIN, _CERTAIN)  # numbers that underflow take ten times as long
     return normal_cdf(z) + z * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
 
 
-def _coarse_energy(sizes: Tensor, fmt: FloatFormat, spread: float) -> Tensor:
-    """The sum over the edges of the cells that w + s·g can cross, each with its probability.
+@dataclass(frozen=True)
+class _Edges:
+    """The edges of the cells that w + s·g can cross, each with the step of h = (· − w)² across it.
 
-    E h(round(X)) = h(round(w)) + Σ_edges (step of h across the edge)·P(X beyond it), h = (· − w)².
+    start: h(round(w)), (p,). edges: distance to w with the sign of the side, and rise: (p, edges).
     """
-    reach = math.ceil(_REACH * _SPACINGS) + 1
-    steps = torch.arange(-2 * reach, reach + 1, device=sizes.device)  # half as long below 2^e
-    places = _place(round_to(sizes, fmt), fmt)
-    values = _value(places[:, None] + steps, fmt)
-    away = (values - sizes[:, None]) / spread
-    edges = (away[:, 1:] + away[:, :-1]) / 2
-    rise = away.square().diff()
-    up = steps[:-1] >= 0
-    beyond = normal_cdf(torch.where(up, -edges, edges))
-    start = away[:, 2 * reach].square()
-    return spread**2 * (start + (torch.where(up, rise, -rise) * beyond).sum(-1))
+
+    start: Tensor
+    edges: Tensor
+    rise: Tensor
+
+    @classmethod
+    def of(cls, sizes: Tensor, fmt: FloatFormat) -> _Edges:
+        places = _place(round_to(sizes, fmt), fmt)
+        away = _neighbours(places, fmt) - sizes[:, None]
+        edges, rise = (away[:, 1:] + away[:, :-1]) / 2, away.square().diff()
+        edges[:, _BELOW:].neg_()
+        rise[:, :_BELOW].neg_()
+        return cls(away[:, _BELOW].square(), edges, rise)
+
+    def energy(self, first: int, spread: float) -> Tensor:
+        """E h(round(X)) = h(round(w)) + Σ_edges (step of h across the edge)·P(X beyond it), of the
+        values from the number `first` on."""
+        beyond = normal_cdf(self.edges[first:] / spread)
+        return self.start[first:] + beyond.mul_(self.rise[first:]).sum(-1)
+
+
+def _neighbours(places: Tensor, fmt: FloatFormat) -> Tensor:
+    """The numbers around each place of the format, (p, _BELOW + 1 + _ABOVE)."""
+    if fmt.fraction_bits > _SHORT:
+        return _value(places[:, None] + torch.arange(-_BELOW, _ABOVE + 1), fmt)
+    return _numbers(fmt).unfold(0, _BELOW + 1 + _ABOVE, 1)[places]
+
+
+@lru_cache(maxsize=8)
+def _numbers(fmt: FloatFormat) -> Tensor:
+    """All numbers of a short format up to 2^128 and some beyond, from the place −_BELOW on."""
+    most = (129 - fmt.min_exponent) * 2**fmt.fraction_bits + _ABOVE
+    return _value(torch.arange(-_BELOW, most + 1), fmt)
 
 
 def _place(values: Tensor, fmt: FloatFormat) -> Tensor:

@@ -9,7 +9,11 @@ Draws depend on the seed and the shape alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,50 +42,77 @@ _ROWS = 64
 # Values sampled in all, and most steps from ω = 0 to ω.
 _VALUES = 4096
 _MOST_STEPS = 8
+# Numbers of a stack in one step: they stay near the cache. Numbers of a draw that is kept.
+_AT_ONCE = 1 << 19
+_KEPT = 1 << 18
 
 
 @stage("nulls")
 def mean_angles(
-    S: Tensor, spread: float, *, k: int, shape: tuple[int, int], seed: int
+    S: Tensor, spread: Tensor | float, *, k: int, shape: tuple[int, int], seed: int
 ) -> tuple[Tensor, Tensor]:
     """Mean principal angle between the leading k-subspaces of W0 and W0 + ω·G, left and right.
 
-    S: (q,) descending, k ≤ q; spread: ω√(mn) → two times (draws,), radians. Directions up to k + 24
-    turn in a dense block diag(σ) + ω·G. A direction j beyond it enters vector i with a tangent of
-    variance ω²(σ̂_i² + σ_j²)/(σ̂_i² − σ_j²)², σ_j = 0 outside the span.
+    S: (…, q) descending, k ≤ q; spread: ω√(mn), (…) → two times (…, draws), radians. Directions up
+    to k + 24 turn in a dense block diag(σ) + ω·G. A direction j beyond it enters vector i with a
+    tangent of variance ω²(σ̂_i² + σ_j²)/(σ̂_i² − σ_j²)², σ_j = 0 outside the span.
     """
-    if spread == 0:
-        return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    noise = _Noise((seed, *shape, k), max(_FEWEST_DRAWS, math.ceil(_DIRECTIONS / k)))
-    omega, inner = spread / math.sqrt(shape[0] * shape[1]), min(len(S), k + _BEHIND)
-    U, values, V = _leading(S[:inner].diag() + omega * noise.normal(inner, inner), k)
-    energy = values[:, None].square()
+    spectra, sizes = S.reshape(-1, S.shape[-1]), torch.as_tensor(spread, dtype=S.dtype).reshape(-1)
+    noise = _AngleNoise.of(seed, shape, k, min(S.shape[-1], k + _BEHIND))
+    apart = max(shape) * k + 4 * noise.inner[0].numel()
+    rows = [
+        _turned(some, size, noise, k=k, shape=shape)
+        for some, size in _portions(spectra, sizes, len(noise.inner) * apart)
+    ]
+    left, right = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return left.unflatten(0, S.shape[:-1] or (1,)), right.unflatten(0, S.shape[:-1] or (1,))
 
-    def leaked(side: int) -> Tensor:
-        others = torch.cat([S[inner:].square(), S.new_zeros(side - len(S))])[:, None]
+
+def _portions(S: Tensor, spread: Tensor, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some matrices of a stack at a time, each of which takes so many numbers in work."""
+    count = max(1, _AT_ONCE // numbers)
+    return zip(S.split(count), spread.split(count), strict=True)
+
+
+def _turned(
+    S: Tensor, spread: Tensor, noise: _AngleNoise, *, k: int, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`mean_angles` of a stack (b, q), (b,); 0 where nothing is added."""
+    omega = (spread / math.sqrt(shape[0] * shape[1]))[:, None, None, None]
+    inner, q = noise.inner.shape[-1], S.shape[-1]
+    U, values, V = _leading(S[:, None, :inner].diag_embed() + omega * noise.inner, k)
+    energy = values[..., None, :].square()
+
+    def turned(vectors: Tensor, side: int, apart: Tensor, rest: Tensor | None) -> Tensor:
+        if k == side:
+            return S.new_zeros(energy.shape[:2])  # the subspace is the whole space
+        others = torch.nn.functional.pad(S[:, inner:].square(), (0, side - q))[:, None, :, None]
         sizes = omega * (energy + others).sqrt() / (energy - others)
         sizes = sizes.nan_to_num(nan=_FREE).clamp(0, _FREE)
-        apart, rest = sizes[:, :_APART], sizes[:, _APART:]
-        tangents = [apart * noise.normal(*apart.shape[1:])]
-        if rest.shape[1] > 0:
-            mean = rest.square().mean(1, keepdim=True).sqrt()
-            tangents.append(mean * noise.triangle(rest.shape[1], k))
-        return sum(part.mT @ part for part in tangents)  # pyright: ignore[reportReturnType]
+        leaked = _gram(sizes[..., :_APART, :] * apart)
+        if rest is not None:
+            mean = sizes[..., _APART:, :].square().mean(-2, keepdim=True).sqrt()
+            leaked = leaked + _gram(mean * rest)
+        return torch.where(spread[:, None] > 0, _angles(vectors, leaked).mean(-1), 0.0)
 
-    left, right = _angles(U, leaked(shape[0])), _angles(V, leaked(shape[1]))
-    return left.mean(-1), right.mean(-1)
+    return turned(U, shape[0], *noise.left), turned(V, shape[1], *noise.right)
+
+
+def _gram(tangents: Tensor) -> Tensor:
+    return tangents.mT @ tangents
 
 
 def _leading(matrices: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U (..., q, k), values (..., k) and V (..., q, k); half the time of an SVD."""
+    """U (b, draws, q, k), values (b, draws, k) and V (b, draws, q, k); half the time of an SVD."""
     vectors = torch.linalg.eigh(matrices.mT @ matrices).eigenvectors
     V = vectors[..., -k:].flip(-1)
     images = matrices @ V
     values = images.norm(dim=-2)
-    if bool((values[..., -1] > _GRAM * values[..., 0]).all()):
-        return images / values[..., None, :], values, V
-    U, values, Vh = torch.linalg.svd(matrices)
-    return U[..., :k], values[..., :k], Vh.mT[..., :k]
+    U = images / values[..., None, :]
+    for i in (values[..., -1] <= _GRAM * values[..., 0]).any(-1).nonzero().flatten().tolist():
+        left, S, Vh = torch.linalg.svd(matrices[i])
+        U[i], values[i], V[i] = left[..., :k], S[..., :k], Vh.mT[..., :k]
+    return U, values, V
 
 
 class _Noise:
@@ -101,6 +132,42 @@ class _Noise:
         diagonal = torch.from_numpy(np.sqrt(self._generator.chisquare(degrees)))
         return self.normal(columns, columns).triu(1) + diagonal.diag_embed()
 
+    def tangents(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        """Those of rows outside: of some one by one, of the rest a factor of their Gram matrix."""
+        apart, rest = self.normal(min(rows, _APART), columns), rows - _APART
+        return apart, self.triangle(rest, columns) if rest > 0 else None
+
+
+_Tangents = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _AngleNoise:
+    """What `mean_angles` draws of a shape: the dense block, and tangents on both sides."""
+
+    inner: Tensor
+    left: _Tangents
+    right: _Tangents
+
+    @classmethod
+    def of(cls, seed: int, shape: tuple[int, int], k: int, inner: int) -> _AngleNoise:
+        draws = max(_FEWEST_DRAWS, math.ceil(_DIRECTIONS / k))
+        numbers = draws * (inner**2 + 2 * k * (_APART + k))
+        return _drawn(numbers, _angle_noise, seed, shape, k, inner, draws)
+
+
+@lru_cache(maxsize=16)
+def _angle_noise(seed: int, shape: tuple[int, int], k: int, inner: int, draws: int) -> _AngleNoise:
+    noise = _Noise((seed, *shape, k), draws)
+    block = noise.normal(inner, inner)
+    left, right = (noise.tangents(side - inner, k) for side in shape)
+    return _AngleNoise(block, left, right)
+
+
+def _drawn(numbers: int, draw: Any, *arguments: Any) -> Any:
+    """What a cached function draws; it keeps no draw of very many numbers."""
+    return (draw if numbers <= _KEPT else draw.__wrapped__)(*arguments)
+
 
 def _angles(vectors: Tensor, leaked: Tensor) -> Tensor:
     """Angles to the first k axes of vectors (..., d, k) that hold `leaked` (..., k, k) outside.
@@ -108,7 +175,7 @@ def _angles(vectors: Tensor, leaked: Tensor) -> Tensor:
     sin² are the eigenvalues of L⁻¹(B + leaked)L⁻ᵀ, L·Lᵀ = 1 + leaked, B the part below row k.
     """
     k = vectors.shape[-1]
-    below = vectors[:, k:]
+    below = vectors[..., k:, :]
     L = torch.linalg.cholesky(torch.eye(k, dtype=torch.float64) + leaked)
     half = torch.linalg.solve_triangular(L, below.mT @ below + leaked, upper=False)
     sines = torch.linalg.solve_triangular(L, half.mT, upper=False)
@@ -128,33 +195,115 @@ def angle_bound(S: Tensor, spread: float, *, k: int, shape: tuple[int, int]) -> 
 
 
 @stage("nulls")
-def tuned_spectra(S: Tensor, spread: float, *, shape: tuple[int, int], seed: int) -> Tensor:
-    """Singular values of W0 + ω·G, (draws, q), descending; S: (q,), spread: ω√(mn).
+def tuned_spectra(
+    S: Tensor, spread: Tensor | float, *, shape: tuple[int, int], seed: int
+) -> Tensor:
+    """Singular values of W0 + ω·G, (…, draws, q), descending; S: (…, q), spread: ω√(mn), (…).
 
     λ = σ² moves by dλ_i = 2√(λ_i dt)·g_i + (M + Σ_{j≠i}(λ_i + λ_j)/(λ_i − λ_j))dt from t = 0 to ω²
     (Dyson's motion of a Wishart matrix). In each step neighbours move as the values of a dense
     block; those farther away enter the drift. [Bru 1991, Wishart processes]
     """
     q, M = min(shape), max(shape)
-    omega, draws = spread / math.sqrt(q * M), max(2, math.ceil(_VALUES / q))
-    if spread == 0:
-        return S.expand(draws, q)
-    noise = _Noise((seed, q, M), draws)
-    kept = int((S > omega / 2).sum())
-    if q - kept <= _BLOCK:  # else they are one: a Gaussian matrix outside of the others
-        kept = q
-    # The farther the middle value moves, the more steps; a single block is exact in one.
-    far = omega * math.sqrt(M) / max(float(S[: max(kept, 1)].median()), omega)
-    steps = min(_MOST_STEPS, 1 + math.floor(20 * far)) if kept > _BLOCK else min(kept, 1)
-    found = S[:kept].expand(draws, -1)
-    crowd = _crowd(S[:kept], omega)
-    width = min(kept, max(_BLOCK, min(_CROWDED, 4 * crowd), min(_MOST, 2 * crowd)))
-    for _ in range(steps):
-        found = _moved(found, omega**2 / steps, M + q - kept, width, noise)
-    if kept < q:
-        rest = omega * iid_spectra(q - kept, M - kept, seed)[:draws]
-        found = torch.cat([found, rest], -1).sort(-1, descending=True).values
-    return found
+    spectra = S.reshape(-1, q)
+    omega = torch.as_tensor(spread, dtype=S.dtype).reshape(-1) / math.sqrt(q * M)
+    draws = max(2, math.ceil(_VALUES / q))
+    found = spectra[:, None].repeat(1, draws, 1)
+    for motion, which in _motions(spectra, omega, M):
+        noise = _drawn(draws * motion.numbers, _spectrum_noise, seed, (q, M), draws, motion)
+        for some in torch.tensor(which).split(max(1, _AT_ONCE // (draws * motion.block_numbers))):
+            found[some] = motion.moved(spectra[some], omega[some], M, noise, seed)
+    return found.unflatten(0, S.shape[:-1]) if S.ndim > 1 else found[0]
+
+
+def _motions(S: Tensor, omega: Tensor, M: int) -> Iterable[tuple[_Motion, list[int]]]:
+    """How the spectra (b, q) move, and which do so alike; not those to which nothing is added."""
+    groups: dict[_Motion, list[int]] = {}
+    kept = (S > omega[:, None] / 2).sum(-1).tolist()
+    for i, (count, step) in enumerate(zip(kept, omega.tolist(), strict=True)):
+        if step != 0:
+            groups.setdefault(_Motion.of(S[i], step, M, count), []).append(i)
+    return groups.items()
+
+
+@dataclass(frozen=True)
+class _Motion:
+    """Of how many leading values the motion is followed, in how many steps, and the width of a
+    dense block; what lies below is a Gaussian matrix outside of these."""
+
+    q: int
+    kept: int
+    steps: int
+    width: int
+
+    @classmethod
+    def of(cls, S: Tensor, omega: float, M: int, kept: int) -> _Motion:
+        q = len(S)
+        if q - kept <= _BLOCK:  # else they are one: a Gaussian matrix outside of the others
+            kept = q
+        # The farther the middle value moves, the more steps; a single block is exact in one.
+        far = omega * math.sqrt(M) / max(float(S[: max(kept, 1)].median()), omega)
+        steps = min(_MOST_STEPS, 1 + math.floor(20 * far)) if kept > _BLOCK else min(kept, 1)
+        crowd = _crowd(S[:kept], omega)
+        width = min(kept, max(_BLOCK, min(_CROWDED, 4 * crowd), min(_MOST, 2 * crowd)))
+        return cls(q, kept, steps, width)
+
+    @property
+    def starts(self) -> list[int]:
+        """First value of each block."""
+        q, width = self.kept, self.width
+        return [*range(0, q - width, max(width // 2, 1)), q - width]
+
+    @property
+    def block_numbers(self) -> int:
+        """Numbers of a draw in the blocks of one step."""
+        return max(self.q, len(self.starts) * self.width**2)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of a draw."""
+        return self.steps * self.block_numbers
+
+    def moved(
+        self, S: Tensor, omega: Tensor, M: int, noise: tuple[Tensor, ...], seed: int
+    ) -> Tensor:
+        """`tuned_spectra` of a stack (b, q), (b,) that moves so."""
+        draws = max(2, math.ceil(_VALUES / self.q))
+        found = S[:, None, : self.kept].expand(-1, draws, -1)
+        time, outside = omega.square() / max(self.steps, 1), self.q - self.kept
+        for step in noise:
+            found = self._step(found, time[:, None, None], M + outside, step)
+        if outside:
+            rest = iid_spectra(outside, M - self.kept, seed)[:draws]
+            found = torch.cat([found, omega[:, None, None] * rest], -1)
+            found = found.sort(-1, descending=True).values
+        return found
+
+    def _step(self, S: Tensor, time: Tensor, M: int, noise: Tensor) -> Tensor:
+        """One step of all draws (b, draws, q): of each block the values nearest its middle."""
+        q, width, starts = self.kept, self.width, self.starts
+        blocks = S[..., torch.tensor(starts)[:, None] + torch.arange(width)].diag_embed()
+        blocks = blocks + time.sqrt()[..., None, None] * noise
+        values = torch.linalg.eigvalsh(blocks.mT @ blocks).flip(-1)
+        energy, before = torch.empty_like(S), S.square().mean(-2)
+        ends = [(first + second + width) // 2 for first, second in pairwise(starts)]
+        own = torch.empty(q, dtype=torch.long)
+        for i, (start, (first, last)) in enumerate(
+            zip(starts, pairwise([0, *ends, q]), strict=True)
+        ):
+            own[first:last] = start
+            energy[..., first:last] = values[..., i, first - start : last - start]
+        energy += time * (M - width + _push(before, own, width))[:, None]
+        return energy.clamp_min(0).sort(-1, descending=True).values.sqrt()
+
+
+@lru_cache(maxsize=16)
+def _spectrum_noise(
+    seed: int, sides: tuple[int, int], draws: int, motion: _Motion
+) -> tuple[Tensor, ...]:
+    """Of each step the noise of all blocks, (draws, blocks, width, width)."""
+    noise, size = _Noise((seed, *sides), draws), (len(motion.starts), motion.width, motion.width)
+    return tuple(noise.normal(*size) for _ in range(motion.steps))
 
 
 def _crowd(S: Tensor, omega: float) -> int:
@@ -164,39 +313,22 @@ def _crowd(S: Tensor, omega: float) -> int:
     return int((high - low).max()) if len(S) else 0
 
 
-def _moved(S: Tensor, time: float, M: int, width: int, noise: _Noise) -> Tensor:
-    """One step of `tuned_spectra`: blocks of neighbours, of each the values nearest its middle."""
-    q = S.shape[-1]
-    starts = [*range(0, q - width, max(width // 2, 1)), q - width]
-    blocks = S[:, torch.tensor(starts)[:, None] + torch.arange(width)].diag_embed()
-    blocks = blocks + math.sqrt(time) * noise.normal(*blocks.shape[1:])
-    values = torch.linalg.eigvalsh(blocks.mT @ blocks).flip(-1)
-    energy, before = torch.empty_like(S), S.square().mean(0)
-    ends = [(first + second + width) // 2 for first, second in pairwise(starts)]
-    own = torch.empty(q, dtype=torch.long)
-    for i, (start, (first, last)) in enumerate(zip(starts, pairwise([0, *ends, q]), strict=True)):
-        own[first:last] = start
-        energy[:, first:last] = values[:, i, first - start : last - start]
-    energy += time * (M - width + _push(before, own, width))
-    return energy.clamp_min(0).sort(-1, descending=True).values.sqrt()
-
-
 def _push(before: Tensor, starts: Tensor, width: int) -> Tensor:
-    """Σ(λ_i + λ_j)/(λ_i − λ_j) over the j outside the block of i, that from starts_i on; (q,).
+    """Σ(λ_i + λ_j)/(λ_i − λ_j) over the j outside the block of i, that from starts_i on; (b, q).
 
     Equal values do not push each other. (λ_i + λ_j)/(λ_i − λ_j) = 2λ_i/(λ_i − λ_j) − 1.
     """
-    q, parts = len(before), []
-    repeated = bool((before.diff() == 0).any())
-    for mine, start in zip(before.split(_ROWS), starts.split(_ROWS), strict=True):
-        apart = mine[:, None] - before
+    q, parts = before.shape[-1], []
+    repeated = bool((before.diff(dim=-1) == 0).any())
+    for mine, start in zip(before.split(_ROWS, -1), starts.split(_ROWS), strict=True):
+        apart = mine[..., None] - before[:, None]
         band = slice(int(start[0]), int(start[-1]) + width)
         places = torch.arange(q)[band]
         within = (places >= start[:, None]) & (places < start[:, None] + width)
-        apart[:, band].masked_fill_(within, math.inf)
-        pushing = q - width
+        apart[..., band].masked_fill_(within, math.inf)
+        pushing: Tensor | int = q - width
         if repeated:
             apart.masked_fill_(apart == 0, math.inf)
             pushing = torch.isfinite(apart).sum(-1)
         parts.append(2 * mine * apart.reciprocal_().sum(-1) - pushing)
-    return torch.cat(parts)
+    return torch.cat(parts, -1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -18,71 +19,82 @@ _POINTS = 64
 
 
 def curves(
-    kind: str, values: Mapping[str, Tensor], shape: tuple[int, int], i: int, *, seed: int
-) -> dict[str, Curve]:
-    """Curves of matrix `i` of a stack, from its factors (on the CPU)."""
+    kind: str, values: Mapping[str, Tensor], shape: tuple[int, int], *, seed: int
+) -> list[dict[str, Curve]]:
+    """Curves of each matrix of a stack, from its factors (on the CPU)."""
     wanted = KINDS[kind].curves
-    found: dict[str, Curve] = {}
-    changed = float(values["update.norm"][i]) > 0
-    if "energy" in wanted and "cross.right" in values and changed:
-        found |= _energy(values, shape, i)
+    changed = (values["update.norm"] > 0).tolist()
+    rows: list[dict[str, Curve]] = [{} for _ in changed]
+    if "energy" in wanted and "cross.right" in values:
+        known = ~values["cross.right"].isnan().any(-1)
+        _add(rows, _energy(values, shape), known.logical_and(values["update.norm"] > 0).tolist())
     if "angles" in wanted:
         for name in sorted(values):
-            if name.startswith("angles.") and not bool(values[name][i].isnan().any()):
-                found[name.replace("angles.", "angles_")] = _sample(values[name][i])
-    if "spectrum" in wanted and "update.S" in values and changed:
-        found |= _spectrum(values, shape, i, seed)
-    return found
+            if name.startswith("angles."):
+                known = ~values[name].isnan().any(-1)
+                curve = _sample(values[name])
+                _add(rows, {name.replace("angles.", "angles_"): curve}, known.tolist())
+    if "spectrum" in wanted and "update.S" in values:
+        _add(rows, _spectrum(values, shape, seed), changed)
+    return rows
 
 
-def _energy(values: Mapping[str, Tensor], shape: tuple[int, int], i: int) -> dict[str, Curve]:
+def _add(
+    rows: list[dict[str, Curve]], columns: Mapping[str, list[Curve]], known: list[bool]
+) -> None:
+    """Curves by name and matrix, to those that have them."""
+    for i, row in enumerate(rows):
+        if known[i]:
+            row |= {name: column[i] for name, column in columns.items()}
+
+
+def _energy(values: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, list[Curve]]:
     """Captured energy C_R(k), C_L(k), their nulls, and the base's own share E_k."""
-    if bool(values["cross.right"][i].isnan().any()):
-        return {}
-    total = values["update.norm"][i].square()
-    energy = values["base.top"][i].square()
-    right = values["cross.right"][i].cumsum(-1) / total
-    left = values["cross.left"][i].cumsum(-1) / total
-    m, n = shape
-    base = energy.cumsum(-1)[: len(right)] / values["base.norm"][i].square()
-    ks = _positions(len(right))
+    (m, n), count = shape, len(values["update.norm"])
+    total = values["update.norm"].square()[:, None]
+    right, left = (values[f"cross.{side}"].cumsum(-1) / total for side in ("right", "left"))
+    energy = values["base.top"].square().cumsum(-1)[:, : right.shape[-1]]
+    ks = _positions(right.shape[-1])
     return {
         "energy_right": _at(right, ks),
         "energy_left": _at(left, ks),
-        "energy_base": _at(base, ks),
-        "energy_right_null": tuple((float(k), k / n) for k in ks),
-        "energy_left_null": tuple((float(k), k / m) for k in ks),
+        "energy_base": _at(energy / values["base.norm"].square()[:, None], ks),
+        "energy_right_null": [tuple((float(k), k / n) for k in ks)] * count,
+        "energy_left_null": [tuple((float(k), k / m) for k in ks)] * count,
     }
 
 
 def _spectrum(
-    values: Mapping[str, Tensor], shape: tuple[int, int], i: int, seed: int
-) -> dict[str, Curve]:
+    values: Mapping[str, Tensor], shape: tuple[int, int], seed: int
+) -> dict[str, list[Curve]]:
     """σ_i of the update, of an isotropic update of its norm, and the noise edge."""
-    S = values["update.S"][i]
+    S = values["update.S"]
     null = iid_spectra(*shape, seed).square().mean(0).sqrt()
-    null = null * (values["update.norm"][i] / null.square().sum().sqrt())
-    edge = float(
-        noise_edge(S, values["update.noise"][i], values["update.bulk_median"], shape=shape)
-    )
+    null = null * (values["update.norm"] / null.square().sum().sqrt())[:, None]
+    edges = noise_edge(S, values["update.noise"], values["update.bulk_median"], shape=shape)
+    last = float(S.shape[-1])
     return {
         "update.S": _sample(S),
         "update.S_null": _sample(null),
-        "update.S_floor": ((1.0, edge), (float(len(S)), edge)),
+        "update.S_floor": [((1.0, edge), (last, edge)) for edge in edges.tolist()],
     }
 
 
-def _sample(series: Tensor) -> Curve:
-    return _at(series, _positions(len(series)))
+def _sample(series: Tensor) -> list[Curve]:
+    return _at(series, _positions(series.shape[-1]))
 
 
-def _at(series: Tensor, ks: list[int]) -> Curve:
-    return tuple((float(k), float(series[k - 1])) for k in ks)
+def _at(series: Tensor, ks: Sequence[int]) -> list[Curve]:
+    """The points of each row (b, length)."""
+    places = [float(k) for k in ks]
+    heights = series[:, [k - 1 for k in ks]].tolist()
+    return [tuple(zip(places, row, strict=True)) for row in heights]
 
 
-def _positions(length: int) -> list[int]:
+@lru_cache(maxsize=64)
+def _positions(length: int) -> tuple[int, ...]:
     """1-based positions 1 … length: all of them, or 64 spaced by logarithm."""
     if length <= _POINTS:
-        return list(range(1, length + 1))
+        return tuple(range(1, length + 1))
     step = math.log(length) / (_POINTS - 1)
-    return sorted({round(math.exp(step * i)) for i in range(_POINTS)})
+    return tuple(sorted({round(math.exp(step * i)) for i in range(_POINTS)}))

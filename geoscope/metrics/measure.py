@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = ["Measured", "measure", "measure_nothing", "verdict_dimension"]
 _CLEAR = 3.0
 # Times the rounding of an entry: as far as it parts equal singular values.
 _OPENED = 3.0
+_SIDES = ("left", "right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +53,16 @@ def verdict_dimension(shape: tuple[int, int], rank: int = 0) -> int:
 def measure(factors: PairFactors, selected: Sequence[Instance], *, seed: int) -> list[Measured]:
     """Value, null and status of every selected instance, for each matrix of the stack."""
     values = {name: tensor.cpu() for name, tensor in factors.values.items()}
-    count = len(values["update.norm"])
-    rows = [Measured(weights=_weights(values, selected, factors.shape, i)) for i in range(count)]
+    rows = [Measured(weights=weights) for weights in _weights(values, selected, factors.shape)]
     floors = _Floors(values, factors.shape, seed)
+    nothing = [math.nan] * len(rows)
     for instance in selected:
         inside = instance.k is None or instance.k <= min(factors.shape)
         if inside:
             _add_nulls(rows, instance, values, factors.shape)
-        if not inside or not instance.known(values):
-            for i, row in enumerate(rows):
-                zero = instance.of_update and floors.zero[i]
-                row.put(instance.id, None, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
-            continue
-        numbers = instance.call(values, factors.shape)
-        for i, row in enumerate(rows):
-            _add_value(row, instance, float(numbers[i]), floors, i)
+        known = inside and instance.known(values)
+        numbers = instance.call(values, factors.shape).tolist() if known else nothing
+        _add_values(rows, instance, numbers, floors)
     return rows
 
 
@@ -83,91 +80,119 @@ def measure_nothing(
 
 
 def _weights(
-    values: Mapping[str, Tensor], selected: Iterable[Instance], shape: tuple[int, int], i: int
-) -> dict[str, float]:
-    weights = {
-        "parameters": float(shape[0] * shape[1]),
-        "update": _squared(values["update.norm"][i]),
-        "noise": float(values["update.noise"][i]) ** 2,
-        "grid": float(values["update.grid"][i]) ** 2,
+    values: Mapping[str, Tensor], selected: Iterable[Instance], shape: tuple[int, int]
+) -> list[dict[str, float]]:
+    """The weights of each matrix of a stack."""
+    norms = values["update.norm"].tolist()
+    columns = {
+        "parameters": [float(shape[0] * shape[1])] * len(norms),
+        "update": _squared(norms),
+        "noise": [noise**2 for noise in values["update.noise"].tolist()],
+        "grid": [noise**2 for noise in values["update.grid"].tolist()],
     }
     if "base.norm" in values:
-        weights["base"] = _squared(values["base.norm"][i])
-        weights["tuned"] = _squared(values["tuned.norm"][i])
-    if "rank.max" in values:
-        weights["rank"] = float(values["rank.max"][i])
-    if "masks.changed" in values:
-        weights["changed"] = float(values["masks.changed"][i])
+        columns["base"] = _squared(values["base.norm"].tolist())
+        columns["tuned"] = _squared(values["tuned.norm"].tolist())
+    for key, name in (("rank", "rank.max"), ("changed", "masks.changed")):
+        if name in values:
+            columns[key] = values[name].tolist()
     for instance in selected:
         k = instance.k
         if instance.metric.id == "versus_base@k" and k is not None and k <= min(shape):
-            share = top_share(values["base.top"][i], values["base.norm"][i], k=k)
-            weights[f"share@{k}"] = float(share)
-    return weights
+            share = top_share(values["base.top"], values["base.norm"], k=k)
+            columns[f"share@{k}"] = share.tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _squared(norm: Tensor) -> float:
+def _squared(norms: list[float]) -> list[float]:
     """Raises NumericsError where the square of a norm is not a normal number of fp64."""
-    square = float(norm) * float(norm)
-    if float(norm) != 0 and not sys.float_info.min < square < math.inf:
-        raise NumericsError(f"a norm of {float(norm):.1e}: squares of the weights leave fp64")
-    return square
+    squares = [norm * norm for norm in norms]
+    for norm, square in zip(norms, squares, strict=True):
+        if norm != 0 and not sys.float_info.min < square < math.inf:
+            raise NumericsError(f"a norm of {norm:.1e}: squares of the weights leave fp64")
+    return squares
 
 
-@dataclass(frozen=True)
 class _Floors:
     """What decides the status of the numbers of a stack."""
 
-    values: Mapping[str, Tensor]
-    shape: tuple[int, int]
-    seed: int
+    def __init__(self, values: Mapping[str, Tensor], shape: tuple[int, int], seed: int) -> None:
+        self._values, self._shape, self._seed = values, shape, seed
+        self._noises, self._norms = (values[f"update.{key}"].tolist() for key in ("noise", "norm"))
+        self.zero = [norm == 0 for norm in self._norms]
+        self._angles: dict[int, tuple[list[float | None], ...]] = {}
 
-    @property
-    def zero(self) -> list[bool]:
-        return (self.values["update.norm"] == 0).tolist()
+    def statuses(self, instance: Instance, numbers: Sequence[float]) -> list[Status]:
+        """The precision status of the numbers of one id of the update."""
+        floor = instance.floor
+        if floor is None:
+            return [Status.OK] * len(numbers)
+        if floor == "edge":
+            return [Status.OK if value > 0 else Status.BELOW_RESOLUTION for value in numbers]
+        if floor == "gap":
+            return self._gaps(instance, numbers)
+        spread = self._spreads if floor == "amplitude" else [math.nan] * len(numbers)
+        return [
+            floor_status(floor, *row)
+            for row in zip(self._noise_ratios, spread, self._directions, strict=True)
+        ]
 
-    def of(self, instance: Instance, i: int, value: float) -> Status:
-        """The precision status of one number of the update."""
-        if instance.floor is None:
-            return Status.OK
-        if instance.floor == "edge":
-            return Status.OK if value > 0 else Status.BELOW_RESOLUTION
-        if instance.floor == "gap":
-            return self._gap(instance, i, value)
-        norm = float(self.values["update.norm"][i])
-        noise_ratio = float(self.values["update.noise"][i]) / norm if norm > 0 else math.nan
-        spread = math.nan
-        if instance.floor == "amplitude":
-            spread = float(participation_ratio(self.values["update.S"][i]))
-        return floor_status(instance.floor, noise_ratio, spread, self._directions(i))
+    @cached_property
+    def _noise_ratios(self) -> list[float]:
+        pairs = zip(self._noises, self._norms, strict=True)
+        return [noise / norm if norm > 0 else math.nan for noise, norm in pairs]
 
-    def _directions(self, i: int) -> int:
+    @cached_property
+    def _spreads(self) -> list[float]:
+        return participation_ratio(self._values["update.S"]).tolist()
+
+    @cached_property
+    def _directions(self) -> list[int]:
         """Those that rounding fills: q, of a product no more than its rank."""
-        rank = float(self.values["rank.max"][i]) if "rank.max" in self.values else math.inf
-        return int(min(*self.shape, rank))
+        q = min(self._shape)
+        ranks = self._values.get("rank.max")
+        return [q] * len(self.zero) if ranks is None else [int(min(q, r)) for r in ranks.tolist()]
 
-    def _gap(self, instance: Instance, i: int, value: float) -> Status:
+    def _gaps(self, instance: Instance, numbers: Sequence[float]) -> list[Status]:
         """A gap that rounding alone may open is the storage's, not the base's."""
         assert instance.k is not None
-        step = value * float(self.values["base.top"][i, instance.k - 1])
-        noise = float(self.values["base.noise"][i]) / math.sqrt(math.prod(self.shape))
-        made = step <= _OPENED * noise or value <= LEAST_GAP
-        return Status.CAUTION if made else Status.OK
+        last = self._values["base.top"][:, instance.k - 1].tolist()
+        noises, entries = self._values["base.noise"].tolist(), math.sqrt(math.prod(self._shape))
+        return [
+            Status.CAUTION
+            if value * kept <= _OPENED * (noise / entries) or value <= LEAST_GAP
+            else Status.OK
+            for value, kept, noise in zip(numbers, last, noises, strict=True)
+        ]
 
-    def angle(self, instance: Instance, i: int) -> float | None:
-        """What rounding alone may turn the subspace by, where less than that was measured.
-
-        Two standard deviations above its mean.
-        """
+    def angles(self, instance: Instance) -> list[float | None]:
+        """What rounding alone may turn each subspace by, where less than that was measured."""
         assert instance.k is not None
-        k, side = instance.k, "left" if "angle_left" in instance.id else "right"
-        measured = float(self.values[f"angles.{side}@{k}"][i].mean())
-        S, noise = self._spectrum(i), float(self.values["update.noise"][i])
-        if measured > _CLEAR * angle_bound(S, noise, k=k, shape=self.shape):
-            return None
-        turned = mean_angles(S, noise, k=k, shape=self.shape, seed=self.seed)[side == "right"]
-        floor = float(turned.mean() + 2 * turned.std())
-        return floor if measured < floor else None
+        if instance.k not in self._angles:
+            self._angles[instance.k] = self._both_angles(instance.k)
+        return self._angles[instance.k]["angle_left" not in instance.id]
+
+    def _both_angles(self, k: int) -> tuple[list[float | None], ...]:
+        """Left and right: two standard deviations above the mean of what rounding turns."""
+        measured = [self._values[f"angles.{side}@{k}"].mean(-1).tolist() for side in _SIDES]
+        spectra = [self._spectrum(i) for i in range(len(self.zero))]
+        near = []
+        for i, (S, noise) in enumerate(zip(spectra, self._noises, strict=True)):
+            clear = _CLEAR * angle_bound(S, noise, k=k, shape=self._shape)
+            if not self.zero[i] and any(side[i] <= clear for side in measured):
+                near.append(i)
+        floors: tuple[list[float | None], ...] = tuple([None] * len(spectra) for _ in _SIDES)
+        if near:
+            noise = torch.tensor([self._noises[i] for i in near], dtype=torch.float64)
+            both = mean_angles(
+                torch.stack([spectra[i] for i in near]), noise, k=k, shape=self._shape,
+                seed=self._seed,
+            )  # fmt: skip
+            for side, draws, kept in zip(measured, both, floors, strict=True):
+                most = draws.mean(-1) + 2 * draws.std(-1)
+                for i, floor in zip(near, most.tolist(), strict=True):
+                    kept[i] = floor if side[i] < floor else None
+        return floors
 
     def _spectrum(self, i: int) -> Tensor:
         """The base's spectrum; from leading values alone one that turns at least as far.
@@ -175,34 +200,41 @@ class _Floors:
         Angles grow with the energy next to the cut, and the energy that is not known lies below
         the last known value: as many values as it allows are put there, the rest is 0.
         """
-        if "base.S" in self.values:
-            return self.values["base.S"][i]
-        top, norm = self.values["base.top"][i], self.values["base.norm"][i]
-        rest = max(min(self.shape) - len(top), 0)
+        if "base.S" in self._values:
+            return self._values["base.S"][i]
+        top, norm = self._values["base.top"][i], self._values["base.norm"][i]
+        rest = max(min(self._shape) - len(top), 0)
         energy = float((norm.square() - top.square().sum()).clamp_min(0))
         last = float(top[-1])
         count = min(rest, math.ceil(energy / last**2)) if last > 0 else 0
         return torch.cat([top, top.new_full((count,), last), top.new_zeros(rest - count)])
 
 
-def _add_value(row: Measured, instance: Instance, value: float, floors: _Floors, i: int) -> None:
-    if math.isnan(value):
-        zero = instance.of_update and floors.zero[i]
-        row.put(instance.id, None, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
-        return
-    if math.isinf(value):
+def _add_values(
+    rows: Sequence[Measured], instance: Instance, numbers: Sequence[float], floors: _Floors
+) -> None:
+    undefined = [math.isnan(value) for value in numbers]
+    if any(map(math.isinf, numbers)):
         raise NumericsError(f"{instance.id} overflows fp64")
-    if instance.floor == "angle":
+    turned: Sequence[float | None] = ()
+    if instance.floor == "angle" and not all(undefined):
+        turned = floors.angles(instance)
         # The same matrix twice has angle 0; what is computed there is rounding of the angle.
-        value = 0.0 if floors.zero[i] else value
-        floor = None if floors.zero[i] else floors.angle(instance, i)
-        status = Status.OK if floor is None else Status.BELOW_RESOLUTION
-        if floor is not None:
-            row.floors[instance.id] = floor
+        numbers = [0.0 if zero else x for x, zero in zip(numbers, floors.zero, strict=True)]
+        statuses = [Status.OK if x is None else Status.BELOW_RESOLUTION for x in turned]
+    elif all(undefined):
+        statuses = [Status.OK] * len(rows)
     else:
-        status = floors.of(instance, i, value)
-    number = round(value) if instance.metric.integer else value
-    row.put(instance.id, number, status)
+        statuses = floors.statuses(instance, numbers)
+    for i, row in enumerate(rows):
+        if undefined[i]:
+            zero = instance.of_update and floors.zero[i]
+            row.put(instance.id, None, Status.ZERO_UPDATE if zero else Status.NOT_APPLICABLE)
+            continue
+        if turned and (floor := turned[i]) is not None:
+            row.floors[instance.id] = floor
+        number = round(numbers[i]) if instance.metric.integer else numbers[i]
+        row.put(instance.id, number, statuses[i])
 
 
 def _add_nulls(

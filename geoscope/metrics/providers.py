@@ -15,9 +15,9 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import Factors, Operand, factorise, factorise_leading, principal_angles
-from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged
+from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged_shares
 from geoscope.linalg.factor_update import FactorUpdate
-from geoscope.linalg.grids import grid_of
+from geoscope.linalg.grids import Grid, grids_of
 from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.linalg.product import Product, factorise_product
@@ -131,18 +131,25 @@ class Depth:
 
 
 def sides(weights: Tensor, rounding: Sequence[float | None]) -> tuple[Side, ...]:
-    """Norm, rounding noise, format and values of each stored matrix."""
-    return tuple(_side(*pair) for pair in zip(weights, rounding, strict=True))
+    """Norm, rounding noise, format and values of each stored matrix.
+
+    rounding: what FP8 blocks rounded away, which the entries do not show; other grids they do.
+    """
+    unseen = [i for i, noise in enumerate(rounding) if noise is None]
+    whole = len(unseen) == len(weights)
+    grids = dict(zip(unseen, grids_of(weights if whole else weights[unseen]), strict=True))
+    return tuple(
+        _side(weight, noise, grids.get(i))
+        for i, (weight, noise) in enumerate(zip(weights, rounding, strict=True))
+    )
 
 
-def _side(weight: Tensor, noise: float | None) -> Side:
-    """noise: what FP8 blocks rounded away, which the entries do not show; other grids they do."""
+def _side(weight: Tensor, noise: float | None, grid: Grid | None) -> Side:
     entries = side(weight)
     if not 1e-150 < entries.norm < 1e150 and bool(weight.any()):
         raise NumericsError("squares of the weights leave fp64: multiply the model by a constant")
     if noise is not None:
         return replace(entries, noise=noise, fmt=FP8)
-    grid = grid_of(weight)
     if grid is None:
         return entries
     return replace(entries, noise=grid.noise_with(entries.noise), grid=grid)
@@ -161,7 +168,7 @@ def _column(numbers: Sequence[float], beside: Tensor) -> Tensor:
 
 def shares(base: Tensor, tuned: Tensor) -> tuple[Tensor, ...]:
     """Shares of entries that did not move, by each of RULES; (b,) each."""
-    rows = [unchanged(*pair) for pair in zip(base, tuned, strict=True)]
+    rows = unchanged_shares(base, tuned)
     return tuple(_column([getattr(row, rule) for row in rows], base) for rule in RULES)
 
 
@@ -436,12 +443,7 @@ def iid(shape: tuple[int, int], settings: Settings) -> Tensor:
 @stage("metrics")
 def sampled_spectra(S: Tensor, norms: Tensor, shape: tuple[int, int], settings: Settings) -> Tensor:
     """Spectra of the base with isotropic updates of the measured sizes, (b, draws, q)."""
-    return torch.stack(
-        [
-            tuned_spectra(row, norm, shape=shape, seed=settings.seed)
-            for row, norm in zip(S.cpu(), norms.tolist(), strict=True)
-        ]
-    )
+    return tuned_spectra(S.cpu(), norms.cpu(), shape=shape, seed=settings.seed)
 
 
 @stage("metrics")
@@ -449,8 +451,5 @@ def sampled_angles(
     S: Tensor, norms: Tensor, shape: tuple[int, int], settings: Settings, *, k: int
 ) -> tuple[Tensor, ...]:
     """Mean angles that isotropic updates of the measured sizes turn, left and right, (b,)."""
-    rows = [
-        mean_angles(row, norm, k=k, shape=shape, seed=settings.seed)
-        for row, norm in zip(S.cpu(), norms.tolist(), strict=True)
-    ]
-    return tuple(torch.stack([sides[i].mean() for sides in rows]) for i in (0, 1))
+    both = mean_angles(S.cpu(), norms.cpu(), k=k, shape=shape, seed=settings.seed)
+    return tuple(draws.mean(-1) for draws in both)

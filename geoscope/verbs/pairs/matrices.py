@@ -11,7 +11,7 @@ from torch import Tensor
 from geoscope.engine import Batch
 from geoscope.engine.cache import ResultCache, content_of
 from geoscope.kinds import KINDS
-from geoscope.linalg.changes import nonfinite_entries
+from geoscope.linalg.changes import nonfinite_counts
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
     RULES,
@@ -79,8 +79,8 @@ def worker(
         results: dict[int, Matrix] = {}
         keys: dict[int, str] = {}
         facts = [(headers.rounding(pair), headers.nominal(pair)) for pair in batch.pairs]
-        for i, one in enumerate(batch.pairs):
-            bad = sum(nonfinite_entries(stack[i]) for stack in stacks)
+        counts = zip(*(nonfinite_counts(stack) for stack in stacks), strict=True)
+        for i, (one, bad) in enumerate(zip(batch.pairs, map(sum, counts), strict=True)):
             if bad:
                 reason = f"{bad} entries are NaN or Inf"
                 results[i] = failed_matrix(one, kind, options, Status.NON_FINITE, reason)
@@ -195,13 +195,14 @@ def _measured(
     )
     rows = measure(factors, chosen, seed=options.seed)
     values = {name: tensor.cpu() for name, tensor in factors.values.items()}
+    drawn = curves(kind, values, shape, seed=options.seed)
     return [
         Matrix(
             pair=one,
             row=row,
             judged=_judged(row, shape, kind, options),
             method=factors.methods[i],
-            curves=curves(kind, values, shape, i, seed=options.seed),
+            curves=drawn[i],
             notes=factors.notes[i],
             spectrum=() if options.budget is None else _above_noise(values, shape, i),
         )
