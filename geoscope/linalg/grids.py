@@ -106,7 +106,9 @@ def _fraction_bits(weights: Tensor) -> list[int]:
     """The dtype's, or what a sample of each matrix has; honest numbers have bf16's or more."""
     least, stored = (FORMATS[dtype].fraction_bits for dtype in (torch.bfloat16, weights.dtype))
     found = torch.full((len(weights),), stored)
-    fraction = None if stored <= least else torch.frexp(_groups(weights, _SEGMENT, _SEGMENTS))[0]
+    if stored <= least:
+        return found.tolist()
+    fraction = torch.frexp(_groups(weights, _SEGMENT, _SEGMENTS))[0]
     for bits in range(stored - 1, least - 1, -1):
         scaled = fraction * 2.0 ** (bits + 1)
         found[(scaled == scaled.round()).flatten(1).all(1)] = bits
