@@ -73,7 +73,7 @@ def _by_the_route_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         product = getattr(stacked, name)
         monkeypatch.setattr(Operand, name, lambda A, X, f=product: f(A.plus, A.minus, X))
     monkeypatch.setattr(Operand, "both", lambda A, X, Y: (A.right(X), A.left(Y)))
-    for module in ("geoscope.linalg.svd_leading", "geoscope.metrics.factors"):
+    for module in ("geoscope.linalg.svd_leading", "geoscope.metrics.providers"):
         monkeypatch.setattr(sys.modules[module], "factorise", factorise)
     monkeypatch.setattr(svd_leading, "_leading", as_stack)
     monkeypatch.setattr(sys.modules["geoscope.verbs.pairs.prepare"], "plan", in_stacks)

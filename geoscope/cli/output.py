@@ -119,6 +119,7 @@ def _put(text: str) -> None:
 
 def document(text: str) -> None:
     """A JSON document on standard output, in ASCII where not all of it can be shown."""
+    text = worded(text)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
         can_be_shown = printable(text, lines=True) == text

@@ -70,7 +70,7 @@ class Grid:
 @stage("entries")
 def grids_of(weights: Tensor) -> tuple[Grid | None, ...]:
     """`grid_of` each of a stack (b, m, n): ties are counted in all at once."""
-    if weights.ndim != 3 or weights[0].numel() < _ENOUGH_ENTRIES:
+    if weights.ndim != 3 or not len(weights) or weights[0].numel() < _ENOUGH_ENTRIES:
         return (None,) * len(weights)
     bits = _fraction_bits(weights)
     sides = [("row", weights), ("column", weights.mT)]

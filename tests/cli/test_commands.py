@@ -763,7 +763,7 @@ def test_inspect_decomposes_nothing(models: Models, monkeypatch: pytest.MonkeyPa
     def factorise(*_: object, **__: object) -> None:
         raise AssertionError("a factorisation was made")
 
-    monkeypatch.setattr("geoscope.metrics.factors.factorise", factorise)
+    monkeypatch.setattr("geoscope.metrics.providers.factorise", factorise)
     done = run("collapse", models["base"], models["tuned"], "--no-resume", "-j", "1", "--json")
     assert "a factorisation was made" in done.out
     assert run("inspect", models["base"], models["tuned"]).code == 0
@@ -803,9 +803,9 @@ def test_show_needs_no_weights(models: Models, saved: Path, tmp_path: Path) -> N
     ("content", "words"),
     [
         (b"{}", "schema"),
-        (b"[]", "no JSON object"),
+        (b"[]", "not a JSON object"),
         (b"{", "not JSON"),
-        (b"\xff\xfe\x00", "no text"),
+        (b"\xff\xfe\x00", "not text"),
         (b'{"schema": "geoscope.report/1"}', "not a complete"),
         (b'{"schema": "geoscope.report/2"}', "geoscope.report/1"),
     ],

@@ -216,7 +216,7 @@ def test_several_models_have_a_line_each() -> None:
     assert [line.split(" ")[0] for line in others] == ["1", "2", "3"]
     many = text_of(example("compare", runs=20))
     assert "… " in many
-    assert " more: --details" in many
+    assert " more: `details`" in many
 
 
 # --- facts ----------------------------------------------------------------------------------------

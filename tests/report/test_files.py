@@ -257,7 +257,7 @@ def test_kind_without_a_table_is_written_as_data(tmp_path: Path, suffix: str) ->
         (b'{"schema": "other/1"}', "schema"),
         (b'{"schema": "geoscope.report/1"}', "complete"),
         (b'{"schema": "geoscope.report/1", "kind": NaN}', "not JSON"),
-        (b"\x89PNG\xff", "no text"),
+        (b"\x89PNG\xff", "not text"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:

@@ -279,7 +279,7 @@ def test_rows_that_both_have_of_an_embedding_that_the_adapter_brings(tmp_path: P
     grown = torch.randn(tiny_models.VOCABULARY + 6, 16, generator=torch.Generator().manual_seed(1))
     tensors = factors({"model.layers.0.self_attn.q_proj": (16, 16)})
     adapter = put(tmp_path / "ad", tensors | {f"{PREFIX}model.embed_tokens.weight": grown})
-    text = run("compare", base, adapter).out
+    text = run("compare", base, adapter, "--details").out
     assert "1 of another shape" in text
     assert "model.embed_tokens.weight" in text
     asked = {"include": ("embed",), "allow_vocab_resize": True}
