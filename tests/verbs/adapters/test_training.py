@@ -96,7 +96,7 @@ def made(folder: Path, layout: str, family: Any = tiny_models.llama) -> tuple[Pa
     original = family(folder / "original", bos_token_id=1, eos_token_id=2, pad_token_id=3)
     tokenizer().save_pretrained(original)
     out = folder / "out"
-    method = {"method": layout} if layout == "rlpo" else {"layout": layout}
+    method: dict[str, Any] = {"method" if layout == "rlpo" else "layout": layout}
     initialise(str(original), out, InitOptions(rank=RANK, **method))
     return original, out
 
