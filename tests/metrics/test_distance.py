@@ -226,9 +226,7 @@ def test_a_head_drawn_anew_is_set_apart_and_the_rest_keeps_its_verdict() -> None
     with_head = judge_model([*pairs, "head"], ["x"] * 5, *model(pairs | head))
     assert (with_head.code, with_head.share) == (alone.code, alone.share)
     assert with_head.flagged == with_head.apart == ("head",)
-    assert with_head.text.startswith(
-        "apart from 1 matrix that is not an update of the base's: head"
-    )
+    assert with_head.text.startswith("apart from 1 matrix that is no update of the base's: head")
     assert with_head.shares["UNRELATED"] > 0.99
 
 
