@@ -29,6 +29,12 @@ _PLANNED = 0.8
 # Most stored bytes of one batch. More makes no kernel faster, and what is read ahead lies in
 # page-locked memory of the host.
 _STORED_AT_MOST = 4 * 10**9
+# On the CPU pairs below so many stored bytes are stacked, up to so many bytes in work: beyond,
+# what a stack saves is small beside the factorisations. The stack of a worker stays near its cache.
+_SMALL = 10**6
+_TOGETHER = 32 * 10**6
+# Stacks of one shape for each worker, so that all end at about the same time.
+_TURNS = 4
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -55,11 +61,12 @@ def least_memory(pairs: Iterable[WeightPair]) -> int:
 def default_memory(
     pairs: Sequence[WeightPair], *, workers: int, available: int, entry_bytes: int = 0
 ) -> int:
-    """Room for every worker's largest pair and the one that is read ahead, on the CPU.
+    """Room for every worker's largest batch and the one that is read ahead, on the CPU.
 
     At most half of the `available` bytes, and at least `least_memory`. entry_bytes: as in `plan`.
     """
-    needs = (working_bytes(pair) + entry_bytes * _entries(pair) for pair in pairs)
+    batches = plan(pairs, memory=available, workers=workers, entry_bytes=entry_bytes)
+    needs = (batch.working_bytes for batch in batches)
     wanted = BASELINE + sum(nlargest(workers + 1, needs))
     return max(least_memory(pairs), min(wanted, available // 2))
 
@@ -91,17 +98,18 @@ def plan(
     pairs: Sequence[WeightPair],
     *,
     memory: int,
-    stack: bool,
+    stack: bool = False,
     parts: int = 1,
+    workers: int = 0,
     entry_bytes: int = 0,
 ) -> tuple[Batch, ...]:
     """Batches in order of falling size, so that the longest work starts first.
 
     stack: put several equal pairs into a batch (GPU): as many as fit half of the memory, because
-    the next batch is there while one is computed; without it every batch holds one pair, and
-    parallelism comes from workers (CPU). The numbers do not depend on it.
+    the next batch is there while one is computed; without it parallelism comes from workers (CPU).
     parts: into how many batches pairs of one shape are cut at least, so that devices share them.
-    entry_bytes: what is held beside for each entry of a matrix.
+    workers: on the CPU, among which small pairs are shared out in stacks; 0 for a pair a batch.
+    entry_bytes: what is held beside for each entry of a matrix. The numbers depend on none of this.
     """
     room = room_for_batches(memory)
     groups: dict[tuple[tuple[int, ...], str, str], list[WeightPair]] = {}
@@ -113,14 +121,31 @@ def plan(
         need = working_bytes(first, stack=stack) + entry_bytes * _entries(first)
         size = 1
         if stack:
-            stored = max(_stored(first), 1)
-            most = max(1, min(room // (2 * need), _STORED_AT_MOST // stored))
-            size = _ceil(len(members), max(parts, _ceil(len(members), most)))  # even heights
+            most = min(room // (2 * need), _STORED_AT_MOST // max(_stored(first), 1))
+            size = _height(len(members), most, parts)
+        elif workers and _stored(first) < _SMALL:
+            each = _small_bytes(first) + entry_bytes * _entries(first)
+            most = min(room // (workers + 1), _TOGETHER) // each
+            size = _height(len(members), most, _TURNS * workers)
+            need = need if size == 1 else each
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
             shape = (part[0].shape[0], part[0].shape[1])
             batches.append(Batch(part, shape, need * len(part)))
     return tuple(sorted(batches, key=lambda batch: -batch.working_bytes))
+
+
+def _height(count: int, most: int, parts: int) -> int:
+    """Of even stacks of so many pairs, in `parts` stacks or more, of `most` pairs or fewer."""
+    return _ceil(count, max(parts, _ceil(count, max(1, most))))
+
+
+def _small_bytes(pair: WeightPair) -> int:
+    """Peak bytes of one small pair of a stack: as read and in fp64, vectors of three roles with
+    their images and energies, and sampled spectra."""
+    m, n = pair.shape
+    q = min(m, n)
+    return _stored(pair) + 8 * (3 * m * n + 4 * q * (m + n) + 4 * q * q + 2 * 4096)
 
 
 def working_bytes(pair: WeightPair, *, stack: bool = False) -> int:

@@ -101,7 +101,12 @@ def _weights(
         if instance.metric.id == "versus_base@k" and k is not None and k <= min(shape):
             share = top_share(values["base.top"], values["base.norm"], k=k)
             columns[f"share@{k}"] = share.tolist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    rows = zip(*columns.values(), strict=True)
+    weights = [dict(zip(columns, row, strict=True)) for row in rows]
+    for row in weights:
+        if math.isnan(row.get("changed", 0.0)):
+            del row["changed"]  # a grid hides which entries changed
+    return weights
 
 
 def _squared(norms: list[float]) -> list[float]:

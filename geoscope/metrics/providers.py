@@ -6,6 +6,7 @@ entries (`Operand`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import Factors, Operand, factorise, factorise_leading, principal_angles
-from geoscope.linalg.changes import Side, changed_mask, expected_unchanged, side, unchanged_shares
+from geoscope.linalg.changes import (
+    Side,
+    Unchanged,
+    changed_mask,
+    expected_unchanged,
+    side,
+    unchanged_shares,
+)
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.grids import Grid, grids_of
 from geoscope.linalg.isotropic import isotropic_spread
@@ -79,7 +87,7 @@ MASKS = {
     for suffix, attribute in _OVERLAPS
 }
 Methods = tuple[Mapping[str, Any], ...]
-Cells = tuple[tuple[Side, Side], ...]
+Cells = tuple[tuple[Side, Side] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -173,22 +181,30 @@ def shares(base: Tensor, tuned: Tensor) -> tuple[Tensor, ...]:
 
 
 def cells(base: Sequence[Side], tuned: Sequence[Side]) -> Cells | None:
-    """The sides of each pair; None where a grid hides the rounding cells of the entries."""
-    if any(side.is_quantised for side in (*base, *tuned)):
-        return None
-    return tuple(zip(base, tuned, strict=True))
+    """The sides of each pair, None where a grid hides the rounding cells of its entries; None
+    where one hides those of every pair."""
+    pairs = tuple(
+        None if before.is_quantised or after.is_quantised else (before, after)
+        for before, after in zip(base, tuned, strict=True)
+    )
+    return pairs if any(pairs) else None
 
 
 def expected_shares(cells: Cells, norms: Tensor, shape: tuple[int, int]) -> tuple[Tensor, ...]:
-    """`shares` expected of an isotropic update that measures as large once it is stored."""
+    """`shares` expected of an isotropic update that measures as large once it is stored; NaN
+    without cells."""
     entries = (shape[0] * shape[1]) ** 0.5
     rows = [
-        expected_unchanged(
-            before, after.fmt, isotropic_spread(before, after, float(norm) / entries)
-        )
-        for (before, after), norm in zip(cells, norms, strict=True)
+        _expected(pair, norm / entries) for pair, norm in zip(cells, norms.tolist(), strict=True)
     ]
-    return tuple(norms.new_tensor([getattr(row, rule) for row in rows]) for rule in RULES)
+    return tuple(_column([getattr(row, rule) for row in rows], norms) for rule in RULES)
+
+
+def _expected(pair: tuple[Side, Side] | None, rms: float) -> Unchanged:
+    if pair is None:
+        return Unchanged(math.nan, math.nan, math.nan)
+    before, after = pair
+    return expected_unchanged(before, after.fmt, isotropic_spread(before, after, rms))
 
 
 def update_norm(update: Operand | Product, spectrum: Tensor | None) -> Tensor:
@@ -385,22 +401,24 @@ def cross(update: Operand | Product, base: Factors) -> tuple[Tensor, ...]:
 
 def masks(cells: Cells, base: Tensor, tuned: Tensor, factors: Factors) -> tuple[Tensor, ...]:
     """Overlaps of the changed mask with the base's masks and their matched nulls, as in MASKS;
-    and the number of changed entries. (b,) each."""
+    and the number of changed entries. (b,) each; NaN without cells."""
     rows = [
-        mask_overlaps(
+        None
+        if pair is None
+        else mask_overlaps(
             base[i],
             _reconstruction(factors, i),
             changed_mask(base[i], tuned[i]),
-            base_side=before,
-            tuned_format=after.fmt,
+            base_side=pair[0],
+            tuned_format=pair[1].fmt,
         )
-        for i, (before, after) in enumerate(cells)
+        for i, pair in enumerate(cells)
     ]
     overlaps = (
-        [getattr(row, attribute).get(key, float("nan")) for row in rows]
+        [math.nan if row is None else getattr(row, attribute).get(key, math.nan) for row in rows]
         for key, attribute in MASKS.values()
     )
-    changed = [float(row.changed) for row in rows]
+    changed = [math.nan if row is None else float(row.changed) for row in rows]
     return tuple(_column(numbers, base) for numbers in (*overlaps, changed))
 
 

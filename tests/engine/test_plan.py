@@ -242,3 +242,35 @@ def test_the_estimate_grows_with_the_shorter_side_cubed_and_not_with_the_turn() 
     assert seconds(1024, 256) == seconds(256, 1024)
     assert seconds(1024, 1024) == pytest.approx(8 * seconds(512, 512))
     assert seconds(8192, 256) < 2 * seconds(4096, 256)
+
+
+def test_small_pairs_are_stacked_on_the_cpu_and_shared_out_among_the_workers() -> None:
+    pairs = [pair(str(i), (96, 64)) for i in range(600)]
+    for workers in (1, 2, 16):
+        heights = [len(one.pairs) for one in plan(pairs, memory=10**10, workers=workers)]
+        assert sum(heights) == 600
+        assert len(heights) >= 3 * workers
+        assert all(one.working_bytes <= 32 * MB for one in plan(pairs, memory=10**10, workers=2))
+    few = plan(pairs[:5], memory=10**10, workers=8)
+    assert [len(one.pairs) for one in few] == [1] * 5
+
+
+def test_large_pairs_are_not_stacked_on_the_cpu() -> None:
+    pairs = [pair(str(i), (512, 512)) for i in range(40)]  # 1.05 MB stored
+    assert all(len(one.pairs) == 1 for one in plan(pairs, memory=10**12, workers=2))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_a_stack_and_those_of_the_other_workers_fit_the_memory(workers: int) -> None:
+    pairs = [pair(str(i), (96, 64)) for i in range(600)]
+    for room in (0, 2 * MB, 20 * MB, 200 * MB):
+        batches = plan(pairs, memory=BASELINE + room, workers=workers)
+        most = max(batches, key=lambda one: one.working_bytes)
+        assert len(most.pairs) == 1 or (workers + 1) * most.working_bytes <= room
+
+
+def test_the_default_memory_holds_a_stack_for_every_worker() -> None:
+    pairs = [pair(str(i), (96, 64)) for i in range(600)]
+    memory = default_memory(pairs, workers=2, available=10**11)
+    assert plan(pairs, memory=memory, workers=2) == plan(pairs, memory=10**11, workers=2)
+    assert memory <= BASELINE + 3 * 32 * MB

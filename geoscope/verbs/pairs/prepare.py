@@ -135,6 +135,7 @@ def prepare(
             memory=memory,
             stack=_stacks(devices, right),
             parts=batches_a_shape(devices),
+            workers=0 if right.is_adapted else workers,
             entry_bytes=_entry_bytes(options),
         ),
         memory=memory,
