@@ -109,11 +109,14 @@ def origins_of(T: int, horizon: int, count: int = HORIZON_ORIGINS) -> tuple[int,
     """`count` origins at which the networks train again, of those that a backtest reports and that
     have seen a target; fewer where there are fewer.
 
-    The last is the one at two thirds of T: it is the nearest to the prediction that leaves a third
-    to be tried on. Others are spread evenly from the first one up to it, or follow it where there
-    are not so many. Later ones cost as much as the prediction itself.
+    One alone is the first: its networks are the quickest to train, and most of the series is left
+    to try them on. Of several the last is the one at two thirds of T, the nearest to the prediction
+    that leaves a third to be tried on; others are spread evenly from the first one up to it, or
+    follow it where there are not so many.
     """
     first = max(3, math.ceil(T / 3), horizon + 1)
+    if count == 1:
+        return (min(first, T - 1),)
     last = min(T - 1, max(first + count - 1, 2 * T // 3))
     count = min(count, last - first + 1)
     return tuple(last - (last - first) * i // max(count - 1, 1) for i in reversed(range(count)))
