@@ -427,7 +427,8 @@ def _beside_null(fact: Fact, section: Section) -> Cell:
 def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> tuple[str, ...]:
     """Coverage, what the columns and marks mean, what cannot be seen, and what to do next."""
     said = kind.answer
-    complete = "" if report.coverage.missing else f"{compared_line(report)}."
+    others = "; `all_matrices` reads the others" if report.coverage.unread else ""
+    complete = "" if report.coverage.missing else f"{compared_line(report)}{others}."
     pairs = _pairs(report, parts[0]) if kind.overlaps and len(parts) > 1 else ""
     lines = [
         pairs,

@@ -42,7 +42,7 @@ def compared_line(report: Report) -> str:
     total, missing = len(names), len(coverage.missing)
     if coverage.unread and not missing:
         read = total - len(coverage.unread)
-        return f"{coverage.status} {read} of {total} matrices; `all_matrices` reads the others"
+        return f"{coverage.status} {read} of {total} matrices"
     if not missing:
         return f"{coverage.status} {total} of {total} matrices"
     first = first_names(coverage.missing)
