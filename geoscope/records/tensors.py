@@ -123,6 +123,12 @@ class ModelRef:
         return cls(name or NOT_READ, NOT_READ, None, NOT_READ)
 
     @property
+    def tail(self) -> str:
+        """The last two parts of a path or Hub id: enough to tell models apart."""
+        parts = [part for part in self.given.replace("\\", "/").split("/") if part not in ("", ".")]
+        return "/".join(parts[-2:]) or self.given
+
+    @property
     def is_read(self) -> bool:
         """Whether its weights were looked at; the base of an adapter alone is only named."""
         return self.storage_dtype != NOT_READ

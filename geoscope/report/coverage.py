@@ -38,7 +38,11 @@ def compared_line(report: Report) -> str:
     coverage = report.coverage
     vectors = {vector.name for vector in report.vectors}
     names = ({*coverage.matched, *coverage.missing} - vectors) | set(coverage.missing)
+    names |= set(coverage.unread)
     total, missing = len(names), len(coverage.missing)
+    if coverage.unread and not missing:
+        read = total - len(coverage.unread)
+        return f"{coverage.status} {read} of {total} matrices"
     if not missing:
         return f"{coverage.status} {total} of {total} matrices"
     first = first_names(coverage.missing)

@@ -23,6 +23,7 @@ def explain_blocks(section: Section) -> list[Block]:
     verdict = section.verdict
     if verdict is None:
         return []
+    clauses = _clauses(section)
     return [
         Block(
             "rules in order: each condition, its limit, and the values it met",
@@ -32,7 +33,7 @@ def explain_blocks(section: Section) -> list[Block]:
             "thresholds in force; their reasons: docs/methods.md#thresholds",
             grid=_thresholds(verdict),
         ),
-        Block("what decided", grid=_clauses(section)),
+        *([Block("what decided", grid=clauses)] if clauses.rows else []),
     ]
 
 

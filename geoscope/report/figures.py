@@ -25,7 +25,7 @@ from geoscope.report.coverage import compared_line
 from geoscope.report.panels import PANELS, Panel
 from geoscope.report.panels.drawing import GREY, INK
 from geoscope.report.plain import plain
-from geoscope.report.sections import Section, sections
+from geoscope.report.sections import Section, answering, sections
 from geoscope.report.tables import kind_of
 
 __all__ = ["figure", "render_figure"]
@@ -141,7 +141,8 @@ def _areas(figure: Figure | SubFigure) -> Iterator[SubFigure]:
 
 def _header(report: Report, kind: Kind, parts: tuple[Section, ...]) -> list[str]:
     """Title, what was found, what was compared."""
-    said = ": ".join(filter(None, headline(kind, parts[0]))) if len(parts) == 1 else ""
+    asked = answering(report)
+    said = ": ".join(filter(None, headline(kind, asked[0]))) if len(asked) == 1 else ""
     return [title(report), *textwrap.wrap(said, 165), compared_line(report)]
 
 

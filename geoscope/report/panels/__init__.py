@@ -19,6 +19,7 @@ from geoscope.report.panels.adapters import (
 from geoscope.report.panels.angles import draw_angles, draw_angles_by_module
 from geoscope.report.panels.capture import draw_capture
 from geoscope.report.panels.lift_map import draw_lift_map
+from geoscope.report.panels.lineage import draw_distances
 from geoscope.report.panels.modules import COLUMNS, shown_modules
 from geoscope.report.panels.spectra import draw_spectra, draw_spectra_by_module
 from geoscope.report.panels.trajectory import (
@@ -52,6 +53,7 @@ def _grid(section: Section) -> float:
 
 
 PANELS = {
+    "distances": Panel(draw_distances, _one),
     "lift_map": Panel(draw_lift_map, _one),
     "capture": Panel(draw_capture, _one),
     "spectra": Panel(draw_spectra, _one),
