@@ -44,7 +44,7 @@ def overlap(
     """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes, or
     the update in its factors.
 
-    in_blocks: one of them was stored in FP8 blocks, whose rounding cells are not known; the Jaccard
+    in_blocks: one of them was stored as codes, whose rounding cells are not known; the Jaccard
     index has no null then.
     A quantity that is undefined (an update is zero, k exceeds q or its rank; single entries of an
     update in its factors) is None.

@@ -114,8 +114,7 @@ def _part(info: TensorInfo, name: str, blocks: Blocks, *, axis: int, matrix: int
     view = View(info.name, rows, columns, blocks, axis, matrix)
     turned = axis == 1 and not is_vector
     shape = (blocks.total,) if is_vector else view.shape[::-1] if turned else view.shape
-    itemsize = info.nbytes // max(1, math.prod(info.shape))
-    size = math.prod(shape) * itemsize
+    size = info.nbytes * math.prod(shape) // max(1, math.prod(info.shape))
     return _Part(TensorInfo(name, shape, info.dtype, size, info.source, turned), view)
 
 
