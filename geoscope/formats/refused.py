@@ -27,8 +27,8 @@ __all__ = [
     "by_files",
     "by_tensors",
     "is_adapter_file",
-    "is_megatron",
     "is_never_opened",
+    "is_torch_dist",
     "odd_shards",
     "refusal",
     "refuse_kohya",
@@ -339,8 +339,9 @@ _NEVER = re.compile(
     r"(?:optimizer|scheduler|scaler)\.(?:pt|bin)$|optim_|extra_state_|rng_state|training_args\.bin$"
 )
 _ADAPTER_FILE = re.compile(r"adapter_model(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
-# Megatron's torch_dist is DCP with two files of its own, so it comes first.
+# Megatron's own formats; its torch_dist is DCP with one file more, and is read.
 _MEGATRON_FILE = re.compile(r"(?:common\.pt|model_optim_rng\.pt|distrib_optim\.pt)$")
+_MEGATRON_COMMON = "common.pt"
 _FRAMEWORKS = (
     (
         _MEGATRON_FILE,
@@ -373,9 +374,9 @@ def is_adapter_file(name: str) -> bool:
     return _ADAPTER_FILE.match(name) is not None
 
 
-def is_megatron(names: Collection[str]) -> bool:
-    """Whether a folder with these files is a Megatron checkpoint."""
-    return any(_MEGATRON_FILE.match(name) for name in names)
+def is_torch_dist(names: Collection[str]) -> bool:
+    """Whether a folder with these files is DCP that Megatron wrote."""
+    return ".metadata" in names and _MEGATRON_COMMON in names
 
 
 def by_files(names: Collection[str]) -> Refused | None:

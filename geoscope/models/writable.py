@@ -11,11 +11,17 @@ __all__ = ["refuse_unwritable"]
 
 
 def refuse_unwritable(checkpoint: Checkpoint, command: str) -> None:
-    """Raises CheckpointError for what can be compared, and not be written: codes, empty tensors.
+    """Raises CheckpointError for what can be compared, and not be written: codes, empty tensors,
+    stacks of Megatron.
 
     command: as the message names it.
     """
     refuse_ungathered(checkpoint)
+    if checkpoint.views:  # before anything is taken apart: Megatron's stacks
+        raise UnsupportedFormat(
+            f"`{checkpoint.ref.given}`: Megatron's shards. {command} needs the files of a model. "
+            "Convert it to the format of transformers and give that"
+        )
     weight = next(iter(checkpoint.quantised.values()), None)
     if weight is not None:
         raise UnsupportedFormat(

@@ -284,9 +284,9 @@ MEGATRON = (
             f"{READS} {PARALLEL}",
         ),
         (
-            [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
+            ["common.pt", "metadata.json", "model_optim_rng.pt"],
             "a Megatron checkpoint",
-            "common.pt",
+            "common.pt and 1 more",
             f"{READS} {MEGATRON}",
         ),
     ],
