@@ -211,6 +211,11 @@ OVERLAPS = (
     Quantity("update_angle_left_mean@k", "angle L({k})", "", "", unit="rad"),
     Quantity("mask_jaccard", "Jaccard", "", ""),
     Quantity("sign_conflict", "conflict", "", ""),
+    Quantity("changed_shared", "in both", "", ""),
+    Quantity("changed_only_a", "in one", "", ""),
+    Quantity("changed_only_b", "in other", "", ""),
+    Quantity("head_cosine", "heads", "", ""),
+    Quantity("residual_cosine", "rests", "", ""),
     Quantity("update_angle_right_mean@k", "angle R({k})", "", "", unit="rad"),
 )
 
