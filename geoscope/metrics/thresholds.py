@@ -46,6 +46,8 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "words.enriched": Threshold(2.0, "ours"),
     "words.avoids": Threshold(0.5, "ours"),
     "words.quantised_copy": Threshold(0.85, "ours; the rounding is known to 11 %"),
+    "words.merge_agree": Threshold(0.5, "ours"),
+    "words.merge_least": Threshold(0.1, "ours"),
     "capacity.saturated_k90": Threshold(0.75, "ours; a flat spectrum has .9"),
     "capacity.saturated_tail": Threshold(0.1, "ours"),
     "capacity.concentrated": Threshold(0.1, "ours"),

@@ -44,6 +44,11 @@ _MODELS = 9  # so many have a row
 _LABEL = 20  # letters of a name beside many columns
 _PAIRS = 3
 _ALERTS = 3
+_MERGING = {
+    "head_agreement": "heads agree",
+    "consensus": "rests with their sum",
+    "changed_shared": "changed entries in common",
+}
 _PARTLY = "*"
 _CAUTIOUS = "~"
 
@@ -432,6 +437,7 @@ def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> t
     pairs = _pairs(report, parts[0]) if kind.overlaps and len(parts) > 1 else ""
     lines = [
         pairs,
+        _merging(report),
         *anchor_block(report, kind, parts[0]).lines,
         " ".join(filter(None, (complete, _noise(said, body, is_alone=len(parts) == 1)))),
         _marks(body),
@@ -447,6 +453,21 @@ def _pairs(report: Report, section: Section) -> str:
     told = [f"{row[0].text} {row[2].text} {row[2].null}".rstrip() for row in rows[:_PAIRS]]
     more = f" and {len(rows) - _PAIRS} more" if len(rows) > _PAIRS else ""
     return f"Cosine of the updates: {', '.join(told)}{more}." if told else ""
+
+
+def _merging(report: Report) -> str:
+    """Of several tuned models how their updates would merge, in a sentence; `compare` has no room
+    for it."""
+    outlook = report.summary.merging
+    if outlook is None or report.kind != "alignment":
+        return ""
+    values, nulls = outlook["values"], outlook["nulls"]
+    told = [
+        f"{words} {number(values[key])} ({number(nulls[key])})"
+        for key, words in _MERGING.items()
+        if key in values
+    ]
+    return f"To merge: {outlook['words']}; {', '.join(told)}."
 
 
 def _noise(said: Answer, body: Grid, *, is_alone: bool) -> str:

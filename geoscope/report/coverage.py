@@ -173,7 +173,7 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
     if name == "outside_span" and m == n:
         return "Nothing lies outside the span of a square base."
     if name.startswith("mask_") and any(
-        "FP8" in note or "grid" in note or "codebook" in note for note in layer.notes
+        "quantisation error" in note or "grid" in note or "codebook" in note for note in layer.notes
     ):
         return "Which weights a grid rounds away is not known from its values."
     if name.startswith("mask_"):
