@@ -39,20 +39,24 @@ _PAIRS = 3
 _ALERTS = 3
 _PARTLY = "*"
 _CAUTIOUS = "~"
+_ELSEWHERE = "`details`"
 
 
-def answer(report: Report, *, rows: int | None = None) -> list[Block]:
-    """Title; headline with its facts, at most `rows` of them; coverage and what to do next."""
+def answer(report: Report, *, rows: int | None = None, where: str = _ELSEWHERE) -> list[Block]:
+    """Title; headline with its facts, at most `rows` of them; coverage and what to do next.
+
+    where: all other numbers stand.
+    """
     kind, parts = kind_of(report.kind), sections(report)
     body = _alone(kind, parts[0], rows) if len(parts) == 1 else _several(kind, parts, rows)
     first, *others = headlines(report)
     named = others if len(others) <= _BESIDE else []  # of more the table tells it
-    lines = (*named, *_alerts(report, kind, parts))
+    lines = (*named, *(line.replace(_ELSEWHERE, where) for line in _alerts(report, kind, parts)))
     tone = _tone([outcome(kind, part).tone for part in parts])
     return [
         Block(_title(report, parts)),
         Block(first, lines, body, code=tone),
-        Block("", _tail(report, kind, parts, body)),
+        Block("", _tail(report, kind, parts, body, where)),
     ]
 
 
@@ -411,7 +415,9 @@ def _beside_null(fact: Fact, section: Section) -> Cell:
 # --- coverage and what comes next -----------------------------------------------------------------
 
 
-def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> tuple[str, ...]:
+def _tail(
+    report: Report, kind: Kind, parts: Sequence[Section], body: Grid, where: str
+) -> tuple[str, ...]:
     """Coverage, what the columns and marks mean, what cannot be seen, and what to do next."""
     said = kind.answer
     complete = "" if report.coverage.missing else f"{compared_line(report)}."
@@ -422,7 +428,7 @@ def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> t
         " ".join(filter(None, (complete, _noise(said, body, is_alone=len(parts) == 1)))),
         _marks(body),
         said.caveat,
-        _next(said, parts),
+        _next(said, parts) if where == _ELSEWHERE else said.next and f"Next: {said.next}",
     ]
     return tuple(filter(None, lines))
 
@@ -464,5 +470,5 @@ def _whole_rows(body: Grid) -> list[tuple[Cell, ...]]:
 
 def _next(said: Answer, parts: Sequence[Section]) -> str:
     explained = any(part.verdict and part.verdict.explain for part in parts)
-    words = ["All numbers: `details`", "why: `explain`" if explained else "", said.next]
+    words = [f"All numbers: {_ELSEWHERE}", "why: `explain`" if explained else "", said.next]
     return " · ".join(filter(None, words))
