@@ -26,6 +26,7 @@ def words_of(report: Report) -> str:
     parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
     root = ElementTree.fromstring(render_figure(report, ".svg"), parser)
     comments = [node.text or "" for node in root.iter() if node.tag is ElementTree.Comment]
+    comments = [" ".join(comment.split()) for comment in comments]
     return "\n".join(comment.strip() for comment in comments)
 
 

@@ -23,7 +23,7 @@ from geoscope.report.tables import kind_of
 __all__ = ["render_html", "render_notebook"]
 
 _BELOW = "below"
-_NAMED = 1000  # so many matrices that were not compared are named
+_NAMED = 500  # so many matrices are named beside the table of all
 
 
 def render_html(report: Report) -> str:
@@ -41,7 +41,7 @@ def render_html(report: Report) -> str:
         maps=maps(kind, parts),
         pictures=pictures(kind, parts),
         details=page(report)[1:],
-        explained=[block for part in parts for block in explain_blocks(part)],
+        explained=[block for part in parts for block in explain_blocks(part, _NAMED)],
         table=table(kind, parts),
         missing=report.coverage.missing[:_NAMED],
         more_missing=max(0, len(report.coverage.missing) - _NAMED),

@@ -102,7 +102,7 @@ def _within(words: str, inches: float) -> list[str]:
 def area_title(area: SubFigure, text: str, below: str = "") -> None:
     """The same over an area of several panels; empty lines of the title make room."""
     lines = _within(below, 0.97 * area.bbox.width / area.dpi)
-    style = {"x": 0.01, "ha": "left", "fontweight": "bold", "color": INK}
+    style = {"x": 0.01, "ha": "left", "fontweight": "bold", "color": INK, "linespacing": 1.35}
     area.suptitle(text + "\n " * max(1, len(lines)), fontsize=points_of(10), **style)
     y = 1 - points_of(24) / 72 * area.dpi / area.bbox.height
     style = {"va": "top", "fontsize": points_of(_LABEL_SIZE), "color": GREY}

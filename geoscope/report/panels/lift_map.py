@@ -57,7 +57,7 @@ def draw_lift_map(area: SubFigure, parts: Parts) -> None:
         if len(parts) > 1:
             label = f"{part.tuned} {shorten(part.label, 24)}"
             axes.set_title(label, loc="left", fontsize=points_of(9), color=INK)
-        _set_axes(axes, layers, modules, columns)
+        _set_axes(axes, layers, modules, _labels(area, columns))
         _hatch(axes, _nulls(lifts, held))
         is_written = columns * len(layers) <= _WRITTEN
         meshes += _paint(axes, lifts, reach, is_written=is_written)
@@ -93,11 +93,15 @@ def _nulls(lifts: np.ndarray, held: np.ndarray) -> np.ndarray:
     return held & np.isnan(lifts)
 
 
-def _set_axes(
-    axes: Axes, layers: Sequence[int | None], modules: Sequence[str], columns: int
-) -> None:
+def _labels(area: SubFigure, columns: int) -> int:
+    """How many layers can be named below each map."""
+    inches = 0.7 * area.bbox.width / area.dpi / columns
+    return max(2, int(72 * inches / points_of(24)))
+
+
+def _set_axes(axes: Axes, layers: Sequence[int | None], modules: Sequence[str], most: int) -> None:
     names = ["–" if at is None else str(at) for at in layers]
-    step = max(1, -(-len(names) * columns // 18))
+    step = -(-len(names) // most)
     axes.set_xticks(range(0, len(names), step), names[::step])
     axes.set_yticks(range(len(modules)), modules)
     axes.set_xlim(-0.5, max(3, len(names)) - 0.5)
