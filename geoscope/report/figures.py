@@ -107,7 +107,7 @@ def render_panel(parts: Parts, name: str, *, is_wide: bool) -> bytes:
     panel = PANELS[name]
     with _drawn_in(style):
         made = Figure(figsize=(style.width, panel.height(parts)), layout="constrained")
-        panel.draw(made.subfigures(1, 1), parts)
+        panel.draw(made.subfigures(1, 1, squeeze=False)[0, 0], parts)
         _settle(made)
     return _saved(made, ".svg", style, transparent=True)
 

@@ -130,7 +130,7 @@ def test_skill_below_minus_one_is_seen() -> None:
 def test_the_horizon_stands_in_the_panel_of_skill() -> None:
     made = skill_panel(0.5, 0.4, horizon=20.0)
     marks = [line for line in made.axes[0].lines if line.get_linestyle() == ":"]
-    assert [set(line.get_xdata()) for line in marks] == [{20.0}]
+    assert [set(np.array(line.get_xdata()).tolist()) for line in marks] == [{20.0}]
     assert any("horizon, 20.0 steps" in words.get_text() for words in texts(made))
 
 
@@ -179,7 +179,7 @@ def shown(made: Figure) -> list[tuple[str, np.ndarray]]:
 
 def place_of(text: Text) -> np.ndarray:
     """Without the empty lines of a title, which make room."""
-    place = text.get_window_extent().extents.copy()
+    place = np.array(text.get_window_extent().extents)
     lines = text.get_text().split("\n")
     empty = sum(not line.strip() for line in lines)
     place[1] += (place[3] - place[1]) * empty / len(lines)
@@ -195,7 +195,7 @@ def overlapping(places: list[tuple[str, np.ndarray]]) -> list[tuple[str, str]]:
     ]
 
 
-SIZES = {
+SIZES: dict[str, tuple[str, dict[str, object]]] = {
     "one matrix": ("compare", {"layers": 1, "modules": ("q_proj",)}),
     "two layers": ("alignment", {"layers": 2}),
     "two models": ("compare", {"layers": 2, "runs": 2}),
