@@ -99,6 +99,7 @@ class Kind:
     worst: the id that orders the matrices where no verdict flags any.
     sentence: the id and the words of the headline where there is no verdict.
     panels: rows of panels of the figure (geoscope.report.panels).
+    close: panels of the page alone.
     answer: its first lines: headline and facts.
     null: what the nulls of this kind are, as the head of their column and in the legend.
     share: what a verdict's shares are of, in the headline and beside the counts of matrices.
@@ -119,6 +120,7 @@ class Kind:
     curves: tuple[str, ...] = ()
     null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
     share: tuple[str, str] = ("of the update's energy", "matrices (share of energy)")
+    close: tuple[str, ...] = ("worst",)
     drops_empty: bool = False
     has_cautions: bool = True
 

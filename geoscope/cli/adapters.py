@@ -57,7 +57,7 @@ def init_adapter(
     ],
     out: opt.InitFolder = None,
     files: opt.ReportFiles = None,
-    show: Annotated[Show, taken("as_json", "quiet", "details", "verbose", "debug")],
+    show: Annotated[Show, taken("as_json", "style", "quiet", "details", "verbose", "debug")],
 ) -> None:
     """Initial weights of an adapter: GeoRA, PiSSA, RLPO …."""
     from geoscope.verbs.adapters.initialise import default_output, initialise, model_here

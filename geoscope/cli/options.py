@@ -15,6 +15,7 @@ import typer
 from geoscope.cli.limits import parse_limits
 from geoscope.errors import OptionError
 from geoscope.folders import results_folder
+from geoscope.report import STYLES
 
 __all__ = ["Read", "read_numbers", "read_part"]
 
@@ -53,6 +54,12 @@ def _dimensions(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise OptionError(f"--k {text!r}: write whole numbers such as 8,64") from None
+
+
+def _style(text: str) -> str:
+    if text not in STYLES:
+        raise OptionError(f"--style {text!r}: write {' or '.join(STYLES)}")
+    return text
 
 
 def read_part(text: str | None) -> tuple[int, int] | None:
@@ -252,14 +259,17 @@ WithPeft = Annotated[bool, words("--with-peft",
 AsJson = Annotated[bool, words("--json",
     "One JSON document on standard output, in place of the text.")]
 Out = Annotated[list[Path], words("--out FILE, -o",
-    "Also write FILE.{json,csv,md,png,svg,pdf}; the suffix decides. May be given again.")]
+    "Also write FILE.{json,html,csv,md,png,svg,pdf}; the suffix decides. May be given again.")]
 ReportFiles = Annotated[list[Path] | None, words("--report FILE",
-    "Also write the report as FILE.{json,csv,md,png,svg,pdf}. May be given again.")]
+    "Also write the report as FILE.{json,html,csv,md,png,svg,pdf}. May be given again.")]
 InitFolder = Annotated[Path | None, words("--out OUT, -o",
     "Folder to write. Default: a name made of model, method and rank.")]
 PlainFolder = Annotated[Path, words("--out OUT, -o", "Folder to write the plain LoRA to.")]
 PredictedFolder = Annotated[Path, words("--out OUT, -o",
     "Folder to write the predicted model or adapter to.")]
+Style = Annotated[str, words("--style STYLE",
+    "Of figures: screen, or paper (as wide as a page of text, without the title)."),
+    Read(_style, STYLES[0])]
 Force = Annotated[bool, words("--force", "Overwrite existing files.")]
 ForceInit = Annotated[bool, words("--force",
     "Replace files of an earlier run in OUT, and of --report.")]

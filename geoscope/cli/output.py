@@ -165,6 +165,7 @@ class Show:
 
     as_json: bool = False
     out: Sequence[Path] = ()
+    style: str = reports.STYLES[0]
     force: bool = False
     strict: bool = False
     dry_run: bool = False
@@ -185,7 +186,7 @@ def emit(report: Report, show: Show) -> None:
             _put(worded(_text(report, show)))  # printable by itself: escapes in it are our colours
     finally:
         for path in show.out:
-            reports.write(report, path, words=worded)
+            reports.write(report, path, style=show.style, words=worded)
             say(f"wrote {path}", quiet=show.quiet)
 
 

@@ -30,7 +30,7 @@ SeveralTuned = Annotated[
 Adapter = Annotated[str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")]
 
 _SHOW = (
-    *("as_json", "out", "force", "strict", "dry_run", "quiet", "details", "verbose"),
+    *("as_json", "out", "style", "force", "strict", "dry_run", "quiet", "details", "verbose"),
     *("debug", "fail_on"),
 )
 _PAIR = (

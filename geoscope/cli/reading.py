@@ -17,7 +17,18 @@ __all__ = ["join", "metrics", "show"]
 
 Shown = Annotated[
     Show,
-    taken("as_json", "out", "force", "quiet", "details", "verbose", "debug", "fail_on", "explain"),
+    taken(
+        "as_json",
+        "out",
+        "style",
+        "force",
+        "quiet",
+        "details",
+        "verbose",
+        "debug",
+        "fail_on",
+        "explain",
+    ),
 ]
 
 
@@ -47,7 +58,7 @@ def join(
     show: Annotated[
         Show,
         taken(
-            *("as_json", "out", "force", "strict", "quiet", "verbose", "debug", "fail_on"),
+            *("as_json", "out", "style", "force", "strict", "quiet", "verbose", "debug", "fail_on"),
             "explain",
         ),
     ],

@@ -29,7 +29,18 @@ Points = Annotated[
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
 _TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
-_SHOW = ("as_json", "out", "force", "strict", "quiet", "details", "verbose", "debug", "fail_on")
+_SHOW = (
+    "as_json",
+    "out",
+    "style",
+    "force",
+    "strict",
+    "quiet",
+    "details",
+    "verbose",
+    "debug",
+    "fail_on",
+)
 
 
 def _series(*names: str) -> object:

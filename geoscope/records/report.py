@@ -104,8 +104,8 @@ class Report:
         return reading(key, self.summary.model, self.summary.nulls)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the tables of the page."""
-        from geoscope.report.notebook import render_notebook
+        """What a notebook shows: the headline, its facts, all tables."""
+        from geoscope.report.html.document import render_notebook
 
         return render_notebook(self)
 
@@ -119,23 +119,24 @@ class Report:
 
         return to_frame(self, part)
 
-    def figure(self, name: str | None = None) -> Figure:
+    def figure(self, name: str | None = None, *, style: str = "screen") -> Figure:
         """The figure of the report, or one panel of it by name, as a matplotlib Figure.
 
+        style: screen, or paper (as wide as a page of text, without the title).
         Raises OptionError with the names that there are.
         """
         from geoscope.report.figures import figure
 
-        return figure(self, name)
+        return figure(self, name, style=style)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .json (which `geoscope.read_report` opens), .csv, .md, .png, .svg or .pdf.
+    def save(self, path: str | os.PathLike[str], *, style: str = "screen") -> None:
+        """Writes .json (which `geoscope.read_report` opens), .html, .csv, .md, .png, .svg or .pdf.
 
-        A file that is there is replaced. Raises OptionError or ReportError.
+        A file that is there is replaced. style: of figures. Raises OptionError or ReportError.
         """
         from geoscope.report import write
 
-        write(self, path)
+        write(self, path, style=style)
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **encode(self)}

@@ -51,22 +51,27 @@ _MERGING = {
 }
 _PARTLY = "*"
 _CAUTIOUS = "~"
+_ELSEWHERE = "`details`"
 
 
-def answer(report: Report, *, rows: int | None = None) -> list[Block]:
-    """Title; headline with its facts, at most `rows` of them; coverage and what to do next."""
+def answer(report: Report, *, rows: int | None = None, where: str = _ELSEWHERE) -> list[Block]:
+    """Title; headline with its facts, at most `rows` of them; coverage and what to do next.
+
+    where: all other numbers stand.
+    """
     kind, parts = kind_of(report.kind), sections(report)
     asked = answering(report)
     body = _alone(kind, parts[0], rows) if len(parts) == 1 else _several(report, parts, rows)
     first, *others = headlines(report)
     # Of more the table tells it.
     named = [] if kind.answer.is_joint or len(others) > _BESIDE else others
-    lines = (*named, *_alerts(report, kind, asked))
+    alerts = _alerts(report, kind, asked)
+    lines = (*named, *(line.replace(_ELSEWHERE, where) for line in alerts))
     tone = _tone([outcome(kind, part).tone for part in asked])
     return [
         Block(_title(report, parts)),
         Block(first, lines, body, code=tone),
-        Block("", _tail(report, kind, parts, body)),
+        Block("", _tail(report, kind, parts, body, where)),
     ]
 
 
@@ -429,7 +434,9 @@ def _beside_null(fact: Fact, section: Section) -> Cell:
 # --- coverage and what comes next -----------------------------------------------------------------
 
 
-def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> tuple[str, ...]:
+def _tail(
+    report: Report, kind: Kind, parts: Sequence[Section], body: Grid, where: str
+) -> tuple[str, ...]:
     """Coverage, what the columns and marks mean, what cannot be seen, and what to do next."""
     said = kind.answer
     others = "; `all_matrices` reads the others" if report.coverage.unread else ""
@@ -442,7 +449,9 @@ def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> t
         " ".join(filter(None, (complete, _noise(said, body, is_alone=len(parts) == 1)))),
         _marks(body),
         said.caveat,
-        _next(said, answering(report)),
+        _next(said, answering(report))
+        if where == _ELSEWHERE
+        else said.next and f"Next: {said.next}",
     ]
     return tuple(filter(None, lines))
 
@@ -499,5 +508,5 @@ def _whole_rows(body: Grid) -> list[tuple[Cell, ...]]:
 
 def _next(said: Answer, parts: Sequence[Section]) -> str:
     explained = any(part.verdict and part.verdict.explain for part in parts)
-    words = ["All numbers: `details`", "why: `explain`" if explained else "", said.next]
+    words = [f"All numbers: {_ELSEWHERE}", "why: `explain`" if explained else "", said.next]
     return " · ".join(filter(None, words))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from geoscope.kinds import Kind
-from geoscope.records import LayerRecord, Report, Verdict
+from geoscope.records import Report, Verdict
 from geoscope.report.beside import anchor_block, overlap_block
 from geoscope.report.coverage import coverage_block, status_block
 from geoscope.report.explain import explain_blocks
@@ -22,12 +22,12 @@ from geoscope.report.sections import (
     Section,
     Subject,
     base_label,
-    dimension,
     dimensions,
     sections,
     with_dimension,
 )
 from geoscope.report.tables import kind_of
+from geoscope.report.worst import worst, worst_words
 
 __all__ = ["headline", "page", "title"]
 
@@ -183,7 +183,7 @@ def _matrices_block(kind: Kind, section: Section, *, verbose: bool) -> Block:
     if verbose:
         name, chosen = "all matrices", list(section.layers)
     else:
-        name, chosen = _worst(kind, section)
+        name, chosen = worst_words(section), worst(section, _WORST)
     has_code = any(layer.verdict for layer in chosen)
     heads = [MATRIX, VERDICT] if has_code else [MATRIX]
     cells = [
@@ -191,25 +191,3 @@ def _matrices_block(kind: Kind, section: Section, *, verbose: bool) -> Block:
     ]
     subjects = [Subject(layer.values, layer.nulls, (layer,)) for layer in chosen]
     return Block(name, grid=subject_grid(kind, heads, cells, subjects))
-
-
-def _worst(kind: Kind, section: Section) -> tuple[str, list[LayerRecord]]:
-    """At most five: those the verdict flags, worst first, else the largest by the kind's number."""
-    flagged = section.verdict.flagged if section.verdict else ()
-    if flagged:
-        by_name = {layer.name: layer for layer in section.layers}
-        chosen = [by_name[name] for name in flagged if name in by_name]
-        name = f"flagged: {len(flagged)} of {len(section.layers)} matrices, worst first"
-        return name, chosen[:_WORST]
-    sized = [
-        (value, layer)
-        for layer in section.layers
-        if (value := _at_own_k(kind.worst, layer)) is not None
-    ]
-    sized.sort(key=lambda item: -item[0])
-    label = kind.worst.removesuffix("@k").replace("_", " ")
-    return f"largest {label}", [layer for _, layer in sized[:_WORST]]
-
-
-def _at_own_k(pattern: str, layer: LayerRecord) -> float | int | None:
-    return layer.values.get(with_dimension(pattern, dimension(layer)))

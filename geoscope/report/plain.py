@@ -23,8 +23,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return value if isinstance(value, Enum) or value.isprintable() else printable(value)
     if isinstance(value, tuple | list):
-        if value and isinstance(value[0], float):  # a curve or a spectrum
-            return value
+        first = value[0] if value else ""
+        if isinstance(first, float) or (_is_pair(first) and isinstance(value, tuple)):
+            return value  # a spectrum or a curve
         items = [_plain(item) for item in value]
         same = all(map(_is_same, items, value))
         return value if same else type(value)(items)
@@ -37,6 +38,10 @@ def _plain(value: Any) -> Any:
         changed = {name: made for name, item in own.items() if (made := _plain(item)) is not item}
         return replace(value, **changed) if changed else value
     return value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float | int)
 
 
 def _is_same(one: Any, other: Any) -> bool:

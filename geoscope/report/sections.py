@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from geoscope.kinds import Kind
 from geoscope.records import LayerRecord, ModelRef, Report, Status, Steps, Values, Verdict
 from geoscope.report.numbers import shorten
 from geoscope.report.tables import kind_of
@@ -72,9 +73,11 @@ class Subject:
 class Section:
     """One tuned model, numbered as in `provenance.refs`: its aggregates and its matrices.
 
+    kind: of the report.
     steps: of a series, the base first; series: id → one number a step.
     """
 
+    kind: Kind
     tuned: int
     label: str
     whole: Subject
@@ -91,33 +94,30 @@ class Section:
 
 def sections(report: Report) -> tuple[Section, ...]:
     """One section, or one for each of several tuned models."""
-    summary = report.summary
+    summary, kind = report.summary, kind_of(report.kind)
     if not summary.runs:
         whole = Subject(summary.model, summary.nulls, report.layers)
         modules = _modules(report.layers, summary.modules, summary.module_nulls)
         label, verdict = _tuned_label(report, 1), summary.verdict
-        return (
-            Section(
-                1, label, whole, modules, verdict, summary.distance, summary.steps, summary.series
-            ),
-        )
+        ends = summary.distance, summary.steps, summary.series
+        return (Section(kind, 1, label, whole, modules, verdict, *ends),)
     found: list[Section] = []
     for run in summary.runs:
         layers = tuple(layer for layer in report.layers if layer.tuned == run.tuned)
         modules = _modules(layers, run.modules, run.module_nulls)
         whole = Subject(run.model, run.nulls, layers)
         label = _tuned_label(report, run.tuned)
-        found.append(Section(run.tuned, label, whole, modules, run.verdict, run.distance))
+        found.append(Section(kind, run.tuned, label, whole, modules, run.verdict, run.distance))
     return tuple(found)
 
 
 def answering(report: Report) -> tuple[Section, ...]:
     """The sections that answer: of a kind with one answer for all models the report itself."""
-    parts, summary = sections(report), report.summary
-    if len(parts) == 1 or not kind_of(report.kind).answer.is_joint:
+    parts, summary, kind = sections(report), report.summary, kind_of(report.kind)
+    if len(parts) == 1 or not kind.answer.is_joint:
         return parts
     whole = Subject(summary.model, summary.nulls, ())
-    return (Section(0, base_label(report), whole, {}, summary.verdict),)
+    return (Section(kind, 0, base_label(report), whole, {}, summary.verdict),)
 
 
 def _modules(

@@ -33,6 +33,11 @@ def is_pdf(content: bytes) -> bool:
     return content.startswith(b"%PDF-") and content.rstrip().endswith(b"%%EOF")
 
 
+def is_page(content: bytes) -> bool:
+    text = content.decode()
+    return text.lstrip().startswith("<!doctype html>") and text.endswith("</html>\n")
+
+
 def is_text(content: bytes) -> bool:
     return content.decode().endswith("\n") and b"\r" not in content
 
@@ -43,6 +48,7 @@ def is_json(content: bytes) -> bool:
 
 VALID: dict[str, Callable[[bytes], bool]] = {
     ".json": is_json,
+    ".html": is_page,
     ".csv": is_text,
     ".md": is_text,
     ".png": is_png,
