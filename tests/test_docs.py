@@ -85,7 +85,7 @@ def options_of(command: str) -> set[str]:
     """All spellings of the options of a command, and of the commands below it."""
     found: set[str] = set()
     for path in [(command,), *((command, name) for name in commands_below(command))]:
-        for line in section_of(help_of(*path), "Options"):
+        for line in help_of(*path).splitlines():  # they stand in groups
             if line.startswith("  -"):
                 found |= spellings(re.split(r"\s{2,}|<", line.strip())[0])
     return found
