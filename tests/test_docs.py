@@ -416,6 +416,25 @@ def test_ci_ends_with_the_test_command_of_the_readme() -> None:
     assert script[-1] in text_of(ROOT / "README.md")
 
 
+# --- the picture --------------------------------------------------------------------------------
+
+
+def test_the_picture_of_the_readme_is_the_figure_of_the_demo(tmp_path: Path) -> None:
+    picture = DOCS / "images" / "demo.svg"
+    assert "(docs/images/demo.svg)" in text_of(ROOT / "README.md")
+    unpack(tmp_path / DEMO)
+    models = tmp_path / DEMO / "base", tmp_path / DEMO / "grpo" / "checkpoint-320"
+    report = geoscope.compare(*models, kind="collapse", options=geoscope.Options(device="cpu"))
+    report.save(tmp_path / "demo.svg")
+    if writing():
+        picture.write_bytes((tmp_path / "demo.svg").read_bytes())
+    words = [
+        re.findall(r"<!-- (.*?) -->", text_of(path)) for path in (picture, tmp_path / "demo.svg")
+    ]
+    assert words[0] == words[1]
+    assert len(words[0]) > 40
+
+
 # --- versions -----------------------------------------------------------------------------------
 
 
