@@ -80,7 +80,7 @@ def test_json_is_one_document_and_equals_the_file(
     done = run(command, models["base"], models["tuned"], "--json", "-o", out)
     assert done.code == 0
     assert json.loads(done.out) == json.loads(out.read_text())
-    assert done.report["schema"] == "geoscope.report/1"
+    assert done.report["schema"] == "geoscope.report/2"
     assert done.report["kind"] == command
     assert len(done.report["layers"]) == MATRICES
     assert read(out).to_json() == json.loads(done.out)
