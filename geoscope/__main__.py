@@ -48,7 +48,7 @@ def _run() -> None:
     try:
         take_streams()
         _check_working_folder()
-        app()
+        app(prog_name="geoscope")
     except GeoscopeError as error:
         _tell_whole()
         fault(told(error))

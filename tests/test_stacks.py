@@ -17,6 +17,7 @@ from geoscope.linalg.grids import grid_of, grids_of
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.verbs.options import Options
 from tests.helpers.matrices import DTYPES, gaussian, heavy_headed, save_model
+from tests.helpers.running import by_rows
 
 planning = importlib.import_module("geoscope.engine.plan")  # its name is that of a function, too
 
@@ -46,7 +47,7 @@ def told(folder: Path, jobs: int, **options: bool) -> list[str]:
     """The part of the report that each matrix has, and the verdict."""
     chosen = Options(jobs=jobs, ks=(4, 16), cache=None, **options)
     report = geoscope.compare(str(folder / "base"), str(folder / "tuned"), options=chosen)
-    found = report.to_json()
+    found = by_rows(report.to_json())
     return [json.dumps(part) for part in (*found["layers"], found["summary"])]
 
 

@@ -9,6 +9,8 @@ import typer
 from geoscope._version import __version__
 from geoscope.cli import adapters, cache, demo, lineage, output, pairs, reading, series, watch
 from geoscope.cli.command import flat
+from geoscope.cli.help import GroupedCommand
+from geoscope.cli.versions import versions
 from geoscope.cli.wording import worded
 from geoscope.errors import GeoscopeError
 
@@ -25,7 +27,6 @@ app = typer.Typer(
     help="What RLVR post-training did to the weights: anisotropy, alignment, spectral collapse.",
     epilog=_EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        output.data(f"geoscope {__version__}")
+        output.data(f"geoscope {__version__}\n{versions()}")
         raise typer.Exit
 
 
@@ -64,9 +65,10 @@ for _command in (
     reading.show,
     reading.join,
     reading.metrics,
+    reading.schema,
     demo.demo,
 ):
-    app.command(epilog=_EPILOG)(flat(_command))
+    app.command(cls=GroupedCommand, epilog=_EPILOG)(flat(_command))
 app.add_typer(cache.app, name="cache")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from geoscope.cli import output
+from geoscope.cli.help import GroupedCommand
 
 __all__ = ["app"]
 
@@ -15,7 +16,7 @@ app = typer.Typer(
 )
 
 
-@app.command("list")
+@app.command("list", cls=GroupedCommand)
 def show() -> None:
     """Where results and tensors are kept, how many, and their size."""
     from geoscope.verbs.caches import caches
@@ -25,7 +26,7 @@ def show() -> None:
         output.data(f"{kept.folder}\n{len(kept.sizes)} {kept.what}, {size:.1f} MB")
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 def clear() -> None:
     """Remove every kept result and tensor."""
     from geoscope.verbs.caches import caches

@@ -11,21 +11,20 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from geoscope import report as reports
+from geoscope.cli.bars import Bars
 from geoscope.cli.wording import worded
 from geoscope.errors import ReportError
 from geoscope.foreign import printable
 from geoscope.records import Report
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from geoscope.verbs.options import Planned, Progress
 
 __all__ = [
@@ -278,25 +277,13 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     if quiet or not sys.stderr.isatty():
         yield Progress(on_plan=plan, on_recalled=recalled, on_note=note)
         return
-    bar = _bar()
-    tasks: dict[str, Any] = {}
-
-    def between_bars(planned: Planned) -> None:
-        bar.stop()
-        plan(planned)
-        bar.start()
-        tasks["matrices"] = bar.add_task("matrices", total=planned.matrices)
-
-    def paired(done: int, _total: int, _name: str) -> None:
-        bar.update(tasks["matrices"], completed=done)
-
-    with bar:
+    with Bars() as bars:
         yield Progress(
-            on_download=_downloads(bar),
-            on_plan=between_bars,
-            on_pair=paired,
-            on_recalled=recalled,
-            on_note=note,
+            on_download=bars.fetched,
+            on_plan=bars.between(plan),
+            on_pair=bars.counted("matrices"),
+            on_recalled=bars.between(recalled),
+            on_note=bars.between(note),
         )
 
 
@@ -315,53 +302,13 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
     if quiet or not sys.stderr.isatty():
         yield Progress(on_fetch=fetching, on_network=training)
         return
-    with _bar() as bar:
-        task = bar.add_task("matrices", total=None)
-
-        def between_bars(nbytes: int, free: int) -> None:
-            bar.stop()
-            fetching(nbytes, free)
-            bar.start()
-
-        def paired(done: int, total: int, _name: str) -> None:
-            bar.update(task, completed=done, total=total)
-
-        def trained(done: int, total: int) -> None:
-            bar.update(task, description="networks", completed=done, total=total)
-
+    with Bars() as bars:
         yield Progress(
-            on_fetch=between_bars,
-            on_download=_downloads(bar),
-            on_pair=paired,
-            on_network=trained,
+            on_fetch=bars.between(fetching),
+            on_download=bars.fetched,
+            on_pair=bars.counted("matrices"),
+            on_network=bars.counted("networks"),
         )
-
-
-def _downloads(bar: Bar) -> Callable[[str, int, int], None]:
-    """A line in the bar for each file that is being fetched."""
-    tasks: dict[str, Any] = {}
-
-    def download(file: str, done: int, total: int) -> None:
-        if file not in tasks:
-            tasks[file] = bar.add_task(f"fetching {printable(file)}", total=total)
-        bar.update(tasks[file], completed=done, total=total, visible=done < total)
-
-    return download
-
-
-def _bar() -> Bar:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    return Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 def _plan_line(plan: Planned) -> str:

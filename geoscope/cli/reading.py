@@ -1,4 +1,4 @@
-"""Commands that need no model: a saved report again, the table of metrics."""
+"""Commands that need no model: a saved report again, the table of metrics, the schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geoscope.cli import output
 from geoscope.cli.command import leave, ready, taken
 from geoscope.cli.output import Show
 
-__all__ = ["join", "metrics", "show"]
+__all__ = ["join", "metrics", "schema", "show"]
 
 Shown = Annotated[
     Show,
@@ -89,3 +89,10 @@ def metrics(
         output.document(describe.dumps(METRICS if chosen is None else (chosen,)))
     else:
         output.data(describe.listing() if chosen is None else describe.describe(chosen))
+
+
+def schema() -> None:
+    """The JSON Schema of reports."""
+    from importlib.resources import files
+
+    output.data(files("geoscope.records").joinpath("report.schema.json").read_text("utf-8"))

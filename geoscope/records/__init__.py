@@ -6,7 +6,7 @@ Numbers that are undefined are None and carry a `Status`; nothing is ever replac
 from geoscope.records.codec import decode, encode
 from geoscope.records.layers import LayerRecord, Layers, Overlap, Run, Summary, Verdict
 from geoscope.records.numbers import Collected, Curve, Numbers, Reading, Status, Steps, Values
-from geoscope.records.report import SCHEMA, Coverage, Provenance, Report
+from geoscope.records.report import SCHEMA, Coverage, Provenance, Report, report_schema
 from geoscope.records.survey import Survey
 from geoscope.records.tensors import (
     CODES,
@@ -52,4 +52,5 @@ __all__ = [
     "WeightPair",
     "decode",
     "encode",
+    "report_schema",
 ]

@@ -13,6 +13,7 @@ from geoscope.kinds import Kind
 from geoscope.records import Report, Verdict
 from geoscope.report.beside import anchor_block, overlap_block
 from geoscope.report.coverage import coverage_block, status_block
+from geoscope.report.depth import depth_block
 from geoscope.report.explain import explain_blocks
 from geoscope.report.grids import MATRIX, VERDICT, code_cell, model_grid, subject_grid
 from geoscope.report.methods import methods_block
@@ -111,6 +112,7 @@ def _section_blocks(kind: Kind, section: Section, *, verbose: bool, is_only: boo
         Block(": ".join(filter(None, (name, code))), lines, code=verdict.code if verdict else ""),
         _model_block(kind, section, verbose=verbose),
         Block("modules", grid=_modules_grid(kind, section)),
+        depth_block(kind, section),
         _matrices_block(kind, section, verbose=verbose),
     ]
     return [*blocks, methods_block(section)] if verbose else blocks

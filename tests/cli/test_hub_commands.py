@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from tests.helpers.forked import GEOSCOPE, run_forked
 from tests.helpers.hub_server import HubServer, Repo, commit_of
+from tests.helpers.running import by_rows
 
 with warnings.catch_warnings():  # of packages that peft imports
     warnings.simplefilter("ignore")
@@ -99,7 +100,7 @@ class Shell:
     def report(self, *words: str | Path, **settings: str) -> dict[str, Any]:
         done = self(*words, "--json", **settings)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return by_rows(json.loads(done.stdout))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 from geoscope.records import (
     Coverage,
+    Curve,
     LayerRecord,
     Layers,
     ModelRef,
@@ -399,7 +400,7 @@ def _rank_verdict(values: dict[str, float | int], k: int) -> dict[str, object]:
 
 def _curves(
     generator: random.Random, m: int, n: int, values: dict[str, float | int], ks: Sequence[int]
-) -> dict[str, tuple[tuple[float, float], ...]]:
+) -> dict[str, Curve]:
     q = min(m, n)
     points = sorted({round(q ** (i / 63)) for i in range(64)})
     scale = float(values["relative_update"]) * math.sqrt(m * n) * 0.02
@@ -421,7 +422,7 @@ def _curves(
             if values.get(f"angle_{side}_mean@{k}") is not None and k < q:
                 mean = float(values[f"angle_{side}_mean@{k}"])
                 curves[f"angles_{side}@{k}"] = [(i, 2 * mean * i / k) for i in range(1, k + 1)]
-    return {key: tuple((float(x), y) for x, y in curve) for key, curve in curves.items()}
+    return {key: Curve.through((float(x), y) for x, y in curve) for key, curve in curves.items()}
 
 
 def _not_finite(layer: LayerRecord) -> LayerRecord:

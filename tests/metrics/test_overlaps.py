@@ -24,6 +24,7 @@ from geoscope.metrics.overlaps import PHI_DIMENSIONS, overlap
 from geoscope.verbs.options import Interrupted
 from tests.helpers import oracle
 from tests.helpers.matrices import DTYPES, gaussian, orthonormal, save_model, updated, with_spectrum
+from tests.helpers.running import by_rows
 
 SHAPES = {"square": (40, 40), "tall": (60, 30), "wide": (30, 60)}
 KS = (2, 8, 30)
@@ -446,7 +447,7 @@ def test_with_one_tuned_model_nothing_is_numbered(tmp_path: Path) -> None:
     assert report.overlaps == ()
     assert report.summary.runs == ()
     assert {one.tuned for one in report.layers} == {None}
-    document = report.to_json()
+    document = by_rows(report.to_json())
     assert "overlaps" not in document
     assert "runs" not in document["summary"]
     assert all("tuned" not in row for row in document["layers"])

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from geoscope.kinds import KINDS
-from geoscope.records import LayerRecord, Report
+from geoscope.records import Curve, LayerRecord, Report
 from geoscope.report.figures import panel_names, render_figure
 from geoscope.report.numbers import number
 from geoscope.report.panels import PANELS
@@ -140,8 +140,8 @@ def test_every_panel_of_a_kind_exists() -> None:
 
 
 def test_middle_of_curves_is_their_mean_where_all_are_defined() -> None:
-    short = LayerRecord("a", 0, "x", (4, 4), curves={"c": ((1, 0.1), (4, 0.4))})
-    long = LayerRecord("b", 0, "x", (8, 8), curves={"c": ((0, 9), (1, 0.3), (8, 0.9))})
+    short = LayerRecord("a", 0, "x", (4, 4), curves={"c": Curve((1, 4), (0.1, 0.4))})
+    long = LayerRecord("b", 0, "x", (8, 8), curves={"c": Curve((0, 1, 8), (9, 0.3, 0.9))})
     curves = [found for layer in (short, long) if (found := points(layer, "c"))]
     middle = middle_of(curves)
     assert middle is not None

@@ -27,7 +27,7 @@ from geoscope.metrics import (
 )
 from geoscope.metrics.curves import curves
 from geoscope.metrics.spectrum import noise_edge
-from geoscope.records import Curve, Status, WeightPair
+from geoscope.records import Curve, Status, WeightPair, decode, encode
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs.selection import dimensions, selected, verdict_k
 
@@ -132,7 +132,7 @@ def _kept(matrix: Matrix) -> dict[str, Any]:
     return {
         "row": {**asdict(matrix.row), "status": {k: v.value for k, v in matrix.row.status.items()}},
         "method": matrix.method,
-        "curves": matrix.curves,
+        "curves": {key: encode(curve) for key, curve in matrix.curves.items()},
         "notes": matrix.notes,
     }
 
@@ -143,7 +143,7 @@ def _recalled(one: WeightPair, kept: Any, kind: str, options: Options) -> Matrix
         status = {key: Status(value) for key, value in kept["row"]["status"].items()}
         row = Measured(**{**kept["row"], "status": status})
         method, notes = kept["method"], tuple(kept["notes"])
-        drawn = {key: tuple((x, y) for x, y in curve) for key, curve in kept["curves"].items()}
+        drawn = {key: decode(Curve, curve) for key, curve in kept["curves"].items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     judged = _judged(row, two_sides(one.shape), kind, options)
