@@ -118,6 +118,9 @@ MaxMemory = Annotated[str | None, words("--max-memory SIZE",
     "all workers need for their largest pair, half of the free memory at most.")]
 Jobs = Annotated[int | None, words("--jobs N, -j",
     "Worker threads on the CPU; the numbers do not depend on it. Default: one a core.")]
+Ray = Annotated[str | None, words("--ray ADDRESS",
+    "Compute on the Ray cluster at this address: auto for the one that runs here, local to start "
+    "one. Nodes read the models by the same paths or Hub ids.")]
 Seed = Annotated[int, words("--seed N", "Seed of the sampled nulls.")]
 SeriesSeed = Annotated[int, words("--seed N", "Seed of bootstraps and searches.")]
 InitSeed = Annotated[int, words("--seed N",

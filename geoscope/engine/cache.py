@@ -23,7 +23,7 @@ from torch import Tensor
 from geoscope.files import TEMPORARY, keep, own_entries, remove, remove_if_empty
 from geoscope.foreign import parsed, small_text
 
-__all__ = ["ResultCache", "content_of"]
+__all__ = ["ResultCache", "code_version", "content_of"]
 
 
 _FOLDER = re.compile(r"[0-9a-f]{2}")

@@ -11,10 +11,12 @@ from geoscope.records import WeightPair
 
 __all__ = [
     "Batch",
+    "asked_memory",
     "default_memory",
     "device_memory",
     "estimate_seconds",
     "least_memory",
+    "needed_memory",
     "parse_memory",
     "plan",
     "room_for_batches",
@@ -35,6 +37,8 @@ _SMALL = 10**6
 _TOGETHER = 32 * 10**6
 # Stacks of one shape for each worker, so that all end at about the same time.
 _TURNS = 4
+
+_ANY = 1 << 60  # more than any machine has
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -65,10 +69,23 @@ def default_memory(
 
     At most half of the `available` bytes, and at least `least_memory`. entry_bytes: as in `plan`.
     """
-    batches = plan(pairs, memory=available, workers=workers, entry_bytes=entry_bytes)
-    needs = (batch.working_bytes for batch in batches)
-    wanted = BASELINE + sum(nlargest(workers + 1, needs))
+    wanted = _wanted(pairs, available, workers, entry_bytes)
     return max(least_memory(pairs), min(wanted, available // 2))
+
+
+def needed_memory(pairs: Sequence[WeightPair], *, workers: int, entry_bytes: int) -> int:
+    """As `default_memory`, of a machine with room for it."""
+    return max(least_memory(pairs), _wanted(pairs, _ANY, workers, entry_bytes))
+
+
+def asked_memory(pairs: Iterable[WeightPair], text: str) -> int:
+    """The bound that was asked for: a size, or `min`. Raises OptionError."""
+    return least_memory(pairs) if text == "min" else parse_memory(text)
+
+
+def _wanted(pairs: Sequence[WeightPair], memory: int, workers: int, entry_bytes: int) -> int:
+    batches = plan(pairs, memory=memory, workers=workers, entry_bytes=entry_bytes)
+    return BASELINE + sum(nlargest(workers + 1, (batch.working_bytes for batch in batches)))
 
 
 def device_memory(free: Iterable[int]) -> int:

@@ -10,11 +10,15 @@ from geoscope.engine import (
     default_memory,
     device_memory,
     estimate_seconds,
-    least_memory,
-    parse_memory,
     plan,
 )
-from geoscope.engine.plan import BASELINE, room_for_batches, working_bytes
+from geoscope.engine.plan import (
+    BASELINE,
+    least_memory,
+    parse_memory,
+    room_for_batches,
+    working_bytes,
+)
 from geoscope.errors import OptionError
 from geoscope.records import TensorInfo, WeightPair
 
