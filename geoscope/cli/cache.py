@@ -1,4 +1,4 @@
-"""`geoscope cache list|clear`: the kept results, and the kept tensors of Hub models."""
+"""`geoscope cache list|clear`: the kept results, tensors of Hub models and factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from geoscope.cli import output
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="The kept results, and tensors of Hub models.",
+    help="The kept results, tensors and factors.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -17,7 +17,7 @@ app = typer.Typer(
 
 @app.command("list")
 def show() -> None:
-    """Where results and tensors are kept, how many, and their size."""
+    """Where results, tensors and factors are kept, how many, and their size."""
     from geoscope.verbs.caches import caches
 
     for kept in caches():
@@ -27,7 +27,7 @@ def show() -> None:
 
 @app.command()
 def clear() -> None:
-    """Remove every kept result and tensor."""
+    """Remove every kept result, tensor and factor."""
     from geoscope.verbs.caches import caches
 
     for kept in caches():

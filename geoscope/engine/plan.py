@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
-from geoscope.errors import OptionError
+from geoscope.arguments import bytes_of
 from geoscope.records import WeightPair
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "estimate_seconds",
     "least_memory",
     "needed_memory",
-    "parse_memory",
     "plan",
     "room_for_batches",
 ]
@@ -39,8 +38,6 @@ _TOGETHER = 32 * 10**6
 _TURNS = 4
 
 _ANY = 1 << 60  # more than any machine has
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 # fp64 flops a second of one CPU core in what dominates, the Gram matrix and its eigenvalues; only
 # the printed estimate hangs on it.
@@ -80,7 +77,7 @@ def needed_memory(pairs: Sequence[WeightPair], *, workers: int, entry_bytes: int
 
 def asked_memory(pairs: Iterable[WeightPair], text: str) -> int:
     """The bound that was asked for: a size, or `min`. Raises OptionError."""
-    return least_memory(pairs) if text == "min" else parse_memory(text)
+    return least_memory(pairs) if text == "min" else bytes_of(text, "max_memory", others=", or min")
 
 
 def _wanted(pairs: Sequence[WeightPair], memory: int, workers: int, entry_bytes: int) -> int:
@@ -91,19 +88,6 @@ def _wanted(pairs: Sequence[WeightPair], memory: int, workers: int, entry_bytes:
 def device_memory(free: Iterable[int]) -> int:
     """What to plan with on each of several devices, from the free bytes of all."""
     return int(_PLANNED * min(free))
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as `8GB`, `500M`, `2000000000`. Raises OptionError."""
-    number = text.strip().upper().rstrip("BKMG")
-    unit = text.strip().upper()[len(number) :]
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise OptionError(f"`max_memory` {text!r}: write a size such as 8GB or 500M, or min")
-    return size
 
 
 def room_for_batches(memory: int) -> int:

@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from geoscope.linalg import Operand, factorise, principal_angles
+from geoscope.linalg import Operand, principal_angles
 from geoscope.linalg.changes import (
     changed_mask,
     matched_spread,
@@ -24,10 +24,9 @@ from geoscope.linalg.changes import (
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import effective_format
+from geoscope.metrics.kept import PHI_DIMENSIONS, Recall, leading_of_update, overlap_cuts
 
-__all__ = ["PHI_DIMENSIONS", "overlap"]
-
-PHI_DIMENSIONS = (1, 8, 16)
+__all__ = ["overlap"]
 
 Values = dict[str, float | int | None]
 
@@ -40,12 +39,13 @@ def overlap(
     ks: Sequence[int],
     solver: str = "auto",
     in_blocks: bool = False,
+    recall: Recall | None = None,
 ) -> tuple[Values, dict[str, float]]:
     """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes, or
     the update in its factors.
 
     in_blocks: one of them was stored in FP8 blocks, whose rounding cells are not known; the Jaccard
-    index has no null then.
+    index has no null then. recall: where factors of the updates, a as 0 and b as 1, are kept.
     A quantity that is undefined (an update is zero, k exceeds q or its rank; single entries of an
     update in its factors) is None.
     """
@@ -61,11 +61,12 @@ def overlap(
         _masks(values, nulls, base[0], a[0], b[0], in_blocks=in_blocks)
     else:
         values |= {"mask_jaccard": None, "sign_conflict": None}
-    inside = [k for k in (*ks, *PHI_DIMENSIONS) if k <= q]
+    inside = overlap_cuts(ks, q)
     left = right = None
     if both and inside:
-        U0, V0 = _leading(first, inside, solver)
-        U1, V1 = _leading(second, inside, solver)
+        (U0, V0), (U1, V1) = (
+            _leading(update, inside, solver, recall, i) for i, update in enumerate((first, second))
+        )
         left, right = (U0, U1), (V0, V1)
     _subspaces(values, nulls, "left", left, (m, q), ks)
     _subspaces(values, nulls, "right", right, (n, q), ks)
@@ -76,7 +77,13 @@ def _update(tuned: Tensor | FactorUpdate, base: Tensor) -> Operand | Product:
     return tuned.product if isinstance(tuned, FactorUpdate) else Operand(tuned, base)
 
 
-def _leading(update: Operand | Product, cuts: Sequence[int], solver: str) -> tuple[Tensor, Tensor]:
+def _leading(
+    update: Operand | Product,
+    cuts: Sequence[int],
+    solver: str,
+    recall: Recall | None,
+    i: int,
+) -> tuple[Tensor, Tensor]:
     """Leading left and right vectors of an update, as columns; as many as its rank at most.
 
     What changed in few entries has few directions: vectors beyond them are the solver's choice.
@@ -84,7 +91,7 @@ def _leading(update: Operand | Product, cuts: Sequence[int], solver: str) -> tup
     if isinstance(update, Product):
         factors = factorise_product(update, vectors=max(cuts), cuts=cuts)
     else:
-        factors = factorise(update, vectors=max(cuts), cuts=cuts, solver=solver)
+        factors = leading_of_update(update, cuts, solver, recall, i)
     assert factors.U is not None and factors.Vh is not None
     S = factors.S[0]
     rank = int((S > max(update.shape) * torch.finfo(S.dtype).eps * S[0]).sum())

@@ -14,8 +14,8 @@ from geoscope.engine import (
 )
 from geoscope.engine.plan import (
     BASELINE,
+    asked_memory,
     least_memory,
-    parse_memory,
     room_for_batches,
     working_bytes,
 )
@@ -214,7 +214,7 @@ def test_the_default_memory_leaves_half_of_what_the_machine_has() -> None:
     ],
 )
 def test_sizes_are_read_in_decimal_units(text: str, expected: int) -> None:
-    assert parse_memory(text) == expected
+    assert asked_memory([], text) == expected
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_sizes_are_read_in_decimal_units(text: str, expected: int) -> None:
 )
 def test_what_is_no_size_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(OptionError) as caught:
-        parse_memory(text)
+        asked_memory([], text)
     message = str(caught.value)
     assert "\n" not in message
     assert f"`max_memory` {text!r}" in message

@@ -56,7 +56,10 @@ def compare(
     first = opened(base, "base")
     started = time.perf_counter()
     others = opened_all(tuned, "tuned")
-    prepared = [prepare(first, one, options, progress) for one in others]
+    several = KINDS[kind].overlaps and len(others) > 1
+    prepared = [
+        replace(prepare(first, one, options, progress), is_one_of_several=several) for one in others
+    ]
     _check_initial(prepared, options)
     beside = None
     given = None if anchor is None else opened(anchor, "anchor")
@@ -76,7 +79,7 @@ def compare(
     sides = [run.about for run in runs]
     sides += [about(each, is_whole=False) for each in prepared[len(runs) :]]
     report = assemble(sides, runs, kind, options, argv, time.perf_counter() - started)
-    if KINDS[kind].overlaps and len(runs) == len(prepared) and not runs[-1].interrupted:
+    if several and len(runs) == len(prepared) and not runs[-1].interrupted:
         pairs = combinations(range(1, len(tuned) + 1), 2)
         try:
             found = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]

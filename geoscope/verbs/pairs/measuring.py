@@ -97,7 +97,8 @@ def _headers(prepared: Prepared) -> Headers:
     def nominal(pair: WeightPair) -> int | None:
         return prepared.tuned.nominal_rank(pair.tuned.name)
 
-    return Headers(prepared.rounding, nominal, prepared.has_base)
+    has_base, several = prepared.has_base, prepared.is_one_of_several
+    return Headers(prepared.rounding, nominal, has_base, several)
 
 
 def _finished(outcome: Outcome[Matrix], kind: str, options: Options) -> Matrix:

@@ -59,6 +59,7 @@ class Prepared:
     Fused and stacked tensors of both are in parts.
     notes: remarks on the pair.
     given: base and tuned model as they were named, None where one of them is in memory.
+    is_one_of_several: the overlaps with other tuned models are asked for, too.
     """
 
     base: Checkpoint
@@ -73,6 +74,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     has_base: bool = True
     given: tuple[str | None, str] | None = None
+    is_one_of_several: bool = False
 
     @property
     def wanted(self) -> tuple[tuple[Checkpoint, list[str]], ...]:
