@@ -11,6 +11,7 @@ from geoscope.engine.plan import (
     needed_memory,
     plan,
 )
+from geoscope.engine.speed import slowness
 from geoscope.engine.stream import Outcome, one_blas_thread, stream
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "plan",
     "resolve_devices",
     "resolve_dtype",
+    "slowness",
     "stream",
     "told_failure",
 ]

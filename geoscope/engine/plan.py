@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 
 from geoscope.arguments import bytes_of
+from geoscope.linalg.choice import rates
 from geoscope.records import WeightPair
 
 __all__ = [
@@ -39,9 +40,11 @@ _TURNS = 4
 
 _ANY = 1 << 60  # more than any machine has
 
-# fp64 flops a second of one CPU core in what dominates, the Gram matrix and its eigenvalues; only
-# the printed estimate hangs on it.
-_FLOPS = 25e9
+# Seconds of one core (docs/scale.md#a-cost-model): a matrix, an entry of it, and what a
+# factorisation takes beside products and eigenvalues, as a multiple of these.
+_A_MATRIX = 0.02
+_AN_ENTRY = 7e-8
+_BESIDE = 1.4
 
 
 @dataclass(frozen=True)
@@ -173,12 +176,14 @@ def _ceil(a: int, b: int) -> int:
 
 
 def estimate_seconds(pairs: Iterable[WeightPair], *, workers: int) -> float:
-    """Rough time on the CPU: a Gram matrix and its eigen-decomposition for each of three roles."""
-    flops = 0.0
+    """Rough time on the CPU of the committed rates: what a matrix costs whatever its size, passes
+    over its entries, and a Gram matrix and its eigenvalues for each of three roles."""
+    table, seconds = rates(), 0.0
     for pair in pairs:
-        m, n = max(pair.shape), min(pair.shape)
-        flops += 3 * (2 * m * n * n + 6 * n**3)
-    return flops / _FLOPS / workers
+        q, long = min(pair.shape), max(pair.shape)
+        spectra = 3 * (long * q**2 / table.gram64 + 4 / 3 * q**3 / table.tridiagonal) / 1e9
+        seconds += _A_MATRIX + _AN_ENTRY * q * long + _BESIDE * spectra
+    return seconds / workers
 
 
 def _entries(pair: WeightPair) -> int:

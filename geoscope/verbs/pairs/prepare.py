@@ -20,6 +20,7 @@ from geoscope.engine import (
     plan,
     resolve_devices,
     resolve_dtype,
+    slowness,
 )
 from geoscope.formats.disk import free_bytes
 from geoscope.metrics import Rounding
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 
+# Seconds until torch is imported and the headers are read, and to write the report.
+_START = 2.5
 # With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
 _MASK_BYTES = 3 * 4
 # With --curves: the longer side's whole basis in fp64, the update seen from it, and what the exact
@@ -210,7 +213,7 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
         memory=prepared.memory,
         workers=prepared.workers,
         device=prepared.device,
-        seconds=estimate_seconds(prepared.pairing.matrices, workers=prepared.workers),
+        seconds=here_seconds(prepared.pairing.matrices, prepared.workers) if paired else 0.0,
     )
 
 
@@ -219,6 +222,11 @@ def devices_of(options: Options) -> tuple[torch.device, ...]:
     devices = resolve_devices("cpu" if options.ray is not None else options.device)
     resolve_dtype(options.dtype, devices[0])
     return devices
+
+
+def here_seconds(pairs: Sequence[WeightPair], workers: int) -> float:
+    """Rough time of a whole command on this machine, with what else runs on it now."""
+    return slowness(workers) * (_START + estimate_seconds(pairs, workers=workers))
 
 
 def batches_a_shape(devices: Sequence[torch.device]) -> int:
