@@ -88,7 +88,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "profile": set(),
     "files": set(),
-    "folders": {"errors"},
+    "folders": {"arguments", "errors"},
     "answers": set(),
     "kinds": {"answers"},
     "arguments": {"errors"},

@@ -135,6 +135,9 @@ MaxMemory = Annotated[str | None, computing("--max-memory SIZE",
     "all workers need for their largest pair, half of the free memory at most.")]
 Jobs = Annotated[int | None, computing("--jobs N, -j",
     "Worker threads on the CPU; the numbers do not depend on it. Default: one a core.")]
+Ray = Annotated[str | None, computing("--ray ADDRESS",
+    "Compute on the Ray cluster at this address: auto for the one that runs here, local to start "
+    "one. Nodes read the models by the same paths or Hub ids.")]
 Seed = Annotated[int, computing("--seed N", "Seed of the sampled nulls.")]
 SeriesSeed = Annotated[int, computing("--seed N", "Seed of bootstraps and searches.")]
 InitSeed = Annotated[int, computing("--seed N",

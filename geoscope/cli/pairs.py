@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -37,7 +38,7 @@ _PAIR = (
     *("include", "exclude", "layers", "initial_adapter", "lora_alpha"),
     *("map_name", "allow_vocab_resize"),
 )
-_COMPUTE = ("device", "dtype", "solver", "max_memory", "jobs", "seed", "cache")
+_COMPUTE = ("device", "dtype", "solver", "max_memory", "jobs", "seed", "cache", "ray")
 
 Shown = Annotated[Show, taken(*_SHOW)]
 Explained = Annotated[Show, taken(*_SHOW, "explain")]
@@ -146,8 +147,8 @@ def _run(
     part: str | None = None,
 ) -> None:
     """One comparison, or without a base one adapter: refuse early, compute, show, exit."""
-    from geoscope.verbs.pairs.alone import measure_adapter
     from geoscope.verbs.pairs.compare import compare as run
+    from geoscope.verbs.pairs.compare import measure_adapter
 
     conditions = ready(show, kind=kind, ids=_ids(kind, options))
     if show.dry_run:
@@ -229,6 +230,7 @@ def _survey(base: str | None, tuned: str | None, options: Options, show: Show) -
     """Headers, pairing and plan on standard output."""
     from geoscope.report.survey import render_survey
     from geoscope.verbs.pairs.alone import prepare_alone
+    from geoscope.verbs.pairs.nodes import spread_survey
     from geoscope.verbs.pairs.prepare import prepare, survey
 
     if base is None:
@@ -236,7 +238,9 @@ def _survey(base: str | None, tuned: str | None, options: Options, show: Show) -
         prepared = prepare_alone(tuned, options)
     else:
         prepared = prepare(base, base if tuned is None else tuned, options)
-    headers = survey(prepared, paired=base is not None and tuned is not None)
+    paired = base is not None and tuned is not None
+    tell = survey if options.ray is None else partial(spread_survey, options=options)
+    headers = tell(prepared, paired=paired)
     if show.as_json:
         output.document(headers.dumps())
     else:

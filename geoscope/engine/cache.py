@@ -23,7 +23,7 @@ from torch import Tensor
 from geoscope.files import TEMPORARY, keep, own_entries, remove, remove_if_empty
 from geoscope.foreign import parsed, small_text
 
-__all__ = ["ResultCache", "content_of"]
+__all__ = ["ResultCache", "code_version", "content_key", "content_of"]
 
 
 _FOLDER = re.compile(r"[0-9a-f]{2}")
@@ -39,8 +39,7 @@ class ResultCache:
 
     def key(self, parts: Mapping[str, Any]) -> str:
         """The key of a result: sha256 over its parts and the code version."""
-        text = json.dumps({**parts, "code": code_version()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return content_key(parts)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The result, or None; whatever is not what `put` wrote under this key counts as none."""
@@ -74,6 +73,12 @@ class ResultCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """sha256 over parts of JSON and the code version."""
+    text = json.dumps({**parts, "code": code_version()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _checksum(key: str, result: Any) -> str:

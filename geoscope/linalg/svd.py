@@ -51,7 +51,8 @@ class Factors:
     """Part of a thin SVD of a stack of matrices, and how it was got.
 
     S: (b, q) all singular values, descending. U: (b, m, k) and Vh: (b, k, n), the leading k
-    vectors, or None. methods: one mapping a matrix, {"how", "bound", "subspace_bound",
+    vectors, or None. Vectors lie in memory one after the other, so that products with them round
+    alike in stacks of any height. methods: one mapping a matrix, {"how", "bound", "subspace_bound",
     "fallback"}: `bound` limits the error of every σ relative to σ1, `subspace_bound` the sine of
     the error angle of the worst cut that was asked for (None without vectors), `fallback` says why
     another method than the first was taken (None: it was not).
@@ -286,9 +287,10 @@ def _exact(A: Operand, vectors: int, dtype: torch.dtype, *, reason: str | None) 
         "subspace_bound": None,
         "fallback": reason,
     }
+    left = _stack([None if U is None else U.mT for _, U, _ in rows])
     return Factors(
         S=torch.stack([S for S, _, _ in rows]),
-        U=_stack([U for _, U, _ in rows]),
+        U=None if left is None else left.mT,
         Vh=_stack([Vh for _, _, Vh in rows]),
         methods=tuple(dict(method) for _ in rows),
     )
@@ -356,9 +358,10 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
         present = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(present) if present else None
 
+    left = joined([None if part.U is None else part.U.mT for part in parts])
     return Factors(
         S=torch.cat([part.S for part in parts]),
-        U=joined([part.U for part in parts]),
+        U=None if left is None else left.mT,
         Vh=joined([part.Vh for part in parts]),
         methods=tuple(method for part in parts for method in part.methods),
     )

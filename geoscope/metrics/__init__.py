@@ -9,6 +9,7 @@ from geoscope.metrics.capacity_verdict import (
 from geoscope.metrics.distance import Distance, distance, far_code, judge_distance
 from geoscope.metrics.factors import (
     PairFactors,
+    Recall,
     Rounding,
     Settings,
     pair_factors,
@@ -37,6 +38,7 @@ __all__ = [
     "Metric",
     "Null",
     "PairFactors",
+    "Recall",
     "Rounding",
     "Rules",
     "Settings",

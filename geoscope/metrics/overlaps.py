@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from geoscope.linalg import Operand, factorise, principal_angles
+from geoscope.linalg import Operand, principal_angles
 from geoscope.linalg.changes import (
     changed_mask,
     matched_spread,
@@ -25,10 +25,9 @@ from geoscope.linalg.changes import (
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import effective_format
+from geoscope.metrics.kept import PHI_DIMENSIONS, Recall, leading_of_update, overlap_cuts
 
-__all__ = ["PHI_DIMENSIONS", "overlap"]
-
-PHI_DIMENSIONS = (1, 8, 16)
+__all__ = ["overlap"]
 
 Values = dict[str, float | int | None]
 _CHANGED = ("changed_shared", "changed_only_a", "changed_only_b")
@@ -44,12 +43,14 @@ def overlap(
     ks: Sequence[int],
     solver: str = "auto",
     in_blocks: bool = False,
+    recall: Recall | None = None,
 ) -> tuple[Values, dict[str, float]]:
     """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes, or
     the update in its factors.
 
     in_blocks: one of them was stored as codes, whose rounding cells are not known; the Jaccard
     index has no null then.
+    recall: where factors of the updates, a as 0 and b as 1, are kept.
     A quantity that is undefined (an update is zero, k exceeds q or its rank; single entries of an
     update in its factors) is None.
     """
@@ -65,11 +66,13 @@ def overlap(
         _masks(values, nulls, base[0], a[0], b[0], in_blocks=in_blocks)
     else:
         values |= dict.fromkeys(("mask_jaccard", "sign_conflict", *_CHANGED))
-    inside = [k for k in (*ks, *PHI_DIMENSIONS) if k <= q]
+    inside = overlap_cuts(ks, q)
     values |= {"head_cosine": None, "residual_cosine": None}
     left = right = None
     if both and inside:
-        (U0, V0, s0), (U1, V1, s1) = (_leading(each, inside, solver) for each in (first, second))
+        (U0, V0, s0), (U1, V1, s1) = (
+            _leading(update, inside, solver, recall, i) for i, update in enumerate((first, second))
+        )
         left, right = (U0, U1), (V0, V1)
         heads = (_Head(first, U0[:, 0], V0[:, 0], s0), _Head(second, U1[:, 0], V1[:, 0], s1))
         values |= _split_cosines(*heads, float(values["update_cosine"] or 0))
@@ -86,7 +89,11 @@ def _update(tuned: Tensor | FactorUpdate, base: Tensor) -> Operand | Product:
 
 
 def _leading(
-    update: Operand | Product, cuts: Sequence[int], solver: str
+    update: Operand | Product,
+    cuts: Sequence[int],
+    solver: str,
+    recall: Recall | None,
+    i: int,
 ) -> tuple[Tensor, Tensor, float]:
     """Leading left and right vectors of an update, as columns, as many as its rank at most; and its
     largest singular value.
@@ -96,7 +103,7 @@ def _leading(
     if isinstance(update, Product):
         factors = factorise_product(update, vectors=max(cuts), cuts=cuts)
     else:
-        factors = factorise(update, vectors=max(cuts), cuts=cuts, solver=solver)
+        factors = leading_of_update(update, cuts, solver, recall, i)
     assert factors.U is not None and factors.Vh is not None
     S = factors.S[0]
     rank = int((S > max(update.shape) * torch.finfo(S.dtype).eps * S[0]).sum())

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
-from geoscope.linalg import Factors, Operand, factorise, factorise_leading, principal_angles
+from geoscope.linalg import (
+    Factors,
+    Operand,
+    factorise,
+    principal_angles,
+)
 from geoscope.linalg.changes import (
     Side,
     Unchanged,
@@ -28,7 +33,7 @@ from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.grids import Grid, grids_of
 from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
-from geoscope.linalg.product import Product, factorise_product
+from geoscope.linalg.product import Product
 from geoscope.linalg.storage import FloatFormat
 from geoscope.metrics.collapse import INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
@@ -50,6 +55,7 @@ __all__ = [
     "MASKS",
     "RULES",
     "Depth",
+    "Methods",
     "Settings",
     "angles",
     "base_remarks",
@@ -60,7 +66,6 @@ __all__ = [
     "entry_sizes",
     "expected_shares",
     "factored_facts",
-    "factorised",
     "iid",
     "intruder_basis",
     "intruder_matches",
@@ -261,37 +266,6 @@ def base_remarks(sides: Sequence[Side]) -> tuple[tuple[str, ...], ...]:
 
 
 # --- factorisations -----------------------------------------------------------------------------
-
-
-def factorised(
-    A: Operand | Product, depth: Depth, settings: Settings, near: Factors | None = None
-) -> tuple[Factors, Tensor, Methods]:
-    """The factors of A: its whole spectrum, or the leading triplets where these do.
-
-    Leading values alone are exact to rounding; leading vectors come from an fp32 space, so that
-    angles are good to 1e-5 and not to 1e-8: they do with `quick` only. The values, and how they
-    were got, stand behind.
-    """
-    vectors, cuts = depth.vectors, depth.cuts
-    values_do = not ((depth.whole and not settings.quick) or vectors)
-    asked = settings.solver == "exact" or settings.dtype != "float64"
-    if isinstance(A, Product):
-        factors = factorise_product(A, vectors=vectors, cuts=cuts)
-    elif (settings.quick or values_do) and not asked:
-        # One more than is taken, for the gap behind the last.
-        values = max(depth.values, vectors) + 1
-        factors = factorise_leading(
-            A,
-            min(values, min(A.shape)),
-            cuts=cuts,
-            seed=settings.seed,
-            near=near,
-            values_only=vectors == 0,
-        )
-    else:
-        dtype = torch.float64 if settings.dtype == "float64" else torch.float32
-        factors = factorise(A, vectors=vectors, cuts=cuts, solver=settings.solver, dtype=dtype)
-    return factors, factors.S, factors.methods
 
 
 def whole_spectrum(S: Tensor, settings: Settings) -> Tensor | None:

@@ -199,7 +199,7 @@ def test_kept_tensors_are_counted_and_cleared(shell: Shell, pair: dict[str, Path
     size = sum(of_layer(folder, 1) for folder in pair.values())
     folder = shell.home / "geoscope" / "hub"
     listed = shell("cache", "list").stdout.splitlines()
-    assert listed[2:] == [str(folder), f"18 tensors of Hub models, {size / 1e6:.1f} MB"]
+    assert listed[2:4] == [str(folder), f"18 tensors of Hub models, {size / 1e6:.1f} MB"]
     cleared = shell("cache", "clear").stdout.splitlines()
     assert cleared[1] == f"removed 18 tensors of Hub models from {folder}"
     assert not folder.exists()

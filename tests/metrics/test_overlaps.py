@@ -20,7 +20,8 @@ from geoscope import Options, Report, compare
 from geoscope.engine import one_blas_thread
 from geoscope.errors import Stopped
 from geoscope.linalg.factor_update import FactorUpdate
-from geoscope.metrics.overlaps import PHI_DIMENSIONS, overlap
+from geoscope.metrics.kept import PHI_DIMENSIONS
+from geoscope.metrics.overlaps import overlap
 from geoscope.verbs.options import Interrupted
 from tests.helpers import oracle
 from tests.helpers.matrices import DTYPES, gaussian, orthonormal, save_model, updated, with_spectrum

@@ -11,8 +11,7 @@ from geoscope.records import LayerRecord, Report, Survey
 from geoscope.sources.memory import Model, opened
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.options import Options
-from geoscope.verbs.pairs.alone import measure_adapter
-from geoscope.verbs.pairs.compare import compare
+from geoscope.verbs.pairs.compare import compare, measure_adapter
 from geoscope.verbs.pairs.prepare import prepare, survey
 
 __all__ = ["alignment", "anisotropy", "capacity", "collapse", "inspect", "measure"]

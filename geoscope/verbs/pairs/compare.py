@@ -1,4 +1,4 @@
-"""`compare`: the whole path in one function."""
+"""The whole path in one function: two models or more, or an adapter alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from geoscope.sources.memory import Model, Opened, opened, opened_all
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.about import about
+from geoscope.verbs.pairs.alone import prepare_alone
 from geoscope.verbs.pairs.assemble import anchored, assemble, lacking
 from geoscope.verbs.pairs.prepare import Prepared, prepare
 from geoscope.verbs.pairs.run import TunedRun, run_one
 from geoscope.verbs.pairs.several import overlaps_of
 
-__all__ = ["compare"]
+__all__ = ["compare", "measure_adapter"]
 
 
 def compare(
@@ -57,7 +58,10 @@ def compare(
     first = opened(base, "base")
     started = time.perf_counter()
     others = opened_all(tuned, "tuned")
-    prepared = [prepare(first, one, options, progress) for one in others]
+    several = KINDS[kind].overlaps and len(others) > 1
+    prepared = [
+        replace(prepare(first, one, options, progress), is_one_of_several=several) for one in others
+    ]
     _check_initial(prepared, options)
     beside = None
     given = None if anchor is None else opened(anchor, "anchor")
@@ -74,9 +78,10 @@ def compare(
     if beside is not None and not runs[-1].interrupted:
         progress.on_plan(beside.planned)
         reference = run_one(beside, kind, options, progress)
-    sides = [about(each, is_whole=False) for each in prepared]
+    sides = [run.about for run in runs]
+    sides += [about(each, is_whole=False) for each in prepared[len(runs) :]]
     report = assemble(sides, runs, kind, options, argv, time.perf_counter() - started)
-    if KINDS[kind].overlaps and len(runs) == len(prepared) and not runs[-1].interrupted:
+    if several and len(runs) == len(prepared) and not runs[-1].interrupted:
         pairs = combinations(range(1, len(tuned) + 1), 2)
         try:
             found = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
@@ -112,6 +117,30 @@ def _outlook(
     }
     seen = [overlap for overlap in overlaps if overlap.name not in hidden]
     return merging_outlook(seen, count, limits)
+
+
+def measure_adapter(
+    reference: Model,
+    kind: str,
+    *,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] = (),
+    **named: Any,
+) -> Report:
+    """A report of kind `anisotropy` or `capacity` on an adapter alone.
+
+    What takes the base is not applicable. Raises GeoscopeError, Interrupted on Ctrl-C.
+    """
+    options, progress = chosen(Options, options, named), progress or Progress()
+    started = time.perf_counter()
+    prepared = prepare_alone(opened(reference, "reference"), options, progress)
+    progress.on_plan(prepared.planned)
+    run = run_one(prepared, kind, options, progress)
+    report = assemble([run.about], [run], kind, options, argv, time.perf_counter() - started)
+    if run.interrupted is not None:
+        raise Interrupted(report if report.layers else None, run.interrupted)
+    return report
 
 
 def _label(model: Opened | None) -> str | None:

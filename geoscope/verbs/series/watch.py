@@ -27,8 +27,7 @@ from geoscope.sources.open import open_model_or_adapter
 from geoscope.sources.saves import Save, announced, is_whole, saves_of
 from geoscope.verbs.models import open_model, open_tuned
 from geoscope.verbs.options import Options
-from geoscope.verbs.pairs.alone import measure_adapter
-from geoscope.verbs.pairs.compare import compare
+from geoscope.verbs.pairs.compare import compare, measure_adapter
 from geoscope.verbs.pairs.prepare import Prepared, prepare
 from geoscope.verbs.series.watch_options import WatchOptions
 
