@@ -5,10 +5,10 @@
 >>> report = geoscope.compare(before, model, include="q_proj")  # doctest: +SKIP
 
 Every command has its function: `inspect`, `collapse`, `anisotropy`, `alignment`, `compare`,
-`capacity`, `follow` (of `geoscope trajectory`), `extrapolate`, `init_adapter`, `verify_adapter`,
-`convert_adapter`. `measure` takes a pair of matrices, `geora` initialises one; `read_report` opens
-what was saved. The names below are loaded when they are first used, so that `geoscope --help` needs
-no torch.
+`capacity`, `lineage`, `follow` (of `geoscope trajectory`), `extrapolate`, `init_adapter`,
+`verify_adapter`, `convert_adapter`. `measure` takes a pair of matrices, `geora` initialises one;
+`read_report` opens what was saved. The names below are loaded when they are first used, so that
+`geoscope --help` needs no torch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from geoscope.verbs.adapters.initialise import initialise as init_adapter
     from geoscope.verbs.adapters.options import InitOptions
     from geoscope.verbs.adapters.verify import verify_adapter
+    from geoscope.verbs.lineage.lineage import lineage
+    from geoscope.verbs.lineage.options import LineageOptions
     from geoscope.verbs.options import Interrupted, Options, Progress
     from geoscope.verbs.pairs.calls import (
         alignment,
@@ -52,6 +54,7 @@ __all__ = [
     "InitOptions",
     "Interrupted",
     "LayerRecord",
+    "LineageOptions",
     "LoraFactors",
     "Options",
     "Progress",
@@ -69,6 +72,7 @@ __all__ = [
     "init_adapter",
     "initialise",
     "inspect",
+    "lineage",
     "measure",
     "open_checkpoint",
     "read_report",
@@ -84,6 +88,7 @@ _HOMES = {
     "InitOptions": ("geoscope.verbs.adapters.options", "InitOptions"),
     "Interrupted": ("geoscope.verbs.options", "Interrupted"),
     "LayerRecord": ("geoscope.records", "LayerRecord"),
+    "LineageOptions": ("geoscope.verbs.lineage.options", "LineageOptions"),
     "LoraFactors": ("geoscope.adapters", "LoraFactors"),
     "Options": ("geoscope.verbs.options", "Options"),
     "Progress": ("geoscope.verbs.options", "Progress"),
@@ -101,6 +106,7 @@ _HOMES = {
     "init_adapter": ("geoscope.verbs.adapters.initialise", "initialise"),
     "initialise": ("geoscope.verbs.adapters.initialise", "initialise"),
     "inspect": ("geoscope.verbs.pairs.calls", "inspect"),
+    "lineage": ("geoscope.verbs.lineage.lineage", "lineage"),
     "measure": ("geoscope.verbs.pairs.calls", "measure"),
     "open_checkpoint": ("geoscope.sources.open", "open_checkpoint"),
     "read_report": ("geoscope.report", "read"),

@@ -15,6 +15,7 @@ __all__ = [
     "CAPACITY_USED",
     "COMPARED",
     "INITIALISED",
+    "LINEAGE",
     "MOVED",
     "SPECTRUM",
     "Answer",
@@ -80,6 +81,7 @@ class Fact:
     scale: up to which number each word reads; `{times}` is the number over its null.
     rest: the word beyond the scale.
     is_aside: it stands only where the outcome is about it.
+    has_own_null: whether its null differs between models; else words tell it.
     """
 
     label: str
@@ -96,6 +98,7 @@ class Fact:
     scale: tuple[tuple[float, str], ...] = ()
     rest: str = ""
     is_aside: bool = False
+    has_own_null: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ class Answer:
     caveat: what the answer cannot see.
     next: the command to try next, with the question it answers.
     by_block: whether a row says where in the model the update is.
+    is_joint: several models have one answer together, and a row each below it.
+    arrow: between the first model and the others, in the title.
+    others: what these are.
+    roles: code → word of each of several models in the table of a joint answer.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -116,6 +123,10 @@ class Answer:
     caveat: str = "This is about weights: reward, entropy and accuracy are not in them."
     next: str = ""
     by_block: bool = False
+    is_joint: bool = False
+    arrow: str = "→"
+    others: str = "tuned models"
+    roles: tuple[tuple[str, str], ...] = ()
 
 
 _OTHER_BASE = "Give as BASE the model that the tuned one was trained from."
@@ -605,4 +616,61 @@ INITIALISED = Answer(
     noise=("chance", "random matrices, masks and directions"),
     caveat="Facts of the start alone: how training goes is not in them.",
     next="is it sound: geoscope verify-adapter",
+)
+_WAY = "Check which is the older one: a date, a model card, a tokenizer that grew."
+_MORE = "Give more candidates; none of these is the one."
+LINEAGE = Answer(
+    outcomes=(
+        Outcome(("COPY",), "THE SAME WEIGHTS", "{verdict}"),
+        Outcome(("QUANTISED",), "A ROUNDED COPY", "{verdict}"),
+        Outcome(("MERGE",), "A MERGE", "{verdict}"),
+        Outcome(("DESCENDS",), "PARENT FOUND", "{verdict}"),
+        Outcome(("LINE",), "PARENT LIKELY", "{verdict}", "open"),
+        Outcome(("BETWEEN",), "BETWEEN TWO", "{verdict}", "open", _WAY),
+        Outcome(("NO_PARENT",), "NO PARENT, BUT FAMILY", "{verdict}", "open", _MORE),
+        Outcome(("EITHER_WAY",), "FAMILY, WHICH WAY?", "{verdict}", "open", _WAY),
+        Outcome(("UNRELATED",), "NOT MADE FROM THESE", "{verdict}", "bad", _MORE),
+        Outcome(("TOO_FAR",), "CANNOT TELL", "{verdict}", "bad", _MORE),
+        Outcome((), "CANNOT TELL", "{verdict}", "bad"),
+    ),
+    roles=(
+        ("PARENT", "parent"),
+        ("ANCESTOR", "ancestor"),
+        ("BEYOND", "behind it"),
+        ("SIBLING", "sibling"),
+        ("DESCENDANT", "descendant"),
+        ("NEAR", "near"),
+        ("RELATIVE", "relative"),
+        ("COPY", "the same"),
+        ("QUANTISED", "rounded"),
+        ("MERGED", "merged"),
+        ("UNRELATED", "unrelated"),
+        ("TOO_FAR", "too far"),
+        ("OTHER_SHAPES", "other shapes"),
+    ),
+    facts=(
+        Fact(
+            "cosine",
+            "of both weights",
+            "base_cosine",
+            limit="too_far.cosine",
+            sign="<",
+            beyond="too far",
+            has_own_null=False,
+        ),
+        Fact("size", "of the update (ρ)", "relative_update", "share"),
+        Fact("angle", "at it; 90°: between", "lineage_angle", "angle", has_own_null=False),
+        Fact("unchanged", "entries equal in bf16", "update_sparsity", "share"),
+        Fact("vocab.", "embedding, head equal", "equal_embeddings", "share"),
+        Fact("growth", "of ‖W‖² over ‖ΔW‖²", "growth"),
+        Fact("in the merge", "its weight", "merge_weight"),
+        Fact("rounded", "rounding/distance", "copy_share", "share"),
+        _RESOLVED,
+    ),
+    noise=("noise", "updates that know nothing of one another (at 90°)"),
+    caveat="Which of two is the older one only norms tell, and only where none decayed.",
+    next="what changed: geoscope compare",
+    is_joint=True,
+    arrow="←",
+    others="candidates",
 )

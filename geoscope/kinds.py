@@ -18,12 +18,13 @@ from geoscope.answers import (
     CAPACITY_USED,
     COMPARED,
     INITIALISED,
+    LINEAGE,
     MOVED,
     SPECTRUM,
     Answer,
 )
 
-__all__ = ["CAPACITY", "FAR", "KINDS", "MOTION", "PAIR_KINDS", "UPDATE", "Judge", "Kind"]
+__all__ = ["CAPACITY", "FAR", "KIN", "KINDS", "MOTION", "PAIR_KINDS", "UPDATE", "Judge", "Kind"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ CAPACITY = Judge(
     ),
 )
 MOTION = Judge("motion", (*FAR, "NO_UPDATE", "UNDETERMINED", "DRIFT", "NO_DRIFT"))
+# Of the model, and of each candidate.
+KIN = Judge(
+    "kin",
+    (
+        *FAR,
+        *("COPY", "QUANTISED", "MERGE", "DESCENDS", "LINE", "BETWEEN", "NO_PARENT"),
+        "EITHER_WAY",
+        *("PARENT", "ANCESTOR", "BEYOND", "SIBLING", "DESCENDANT", "NEAR", "RELATIVE", "MERGED"),
+        "OTHER_SHAPES",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -467,6 +479,41 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "random walk",
                 "a random walk with the same step norms; of shares, an isotropic matrix",
             ),
+        ),
+        "lineage": Kind(
+            title="Lineage",
+            answer=LINEAGE,
+            judge=KIN,
+            model=(
+                (
+                    "distance",
+                    (
+                        "base_cosine",
+                        "relative_update",
+                        "precision_ratio",
+                        "update_sparsity",
+                        "equal_embeddings",
+                    ),
+                ),
+                ("place", ("lineage_angle", "growth", "merge_weight", "copy_share")),
+            ),
+            columns=(
+                "base_cosine",
+                "relative_update",
+                "update_sparsity",
+                "lineage_angle",
+                "growth",
+                "precision_ratio",
+                "equal_embeddings",
+                "merge_weight",
+                "copy_share",
+            ),
+            worst="relative_update",
+            sentence=("relative_update", "The model is {value} of the candidate's size away."),
+            panels=(("distances",),),
+            null=("independent", "an update that knows nothing of the weights"),
+            drops_empty=True,
+            has_cautions=False,
         ),
     }
 )

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from geoscope._version import __version__
-from geoscope.cli import adapters, cache, demo, output, pairs, reading, series, watch
+from geoscope.cli import adapters, cache, demo, lineage, output, pairs, reading, series, watch
 from geoscope.cli.command import flat
 from geoscope.cli.wording import worded
 from geoscope.errors import GeoscopeError
@@ -54,6 +54,7 @@ for _command in (
     pairs.alignment,
     pairs.compare,
     pairs.capacity,
+    lineage.lineage,
     series.trajectory,
     series.extrapolate,
     watch.watch,

@@ -155,6 +155,10 @@ Budget = Annotated[str | None, words("--budget N",
 Limits = Annotated[list[str], words("--limit NAME=VALUE",
     "Another limit for a threshold of the verdict, by the name that --explain prints; an angle in "
     "radians, or as 15deg. May be given again."), Read(parse_limits, default=())]
+AllMatrices = Annotated[bool, words("--all",
+    "Read every matrix in scope, and embeddings of Hub models, too. Default: a sample that grows "
+    "until the answer is clear.")]
+SampleSeed = Annotated[int, words("--seed N", "Seed of the order in which matrices are taken.")]
 Part = Annotated[str | None, words("--part I/N",
     "Compute the I-th of N parts of the matrices, and write it to the one FILE.json of --out; "
     "geoscope join makes the report of all parts.")]

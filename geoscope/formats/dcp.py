@@ -119,13 +119,14 @@ def _fill(
     meta = _load(view, "meta", what)
     name = str(meta.dtype).removeprefix("torch.")
     shape = tuple(meta.shape) or (1,)
-    if shape != piece.sizes or name != dtype:
+    outer = len(shape) - len(piece.sizes)  # of a stack that is read as one matrix
+    if shape[:outer] != (1,) * outer or shape[max(outer, 0) :] != piece.sizes or name != dtype:
         raise _damaged(what, f"it is {name} {list(shape)}, needs {dtype} {list(piece.sizes)}")
     first = start + int(meta.storage_offset()) * meta.itemsize
     if first + meta.numel() * meta.itemsize > start + held:
         raise _damaged(what, "it claims more entries than are stored")
     if not meta.is_contiguous():
-        target.copy_(_load(view, "cpu", what).reshape(shape)[begin:end])
+        target.copy_(_load(view, "cpu", what).reshape(piece.sizes)[begin:end])
         return
     width = math.prod(piece.sizes[1:]) * meta.itemsize
     rows = target if target.is_contiguous() else target.new_empty(target.shape)

@@ -50,6 +50,7 @@ from geoscope.metrics.masks import MASK_RANK
 from geoscope.metrics.metric import ROLES
 from geoscope.metrics.providers import MASKS, RULES, Depth, Settings
 from geoscope.metrics.resolver import Provider, Step, plan, resolve
+from geoscope.records import Quantisation
 
 __all__ = [
     "FACTORS",
@@ -61,8 +62,8 @@ __all__ = [
     "update_factors",
 ]
 
-# What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
-Rounding = tuple[float | None, float | None]
+# What storing base and tuned as codes rounded away; None for another storage.
+Rounding = tuple[Quantisation | None, Quantisation | None]
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def pair_factors(
     base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation; of an
     adapter the update in its factors, of which what needs single entries is left out. ks: the
     dimensions of this shape, the verdict's among them. rounding: of each pair, where a side was
-    stored in FP8 blocks. Of these, and of other grids, the rounding cells are not known, and what
+    stored as codes. Of these, and of other grids, the rounding cells are not known, and what
     is expected of an isotropic update in them, the masks among it, is left out.
     """
     pairs = rounding or [(None, None)] * len(base)

@@ -29,7 +29,7 @@ from geoscope.linalg.grids import Grid, grids_of
 from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.linalg.product import Product, factorise_product
-from geoscope.linalg.storage import FP8
+from geoscope.linalg.storage import FloatFormat
 from geoscope.metrics.collapse import INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.nulls import iid_spectra, marchenko_pastur_median
@@ -44,6 +44,7 @@ from geoscope.metrics.subspaces import (
     vectors_of,
 )
 from geoscope.profile import stage
+from geoscope.records import Quantisation
 
 __all__ = [
     "MASKS",
@@ -138,26 +139,27 @@ class Depth:
 # --- from the stored entries --------------------------------------------------------------------
 
 
-def sides(weights: Tensor, rounding: Sequence[float | None]) -> tuple[Side, ...]:
+def sides(weights: Tensor, rounding: Sequence[Quantisation | None]) -> tuple[Side, ...]:
     """Norm, rounding noise, format and values of each stored matrix.
 
-    rounding: what FP8 blocks rounded away, which the entries do not show; other grids they do.
+    rounding: what storing codes rounded away, for which nothing is sought in the entries.
     """
-    unseen = [i for i, noise in enumerate(rounding) if noise is None]
+    unseen = [i for i, known in enumerate(rounding) if known is None]
     whole = len(unseen) == len(weights)
     grids = dict(zip(unseen, grids_of(weights if whole else weights[unseen]), strict=True))
     return tuple(
-        _side(weight, noise, grids.get(i))
-        for i, (weight, noise) in enumerate(zip(weights, rounding, strict=True))
+        _side(weight, known, grids.get(i))
+        for i, (weight, known) in enumerate(zip(weights, rounding, strict=True))
     )
 
 
-def _side(weight: Tensor, noise: float | None, grid: Grid | None) -> Side:
+def _side(weight: Tensor, known: Quantisation | None, grid: Grid | None) -> Side:
     entries = side(weight)
     if not 1e-150 < entries.norm < 1e150 and bool(weight.any()):
         raise NumericsError("squares of the weights leave fp64: multiply the model by a constant")
-    if noise is not None:
-        return replace(entries, noise=noise, fmt=FP8)
+    if known is not None:
+        fmt = FloatFormat(known.name, known.fraction_bits, -6)
+        return replace(entries, noise=known.size, fmt=fmt, quantisation=known)
     if grid is None:
         return entries
     return replace(entries, noise=grid.noise_with(entries.noise), grid=grid)

@@ -46,10 +46,17 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "words.enriched": Threshold(2.0, "ours"),
     "words.avoids": Threshold(0.5, "ours"),
     "words.quantised_copy": Threshold(0.85, "ours; the rounding is known to 11 %"),
+    "words.merge_agree": Threshold(0.5, "ours"),
+    "words.merge_least": Threshold(0.1, "ours"),
     "capacity.saturated_k90": Threshold(0.75, "ours; a flat spectrum has .9"),
     "capacity.saturated_tail": Threshold(0.1, "ours"),
     "capacity.concentrated": Threshold(0.1, "ours"),
     "capacity.idle_k99": Threshold(0.5, "ours"),
+    "lineage.between": Threshold(0.1, "ours; independent updates have 0"),
+    "lineage.straight": Threshold(0.3, "ours; one direction has 1"),
+    "lineage.growth": Threshold(0.25, "ours; independent updates have 1"),
+    "lineage.merge_noise": Threshold(1.25, "ours; products and sum rounded have 1"),
+    "lineage.merge_share": Threshold(0.2, "ours"),
 }
 
 

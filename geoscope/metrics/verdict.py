@@ -35,6 +35,8 @@ __all__ = [
 CODES = UPDATE.codes
 # Codes that ask for attention; the others are either benign or without a number.
 FLAGGED = (*FAR, "INIT_MISMATCH", "RANK_COLLAPSE", "ON_PRINCIPAL", "SPECTRUM_DISTORTED")
+# Limits of other rules.
+_OF_OTHERS = ("capacity.", "lineage.")
 
 # What the rules take, so that a report with a verdict holds every number behind it.
 VERDICT_IDS = (
@@ -318,7 +320,7 @@ def judge_model(
         flagged=flagged,
         counts={code: number for code, number in counts.items() if number},
         text=text,
-        thresholds={k: v for k, v in limits.items() if not k.startswith("capacity.")},
+        thresholds={k: v for k, v in limits.items() if not k.startswith(_OF_OTHERS)},
         explain=explained(judged),
         apart=() if far is None or far.code is not None else far.names,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from geoscope.errors import PairingError, first_names
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.prefixes import joining_rule
-from geoscope.models.scope import MATRIX, VECTOR, Scope, scale_reason
+from geoscope.models.scope import MATRIX, VECTOR, Scope
 from geoscope.models.split import narrowed
 from geoscope.models.ungathered import empty_reason, ungathered
 from geoscope.names import (
@@ -182,7 +182,7 @@ class _Ledger:
 
     def _skip_known(self, info: TensorInfo) -> bool:
         """Whether it is not a tensor of its own: tied to another, or the scale of one."""
-        reason = self.tied.get(self.names.canonical(info.name)[0]) or scale_reason(info.name)
+        reason = self.tied.get(self.names.canonical(info.name)[0])
         if reason is not None:
             self.skipped.append(Skipped(info.name, reason))
         return reason is not None

@@ -238,7 +238,7 @@ class Adapter:
         return (
             *notes,
             f"the factors of {turned} stacks of experts are those of the transposed update, as "
-            "PEFT up to 0.18 packed them; they are turned",
+            "PEFT packed them by the order of their sides; they are turned",
         )
 
     @property

@@ -9,9 +9,11 @@ from geoscope.records.numbers import Collected, Curve, Numbers, Reading, Status,
 from geoscope.records.report import SCHEMA, Coverage, Provenance, Report
 from geoscope.records.survey import Survey
 from geoscope.records.tensors import (
+    CODES,
     NOT_READ,
     ModelRef,
     Pairing,
+    Quantisation,
     Rename,
     ShapeMismatch,
     Skipped,
@@ -20,6 +22,7 @@ from geoscope.records.tensors import (
 )
 
 __all__ = [
+    "CODES",
     "NOT_READ",
     "SCHEMA",
     "Collected",
@@ -32,6 +35,7 @@ __all__ = [
     "Overlap",
     "Pairing",
     "Provenance",
+    "Quantisation",
     "Reading",
     "Rename",
     "Report",

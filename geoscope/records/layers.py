@@ -105,8 +105,9 @@ class Summary:
     See docs/methods.md#aggregation. `anchor`, with `--anchor`: {"ref": as in `provenance.refs`,
     "ratios": {id: ratio}, "spectrum_preserving": bool|None}. `distance`, where matrices are far
     from the base: {"code": of the whole model where most are, else None, "matrices": their names,
-    "text"}. steps, of a trajectory: that of the base, then of each checkpoint; series: id → one
-    number a step.
+    "text"}. `lineage`: {"parents", "beside", "weights", "clear"}, see docs/report.md#lineage.
+    merging, of several tuned models: as `metrics.merging` has it. steps, of a trajectory: that of
+    the base, then of each checkpoint; series: id → one number a step.
     """
 
     model: Values
@@ -117,6 +118,8 @@ class Summary:
     runs: tuple[Run, ...] = spare(())
     anchor: Mapping[str, Any] | None = spare(None)
     distance: Mapping[str, Any] | None = spare(None)
+    lineage: Mapping[str, Any] | None = spare(None)
+    merging: Mapping[str, Any] | None = spare(None)
     steps: tuple[int, ...] = spare(())
     series: Mapping[str, Steps] = within("model")
 

@@ -43,10 +43,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What was compared and what was not. `status` is COMPLETE or PARTIAL.
+    """What was compared and what was not. `status` is COMPLETE, SAMPLE or PARTIAL.
 
     `missing` names the matrices in scope without a comparison: one-sided, reshaped, non-finite,
-    not converged, unsupported. PARTIAL means that there is one.
+    not converged, unsupported. PARTIAL means that there is one. `unread` are those that a sample
+    left unread: SAMPLE where nothing is missing.
     """
 
     matched: tuple[str, ...]
@@ -56,12 +57,15 @@ class Coverage:
     skipped: tuple[Skipped, ...] = ()
     renamed: tuple[Rename, ...] = ()
     missing: tuple[str, ...] = ()
+    unread: tuple[str, ...] = spare(())
 
     WRITTEN: ClassVar = ("status",)
 
     @property
     def status(self) -> str:
-        return "PARTIAL" if self.missing else "COMPLETE"
+        if self.missing:
+            return "PARTIAL"
+        return "SAMPLE" if self.unread else "COMPLETE"
 
     def decoded(self) -> Coverage:
         """With what was skipped told apart, as `missing` does in JSON."""

@@ -58,8 +58,9 @@ def _legend(kind: Kind) -> str:
 
 def title(report: Report) -> str:
     """The kind and the models, as one line."""
+    kind = kind_of(report.kind)
     tuned = ", ".join(section.label for section in sections(report))
-    return f"{kind_of(report.kind).title}: {base_label(report)} → {tuned}"
+    return f"{kind.title}: {base_label(report)} {kind.answer.arrow} {tuned}"
 
 
 def _provenance(report: Report) -> str:

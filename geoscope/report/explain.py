@@ -23,6 +23,7 @@ def explain_blocks(section: Section, most: int | None = None) -> list[Block]:
     verdict = section.verdict
     if verdict is None:
         return []
+    clauses = _clauses(section, most)
     return [
         Block(
             "rules in order: each condition, its limit, and the values it met",
@@ -32,7 +33,7 @@ def explain_blocks(section: Section, most: int | None = None) -> list[Block]:
             "thresholds in force; their reasons: docs/methods.md#thresholds",
             grid=_thresholds(verdict),
         ),
-        Block(_decided(section, most), grid=_clauses(section, most)),
+        *([Block(_decided(section, most), grid=clauses)] if clauses.rows else []),
     ]
 
 

@@ -26,7 +26,7 @@ from geoscope.report.panels import PANELS, Panel
 from geoscope.report.panels.drawing import GREY, INK
 from geoscope.report.panels.modules import Parts, in_colours
 from geoscope.report.plain import plain
-from geoscope.report.sections import Section, sections
+from geoscope.report.sections import Section, answering, sections
 from geoscope.report.tables import kind_of
 
 __all__ = ["figure", "panel_names", "render_figure", "render_panel"]
@@ -208,16 +208,16 @@ class _Line:
 def _header(report: Report, parts: Parts, style: _Style) -> list[_Line]:
     """Title, what was found, what was compared; of several models the key of their colours."""
     letters = int(style.width / style.scale * _LETTERS)
+    asked = answering(report)
+    words = ": ".join(filter(None, headline(parts[0].kind, asked[0]))) if len(asked) == 1 else ""
+    said = [_Line(line) for line in textwrap.wrap(words, letters)]
     if len(parts) > 1:
-        said = [
+        said += [
             _Line(textwrap.shorten(f"■ {_found(part)}", letters), colour)
             for part, colour in in_colours(parts)
         ]
         more = len(parts) - len(said)
         said += [_Line(f"{more} more tuned models are not drawn")] if more else []
-    else:
-        words = ": ".join(filter(None, headline(parts[0].kind, parts[0])))
-        said = [_Line(line) for line in textwrap.wrap(words, letters)]
     if not style.has_title:
         return said if len(parts) > 1 else []
     name = [_Line(line, INK, is_title=True) for line in _title_lines(report, letters)]
@@ -230,7 +230,7 @@ def _title_lines(report: Report, letters: int) -> list[str]:
 
 
 def _found(section: Section) -> str:
-    code = headline(section.kind, section)[0]
+    code = "" if section.kind.answer.is_joint else headline(section.kind, section)[0]
     return f"{section.tuned} {section.label} · {code}".removesuffix(" · ")
 
 

@@ -20,6 +20,7 @@ from geoscope.report.tables import kind_of
 __all__ = [
     "Section",
     "Subject",
+    "answering",
     "base_label",
     "dimension",
     "dimensions",
@@ -110,6 +111,15 @@ def sections(report: Report) -> tuple[Section, ...]:
     return tuple(found)
 
 
+def answering(report: Report) -> tuple[Section, ...]:
+    """The sections that answer: of a kind with one answer for all models the report itself."""
+    parts, summary, kind = sections(report), report.summary, kind_of(report.kind)
+    if len(parts) == 1 or not kind.answer.is_joint:
+        return parts
+    whole = Subject(summary.model, summary.nulls, ())
+    return (Section(kind, 0, base_label(report), whole, {}, summary.verdict),)
+
+
 def _modules(
     layers: tuple[LayerRecord, ...],
     values: Mapping[str, Values],
@@ -138,9 +148,7 @@ def _tuned_label(report: Report, tuned: int) -> str:
 
 
 def _label(ref: ModelRef) -> str:
-    """The last two parts of a path or Hub id: enough to tell models apart."""
-    parts = [part for part in ref.given.replace("\\", "/").split("/") if part not in ("", ".")]
-    return shorten("/".join(parts[-2:]) or ref.given, 40)
+    return shorten(ref.tail, 40)
 
 
 def dimension(layer: LayerRecord) -> int | None:

@@ -84,7 +84,7 @@ def adapted(
         tied_to={name: kept for name, kept in base.tied_to.items() if name not in changes},
         source=base.source,
         views=base.views,
-        scales=base.scales,
+        quantised=base.quantised,
         base=base,
         whole=whole,
         adapter=laid,

@@ -274,3 +274,21 @@ def test_an_adapter_on_the_hub_lies_over_its_base(
     alone, there = (shell.report("capacity", one) for one in ("org/lora", folder))
     assert alone["layers"] == there["layers"]
     assert alone["summary"]["model"]["nominal_rank"] == 2
+
+
+@pytest.mark.slow
+def test_lineage_fetches_its_sample_alone(
+    hub: HubServer, shell: Shell, pair: dict[str, Path]
+) -> None:
+    found = shell.report("lineage", "org/tuned", "org/base")
+    assert (found["summary"]["verdict"]["code"], found["coverage"]["status"]) == (
+        "DESCENDS",
+        "SAMPLE",
+    )
+    read = found["layers"]
+    wanted = sum(2 * 2 * one["shape"][0] * one["shape"][1] for one in read)  # two models in bf16
+    assert wanted <= transferred(hub)[1] < 1.2 * wanted
+    assert found["summary"]["model"]["equal_embeddings"] is None
+    local = shell.report("lineage", pair["tuned"], pair["base"])
+    assert found["layers"] == local["layers"]
+    assert local["summary"]["model"]["equal_embeddings"] == 0

@@ -105,7 +105,10 @@ def test_the_order_of_choice(tmp_path: Path) -> None:
     (tmp_path / "hf_model").mkdir()
     (tmp_path / "hf_model" / "model.gguf").touch()
     assert choose(find_places(tmp_path)) is None
+    (tmp_path / "dist_ckpt").mkdir()
+    (tmp_path / "dist_ckpt" / "common.pt").touch()
     order = [
+        (Kind.MEGATRON, lambda: (tmp_path / "dist_ckpt" / ".metadata").touch()),
         (Kind.MODEL, lambda: write_model(tmp_path, llama())),
         (Kind.SHARDS, lambda: (tmp_path / "actor" / "model_world_size_1_rank_0.pt").touch()),
         (Kind.NO_FACTORS, lambda: (tmp_path / "actor" / "lora_adapter").mkdir()),

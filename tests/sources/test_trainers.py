@@ -25,7 +25,7 @@ def manifest(folder: Path, model: str = "model/huggingface", **backend: bool) ->
     (folder / "ckpt_contents.json").write_text(json.dumps({**written, "contents": contents}))
 
 
-@pytest.mark.parametrize("folder", [row.folder for row in FOLDERS if row.is_read])
+@pytest.mark.parametrize("folder", [row.folder for row in FOLDERS])
 def test_every_row_of_the_table_is_found(tmp_path: Path, folder: str) -> None:
     write_model(tmp_path / folder, llama(3))
     checkpoint = open_checkpoint(str(tmp_path)) if "lora" not in folder else None

@@ -19,6 +19,7 @@ from geoscope.report.panels.adapters import (
 from geoscope.report.panels.angles import draw_angles, draw_angles_by_module
 from geoscope.report.panels.capture import draw_capture
 from geoscope.report.panels.lift_map import BESIDE, draw_lift_map
+from geoscope.report.panels.lineage import draw_distances
 from geoscope.report.panels.modules import COLUMNS, MODEL_COLOURS, Parts, shown_modules
 from geoscope.report.panels.spectra import draw_spectra, draw_spectra_by_module
 from geoscope.report.panels.trajectory import (
@@ -74,6 +75,9 @@ def _worst(parts: Parts) -> float:
 
 
 PANELS = {
+    "distances": Panel(
+        draw_distances, _single, "distance from each candidate by block, a dot for a matrix"
+    ),
     "lift_map": Panel(draw_lift_map, _maps, "spectral lift of each layer and module kind"),
     "capture": Panel(
         draw_capture, _single, "energy within the base's leading k directions, over k, with nulls"

@@ -11,6 +11,8 @@ from typing import Any
 
 from geoscope.errors import OptionError, Stopped
 from geoscope.kinds import KINDS, PAIR_KINDS
+from geoscope.metrics import limits_in_force
+from geoscope.metrics.merging import merging_outlook
 from geoscope.records import Overlap, Report, Skipped
 from geoscope.sources.memory import Model, Opened, opened, opened_all
 from geoscope.verbs.choices import chosen
@@ -82,7 +84,13 @@ def compare(
             raise Interrupted(report, getattr(stop, "signum", int(signal.SIGINT))) from None
         overlaps = tuple(one for one in found if isinstance(one, Overlap))
         failed = [one for one in found if isinstance(one, Skipped)]
-        report = replace(report, overlaps=overlaps, coverage=lacking(report.coverage, failed))
+        outlook = _outlook(report, overlaps, len(tuned), options)
+        report = replace(
+            report,
+            overlaps=overlaps,
+            coverage=lacking(report.coverage, failed),
+            summary=replace(report.summary, merging=outlook),
+        )
     if reference is not None:
         ratios = anchored(runs[0], reference, _label(given))
         report = replace(report, summary=replace(report.summary, anchor=ratios))
@@ -90,6 +98,20 @@ def compare(
         if run is not None and run.interrupted is not None:
             raise Interrupted(report if report.layers else None, run.interrupted)
     return report
+
+
+def _outlook(
+    report: Report, overlaps: Sequence[Overlap], count: int, options: Options
+) -> dict[str, Any] | None:
+    """How the updates would merge, by the matrices where rounding does not hide one of them."""
+    limits = limits_in_force(options.limits)
+    hidden = {
+        layer.name
+        for layer in report.layers
+        if (layer.values.get("precision_ratio") or 0) > limits["undetermined.precision_ratio"]
+    }
+    seen = [overlap for overlap in overlaps if overlap.name not in hidden]
+    return merging_outlook(seen, count, limits)
 
 
 def _label(model: Opened | None) -> str | None:

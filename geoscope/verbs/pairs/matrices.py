@@ -57,7 +57,7 @@ class Matrix:
 class Headers:
     """What is known of pairs beside the stacks that are read of them.
 
-    rounding: what FP8 blocks of a pair rounded away. nominal: the rank that an adapter was asked
+    rounding: what storing a pair as codes rounded away. nominal: the rank that an adapter was asked
     for, None for another update. has_base: whether the base's weight is the first stack.
     """
 

@@ -96,7 +96,7 @@ class Prepared:
         )
 
     def rounding(self, one: WeightPair) -> Rounding:
-        """What FP8 blocks rounded away on both sides of a pair."""
+        """What storing codes rounded away on both sides of a pair."""
         return self.base.rounding(one.base.name), self.tuned.rounding(one.tuned.name)
 
     @property

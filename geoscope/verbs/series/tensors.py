@@ -190,10 +190,10 @@ class AdapterTensor:
 
 
 def _grid(checkpoint: Checkpoint, name: str) -> Grid | None:
-    """The grid that a weight lies on; FP8 blocks do not show in the entries, read as fp32."""
+    """The grid that a weight lies on; codes are known from their file."""
     known = checkpoint.rounding(name)
     if known is not None:
-        return Grid("FP8 grid in blocks", known**2)
+        return Grid(f"{known.name} grid", known.size**2)
     return grid_of(checkpoint.read(name))
 
 
