@@ -57,7 +57,7 @@ def draw_lift_map(area: SubFigure, parts: Parts) -> None:
         if len(parts) > 1:
             label = f"{part.tuned} {shorten(part.label, 24)}"
             axes.set_title(label, loc="left", fontsize=points_of(9), color=INK)
-        _set_axes(axes, layers, modules, _labels(area, columns))
+        _set_axes(axes, layers, modules, _labels(area, columns, layers))
         _hatch(axes, _nulls(lifts, held))
         is_written = columns * len(layers) <= _WRITTEN
         meshes += _paint(axes, lifts, reach, is_written=is_written)
@@ -93,10 +93,11 @@ def _nulls(lifts: np.ndarray, held: np.ndarray) -> np.ndarray:
     return held & np.isnan(lifts)
 
 
-def _labels(area: SubFigure, columns: int) -> int:
+def _labels(area: SubFigure, columns: int, layers: Sequence[int | None]) -> int:
     """How many layers can be named below each map."""
-    inches = 0.7 * area.bbox.width / area.dpi / columns
-    return max(2, int(72 * inches / points_of(24)))
+    longest = max(len(str(at or "")) for at in layers)
+    points = 72 * 0.76 * area.bbox.width / area.dpi / columns
+    return max(2, int(points / points_of(5.5 * longest + 6)))
 
 
 def _set_axes(axes: Axes, layers: Sequence[int | None], modules: Sequence[str], most: int) -> None:
