@@ -10,11 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from geoscope.answers import Answer, Condition, Fact, Outcome
+from geoscope.answers import Condition, Fact, Outcome
 from geoscope.errors import first_names
 from geoscope.kinds import Kind
 from geoscope.records import Report, Status
-from geoscope.report.beside import anchor_block, overlap_block
+from geoscope.report.below import CAUTIOUS, ELSEWHERE, PARTLY, tail
 from geoscope.report.content import title
 from geoscope.report.coverage import compared_line
 from geoscope.report.depth import depth_row
@@ -42,19 +42,10 @@ _WHY = {
 _BESIDE = 3  # so many tuned models have a column; of more each has a row
 _MODELS = 9  # so many have a row
 _LABEL = 20  # letters of a name beside many columns
-_PAIRS = 3
 _ALERTS = 3
-_MERGING = {
-    "head_agreement": "heads agree",
-    "consensus": "rests with their sum",
-    "changed_shared": "changed entries in common",
-}
-_PARTLY = "*"
-_CAUTIOUS = "~"
-_ELSEWHERE = "`details`"
 
 
-def answer(report: Report, *, rows: int | None = None, where: str = _ELSEWHERE) -> list[Block]:
+def answer(report: Report, *, rows: int | None = None, where: str = ELSEWHERE) -> list[Block]:
     """Title; headline with its facts, at most `rows` of them; coverage and what to do next.
 
     where: all other numbers stand.
@@ -66,12 +57,12 @@ def answer(report: Report, *, rows: int | None = None, where: str = _ELSEWHERE) 
     # Of more the table tells it.
     named = [] if kind.answer.is_joint or len(others) > _BESIDE else others
     alerts = _alerts(report, kind, asked)
-    lines = (*named, *(line.replace(_ELSEWHERE, where) for line in alerts))
+    lines = (*named, *(line.replace(ELSEWHERE, where) for line in alerts))
     tone = _tone([outcome(kind, part).tone for part in asked])
     return [
         Block(_title(report, parts)),
         Block(first, lines, body, code=tone),
-        Block("", _tail(report, kind, parts, body, where)),
+        Block("", tail(report, kind, parts, body, where)),
     ]
 
 
@@ -327,8 +318,8 @@ def _reason(key: str, section: Section) -> str:
 
 def _mark(key: str, section: Section) -> str:
     if 0 < section.whole.numbered(key) < len(section.layers):
-        return _PARTLY
-    return _CAUTIOUS if section.whole.is_cautioned(key) else ""
+        return PARTLY
+    return CAUTIOUS if section.whole.is_cautioned(key) else ""
 
 
 def _reading(fact: Fact, value: float, null: float | None, limit: float | None) -> str:
@@ -429,84 +420,3 @@ def _beside_null(fact: Fact, section: Section) -> Cell:
     text = _shown(value, fact.unit) + ("" if value is None else _mark(key, section))
     has_null = null is not None and fact.has_own_null
     return Cell(text, f"({_shown(null, fact.unit)})" if has_null else "")
-
-
-# --- coverage and what comes next -----------------------------------------------------------------
-
-
-def _tail(
-    report: Report, kind: Kind, parts: Sequence[Section], body: Grid, where: str
-) -> tuple[str, ...]:
-    """Coverage, what the columns and marks mean, what cannot be seen, and what to do next."""
-    said = kind.answer
-    others = "; `all_matrices` reads the others" if report.coverage.unread else ""
-    complete = "" if report.coverage.missing else f"{compared_line(report)}{others}."
-    pairs = _pairs(report, parts[0]) if kind.overlaps and len(parts) > 1 else ""
-    lines = [
-        pairs,
-        _merging(report),
-        *anchor_block(report, kind, parts[0]).lines,
-        " ".join(filter(None, (complete, _noise(said, body, is_alone=len(parts) == 1)))),
-        _marks(body),
-        said.caveat,
-        _next(said, answering(report))
-        if where == _ELSEWHERE
-        else said.next and f"Next: {said.next}",
-    ]
-    return tuple(filter(None, lines))
-
-
-def _pairs(report: Report, section: Section) -> str:
-    grid = overlap_block(report, section).grid
-    rows = () if grid is None else grid.rows
-    told = [f"{row[0].text} {row[2].text} {row[2].null}".rstrip() for row in rows[:_PAIRS]]
-    more = f" and {len(rows) - _PAIRS} more" if len(rows) > _PAIRS else ""
-    return f"Cosine of the updates: {', '.join(told)}{more}." if told else ""
-
-
-def _merging(report: Report) -> str:
-    """Of several tuned models how their updates would merge, in a sentence; `compare` has no room
-    for it."""
-    outlook = report.summary.merging
-    if outlook is None or report.kind != "alignment":
-        return ""
-    values, nulls = outlook["values"], outlook["nulls"]
-    told = [
-        f"{words} {number(values[key])} ({number(nulls[key])})"
-        for key, words in _MERGING.items()
-        if key in values
-    ]
-    return f"To merge: {outlook['words']}; {', '.join(told)}."
-
-
-def _noise(said: Answer, body: Grid, *, is_alone: bool) -> str:
-    """What the nulls are, where the table has some."""
-    name, words = said.noise
-    cells = [cell for row in _whole_rows(body) for cell in row]
-    columns = [i for i, head in enumerate(body.heads) if is_alone and head.text == name]
-    has_null = any(row[i].text for row in _whole_rows(body) for i in columns)
-    if not has_null and not any(cell.null for cell in cells):
-        return ""
-    return f"{name.capitalize() if is_alone else '(…)'}: {words}."
-
-
-def _marks(body: Grid) -> str:
-    """What the marks behind numbers mean."""
-    texts = [cell.text for row in _whole_rows(body) for cell in row]
-    words = {_PARTLY: "of some matrices only", _CAUTIOUS: "rounding is a visible part"}
-    told = [
-        f"{mark} {what}"
-        for mark, what in words.items()
-        if any(len(text) > 1 and text.endswith(mark) for text in texts)
-    ]
-    return f"{'; '.join(told)}." if told else ""
-
-
-def _whole_rows(body: Grid) -> list[tuple[Cell, ...]]:
-    return [row for row in body.rows if len(row) == len(body.heads)]
-
-
-def _next(said: Answer, parts: Sequence[Section]) -> str:
-    explained = any(part.verdict and part.verdict.explain for part in parts)
-    words = [f"All numbers: {_ELSEWHERE}", "why: `explain`" if explained else "", said.next]
-    return " · ".join(filter(None, words))
