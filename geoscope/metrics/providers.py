@@ -155,7 +155,10 @@ def sides(weights: Tensor, rounding: Sequence[float | None]) -> tuple[Side, ...]
 def _side(weight: Tensor, noise: float | None, grid: Grid | None) -> Side:
     entries = side(weight)
     if not 1e-150 < entries.norm < 1e150 and bool(weight.any()):
-        raise NumericsError("squares of the weights leave fp64: multiply the model by a constant")
+        raise NumericsError(
+            "the squared weights are too large or too small for float64; scale the model by a "
+            "constant"
+        )
     if noise is not None:
         return replace(entries, noise=noise, fmt=FP8)
     if grid is None:

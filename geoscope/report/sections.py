@@ -71,6 +71,7 @@ class Section:
     """One tuned model, numbered as in `provenance.refs`: its aggregates and its matrices.
 
     steps: of a series, the base first; series: id → one number a step.
+    limits: thresholds that were set, of a kind without a verdict.
     """
 
     tuned: int
@@ -81,6 +82,7 @@ class Section:
     distance: Mapping[str, Any] | None = None
     steps: tuple[int, ...] = ()
     series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
+    limits: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def layers(self) -> tuple[LayerRecord, ...]:
@@ -96,7 +98,15 @@ def sections(report: Report) -> tuple[Section, ...]:
         label, verdict = _tuned_label(report, 1), summary.verdict
         return (
             Section(
-                1, label, whole, modules, verdict, summary.distance, summary.steps, summary.series
+                1,
+                label,
+                whole,
+                modules,
+                verdict,
+                summary.distance,
+                summary.steps,
+                summary.series,
+                limits=_limits(report),
             ),
         )
     found: list[Section] = []
@@ -105,8 +115,23 @@ def sections(report: Report) -> tuple[Section, ...]:
         modules = _modules(layers, run.modules, run.module_nulls)
         whole = Subject(run.model, run.nulls, layers)
         label = _tuned_label(report, run.tuned)
-        found.append(Section(run.tuned, label, whole, modules, run.verdict, run.distance))
+        found.append(
+            Section(
+                run.tuned,
+                label,
+                whole,
+                modules,
+                run.verdict,
+                run.distance,
+                limits=_limits(report),
+            )
+        )
     return tuple(found)
+
+
+def _limits(report: Report) -> Mapping[str, float]:
+    """The thresholds that were set, where no verdict has them."""
+    return report.provenance.parameters.get("limits") or {}
 
 
 def _modules(

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from geoscope._version import __version__
+from geoscope.kinds import KINDS
 from geoscope.metrics import aggregate
 from geoscope.records import (
     Coverage,
@@ -81,6 +82,7 @@ def assemble(
             seed=options.seed,
             parameters={
                 **_parameters(options),
+                **_limits(kind, options),
                 "notes": _notes(sides, runs),
                 "budget": runs[0].budget,
             },
@@ -106,6 +108,11 @@ def _parameters(options: Options) -> dict[str, Any]:
         del chosen[name]
     chosen["layers"] = None if options.layers is None else sorted(options.layers)
     return {key: list(v) if isinstance(v, tuple) else v for key, v in chosen.items()}
+
+
+def _limits(kind: str, options: Options) -> dict[str, Any]:
+    """The thresholds that were set; a verdict has all that are in force itself."""
+    return {"limits": dict(options.limits)} if options.limits and not KINDS[kind].judge else {}
 
 
 def _coverage(runs: Sequence[TunedRun]) -> Coverage:
