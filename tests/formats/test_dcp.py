@@ -168,7 +168,7 @@ def test_no_other_name_passes(tmp_path: Path, name: str) -> None:
     raw = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
     raw += b"\x8c" + bytes([len(leaf)]) + leaf.encode() + b"\x93."
     (tmp_path / ".metadata").write_bytes(raw)
-    assert f"needs `{name}` to load" in refusal(tmp_path, UnsupportedFormat)
+    assert f"loading it needs `{name}`" in refusal(tmp_path, UnsupportedFormat)
 
 
 def test_a_piece_with_code_is_not_run(shards: Path, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def edits() -> list[Any]:
         pytest.param(flat, "has other dimensions than the tensor", id="flat"),
         pytest.param(lost, f"no file is named for a piece of {UP}", id="lost"),
         pytest.param(before, "has the impossible size (-5, ", id="before"),
-        pytest.param(beyond, "it is cut", id="beyond"),
+        pytest.param(beyond, "file is incomplete", id="beyond"),
         pytest.param(packed, f"{UP} is stored compressed (['zstd'])", id="packed"),
         pytest.param(listed, "it does not have the format of DCP", id="listed"),
         pytest.param(torn, "it does not have the format of DCP", id="torn"),

@@ -337,7 +337,7 @@ def test_what_the_outcome_is_about_stands_alone() -> None:
 
 @pytest.mark.parametrize("fact", KINDS["collapse"].answer.facts, ids=lambda fact: fact.id)
 def test_words_of_a_fact_fit_their_columns(fact: Fact) -> None:
-    assert len(fact.label) <= 14
+    assert len(fact.label) <= 17
     assert len(fact.words) <= 30
 
 
