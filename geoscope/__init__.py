@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from geoscope._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from geoscope.adapters import LoraFactors, geora
+    from geoscope.adapters.factors import LoraFactors
+    from geoscope.adapters.geora import geora
     from geoscope.errors import GeoscopeError
     from geoscope.metrics import METRICS
     from geoscope.records import LayerRecord, Report, Status
@@ -89,7 +90,7 @@ _HOMES = {
     "Interrupted": ("geoscope.verbs.options", "Interrupted"),
     "LayerRecord": ("geoscope.records", "LayerRecord"),
     "LineageOptions": ("geoscope.verbs.lineage.options", "LineageOptions"),
-    "LoraFactors": ("geoscope.adapters", "LoraFactors"),
+    "LoraFactors": ("geoscope.adapters.factors", "LoraFactors"),
     "Options": ("geoscope.verbs.options", "Options"),
     "Progress": ("geoscope.verbs.options", "Progress"),
     "Report": ("geoscope.records", "Report"),
@@ -102,7 +103,7 @@ _HOMES = {
     "convert_adapter": ("geoscope.verbs.adapters.convert", "convert_adapter"),
     "extrapolate": ("geoscope.verbs.series.extrapolate", "extrapolate"),
     "follow": ("geoscope.verbs.series.follow", "follow"),
-    "geora": ("geoscope.adapters", "geora"),
+    "geora": ("geoscope.adapters.geora", "geora"),
     "init_adapter": ("geoscope.verbs.adapters.initialise", "initialise"),
     "initialise": ("geoscope.verbs.adapters.initialise", "initialise"),
     "inspect": ("geoscope.verbs.pairs.calls", "inspect"),

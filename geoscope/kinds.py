@@ -3,7 +3,7 @@
 What it holds (families of METRICS, overlaps, curves), who judges it and with which codes, and what
 it shows: ids of its tables, most important first (what does not fit a narrow terminal is left out
 from the right), panels of its figure, its words. An id that ends in `@k` stands for every k in the
-report. A new kind is one entry.
+report. What else a new kind needs: docs/architecture.md.
 """
 
 from __future__ import annotations

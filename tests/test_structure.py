@@ -80,7 +80,7 @@ FLOOR = {
         "foreign",
         "kinds",
     ),
-    *("names", "patterns", "pattern_server", "profile", "records"),
+    *("names", "patterns", "pattern_server", "profile", "records", "thresholds"),
 }
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
@@ -89,7 +89,8 @@ ALLOWED: dict[str, set[str]] = {
     "profile": set(),
     "files": set(),
     "folders": {"arguments", "errors"},
-    "answers": set(),
+    "thresholds": {"errors"},
+    "answers": {"thresholds"},
     "kinds": {"answers"},
     "arguments": {"errors"},
     "foreign": {"errors"},

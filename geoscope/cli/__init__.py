@@ -17,8 +17,9 @@ from geoscope.errors import GeoscopeError
 __all__ = ["app", "told"]
 
 _EPILOG = (
-    "Exit codes: 0 done, findings included; 1 error, nothing compared, or incomplete under "
-    "--strict; 2 usage; 3 a --fail-on condition holds; 130 interrupted; 143 terminated."
+    "Exit codes: 0 success, whatever was found; 1 error, nothing compared, or (with --strict) not "
+    "everything compared; 2 wrong usage; 3 a --fail-on condition holds; 130 interrupted; "
+    "143 terminated."
 )
 
 

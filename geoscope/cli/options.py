@@ -16,6 +16,9 @@ from geoscope.cli.limits import parse_limits
 from geoscope.errors import OptionError
 from geoscope.folders import results_folder
 from geoscope.report import STYLES
+from geoscope.verbs.adapters.options import methods_in_words as initialisations_in_words
+from geoscope.verbs.adapters.options import methods_without_layout
+from geoscope.verbs.series.options import methods_in_words
 
 __all__ = ["Read", "read_numbers", "read_part"]
 
@@ -100,17 +103,17 @@ Include = Annotated[list[str], which("--include REGEX, -i",
     "Only tensors whose full name matches this regular expression (re.search). Replaces the "
     "default scope, so it also reaches embeddings and the output head. May be given again.")]
 Exclude = Annotated[list[str], which("--exclude REGEX, -e",
-    "Leave out tensors whose name matches this regular expression. May be given again.")]
+    "Leave out tensors whose name matches this regular expression. May be repeated.")]
 Layers = Annotated[str | None, which("--layers LIST", "Only these block indices, such as 0-3,7.")]
 MapName = Annotated[list[str], which("--map-name REGEX=REPL",
-    "Replace REGEX by REPL (re.sub) in the names of all models before they are matched; the last = "
-    "divides. May be given again.")]
+    "Rename tensors of all models before they are matched: replace REGEX by REPL (re.sub). The "
+    "last = separates the two. May be repeated.")]
 AllowVocabResize = Annotated[bool, which("--allow-vocab-resize",
-    "Compare the rows that both models have, where embeddings and output heads differ in height; "
-    "--include brings these in scope.")]
+    "If embeddings or output heads differ in the number of rows, compare the rows that both models "
+    "have. Select them with --include.")]
 InitialAdapter = Annotated[str | None, which("--initial-adapter DIR",
-    "The adapter before training, where it did not start at zero (PiSSA, GeoRA, OLoRA …). Its "
-    "product is subtracted.")]
+    "The adapter as it was before training, if its product was not zero then (PiSSA, GeoRA, OLoRA "
+    "…). It is subtracted from the update.")]
 LoraAlpha = Annotated[float | None, which("--lora-alpha X",
     "Use this lora_alpha for the adapters; some converters write 0.")]
 NoBase = Annotated[bool, which("--no-base",
@@ -131,8 +134,8 @@ Solver = Annotated[str | None, computing("--solver NAME",
     "auto: the fastest method whose error bound is met. exact: the SVD of LAPACK, or of cuSOLVER, "
     "for every matrix.")]
 MaxMemory = Annotated[str | None, computing("--max-memory SIZE",
-    "Bound on the memory of the process, such as 8GB; min is the least that works. Default: what "
-    "all workers need for their largest pair, half of the free memory at most.")]
+    "Memory limit of the process, such as 8GB; min uses as little as possible. Default: enough for "
+    "the largest pair of every worker, but at most half of the free memory.")]
 Jobs = Annotated[int | None, computing("--jobs N, -j",
     "Worker threads on the CPU; the numbers do not depend on it. Default: one a core.")]
 Ray = Annotated[str | None, computing("--ray ADDRESS",
@@ -143,41 +146,41 @@ SeriesSeed = Annotated[int, computing("--seed N", "Seed of bootstraps and search
 InitSeed = Annotated[int, computing("--seed N",
     "Seed of the random factors of lora, and of the sampled nulls.")]
 Cache = Annotated[bool, computing("--resume/--no-resume",
-    "Use and keep the "
-    "result of each "
-    "matrix (geoscope "
-    "cache), so that a "
-    "rerun continues."), Read(lambda resume: results_folder() if resume else None, default=True)]
+    "Reuse and store the result of each matrix (see geoscope cache). A rerun then continues where "
+    "the last run stopped."),
+    Read(lambda resume: results_folder() if resume else None, default=True)]
 
 # --- what is measured -----------------------------------------------------------------------------
 
 measuring = _Group("What is measured")
 Ks = Annotated[str, measuring("--k K,K,…",
-    "Subspace dimensions of the @k columns. The verdict has a "
-    "dimension of its own."), Read(_dimensions, default="8,64")]
+    "Values of k for the columns @k. The verdict uses its own k; this option does not change it."),
+    Read(_dimensions, default="8,64")]
 Quick = Annotated[bool, measuring("--quick",
-    "Leading directions only, angles to 1e-5 rad; numbers of the full spectrum are NOT_APPLICABLE. "
-    "Slower than without where spectra are flat. Not with --curves.")]
+    "Compute the leading singular directions only. Angles are accurate to 1e-5 rad; numbers that "
+    "need the full spectrum are NOT_APPLICABLE. For flat spectra this is slower than the default. "
+    "Not with --curves.")]
 Curves = Annotated[bool, measuring("--curves",
-    "Captured energy over the base's whole basis: in the figure, and as numbers in alignment and "
-    "compare. Slower: it takes every singular vector of the base.")]
+    "Also compute captured energy for every k, with all singular vectors of the base. The figure "
+    "shows it; alignment and compare also report numbers. Slower.")]
 Masks = Annotated[bool, measuring("--masks",
     "Also the overlap of changed weights with masks of the base.")]
 Budget = Annotated[str | None, measuring("--budget N",
     "Also the ranks that hold most of the update within N parameters of an adapter, such as 20M. "
     "Uses no cached result."), Read(_count)]
 Limits = Annotated[list[str], measuring("--limit NAME=VALUE",
-    "Another limit for a threshold of the verdict, by the name that --explain prints; an angle in "
-    "radians, or as 15deg. May be given again."), Read(parse_limits, default=())]
+    "Set a threshold of the verdict. --explain lists the names. Give angles in radians, or in "
+    "degrees as 15deg. May be repeated."), Read(parse_limits, default=())]
 AllMatrices = Annotated[bool, measuring("--all",
     "Read every matrix in scope, and embeddings of Hub models, too. Default: a sample that grows "
     "until the answer is clear.")]
 SampleSeed = Annotated[int, measuring("--seed N", "Seed of the order in which matrices are taken.")]
 Part = Annotated[str | None, measuring("--part I/N",
-    "Compute the I-th of N parts of the matrices, and write it to the one FILE.json of --out; "
-    "geoscope join makes the report of all parts.")]
+    "Split the matrices into N parts, compute part I, and write it to the one FILE.json of --out. "
+    "geoscope join makes one report of all parts.")]
 Anchor = Annotated[str | None, measuring("--anchor MODEL",
-    "Another tuned model of the same base: show every number as a ratio to its number.")]
+    "A second tuned model of the same base. Each number is also shown as a ratio to that model's "
+    "number.")]
 
 # --- a series of checkpoints ----------------------------------------------------------------------
 
@@ -203,9 +206,7 @@ Vectors = Annotated[Path | None, following("--vectors FILE",
     "file.")]
 ToStep = Annotated[int, following("--to-step N", "The step to predict.")]
 Extrapolator = Annotated[str, following("--method NAME",
-    "auto (each matrix its best held-out method), hold, two-point, linear, linear-origin, relex, "
-    "relex-pinned, spatial-rank1, spatial-rank1-pinned, alpha-rank1, next (trains networks: a "
-    "minute or more), damped (of linear), or damped(…) of one.")]
+    methods_in_words())]
 Extend = Annotated[str | None, following("--predict-extend C,C,…",
     "With --method next: write W_T + c·Δ̂ for each c into OUT/c….")]
 Training = Annotated[int, following("--train-steps N",
@@ -241,7 +242,7 @@ OnFail = Annotated[str | None, watching("--on-fail CMD",
 # --- adapters -------------------------------------------------------------------------------------
 
 start = _Group("Adapters")
-Method = Annotated[str, start("--method NAME", "geora, pissa, milora, olora, rlpo, rlmo or lora.")]
+Method = Annotated[str, start("--method NAME", f"{initialisations_in_words()}.")]
 Rank = Annotated[int, start("--rank R, -r", "Rank of the adapter.")]
 CutRank = Annotated[int | None, start("--rank R, -r",
     "Compress to this rank, and say what is lost. Default: exact, twice the rank.")]
@@ -260,7 +261,7 @@ Targets = Annotated[str | None, start("--targets NAME,NAME…",
 Layout = Annotated[str | None, start("--layout NAME",
     "residual (default): a rewritten base and an adapter. mirror (experimental): one adapter of "
     "twice the rank on the original base, exact in every dtype. anchor: two adapters, for your own "
-    "training loop. Not with --method rlpo, rlmo and lora, which have none.")]
+    f"training loop. Not with --method {methods_without_layout()}, which have none.")]
 ResidualDtype = Annotated[str | None, start("--residual-dtype NAME",
     "dtype of the rewritten matrices: float32 (default), or with loss bfloat16 or float16.")]
 OriginalBase = Annotated[str | None, start("--base MODEL",
@@ -277,9 +278,9 @@ shown = _Group("What is shown and written")
 AsJson = Annotated[bool, shown("--json",
     "One JSON document on standard output, in place of the text.")]
 Out = Annotated[list[Path], shown("--out FILE, -o",
-    "Also write FILE.{json,html,csv,md,png,svg,pdf}; the suffix decides. May be given again.")]
+    "Also write FILE.{json,html,csv,md,png,svg,pdf}; the suffix decides. May be repeated.")]
 ReportFiles = Annotated[list[Path] | None, shown("--report FILE",
-    "Also write the report as FILE.{json,html,csv,md,png,svg,pdf}. May be given again.")]
+    "Also write the report as FILE.{json,html,csv,md,png,svg,pdf}. May be repeated.")]
 InitFolder = Annotated[Path | None, shown("--out OUT, -o",
     "Folder to write. Default: a name made of model, method and rank.")]
 PlainFolder = Annotated[Path, shown("--out OUT, -o", "Folder to write the plain LoRA to.")]
@@ -299,7 +300,8 @@ Strict = Annotated[bool, shown("--strict", "Exit 1 when a matrix in scope was no
 DryRun = Annotated[bool, shown("--dry-run",
     "Show what would be read and computed, from headers alone; compute and write nothing.")]
 Quiet = Annotated[bool, shown("--quiet, -q",
-    "The headline alone; nothing on standard error but errors and what explains the exit code.")]
+    "Print only the headline. Standard error then shows only errors and the reason for the exit "
+    "code.")]
 Details = Annotated[bool, shown("--details",
     "All numbers: of the model, of each kind of module, and of the worst matrices.")]
 Verbose = Annotated[bool, shown("--verbose, -v",
@@ -307,7 +309,9 @@ Verbose = Annotated[bool, shown("--verbose, -v",
 Debug = Annotated[bool, shown("--debug",
     "Show the traceback of an error, as GEOSCOPE_DEBUG=1 does.")]
 FailOn = Annotated[str | None, shown("--fail-on EXPR",
-    "Exit 3 when any of EXPR[,EXPR…] holds: CODE, CODE>SHARE, ID>NUMBER or ID<NUMBER.")]
-Explain = Annotated[bool, shown("--explain", "Also every threshold and the values it met.")]
+    "Exit with code 3 if a condition holds. A condition is CODE, CODE>SHARE, ID>NUMBER or "
+    "ID<NUMBER; separate several with commas.")]
+Explain = Annotated[bool, shown("--explain",
+    "Also show every threshold and the values that were compared with it.")]
 
 # fmt: on

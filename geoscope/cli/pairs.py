@@ -197,7 +197,9 @@ def _part(
     if len(show.out) != 1 or show.out[0].suffix != ".json":
         raise OptionError("--part writes one file: give -o FILE.json, another for each part")
     if show.fail_on or show.strict:
-        raise OptionError("--part has no verdict: give --fail-on to `geoscope show` of the report")
+        raise OptionError(
+            "--part gives no verdict; use --fail-on with `geoscope show` on the joined report"
+        )
     try:
         with output.progress(quiet=show.quiet) as progress:
             how = {"kind": kind, "options": options, "progress": progress}

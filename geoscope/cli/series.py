@@ -61,7 +61,10 @@ def trajectory(
     conditions = ready(show, kind="trajectory", ids=IDS)
     if vectors is not None:
         if not options.directions:
-            raise OptionError("--vectors are leading pairs, which --no-directions leaves out")
+            raise OptionError(
+                "--vectors writes leading pairs, but --no-directions does not compute them; "
+                "leave one out"
+            )
         output.check_file(vectors, ".safetensors", force=show.force)
     with output.matrices(quiet=show.quiet) as progress:
         report = follow(points, options=options, vectors=vectors, progress=progress, argv=sys.argv)

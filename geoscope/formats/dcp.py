@@ -88,16 +88,16 @@ def _check_files(path: Path, stored: Mapping[str, Pieced[Region]], label: str) -
     missing = sorted(file for file in ends if not (path / file).is_file())
     if missing:
         raise CheckpointError(
-            f"`{label}`: {first_names(missing)} of {len(ends)} .distcp files not there; still "
-            "being written, or cut: copy them, too"
+            f"`{label}`: {first_names(missing)} missing, of {len(ends)} .distcp files. The "
+            "checkpoint is still being written, or the copy is incomplete; copy them too"
         )
     for file, end in sorted(ends.items()):
         refuse_link_to_elsewhere(path / file, label)
         size = (path / file).stat().st_size
         if end > size:
             raise CheckpointError(
-                f"{label}/{file}: has {size} bytes, and tensors of it end at {end}; it is cut: "
-                "copy it again"
+                f"{label}/{file}: has {size} bytes, but its tensors need {end}; the file is "
+                "incomplete, copy it again"
             )
 
 

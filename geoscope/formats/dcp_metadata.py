@@ -72,7 +72,7 @@ def read_metadata(folder: Path, label: str) -> dict[str, DcpTensor]:
     try:
         return _tensors(root, where)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        raise _damaged(where, "it has not the form that DCP writes") from None
+        raise _damaged(where, "it does not have the format of DCP") from None
 
 
 # --- the pickle ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _unpickled(path: Path, where: str) -> _Record:
     except Exception as error:  # the unpickler meets junk with any exception
         raise _damaged(where, f"no pickle ({type(error).__name__})") from None
     if not isinstance(root, _Record):
-        raise _damaged(where, "it has not the form that DCP writes")
+        raise _damaged(where, "it does not have the format of DCP")
     return root
 
 
@@ -245,8 +245,8 @@ def _region(name: str, info: _Record | None, where: str) -> Region:
 
 def _foreign(where: str, what: str) -> CheckpointError:
     return UnsupportedFormat(
-        f"{where}: needs `{what}` to load, which DCP does not write; save the checkpoint again "
-        "with torch.distributed.checkpoint"
+        f"{where}: loading it needs `{what}`, which DCP metadata never contains; save the "
+        "checkpoint again with torch.distributed.checkpoint"
     )
 
 

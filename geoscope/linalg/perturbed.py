@@ -54,7 +54,7 @@ def mean_angles(
     """Mean principal angle between the leading k-subspaces of W0 and W0 + ω·G, left and right.
 
     S: (…, q) descending, k ≤ q; spread: ω√(mn), (…) → two times (…, draws), radians. Directions up
-    to k + 24 turn in a dense block diag(σ) + ω·G. A direction j beyond it enters vector i with a
+    to k + 32 turn in a dense block diag(σ) + ω·G. A direction j beyond it enters vector i with a
     tangent of variance ω²(σ̂_i² + σ_j²)/(σ̂_i² − σ_j²)², σ_j = 0 outside the span.
     """
     spectra, sizes = S.reshape(-1, S.shape[-1]), torch.as_tensor(spread, dtype=S.dtype).reshape(-1)

@@ -20,8 +20,8 @@ from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict
 from geoscope.metrics.metric import Instance, Metric, Null, instances, takes_of
 from geoscope.metrics.rules import RULES, Rules
 from geoscope.metrics.table import FAMILIES, METRICS
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.metrics.verdict import CODES, VERDICT_IDS, judge, judge_model
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = [
     "CAPACITY_CODES",

@@ -15,16 +15,14 @@ from geoscope.metrics.capacity import servable
 from geoscope.metrics.distance import distance, judge_distance
 from geoscope.metrics.judging import Check, Judged, clause, explained, flagged_names, shares_of
 from geoscope.metrics.measure import Measured
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status, Verdict
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = ["CAPACITY_CODES", "judge_capacity", "judge_capacity_model"]
 
 CAPACITY_CODES = CAPACITY.codes
 _FLAGGED = (*FAR, "SATURATED", "RANK_COLLAPSE", "CONCENTRATED", "IDLE")
 _OF_CAPACITY = ("capacity.", "unrelated.", "too_far.")
-# From this rank on, concentration has the name of a collapse.
-_COLLAPSE_FROM = 16
 
 _SENTENCES = {
     "NO_UPDATE": "no weight in scope changed",
@@ -60,7 +58,7 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
     def check(code: str, name: str, value: float | None, sign: str, key: str) -> Check:
         return Check(code, name, value, sign, limit[key], THRESHOLDS[key].standing)
 
-    few = "RANK_COLLAPSE" if rank >= _COLLAPSE_FROM else "CONCENTRATED"
+    few = "RANK_COLLAPSE" if rank >= limit["capacity.collapse_rank"] else "CONCENTRATED"
     # k99 is of r_max; idle is what fills half of the rank that was asked for.
     k99 = values.get("k99_share")
     of_nominal = None if k99 is None else k99 * row.weights["rank"] / rank

@@ -16,8 +16,8 @@ from typing import Any
 from geoscope.kinds import FAR
 from geoscope.metrics.judging import Check, Judged, clause
 from geoscope.metrics.measure import Measured
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = ["Distance", "cosine_and_deviation", "distance", "far_code", "judge_distance"]
 

@@ -18,7 +18,7 @@ from geoscope.metrics.copies import Copy, Merge, merge_of, narrowed
 from geoscope.metrics.distance import far_code
 from geoscope.metrics.judging import Check, Judged, explained
 from geoscope.metrics.kin import Estimate, Kin
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = ["Family", "Node", "family_of"]
 

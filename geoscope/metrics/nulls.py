@@ -1,7 +1,8 @@
 """What would noise of the same shape and size give? The null beside every number.
 
 Two generic nulls: *iid*, the singular values of a Gaussian matrix, and the *isotropic update*, a
-Gaussian ΔW of the same norm stored in the same dtype (see linalg/perturbed.py). The draws of
+Gaussian ΔW of the same norm: W0 + ω·G is sampled in linalg/perturbed.py, and what rounding to the
+stored dtype leaves unchanged is in linalg/isotropic.py and linalg/changes.py. The draws of
 sampled nulls depend on the seed and the shape alone, so that order changes nothing.
 """
 

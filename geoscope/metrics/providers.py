@@ -161,7 +161,10 @@ def sides(weights: Tensor, rounding: Sequence[Quantisation | None]) -> tuple[Sid
 def _side(weight: Tensor, known: Quantisation | None, grid: Grid | None) -> Side:
     entries = side(weight)
     if not 1e-150 < entries.norm < 1e150 and bool(weight.any()):
-        raise NumericsError("squares of the weights leave fp64: multiply the model by a constant")
+        raise NumericsError(
+            "the squared weights are too large or too small for float64; scale the model by a "
+            "constant"
+        )
     if known is not None:
         fmt = FloatFormat(known.name, known.fraction_bits, -6)
         return replace(entries, noise=known.size, fmt=fmt, quantisation=known)

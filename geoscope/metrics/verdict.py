@@ -22,8 +22,8 @@ from geoscope.metrics.judging import (
 )
 from geoscope.metrics.measure import Measured
 from geoscope.metrics.quantised import COPY, quantised_words
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status, Verdict
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = [
     "CODES",
@@ -242,6 +242,10 @@ def _words(numbers: _Numbers) -> str:
     )
 
 
+def _is_as_of_noise(ratio: float, limits: Mapping[str, float]) -> bool:
+    return limits["words.few_directions"] <= ratio <= limits["words.many_directions"]
+
+
 def appended_words(
     *,
     spectral_lift: float | None,
@@ -261,7 +265,7 @@ def appended_words(
         pass
     elif lift < limits["words.avoids"]:
         words.append("avoids the leading directions")
-    elif stable_over_null is not None and 0.5 <= stable_over_null <= 2:
+    elif stable_over_null is not None and _is_as_of_noise(stable_over_null, limits):
         words.append("indistinguishable from isotropic")
     elif stable_over_null is not None:
         words.append("isotropic in direction, but on few directions")

@@ -263,19 +263,19 @@ def _nothing(
         first = reshaped[0]
         return PairingError(
             f"nothing to compare: {len(reshaped)} matrices in scope differ in shape, first "
-            f"{first.name}: base {first.base}, tuned {first.tuned}. geoscope compares tensors of "
-            "equal shape; "
+            f"{first.name}: base {first.base}, tuned {first.tuned}; only tensors of equal shape "
+            "are compared; "
             + (
                 "`allow_vocab_resize` compares the rows that both have"
                 if all(is_resized(one.name, one.base, one.tuned) for one in reshaped)
-                else "give the base that was trained"
+                else "give the base that the tuned model was trained from"
             )
         )
     matrices = [info.name for info, _ in matching.pairs if len(info.shape) == 2]
     if pairing.missing:
         return PairingError(
-            f"nothing to compare: {len(pairing.missing)} weights in scope have no partner that can "
-            f"be read, first {pairing.missing[0]}; names look like "
+            f"nothing to compare: for {len(pairing.missing)} weights in scope, the other model has "
+            f"no readable counterpart, first {pairing.missing[0]}; names look like "
             f"{_examples(matrices or base.tensors)}"
         )
     return PairingError(

@@ -232,18 +232,19 @@ def _refuse_foreign_weights(path: Path, planned: Collection[str]) -> None:
     ]
     if foreign:
         raise CheckpointError(
-            f"{path}: {first_names(foreign)} would be read with the files written now, or in "
-            "their place, and `force` removes nothing; remove them, or give another output folder"
+            f"{path}: a loader would read {first_names(foreign)} together with, or instead of, "
+            "the new files. `force` does not delete them; delete them, or give another output "
+            "folder"
         )
 
 
 def _refuse_full_disk(path: Path, needed: int, meanwhile: int) -> None:
     free = shutil.disk_usage(nearest(path)).free
     if free < needed + meanwhile:
-        beside = f" and {in_units(meanwhile)} lie beside them meanwhile" if meanwhile else ""
+        beside = f", plus {in_units(meanwhile)} temporarily" if meanwhile else ""
         raise CheckpointError(
-            f"{path}: {in_units(needed)} are to be written{beside}, {in_units(free)} are free "
-            "there; make room, or give an output folder on another disk"
+            f"{path}: {in_units(needed)} will be written{beside}, but only {in_units(free)} are "
+            "free; free some space, or give an output folder on another disk"
         )
 
 

@@ -128,7 +128,7 @@ def _scalar(kinds: frozenset[type], value: Any) -> Any:
     if is_number or (kind is not float and kind in kinds):
         return value
     needed = " or ".join(_WORDS[each] for each in _WORDS if each in kinds)
-    raise TypeError(f"{shown(value)} stands where {needed} is needed")
+    raise TypeError(f"found {shown(value)}, expected {needed}")
 
 
 def _of_tuples(item: Form, length: int | None, kind: Callable[[Iterable[Any]], Any]) -> Form:
@@ -137,7 +137,7 @@ def _of_tuples(item: Form, length: int | None, kind: Callable[[Iterable[Any]], A
     def read(values: Any) -> Any:
         if not isinstance(values, list) or len(values) != (length or len(values)):
             needed = "a list" if length is None else f"a list of {length}"
-            raise TypeError(f"{shown(values)} stands where {needed} is needed")
+            raise TypeError(f"found {shown(values)}, expected {needed}")
         return kind(item.read_all(values))
 
     def schema(known: Definitions) -> Json:
@@ -150,7 +150,7 @@ def _of_tuples(item: Form, length: int | None, kind: Callable[[Iterable[Any]], A
 def _of_mappings(item: Form) -> Form:
     def read(values: Any) -> dict[str, Any]:
         if not isinstance(values, dict):
-            raise TypeError(f"{shown(values)} stands where a table is needed")
+            raise TypeError(f"found {shown(values)}, expected a table")
         return dict(zip(values, item.read_all(list(values.values())), strict=True))
 
     def write(values: Mapping[str, Any]) -> Json:
@@ -256,7 +256,7 @@ def encode(noun: Any) -> Json:
 def decode(noun: type[Noun], data: Json) -> Noun:
     """The noun of a JSON object. Raises KeyError, TypeError or ValueError."""
     if not isinstance(data, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{shown(data)} stands where a table is needed")
+        raise TypeError(f"found {shown(data)}, expected a table")
     rows = _rows(noun, data)
     values: Json = {}
     for field in _fields(noun):
@@ -277,7 +277,7 @@ def _rows(noun: type, data: Json) -> dict[str, Json]:
     tables = {name: data[name] for name in names}
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise TypeError(f"{name}: {shown(table)} stands where a table is needed")
+            raise TypeError(f"{name}: found {shown(table)}, expected a table")
     return {
         name: {key: row for key, row in table.items() if isinstance(row, list)}
         for name, table in tables.items()

@@ -29,6 +29,7 @@ from geoscope.report.sections import (
     with_dimension,
 )
 from geoscope.report.tables import kind_of
+from geoscope.thresholds import MOTION_THRESHOLDS, limits_in_force
 
 __all__ = ["answer", "headlines", "outcome"]
 
@@ -83,8 +84,9 @@ def headlines(report: Report) -> list[str]:
     if kind.answer.is_joint:
         return [_headline(kind, answering(report)[0]), *named]
     counts = Counter(outcome(kind, part).first for part in parts)
-    told = [f"{first} in {count} of {len(parts)}" for first, count in counts.most_common()]
-    return [f"{', '.join(told)} {kind.answer.others}.", *named]
+    of = f"of {len(parts)} tuned models"
+    told = [f"{count} {of}: {first}" for first, count in counts.most_common()]
+    return ["; ".join(told), *named]
 
 
 def _named_headline(kind: Kind, section: Section) -> str:
@@ -181,9 +183,7 @@ def _holds(condition: Condition, section: Section) -> bool:
         return value is None
     if condition.by_noise:
         value = value / null if value is not None and null else None
-    limit = condition.limit
-    limit = _limits(section).get(limit) if isinstance(limit, str) else limit
-    return _is_beyond(value, condition.sign, limit)
+    return _is_beyond(value, condition.sign, _bound(condition.limit, section))
 
 
 def _is_beyond(value: float | None, sign: str, limit: float | None) -> bool:
@@ -193,7 +193,16 @@ def _is_beyond(value: float | None, sign: str, limit: float | None) -> bool:
 
 
 def _limits(section: Section) -> Mapping[str, float]:
+    """The limits of the verdict; none without one."""
     return {} if section.verdict is None else section.verdict.thresholds
+
+
+def _bound(limit: float | str, section: Section) -> float:
+    """A limit by its name as it is in force, with a verdict or without; or the number itself."""
+    if not isinstance(limit, str):
+        return limit
+    usual = {**limits_in_force(None), **MOTION_THRESHOLDS, **section.limits}
+    return _limits(section).get(limit, usual[limit])
 
 
 def _limit(fact: Fact, section: Section, null: float | None) -> float | None:
@@ -292,7 +301,7 @@ def _row(fact: Fact, section: Section) -> tuple[Cell, ...]:
         _shown(value, fact.unit) + _mark(key, section),
         "" if null is None else _shown(null, fact.unit),
         "" if limit is None else _shown(limit, fact.unit),
-        _reading(fact, value, null, limit),
+        _reading(fact, section, value, null, limit),
     )
 
 
@@ -322,7 +331,9 @@ def _mark(key: str, section: Section) -> str:
     return CAUTIOUS if section.whole.is_cautioned(key) else ""
 
 
-def _reading(fact: Fact, value: float, null: float | None, limit: float | None) -> str:
+def _reading(
+    fact: Fact, section: Section, value: float, null: float | None, limit: float | None
+) -> str:
     """A word: beyond the limit, or where the number is on its scale."""
     if fact.beyond and _is_beyond(value, fact.sign, limit):
         return fact.beyond
@@ -331,7 +342,8 @@ def _reading(fact: Fact, value: float, null: float | None, limit: float | None) 
         if not null:
             return ""
         measured = value / null
-    for bound, word in fact.scale:
+    for name, word in fact.scale:
+        bound = _bound(name, section)
         if measured < bound or measured == bound == 0:
             return word
     if fact.scale:

@@ -1,4 +1,4 @@
-"""`--explain`: every condition of the verdict's rules, its limit, its origin, and what it met."""
+"""`--explain`: every condition of the verdict's rules, its limit and standing, what it met."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _rules(verdict: Verdict) -> Grid:
     for entry in verdict.explain:
         head = (Cell(str(entry["code"])),)
         rows += [_rule(entry)] if head in rows else [head, _rule(entry)]
-    return Grid((*heads, Head("origin", is_words=True)), tuple(rows))
+    return Grid((*heads, Head("standing", is_words=True)), tuple(rows))
 
 
 def _rule(entry: Mapping[str, Any]) -> tuple[Cell, ...]:

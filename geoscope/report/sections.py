@@ -75,6 +75,7 @@ class Section:
 
     kind: of the report.
     steps: of a series, the base first; series: id → one number a step.
+    limits: thresholds that were set, of a kind without a verdict.
     """
 
     kind: Kind
@@ -86,6 +87,7 @@ class Section:
     distance: Mapping[str, Any] | None = None
     steps: tuple[int, ...] = ()
     series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
+    limits: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def layers(self) -> tuple[LayerRecord, ...]:
@@ -100,14 +102,17 @@ def sections(report: Report) -> tuple[Section, ...]:
         modules = _modules(report.layers, summary.modules, summary.module_nulls)
         label, verdict = _tuned_label(report, 1), summary.verdict
         ends = summary.distance, summary.steps, summary.series
-        return (Section(kind, 1, label, whole, modules, verdict, *ends),)
+        limits = _limits(report)
+        return (Section(kind, 1, label, whole, modules, verdict, *ends, limits=limits),)
     found: list[Section] = []
     for run in summary.runs:
         layers = tuple(layer for layer in report.layers if layer.tuned == run.tuned)
         modules = _modules(layers, run.modules, run.module_nulls)
         whole = Subject(run.model, run.nulls, layers)
         label = _tuned_label(report, run.tuned)
-        found.append(Section(kind, run.tuned, label, whole, modules, run.verdict, run.distance))
+        ends = run.verdict, run.distance
+        limits = _limits(report)
+        found.append(Section(kind, run.tuned, label, whole, modules, *ends, limits=limits))
     return tuple(found)
 
 
@@ -118,6 +123,11 @@ def answering(report: Report) -> tuple[Section, ...]:
         return parts
     whole = Subject(summary.model, summary.nulls, ())
     return (Section(kind, 0, base_label(report), whole, {}, summary.verdict),)
+
+
+def _limits(report: Report) -> Mapping[str, float]:
+    """The thresholds that were set, where no verdict has them."""
+    return report.provenance.parameters.get("limits") or {}
 
 
 def _modules(

@@ -67,7 +67,8 @@ def render_text(
     report = plain(report)
     if details or verbose:
         blocks = page(report, verbose=verbose, explain=explain)
-        blocks[1:1] = [Block("\n".join(headlines(report)))]
+        first, *others = headlines(report)
+        blocks[1:1] = [Block(first, tuple(others))]
         return _printed(_lines(blocks, width), width, colour=colour)
     lines = _answer_lines(report, min(width, _ANSWER_WIDTH))
     if explain:

@@ -82,8 +82,8 @@ def base_and_adapter(reference: str) -> tuple[str, str] | None:
         return None
     shown = reference if reference.isprintable() else repr(reference)
     raise OptionError(
-        f"{shown}: neither a path nor base+adapter, for on one side of the + stands no folder, "
-        f"file or Hub id; {GRAMMAR}"
+        f"{shown}: neither a path nor base+adapter: one side of the + is not a folder, a file or a "
+        f"Hub id; {GRAMMAR}"
     )
 
 

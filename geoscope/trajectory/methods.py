@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from geoscope.errors import OptionError
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS
+from geoscope.trajectory.names import NAMES
 from geoscope.trajectory.prediction import Method, Prediction, Seen, last_of
 from geoscope.trajectory.spatial_rank1 import SPATIAL
 
@@ -42,12 +43,13 @@ class Damped:
         return self.inner.predict(seen, target).damped(factor)
 
 
-_HOLD = EXTRAPOLATORS["hold"]
+_NEXT = Trained("next")
+_KNOWN: Mapping[str, Method] = {**EXTRAPOLATORS, **SPATIAL, _NEXT.name: _NEXT}
+_HOLD, *_OTHERS = (_KNOWN[name] for name in NAMES)
+METHODS: Mapping[str, Method] = {
+    method.name: method for method in (_HOLD, *_OTHERS, *map(Damped, _OTHERS))
+}
 # What a trajectory tries, beside each of it damped: no network trains for it.
 PLAIN: Mapping[str, Method] = {
-    name: method for name, method in {**EXTRAPOLATORS, **SPATIAL}.items() if method is not _HOLD
-}
-_ALL: tuple[Method, ...] = (*PLAIN.values(), Trained("next"))
-METHODS: Mapping[str, Method] = {
-    method.name: method for method in (_HOLD, *_ALL, *map(Damped, _ALL))
+    method.name: method for method in _OTHERS if not isinstance(method, Trained)
 }

@@ -40,8 +40,8 @@ def started_from(
         if beside.is_dir() and adapter_folder(beside).layout == "residual":
             return read_adapter(beside)
     raise OptionError(
-        f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give the adapter before "
-        "training as `initial_adapter`"
+        f"{adapter.given}: {adapter.initial}. Its update is therefore not s·B·A alone: give the "
+        "adapter as it was before training as `initial_adapter`"
     )
 
 

@@ -153,9 +153,9 @@ def _difference(base: AdaptedCheckpoint, adapter: Adapter, names: NameMap) -> Ad
     found = adapted(base, base, adapter, base.adapter, names, is_difference=True)
     if not all(change.has_factors for change in (*found.changes.values(), *base.changes.values())):
         raise OptionError(
-            f"{adapter.given}: it and {base.adapter.given} are adapters of one base and do not "
-            "both change it by products alone; give BASE+ADAPTER twice, or merge them and compare "
-            "the merged folders"
+            f"{adapter.given}: this adapter and {base.adapter.given} have the same base, but at "
+            "least one change is not a product of factors, so their difference cannot be taken. "
+            "Give both as BASE+ADAPTER, or merge both and compare the merged folders"
         )
     return found
 

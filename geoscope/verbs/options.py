@@ -36,8 +36,8 @@ class Options(Compute, Rename, Start, Select):
     device: auto, cpu, cuda (all), cuda:N or mps.
     dtype: of the spectra, float64 or float32.
     solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
-    max_memory: such as `8GB`, or bytes; default what all workers need for their largest pairs, half
-    of what is free at most.
+    max_memory: such as `8GB`, or bytes; `min` for as little as possible; default
+    `default_memory` (`engine/plan.py`).
     curves: captured energy over the base's whole basis.
     masks: overlap of changed weights with masks.
     quick: leading triplets only; what needs a whole spectrum is then not applicable.
@@ -99,7 +99,7 @@ class Options(Compute, Rename, Start, Select):
 def _check_limits(limits: Mapping[str, float] | None) -> None:
     """Refuses names of thresholds that do not exist."""
     if limits:
-        from geoscope.metrics.thresholds import limits_in_force
+        from geoscope.thresholds import limits_in_force
 
         limits_in_force(limits)
 

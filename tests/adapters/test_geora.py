@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from geoscope.adapters import LoraFactors, geora
+from geoscope.adapters.factors import LoraFactors
+from geoscope.adapters.geora import geora
 from geoscope.errors import NumericsError, OptionError
 from geoscope.records import Status
 from tests.helpers.matrices import DTYPES, gaussian, orthonormal, with_spectrum

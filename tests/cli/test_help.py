@@ -49,7 +49,7 @@ every_command = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["compare", "--help"], ["cache", "--help"], ["demo", "-h"]],
+    [["--help"], ["--version"], ["compare", "--help"], ["cache", "--help"], ["init-adapter", "-h"]],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
@@ -106,13 +106,20 @@ def test_the_front_page_lists_every_command_and_the_exit_codes() -> None:
     for path in COMMANDS:
         if path:
             assert path[0] in page
-    for meaning in ("0 done", "1 error", "2 usage", "3 a --fail-on", "130 interrupted", "143"):
+    for meaning in (
+        "0 success",
+        "1 error",
+        "2 wrong usage",
+        "3 a --fail-on",
+        "130 interrupted",
+        "143",
+    ):
         assert meaning in page
 
 
 @pytest.mark.parametrize("path", [one for one in COMMANDS if one and one[0] != "cache"])
 def test_every_command_tells_the_exit_codes(path: tuple[str, ...]) -> None:
-    assert "Exit codes: 0 done" in run(*path, "--help").out
+    assert "Exit codes: 0 success" in run(*path, "--help").out
 
 
 def test_no_argument_shows_the_front_page() -> None:

@@ -108,7 +108,7 @@ def test_force_replaces_what_is_written_and_nothing_else(tmp_path: Path) -> None
 def test_force_does_not_write_beside_foreign_weights(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("")
-    refused(tmp_path / "out", f"{name} would be read with", force=True)
+    refused(tmp_path / "out", f"a loader would read {name} together with", force=True)
 
 
 @pytest.mark.parametrize("part", ["residual", "adapter", "anchor"])
@@ -118,7 +118,7 @@ def test_force_does_not_write_beside_another_layout(tmp_path: Path, part: str) -
     (tmp_path / "out" / part / "README.md").write_text("mine")
     OutputFolder(tmp_path / "out", SIZES, force=True)
     (tmp_path / "out" / part / "adapter_model.safetensors").write_text("")
-    refused(tmp_path / "out", f"{part}/adapter_model.safetensors would be read with", force=True)
+    refused(tmp_path / "out", f"would read {part}/adapter_model.safetensors together", force=True)
 
 
 def test_an_input_is_never_written_to(tmp_path: Path) -> None:
@@ -134,7 +134,9 @@ def test_an_input_is_never_written_to(tmp_path: Path) -> None:
 def test_the_disk_is_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500))
-    refused(tmp_path / "out", r"5\.00 GB are to be written, 1\.50 kB are free", {"a": 5 * 10**9})
+    refused(
+        tmp_path / "out", r"5\.00 GB will be written, but only 1\.50 kB are free", {"a": 5 * 10**9}
+    )
     with OutputFolder(tmp_path / "out", {"a": 1_500}) as out:
         out.write("a", b"as much as there is")
 
@@ -145,7 +147,7 @@ def test_what_lies_on_the_disk_meanwhile_counts(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500))
     OutputFolder(tmp_path / "out", {"a": 1_000}, meanwhile=500)
-    words = r"1\.00 kB are to be written and 501 bytes lie beside them meanwhile, 1\.50 kB are free"
+    words = r"1\.00 kB will be written, plus 501 bytes temporarily, but only 1\.50 kB are free"
     refused(tmp_path / "out", words, {"a": 1_000}, meanwhile=501)
 
 

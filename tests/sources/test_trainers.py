@@ -110,7 +110,8 @@ def test_two_sub_folders_are_named_and_not_guessed(tmp_path: Path) -> None:
         open_series(steps(tmp_path, "value", "mine"))
     first = tmp_path / "step_10"
     assert str(caught.value) == (
-        "every step has weights in mine/, value/; give the sub-folder that is meant, of each step: "
+        "every step has weights in several sub-folders (mine/, value/); choose one and give it "
+        "for each step: "
         f"{first}/mine or {first}/value"
     )
 

@@ -10,8 +10,10 @@ from geoscope.linalg.product import Product
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS
 from geoscope.trajectory.increments import Increments, increments_of_weights
 from geoscope.trajectory.methods import METHODS, PLAIN, Damped
+from geoscope.trajectory.names import NAMES
 from geoscope.trajectory.prediction import Pair, Prediction, Seen, damp
 from geoscope.trajectory.rank1 import Rank1Path
+from geoscope.trajectory.spatial_rank1 import SPATIAL
 
 STEPS = (0.0, 3.0, 10.0, 12.0, 25.0, 31.0, 40.0)
 
@@ -86,6 +88,7 @@ def test_no_update_at_all() -> None:
 
 def test_every_method_is_named_as_it_is_listed_and_stands_damped() -> None:
     assert all(method.name == name for name, method in METHODS.items())
+    assert set(NAMES) == {*EXTRAPOLATORS, *SPATIAL, "next"}
     plain = [*PLAIN, "next"]
     assert list(METHODS) == ["hold", *plain, *(f"damped({name})" for name in plain)]
 

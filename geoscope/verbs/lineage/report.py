@@ -11,7 +11,6 @@ from geoscope._version import __version__
 from geoscope.errors import first_names
 from geoscope.metrics.family import Family
 from geoscope.metrics.kin import Kin
-from geoscope.metrics.thresholds import limits_in_force
 from geoscope.names import layer_index, module_kind
 from geoscope.records import (
     Collected,
@@ -28,6 +27,7 @@ from geoscope.records import (
     Summary,
     Verdict,
 )
+from geoscope.thresholds import limits_in_force
 from geoscope.verbs.lineage.options import LineageOptions
 from geoscope.verbs.lineage.relatives import Looked, Relatives, kin_of
 from geoscope.verbs.lineage.told import told

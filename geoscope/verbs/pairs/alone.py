@@ -68,7 +68,7 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         _check_start(adapter, start)
     for name, module in adapter.modules.items():
         if module.kind != "factors":
-            reason = f"the update of {module.called} is not told without the base"
+            reason = f"the update of {module.called} cannot be computed without the base"
             skipped.append(Skipped(name, reason, missing=True))
             continue
         nbytes = sum(one.nbytes for one in module.stored) // module.experts

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from geoscope._version import __version__
+from geoscope.kinds import KINDS
 from geoscope.metrics import aggregate
 from geoscope.records import (
     Coverage,
@@ -61,6 +62,7 @@ def assemble(
             seed=options.seed,
             parameters={
                 **_parameters(options),
+                **_limits(kind, options),
                 "notes": _notes(sides, runs),
                 "budget": runs[0].budget,
             },
@@ -82,6 +84,11 @@ def _notes(sides: Sequence[About], runs: Sequence[TunedRun]) -> list[str]:
 def _parameters(options: Options) -> dict[str, Any]:
     """The options that decide the numbers, but for those with a place of their own."""
     return {k: v for k, v in options.deciding.items() if k not in ("dtype", "seed", "limits")}
+
+
+def _limits(kind: str, options: Options) -> dict[str, Any]:
+    """The thresholds that were set; a verdict has all that are in force itself."""
+    return {"limits": dict(options.limits)} if options.limits and not KINDS[kind].judge else {}
 
 
 def _coverage(runs: Sequence[TunedRun]) -> Coverage:

@@ -41,10 +41,10 @@ def compare(
 
     base, tuned: folders, files or Hub ids (`org/name[@revision]`), state dicts, modules, or open
     checkpoints; of tensors in memory nothing is written, changed or kept. kind: `collapse`,
-    `anisotropy`, `alignment` or `compare` (all families). anchor: another tuned model of the same
-    base; the summary then holds each number as a ratio to the anchor's. named: fields of `Options`,
-    in place of those in `options`. Raises GeoscopeError: Interrupted
-    with the partial report on Ctrl-C, others before anything is computed.
+    `anisotropy`, `alignment`, `capacity` or `compare` (all but capacity). anchor: another tuned
+    model of the same base; the summary then holds each number as a ratio to the anchor's. named:
+    fields of `Options`, in place of those in `options`. Raises GeoscopeError: Interrupted with the
+    partial report on Ctrl-C, others before anything is computed.
 
     >>> report = compare("base/", "tuned/", kind="collapse")  # doctest: +SKIP
     >>> report.summary.verdict.code  # doctest: +SKIP
@@ -154,7 +154,12 @@ def _check_initial(prepared: Sequence[Prepared], options: Options) -> None:
         return
     adapters = [side for side in prepared if side.tuned.is_adapted]
     if len(adapters) != 1:
-        found = f"{len(adapters)} of the tuned models are adapters" if adapters else "none is one"
+        if not adapters:
+            raise OptionError(
+                "`initial_adapter` needs an adapter as the tuned model, and none is one; leave it "
+                "out"
+            )
         raise OptionError(
-            f"`initial_adapter` is of one adapter, and {found}; compare them one by one"
+            f"`initial_adapter` belongs to one adapter, but {len(adapters)} tuned models are "
+            "adapters; compare them one by one"
         )

@@ -97,8 +97,8 @@ def _with_start(
         if not about.unknown_start or not about.has_base or ratio <= LARGE:
             return matrices, ()
         note = (
-            f"{given}: ρ is {ratio:.2g}, much for an adapter; if its product was not zero before "
-            "training, give that adapter as `initial_adapter`"
+            f"{given}: ρ is {ratio:.2g}, which is large for an adapter. If the adapter did not "
+            "start at zero, give it as it was before training as `initial_adapter`"
         )
         return matrices, (note,)
     notes = (f"{given}: {start.text}",)

@@ -176,8 +176,8 @@ def _refuse_unknown_start(adapter: Adapter) -> None:
     """An adapter that did not start at zero, without the one that it started from."""
     if adapter.initial is not None:
         raise OptionError(
-            f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give "
-            "the adapter before training as `initial_adapter`"
+            f"{adapter.given}: {adapter.initial}. Its update is therefore not s·B·A alone: "
+            "give the adapter as it was before training as `initial_adapter`"
         )
 
 

@@ -30,7 +30,8 @@ class SeriesDistance:
 def series_distance(found: Followed, increments: Mapping[str, Increments]) -> SeriesDistance | None:
     """The first checkpoint of which more than half of the matrices are far from the base.
 
-    None where there is none, and for adapters, whose base is part of what they mean.
+    None where there is none, and for adapters, whose base is part of what they mean. The limits are
+    the usual ones: no command on series sets them.
     """
     for i, step in enumerate(found.steps[1:]):
         far = [name for name in increments if _code(found, [name], increments, i) in FAR]
@@ -68,6 +69,6 @@ def _told(
         code,
         i == 0,
         f"{code}: step {step:g} {what} the base {base}{where} (cosine {cosine:.2g}, of unrelated "
-        f"weights 0 ± {_deviation(found, far):.1g}), so that −W_0 is part of every update from it "
-        "on; give the model that the series was trained from as `base`",
+        f"weights 0 ± {_deviation(found, far):.1g}). From this step on, every update contains −W_0 "
+        "itself. Give the model that the series was trained from as `base`",
     )

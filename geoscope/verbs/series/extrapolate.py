@@ -122,7 +122,7 @@ def extrapolate(
     made = measure_series(found, options, progress)
     far = series_distance(found, made.increments)
     if far is not None and not force:
-        raise OptionError(f"{far.text}, or `force` to go on")
+        raise OptionError(f"{far.text}, or use `force`")
     forecast, vectors = None, {}
     if is_next:
         if whole_model:
@@ -178,10 +178,11 @@ def _refuse_series(
         raise OptionError("`method` next reads whole models; of adapters take another")
     if of_adapters and options.initial_adapter is not None and options.base is None:
         raise OptionError(
-            "`initial_adapter`: the prediction lies on the original model; give it as `base`"
+            "with `initial_adapter`, the predicted adapter needs the original model; give that as "
+            "`base`"
         )
     if rank is not None and not of_adapters:
-        raise OptionError("`rank` is of a predicted adapter; these are whole models")
+        raise OptionError("`rank` applies to adapters only; this series has whole models")
     for point in found.series.points:
         if point.checkpoint is not None:
             refuse_unwritable(point.checkpoint, "extrapolate")
@@ -236,7 +237,7 @@ def _refuse_of_next(
     given = {"extend": bool(extend), "origins": origins is not None, "whole_model": whole_model}
     if not is_next and any(given.values()):
         name = next(name for name, is_given in given.items() if is_given)
-        raise OptionError(f"`{name}` is of `method` next; leave it out")
+        raise OptionError(f"`{name}` works only with `method` next; leave it out")
 
 
 def _tried(found: Followed, forecast: NextForecast) -> str:
@@ -255,10 +256,10 @@ def _tried(found: Followed, forecast: NextForecast) -> str:
 
 def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str:
     known = "unknown" if skill is None else f"{skill:.2f}"
-    credible = f"up to {horizon:g} steps" if horizon else "at no distance"
+    credible = f"only up to {horizon:g} steps" if horizon else "at no distance"
     return (
-        f"{ahead} steps ahead: {method} is credible {credible} ahead (held-out skill {known}); "
-        "give a nearer `target`, or `force`"
+        f"`target` is {ahead} steps ahead, but {method} is credible {credible} (held-out skill "
+        f"{known}); choose a nearer `target`, or use `force`"
     )
 
 

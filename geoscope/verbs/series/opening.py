@@ -66,7 +66,9 @@ def _series(
     places = [reference for reference in references if isinstance(reference, str)]
     in_memory = [reference for reference in references if not isinstance(reference, str)]
     if places and in_memory:
-        raise OptionError("references: paths and models in memory make no one series; open all")
+        raise OptionError(
+            "references: give either paths or models in memory, not both; open the paths first"
+        )
     if in_memory:
         return series_in_memory(in_memory, steps)
     return open_series(

@@ -6,9 +6,20 @@ from dataclasses import dataclass, field
 
 from geoscope.arguments import joined, path_text
 from geoscope.errors import OptionError
+from geoscope.trajectory.names import NAMES
 from geoscope.verbs.choices import Compute, Rename, Select, Start, form
 
-__all__ = ["FollowOptions"]
+__all__ = ["FollowOptions", "methods_in_words"]
+
+
+def methods_in_words() -> str:
+    """Every name that `method` of `extrapolate` takes, with its remark."""
+    known = [
+        name.replace("_", "-") + (f" ({remark})" if remark else "")
+        for name, remark in NAMES.items()
+    ]
+    own = "auto (each matrix its best held-out method)"
+    return f"{own}, {', '.join(known)}, damped (of linear), or damped(…) of one."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,9 @@ from geoscope.records import (
     Summary,
     Verdict,
 )
+from geoscope.thresholds import MOTION_THRESHOLDS
 from geoscope.trajectory.backtest import Backtest, Moves, backtest
-from geoscope.trajectory.headline import THRESHOLDS, drift_or_diffusion
+from geoscope.trajectory.headline import drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.methods import PLAIN
@@ -319,7 +320,7 @@ def _summary(
             flagged=(),
             counts={},
             text=". ".join([*first, motion.text, _foretold(test, best, numbers.values["horizon"])]),
-            thresholds=dict(THRESHOLDS),
+            thresholds=dict(MOTION_THRESHOLDS),
         ),
         steps=found.steps,
         series=numbers.series,

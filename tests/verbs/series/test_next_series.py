@@ -164,9 +164,9 @@ def test_the_whole_model_is_predicted_as_published(tmp_path: Path) -> None:
 
 def test_what_is_of_next_is_refused_of_others(tmp_path: Path) -> None:
     points = run_of(tmp_path, (10, 20, 30, 40, 50))
-    with pytest.raises(OptionError, match="`origins` is of `method` next"):
+    with pytest.raises(OptionError, match="`origins` works only with `method` next"):
         extrapolate(points, tmp_path / "out", 60, origins=2)
-    with pytest.raises(OptionError, match="`whole_model` is of `method` next"):
+    with pytest.raises(OptionError, match="`whole_model` works only with `method` next"):
         extrapolate(points, tmp_path / "out", 60, whole_model=True)
     with pytest.raises(OptionError, match="`origins` 0"):
         extrapolate(points, tmp_path / "out", 60, method="next", origins=0)
