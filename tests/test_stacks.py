@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def weights(dtype: torch.dtype, *, tuned: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def told(folder: Path, jobs: int, **options: bool) -> list[str]:
+def told(folder: Path, jobs: int, **options: Any) -> list[str]:
     """The part of the report that each matrix has, and the verdict."""
     chosen = Options(jobs=jobs, ks=(4, 16), cache=None, **options)
     report = geoscope.compare(str(folder / "base"), str(folder / "tuned"), options=chosen)

@@ -17,8 +17,8 @@ from geoscope.errors import GeoscopeError
 __all__ = ["app", "told"]
 
 _EPILOG = (
-    "Exit codes: 0 success, whatever was found; 1 error, nothing compared, or (with --strict) not "
-    "everything compared; 2 wrong usage; 3 a --fail-on condition holds; 130 interrupted; "
+    "Exit codes: 0 success, whatever was found; 1 error, nothing compared, or not everything "
+    "compared, with --strict; 2 wrong usage; 3 --fail-on holds; 130 interrupted; "
     "143 terminated."
 )
 

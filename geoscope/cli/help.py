@@ -53,7 +53,7 @@ class GroupedCommand(TyperCommand):
                     formatter.write_dl(records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        if self.name in EXAMPLES:
+        if self.name is not None and self.name in EXAMPLES:
             with formatter.section("Example"):
                 formatter.write(f"{'':{formatter.current_indent}}geoscope {EXAMPLES[self.name]}\n")
         super().format_epilog(ctx, formatter)

@@ -188,11 +188,11 @@ class _Table:
     def _rows(self, stored: str) -> Blocks:
         """All rows of one matrix of a stack, or all entries of one vector."""
         inner = self.inner(stored)
-        return Blocks(0, math.prod(inner[:-1]) if len(inner) > 1 else inner[-1])
+        return Blocks(0, math.prod(inner[:-1]) if len(inner) > 1 else sum(inner))
 
     def _outside(self, name: str, shape: tuple[int, ...]) -> _Part:
         known = _OUTSIDE.get(name)
-        rows = math.prod(shape[:-1]) if len(shape) > 1 else shape[-1]
+        rows = math.prod(shape[:-1]) if len(shape) > 1 else sum(shape)
         size = self.config.get("vocab_size")
         if known in _VOCABULARY and isinstance(size, int) and 0 < size < rows:
             self.padding, rows = rows - size, size

@@ -216,7 +216,7 @@ def schema_of(noun: type, known: Definitions) -> Json:
     known: takes the schemas of the nouns in it, by name, for `$defs`.
     """
     fields, texts = _fields(noun), described(noun)
-    properties = {name: {"type": "string"} for name in getattr(noun, "WRITTEN", ())}
+    properties: Json = {name: {"type": "string"} for name in getattr(noun, "WRITTEN", ())}
     for field in fields:
         if field.within is None:
             properties[field.name] = field.form.schema(known) | texts.of(field.name)

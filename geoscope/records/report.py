@@ -103,7 +103,7 @@ class Report:
     provenance: Provenance
     coverage: Coverage
     layers: Layers = tabled()
-    summary: Summary
+    summary: Summary  # pyright: ignore[reportGeneralTypeIssues]
     vectors: Layers = tabled(Layers())
     overlaps: tuple[Overlap, ...] = tabled(())
 
@@ -175,7 +175,7 @@ class Report:
 
     def dumps(self) -> str:
         """Strict JSON: keys sorted, floats as they are. Raises ReportError for a NaN."""
-        form = {"sort_keys": True, "allow_nan": False, "ensure_ascii": False}
+        form: dict[str, Any] = {"sort_keys": True, "allow_nan": False, "ensure_ascii": False}
         try:
             return json.dumps(self.to_json(), separators=(",", ":"), **form)
         except ValueError as error:

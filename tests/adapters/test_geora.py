@@ -91,6 +91,7 @@ def test_agrees_by_the_exact_solver() -> None:
     assert_agrees(exact, W, 8)
 
 
+@pytest.mark.slow
 @given(
     m=st.integers(2, 40), n=st.integers(2, 40), seed=st.integers(0, 10**6),
     dtype=st.sampled_from([*DTYPES.values(), torch.float64]), rho=st.floats(0.02, 0.98),

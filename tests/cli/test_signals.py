@@ -163,6 +163,7 @@ def test_a_command_in_the_background_can_be_interrupted(
     assert process.wait(timeout=60) == 130
 
 
+@pytest.mark.slow
 def test_the_suite_in_the_background_tests_ctrl_c(
     started: Callable[..., subprocess.Popen[str]],
 ) -> None:

@@ -230,6 +230,7 @@ for checkpoint in checkpoints:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_reading_every_tensor_costs_one_buffer_of_memory(tmp_path: Path) -> None:
     """192 MB in 24 tensors: no more than a few MB from safetensors, 64 MB mapped from a pickle."""

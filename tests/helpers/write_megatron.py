@@ -32,10 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _write(folder: Path, name: str, choices: dict[str, Any]) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core import dist_checkpointing  # pyright: ignore[reportMissingImports]
+    from megatron.core.models.gpt import GPTModel  # pyright: ignore[reportMissingImports]
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # pyright: ignore[reportMissingImports]
+    from megatron.core.transformer.transformer_config import TransformerConfig  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(1)
     config = TransformerConfig(
@@ -98,9 +98,9 @@ def main() -> None:
     # megatron-core asks for a GPU where it needs none.
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core import parallel_state  # pyright: ignore[reportMissingImports]
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker  # pyright: ignore[reportMissingImports]
+    from megatron.core.transformer.moe import moe_utils  # pyright: ignore[reportMissingImports]
 
     CudaRNGStatesTracker.fork = lambda *_: nullcontext()
     vars(moe_utils).setdefault("te_general_gemm", None)

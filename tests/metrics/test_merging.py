@@ -60,7 +60,7 @@ def test_every_number_is_its_definition() -> None:
     assert values["head_cosine"] == pytest.approx(np.mean(between), abs=1e-9)
     assert values["head_agreement"] == pytest.approx(np.mean(np.maximum(between, 0)), abs=1e-9)
     assert values["consensus"] == pytest.approx(
-        np.mean([cosine(rest, total) for rest in rests]), abs=1e-9
+        np.mean([cosine(rest, np.asarray(total)) for rest in rests]), abs=1e-9
     )
     assert outlook["nulls"]["consensus"] == 1 / math.sqrt(3)
 

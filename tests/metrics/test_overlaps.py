@@ -85,13 +85,13 @@ def by_definition(base: Tensor, a: Tensor, b: Tensor, ks: tuple[int, ...]) -> di
     for side, P, Q in (("left", U0, U1), ("right", V0h.T, V1h.T)):
         for i, j in product(PHI_DIMENSIONS, repeat=2):
             energy = np.sum((P[:, :i].T @ Q[:, :j]) ** 2)
-            found[f"phi_{side}@{i},{j}"] = energy / min(i, j)
+            found[f"phi_{side}@{i},{j}"] = float(energy / min(i, j))
         for k in ks:
             if k < len(P):
                 cosines = np.linalg.svd(P[:, :k].T @ Q[:, :k], compute_uv=False)
                 angles = np.arccos(np.clip(cosines, -1, 1))
                 found[f"update_angle_{side}_mean@{k}"] = float(np.mean(angles))
-    return found
+    return {key: float(number) for key, number in found.items()}
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -237,6 +237,7 @@ print(json.dumps(states))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["new", "again"])
 def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path, before: str) -> None:
     """Killed at every fifth line of code, over nothing and over an older version of itself."""

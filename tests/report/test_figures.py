@@ -44,6 +44,7 @@ def _without(layer: LayerRecord, gone: tuple[str, ...]) -> LayerRecord:
     return replace(layer, curves=kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize(
     "report",

@@ -97,7 +97,7 @@ def test_what_a_report_is_not_is_a_fault(place: str, value: Any) -> None:
 
 def of_schema_1(report: Report) -> dict[str, Any]:
     """The document as version 0.2 wrote it: rows, curves of pairs."""
-    document = encode(report) | {"schema": "geoscope.report/1"}
+    document: dict[str, Any] = encode(report) | {"schema": "geoscope.report/1"}
     for name in TABLES:
         if name in document:
             document[name] = [encode(row) for row in getattr(report, name)]

@@ -86,14 +86,15 @@ def matched(
     """
     found: list[Candidate] = []
     others: dict[int, str] = {}
+    failure: PairingError | None = None
     for number, own in enumerate(candidates, start=1):
         try:
             found.append(_candidate(number, own, model, options))
         except PairingError as error:
             others[number] = str(error)
             failure = error
-    if not found:
-        raise failure  # pyright: ignore[reportPossiblyUnboundVariable]
+    if not found and failure is not None:
+        raise failure
     most = max(len(one.pairs) for one in found)
     for one in found:
         if 2 * len(one.pairs) < most:

@@ -362,6 +362,7 @@ def _loadable(folder: Path) -> list[Path]:
     return [*found, *folder.rglob("*.index.json")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_a_killed_process_leaves_no_loadable_folder(tmp_path: Path) -> None:
     tensors = {

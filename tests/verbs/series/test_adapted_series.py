@@ -79,6 +79,7 @@ def values(report: Report) -> dict[str, dict[str, Any]]:
     return {one.name.removesuffix(".weight"): dict(one.values) for one in report.layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_series_of_adapters_is_that_of_the_merged_models(tmp_path: Path, case: str) -> None:
     base, adapters, models = made(tmp_path, case)

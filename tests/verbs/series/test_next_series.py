@@ -130,6 +130,7 @@ def test_without_force_it_trains_where_a_horizon_takes_it(tmp_path: Path) -> Non
     assert set(counts) == {12}
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_predicted_as_published(tmp_path: Path) -> None:
     """Norms by their raw difference in the network of their length, embeddings by their pair."""
     for step in range(0, 60, 10):
