@@ -175,9 +175,9 @@ _UPDATE = (
     Outcome(
         ("INIT_MISMATCH",),
         "START COUNTED TWICE",
-        "the adapter began as a part of the base, and the update holds that start.",
+        "both the base and the update hold the start of the adapter.",
         "bad",
-        "Give the adapter as it was before training with `initial_adapter`.",
+        "Run it again with `initial_adapter`: the adapter as it was before training.",
         about=("relative_update", "spectral_share", "versus_base@k"),
     ),
     _UNRESOLVED,
@@ -247,8 +247,8 @@ _LARGEST = Fact(
 _TIMES = (("words.avoids", "avoided"), ("words.enriched", "like noise"))
 _TURNED_TIMES = (("distorted.angle_over_null", "like noise"),)
 _ON_PRINCIPALS = Fact(
-    "on base's top",
-    "in the base's top {k} × {k}",
+    "along the base",
+    "energy in its top {k} × {k}",
     _ON,
     "share",
     limit="on_principal.energy_two_sided",
@@ -568,10 +568,10 @@ MOVED = Answer(
         Fact("neighbours", "cosine of two steps", "increment_cosine_corrected"),
         Fact("straightness", "distance/length of path", "straightness"),
         Fact("on a line", "R² of a line in the step", "linear_r2"),
-        Fact("one direction", "share of the last update", "rank1_share_last", "share"),
+        Fact("largest direction", "share of the last update", "rank1_share_last", "share"),
         Fact(
             "predicted",
-            "better than standing still",
+            "error cut, to standing still",
             "skill@damped(linear)",
             "share",
             scale=((0.0, "no better"),),
@@ -617,7 +617,7 @@ INITIALISED = Answer(
     facts=(
         Fact("size of start", "product over the weights", "relative_norm", "share"),
         Fact("captured", "energy in this rank", "captured_energy", "share"),
-        Fact("on base's top", "of the start, leading r", "head_energy", "share"),
+        Fact("along the base", "of the start, leading r", "head_energy", "share"),
         Fact("masked", "entries that may change", "density_union", "share"),
         Fact("masks agree", "overlap of both (Jaccard)", "jaccard", "share"),
         Fact("", "energy of these entries", "masked_energy", "share"),
@@ -678,8 +678,8 @@ LINEAGE = Answer(
         Fact("rounded", "rounding/distance", "copy_share", "share"),
         _RESOLVED,
     ),
-    noise=("noise", "updates that know nothing of one another (at 90°)"),
-    caveat="Which of two is the older one only norms tell, and only where none decayed.",
+    noise=("noise", "unrelated updates (at 90°)"),
+    caveat="Which of two is older is told by norms alone: weight decay can reverse it.",
     next="what changed: geoscope compare",
     is_joint=True,
     arrow="←",

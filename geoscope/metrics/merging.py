@@ -16,7 +16,7 @@ from geoscope.records import Overlap
 
 __all__ = ["merging_outlook"]
 
-_SAME = "their updates are largely one: an average keeps it"
+_SAME = "the updates are nearly equal: an average loses little"
 _APART = "they pull against one another: a merge cancels part of both"
 _HEADS = "one head, rests of their own: average the heads, add the rests"
 _PART = "in part common: an average keeps that part, and 1/{count} of what each has alone"

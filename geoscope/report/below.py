@@ -85,7 +85,7 @@ def _noise(said: Answer, body: Grid, *, is_alone: bool) -> str:
 def _marks(body: Grid) -> str:
     """What the marks behind numbers mean."""
     texts = [cell.text for row in _whole_rows(body) for cell in row]
-    words = {PARTLY: "of some matrices only", CAUTIOUS: "rounding is a visible part"}
+    words = {PARTLY: "not all matrices have this number", CAUTIOUS: "rounding is a visible part"}
     told = [
         f"{mark} {what}"
         for mark, what in words.items()

@@ -558,7 +558,7 @@ def _total(key: str, found: Sequence[float]) -> float:
 
 def _verdict(kind: str, records: Sequence[LayerRecord]) -> Verdict | None:
     if kind == "lineage":
-        words = "it is tiny/base with an update of 3.9 %. Behind it, nearest first: tiny/older"
+        words = "it is tiny/base, changed by 3.9 %. Behind it, nearest first: tiny/older"
         return Verdict("DESCENDS", None, {}, (), {}, words, _THRESHOLDS)
     if kind not in ("collapse", "compare", "capacity"):
         return None

@@ -95,7 +95,7 @@ def product(rows: list[int], sizes: list[float]) -> Tensor:
 @pytest.mark.parametrize(
     ("updates", "words"),
     [
-        ([product([0, 1], [3, 2]), product([0, 1], [4, 1])], "largely one"),
+        ([product([0, 1], [3, 2]), product([0, 1], [4, 1])], "nearly equal"),
         ([product([0, 1], [3, 2]), product([0, 1], [3, -2])], "pull against one another"),
         ([product([0, 1], [3, 2]), product([0, 1], [-3, 2])], "pull against one another"),
         ([product([0, 1], [3, 2]), product([0, 2], [3, 2])], "one head, rests of their own"),
@@ -131,7 +131,7 @@ def test_the_report_and_its_answer_have_it(tmp_path: Path) -> None:
     outlook = report.summary.merging
     assert outlook is not None and outlook["values"]["residual_cosine"] > 0.99
     (line,) = [line for block in answer(report) for line in block.lines if "To merge:" in line]
-    assert line.startswith("To merge: their updates are largely one: an average keeps it; heads ")
+    assert line.startswith("To merge: the updates are nearly equal: an average loses little; heads ")
 
 
 def test_updates_that_rounding_hides_have_no_outlook(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_number_of_some_matrices_is_marked() -> None:
     )
     text = text_of(replace(report, layers=layers))
     assert row(text, "directions").split()[4].endswith("*")
-    assert "* of some matrices only" in text
+    assert "* not all matrices have this number" in text
     assert "*" not in row(text_of(report), "directions")
 
 

@@ -53,7 +53,7 @@ def _descends(family: Family, kin: Kin, names: Mapping[int, str], _grids: Mappin
     assert family.parent is not None
     i = family.parent
     size = kin.distance(i) / float(kin.energies[:, i].sum()) ** 0.5
-    text = f"it is {names[i]} with an update of {number(100 * size)} %"
+    text = f"it is {names[i]}, changed by {number(100 * size)} %"
     if len(kin.candidates) == 1:
         return f"{text}, or a near relative's"
     return text
