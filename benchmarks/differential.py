@@ -3,18 +3,20 @@
 A batch is a model of some dozens of matrices in four shapes, so that stacks of several form. Of
 each pair every value is held against an independent fp64 oracle that shares no code with the
 package. The bound is the stated one: 1e-6 of the number (1e-12 where it is near zero; sizes have no
-such floor, for they have a unit), 1e-8 rad for angles whose base has a gap of 1e-6. Quantities
+such floor, for they have a unit), 1e-8 rad for angles where base and tuned have a gap of 1e-6·σ1. Quantities
 along a subspace that the base does not define are left out, as in tests/test_agreement.py.
 Prints Markdown; with --log also after each batch, so that a run that is stopped has its figures.
 
-    python benchmarks/differential.py [--pairs 10000] [--first 0] [--log FILE]
+A count is left out where a singular value of fp64 weights lies within the rounding of a solver of
+its threshold, and so are areas under curves of a base with repeated singular values.
+
+    python -m benchmarks.differential [--pairs 10000] [--first 0] [--log FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 import time
@@ -23,18 +25,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")  # before numpy is imported
-
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from geoscope import Options, Report, compare
 from geoscope.records import LayerRecord
 from tests.helpers.matrices import save_model
-from tests.helpers.oracle import OracleRow, oracle_row
+from tests.helpers.oracle import OracleRow, oracle_row, signal_edge
 
 KS = (8, 64)
 CURVES = 5  # every so many batches, in turn of the dtypes: the oracle takes them k by k
@@ -47,6 +46,8 @@ SCALES = {
 TORCH = {
     "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
+CURVE_IDS = ("auc_left", "auc_right", "outside_span")
+CURVE_IDS = ("auc_left", "auc_right", "outside_span")
 SIZES = ("frobenius_norm", "spectral_norm")
 # What hangs on the rounding of the storage, which the oracle does not know for blocks of FP8.
 OF_ROUNDING = (
@@ -97,7 +98,7 @@ def batch(number: int) -> list[Case]:
 
 
 def _shape(rng: np.random.Generator) -> tuple[int, int]:
-    m, n = (int(round(math.exp(rng.uniform(0, math.log(300))))) for _ in range(2))
+    m, n = (round(math.exp(rng.uniform(math.log(2), math.log(300)))) for _ in range(2))
     near = rng.random()
     if near < 0.25:
         return m, m
@@ -222,13 +223,14 @@ def check(
     """Every value of one row against the oracle's, into the table."""
     S = np.linalg.svd(case.base, compute_uv=False)
     rank = int(np.sum(S > S[0] * max(case.base.shape) * 2.0**-52))
+    spectra = S, np.linalg.svd(case.tuned, compute_uv=False)
     tied = rank < len(S) or bool(np.any(-np.diff(S) < 1e-6 * S[:-1]))
     for key in expected.values:
-        if tied and key in ("auc_left", "auc_right", "outside_span"):
+        if _at_its_threshold(key, case) or (tied and key in CURVE_IDS):
             continue
         if case.storage == "fp8" and any(part in key for part in OF_ROUNDING):
             continue
-        if _undefined(key, expected, rank):
+        if _undefined(key, expected, rank) or (key.startswith("angle") and _close(key, *spectra)):
             continue
         at = f"{where} {solver} {key} ({case.made})"
         got, want = row.status_of(key).value, expected.status.get(key, "OK")
@@ -238,7 +240,9 @@ def check(
             statuses[f"{_family(key)}: {got}, oracle {want}"] += 1
             print(f"status {at}: {got} {mine}, oracle {want} {theirs}", file=sys.stderr)
         if mine is not None and theirs is not None:
-            table[_family(key)].add(_share(key, float(mine), float(theirs)), f"{at} {mine} {theirs}")
+            table[_family(key)].add(
+                _share(key, float(mine), float(theirs)), f"{at} {mine} {theirs}"
+            )
 
 
 def _family(key: str) -> str:
@@ -262,7 +266,25 @@ def _at_its_floor(key: str, row: LayerRecord, expected: OracleRow) -> bool:
     """An angle so near what rounding turns that the draws decide whether it is resolved."""
     mean = key.replace("max", "mean")
     value, floor = row.raw.get(mean, row.values.get(mean)), expected.floors.get(mean)
-    return value is not None and floor is not None and 0.5 * floor <= value <= 2 * floor
+    return value is not None and floor is not None and floor / 3 <= value <= 3 * floor
+
+
+def _at_its_threshold(key: str, case: Case) -> bool:
+    """Whether a count of singular values of fp64 weights hangs on the rounding of a solver."""
+    role, _, name = key.partition(".")
+    if case.storage != "fp64" or name not in ("numerical_rank", "signal_rank", "condition_number"):
+        return False
+    W = {"base": case.base, "tuned": case.tuned, "update": case.tuned - case.base}[role]
+    S, least = np.linalg.svd(W, compute_uv=False), max(W.shape) * 2.0**-52
+    noise = np.linalg.norm(np.spacing(case.base if role == "base" else case.tuned)) / math.sqrt(12)
+    edge = signal_edge(S, *W.shape, float(noise)) if name == "signal_rank" else least * S[0]
+    return bool(np.any(np.abs(S - edge) < 32 * 2.0**-52 * S[0]))
+
+
+def _close(key: str, *spectra: np.ndarray) -> bool:
+    """Whether a side has a gap at k that fp64 resolves no better than to 1e-8 rad."""
+    k = int(key.rpartition("@")[2])
+    return any(k < len(S) and S[k - 1] - S[k] < 1e-6 * S[0] for S in spectra)
 
 
 def _undefined(key: str, expected: OracleRow, rank: int) -> bool:
@@ -308,6 +330,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    limits = threadpool_limits(1, user_api="blas")
     table: dict[str, Errors] = defaultdict(Errors)
     statuses: Counter[str] = Counter()
     started, pairs = time.perf_counter(), 0
@@ -332,6 +355,7 @@ def main() -> None:
         pairs += len(cases)
         if given.log is not None:
             given.log.write_text(told(table, statuses, pairs, time.perf_counter() - started) + "\n")
+    limits.restore_original_limits()
     print(told(table, statuses, pairs, time.perf_counter() - started))
     sys.exit(any(errors.wrong for errors in table.values()))
 

@@ -259,9 +259,7 @@ class _Pair:
         """Two standard deviations above the mean angle that the rounding of tuned gives."""
         sd = float(self.noise["tuned"] / np.sqrt(self.m * self.n))
         if k not in self.turned:
-            self.turned[k] = simulated_turns(
-                self.S["base"], (self.m, self.n), sd, (k,), self.draws
-            )
+            self.turned[k] = simulated_turns(self.S["base"], (self.m, self.n), sd, (k,), self.draws)
         drawn = (self.turned[k].left if side == "left" else self.turned[k].right)[k]
         return float(np.mean(drawn) + 2 * np.std(drawn, ddof=1))
 
@@ -391,10 +389,14 @@ def mp_median(beta: float) -> float:
 
 
 def signal_edge(S: np.ndarray, m: int, n: int, noise: float) -> float:
-    """s(√m+√n), s the larger of the rounding noise per entry and the median-based bulk."""
+    """s(√m+√n), s the larger of the rounding noise per entry and the median-based bulk.
+
+    At least what an fp64 solver may leave of a zero.
+    """
     q, M = min(m, n), max(m, n)
     bulk = np.median(S) / np.sqrt(M * mp_median(q / M))
-    return max(noise / np.sqrt(m * n), bulk) * (np.sqrt(m) + np.sqrt(n))
+    edge = max(noise / np.sqrt(m * n), bulk) * (np.sqrt(m) + np.sqrt(n))
+    return max(edge, M * 2.0**-52 * S[0])
 
 
 def _put_spectrum(sheet: _Sheet, pair: _Pair, role: str) -> None:
