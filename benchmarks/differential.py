@@ -3,8 +3,9 @@
 A batch is a model of some dozens of matrices in four shapes, so that stacks of several form. Of
 each pair every value is held against an independent fp64 oracle that shares no code with the
 package. The bound is the stated one: 1e-6 of the number (1e-12 where it is near zero; sizes have no
-such floor, for they have a unit), 1e-8 rad for angles where base and tuned have a gap of 1e-6·σ1. Quantities
-along a subspace that the base does not define are left out, as in tests/test_agreement.py.
+such floor, for they have a unit), 1e-8 rad for angles where base and tuned have a gap of 1e-6·σ1.
+Quantities along a subspace that the base does not define are left out, as in
+tests/test_agreement.py.
 Prints Markdown; with --log also after each batch, so that a run that is stopped has its figures.
 
 A count is left out where a singular value of fp64 weights lies within the rounding of a solver of
