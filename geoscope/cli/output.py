@@ -311,8 +311,11 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
         if done == 0:
             say(f"training {total} networks", quiet=quiet)
 
+    def recalled(count: int, total: int) -> None:
+        say(f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet)
+
     if quiet or not sys.stderr.isatty():
-        yield Progress(on_fetch=fetching, on_network=training)
+        yield Progress(on_fetch=fetching, on_network=training, on_recalled=recalled)
         return
     with _bar() as bar:
         task = bar.add_task("matrices", total=None)
@@ -333,6 +336,7 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
             on_download=_downloads(bar),
             on_pair=paired,
             on_network=trained,
+            on_recalled=recalled,
         )
 
 

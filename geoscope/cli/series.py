@@ -9,7 +9,7 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.command import leave, ready, resumable, taken
 from geoscope.cli.output import Show, Told
 from geoscope.errors import OptionError
 from geoscope.verbs.series.options import FollowOptions
@@ -28,12 +28,15 @@ Points = Annotated[
 ]
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
+_COMPUTE = ("jobs", "seed", "cache")
 _TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
 _SHOW = ("as_json", "out", "force", "strict", "quiet", "details", "verbose", "debug", "fail_on")
 
 
 def _series(*names: str) -> object:
-    return taken(*_RUN, *names, "jobs", "seed", *_SELECT, base=opt.SeriesBase, seed=opt.SeriesSeed)
+    return taken(
+        *_RUN, *names, "jobs", "seed", "cache", *_SELECT, base=opt.SeriesBase, seed=opt.SeriesSeed
+    )
 
 
 def trajectory(
@@ -52,7 +55,7 @@ def trajectory(
         if not options.directions:
             raise OptionError("--vectors are leading pairs, which --no-directions leaves out")
         output.check_file(vectors, ".safetensors", force=show.force)
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         report = follow(points, options=options, vectors=vectors, progress=progress, argv=sys.argv)
     output.emit(report, show)
     for note in report.provenance.parameters["notes"]:
@@ -79,7 +82,7 @@ def extrapolate(
     """Predicted weights of a later step, where credible."""
     from geoscope.verbs.series.extrapolate import extrapolate as run
 
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         predicted = run(
             points,
             out,

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoscope.arguments import numbers, path_of, size
+from geoscope.arguments import numbers, size
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.records import Report
-from geoscope.verbs.choices import Compute, Rename, Select, Start, form
+from geoscope.verbs.choices import Compute, Rename, Resume, Select, Start, form
 
 if TYPE_CHECKING:
     from geoscope.metrics import Settings
@@ -22,10 +21,10 @@ __all__ = ["Interrupted", "Options", "Planned", "Progress"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute, Rename, Start, Select):
+class Options(Resume, Compute, Rename, Start, Select):
     """What may be chosen for a comparison; every field is an option of the command line.
 
-    The fields of `Select`, `Start`, `Rename` and `Compute`, and:
+    The fields of `Select`, `Start`, `Rename`, `Compute` and `Resume`, and:
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     budget: parameters of an adapter, for which `capacity` looks for ranks; nothing is recalled
     from the cache then.
@@ -38,7 +37,6 @@ class Options(Compute, Rename, Start, Select):
     masks: overlap of changed weights with masks.
     quick: leading triplets only; what needs a whole spectrum is then not applicable.
     limits: thresholds of the verdict, by their names.
-    cache: folder in which results are kept and found again; None keeps nothing.
     """
 
     allow_vocab_resize: bool = False
@@ -52,7 +50,6 @@ class Options(Compute, Rename, Start, Select):
     masks: bool = False
     quick: bool = False
     limits: Mapping[str, float] | None = None
-    cache: Path | None = field(default=None, metadata=form(path_of))
 
     def __post_init__(self) -> None:
         super().__post_init__()

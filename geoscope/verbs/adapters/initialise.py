@@ -48,6 +48,7 @@ from geoscope.verbs.adapters.output import (
     write_configs,
     write_record,
 )
+from geoscope.verbs.adapters.recall import recalled_or_made
 from geoscope.verbs.adapters.report import adapter_report
 from geoscope.verbs.adapters.targets import Target, Targets, choose_targets
 from geoscope.verbs.fetching import fetch
@@ -74,11 +75,15 @@ class Initialised:
 
 @dataclass(frozen=True)
 class _Start:
-    """One matrix: its factors, the rewritten matrix as its file holds it, and the start errors."""
+    """One matrix: its factors, the rewritten matrix as its file holds it, and the start errors.
+
+    is_recalled: whether its factors come from the cache.
+    """
 
     factors: LoraFactors
     residual: Tensor | None
     errors: Mapping[str, float]
+    is_recalled: bool = False
 
 
 # What is made of one weight: a start for each of its matrices.
@@ -164,6 +169,7 @@ def initialise(
         else:
             for name in order:
                 replacement(name)
+        _tell_recalled(kept, progress)
         spool.write(output, files)
         base, revision = _base_of(checkpoint, out, options)
         write_configs(output, files, base, revision, targets, options)
@@ -275,11 +281,11 @@ def _started(W: Tensor, name: str, options: InitOptions, *, is_turned: bool) -> 
         # Each matrix draws its own A; the seed of a null is shared by equal shapes.
         # 32 bits: the CPU's generator looks at no more.
         chosen["seed"] = zlib.crc32(f"{options.seed}:{name}".encode())
-    factors = options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
+    factors, is_recalled = recalled_or_made(W, options, chosen)
     _refuse_overflow(factors.facts.values(), factors.A, factors.B)
     layout = options.chosen_layout
     if not layout:
-        return _Start(factors, None, dict.fromkeys(_TRAINER, 0.0))
+        return _Start(factors, None, dict.fromkeys(_TRAINER, 0.0), is_recalled)
     rewritten, errors = None, {}
     if layout == "residual":
         dtype = getattr(torch, options.residual_dtype or "float32")
@@ -289,7 +295,7 @@ def _started(W: Tensor, name: str, options: InitOptions, *, is_turned: bool) -> 
     for trainer, dtype in _TRAINER.items():
         errors[trainer] = start_error(W, factors, layout, dtype=dtype)
     _refuse_overflow(errors.values())
-    return _Start(factors, rewritten, errors)
+    return _Start(factors, rewritten, errors, is_recalled)
 
 
 def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
@@ -304,7 +310,12 @@ def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
 def _without_tensors(one: _Start) -> _Start:
     """The facts alone, which are small."""
     empty = torch.empty(0)
-    return _Start(replace(one.factors, A=empty, B=empty), None, one.errors)
+    return replace(one, factors=replace(one.factors, A=empty, B=empty), residual=None)
+
+
+def _tell_recalled(kept: Mapping[str, _Start], progress: Progress) -> None:
+    if recalled := sum(start.is_recalled for start in kept.values()):
+        progress.on_recalled(recalled, len(kept))
 
 
 # --- what is told ---------------------------------------------------------------------------------

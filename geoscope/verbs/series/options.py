@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 from geoscope.arguments import joined, path_text
 from geoscope.errors import OptionError
-from geoscope.verbs.choices import Compute, Rename, Select, Start, form
+from geoscope.verbs.choices import Compute, Rename, Resume, Select, Start, form
 
 __all__ = ["FollowOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FollowOptions(Compute, Rename, Select, Start):
+class FollowOptions(Resume, Compute, Rename, Select, Start):
     """Every field is an option of `geoscope trajectory`.
 
-    The fields of `Start`, `Select`, `Rename` and `Compute`, and (paths are strings or
+    The fields of `Start`, `Select`, `Rename`, `Compute` and `Resume`, and (paths are strings or
     `os.PathLike`):
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     steps: such as "10,20,50", or numbers, one for each checkpoint, in place of those in the names.
