@@ -116,6 +116,12 @@ Solver = Annotated[str | None, words("--solver NAME",
 MaxMemory = Annotated[str | None, words("--max-memory SIZE",
     "Bound on the memory of the process, such as 8GB; min is the least that works. Default: what "
     "all workers need for their largest pair, half of the free memory at most.")]
+SeriesMemory = Annotated[str | None, words("--max-memory SIZE",
+    "Bound on the memory of the process, such as 8GB; min is one matrix at a time. Default: what "
+    "all workers need for their largest matrix, half of the free memory at most.")]
+InitMemory = Annotated[str | None, words("--max-memory SIZE",
+    "Bound on the memory of the process, such as 8GB; min is one matrix at a time. Default: 500 MB "
+    "and six fp32 copies of the largest matrix.")]
 Jobs = Annotated[int | None, words("--jobs N, -j",
     "Worker threads on the CPU; the numbers do not depend on it. Default: one a core.")]
 Seed = Annotated[int, words("--seed N", "Seed of the sampled nulls.")]

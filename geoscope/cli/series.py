@@ -28,15 +28,14 @@ Points = Annotated[
 ]
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
-_COMPUTE = ("jobs", "seed", "cache")
+_COMPUTE = ("max_memory", "jobs", "seed", "cache")
 _TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
 _SHOW = ("as_json", "out", "force", "strict", "quiet", "details", "verbose", "debug", "fail_on")
 
 
 def _series(*names: str) -> object:
-    return taken(
-        *_RUN, *names, "jobs", "seed", "cache", *_SELECT, base=opt.SeriesBase, seed=opt.SeriesSeed
-    )
+    own = {"base": opt.SeriesBase, "max_memory": opt.SeriesMemory, "seed": opt.SeriesSeed}
+    return taken(*_RUN, *names, *_COMPUTE, *_SELECT, **own)
 
 
 def trajectory(

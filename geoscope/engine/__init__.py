@@ -3,6 +3,7 @@
 from geoscope.engine.boundary import matrix_boundary, told_failure
 from geoscope.engine.device import available_memory, free_memory, resolve_devices, resolve_dtype
 from geoscope.engine.plan import (
+    BASELINE,
     Batch,
     default_memory,
     device_memory,
@@ -10,11 +11,14 @@ from geoscope.engine.plan import (
     least_memory,
     parse_memory,
     plan,
+    room_for_batches,
 )
-from geoscope.engine.stream import Outcome, one_blas_thread, stream
+from geoscope.engine.stream import Gate, Outcome, one_blas_thread, stream
 
 __all__ = [
+    "BASELINE",
     "Batch",
+    "Gate",
     "Outcome",
     "available_memory",
     "default_memory",
@@ -28,6 +32,7 @@ __all__ = [
     "plan",
     "resolve_devices",
     "resolve_dtype",
+    "room_for_batches",
     "stream",
     "told_failure",
 ]

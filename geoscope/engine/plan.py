@@ -10,6 +10,7 @@ from geoscope.errors import OptionError
 from geoscope.records import WeightPair
 
 __all__ = [
+    "BASELINE",
     "Batch",
     "default_memory",
     "device_memory",

@@ -11,11 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from geoscope.arguments import path_of, path_text, texts
+from geoscope.arguments import path_of, path_text, size, texts
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection, chosen_layers
 
-__all__ = ["Compute", "Rename", "Resume", "Select", "Start", "chosen", "form"]
+__all__ = ["Compute", "Memory", "Rename", "Resume", "Select", "Start", "chosen", "form"]
 
 _MOST_WORKERS = 1024  # a thread each
 
@@ -124,3 +124,13 @@ class Resume(_Choices):
     """
 
     cache: Path | None = field(default=None, metadata=form(path_of))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(_Choices):
+    """How much memory the process may take.
+
+    max_memory: such as `8GB`, bytes, or `min` for the least that works.
+    """
+
+    max_memory: str | None = field(default=None, metadata=form(size))

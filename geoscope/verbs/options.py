@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from geoscope.arguments import numbers, size
+from geoscope.arguments import numbers
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.records import Report
-from geoscope.verbs.choices import Compute, Rename, Resume, Select, Start, form
+from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
 
 if TYPE_CHECKING:
     from geoscope.metrics import Settings
@@ -21,10 +21,10 @@ __all__ = ["Interrupted", "Options", "Planned", "Progress"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Resume, Compute, Rename, Start, Select):
+class Options(Resume, Memory, Compute, Rename, Start, Select):
     """What may be chosen for a comparison; every field is an option of the command line.
 
-    The fields of `Select`, `Start`, `Rename`, `Compute` and `Resume`, and:
+    The fields of `Select`, `Start`, `Rename`, `Compute`, `Memory` and `Resume`, and:
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     budget: parameters of an adapter, for which `capacity` looks for ranks; nothing is recalled
     from the cache then.
@@ -32,7 +32,6 @@ class Options(Resume, Compute, Rename, Start, Select):
     device: auto, cpu, cuda (all), cuda:N or mps.
     dtype: of the spectra, float64 or float32.
     solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
-    max_memory: such as `8GB`, or bytes; default 4 × the largest pair in fp32 + 500 MB.
     curves: captured energy over the base's whole basis.
     masks: overlap of changed weights with masks.
     quick: leading triplets only; what needs a whole spectrum is then not applicable.
@@ -45,7 +44,6 @@ class Options(Resume, Compute, Rename, Start, Select):
     device: str = "auto"
     dtype: str = "float64"
     solver: str = "auto"
-    max_memory: str | None = field(default=None, metadata=form(size))
     curves: bool = False
     masks: bool = False
     quick: bool = False

@@ -26,7 +26,13 @@ from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.layouts import residual, start_error
 from geoscope.adapters.peft_config import max_lora_rank, rank_advice
 from geoscope.arguments import Place, path_of, path_text
-from geoscope.engine import matrix_boundary, one_blas_thread, resolve_devices
+from geoscope.engine import (
+    matrix_boundary,
+    one_blas_thread,
+    parse_memory,
+    resolve_devices,
+    room_for_batches,
+)
 from geoscope.errors import CheckpointError, NumericsError, OptionError
 from geoscope.foreign import local_path
 from geoscope.formats.container import files_of
@@ -59,7 +65,7 @@ __all__ = ["Initialised", "default_output", "initialise", "model_here"]
 # dtypes in which a trainer may hold the base: the start error is measured for each.
 _TRAINER = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # fp32 copies of a matrix that work on it takes, the rewritten matrix among them, and how many of
-# the largest may be in memory in all.
+# the largest may be in memory in all where no bound is given.
 _COPIES_IN_WORK, _COPIES_IN_ALL = 3, 6
 
 
@@ -218,7 +224,7 @@ def _computed(
     """The matrices in this order. Workers compute ahead while what they hold fits."""
     workers = options.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
     entries = {name: math.prod(targets.weights[name].info.shape) for name in order}
-    room = _COPIES_IN_ALL * max(entries.values())
+    room = _room(options, max(entries.values()))
     waiting = deque(order)
     running: deque[tuple[int, Future[_Made]]] = deque()
 
@@ -241,6 +247,18 @@ def _computed(
         finally:
             for _, future in running:
                 future.cancel()
+
+
+def _room(options: InitOptions, largest: int) -> int:
+    """Entries in fp32 that may be in work or waiting; one matrix is always let in.
+
+    Raises OptionError.
+    """
+    if options.max_memory == "min":
+        return 0
+    if options.max_memory is None:
+        return _COPIES_IN_ALL * largest
+    return room_for_batches(parse_memory(options.max_memory)) // 4
 
 
 def _make(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoscope.arguments import texts
 from geoscope.errors import OptionError
-from geoscope.verbs.choices import Compute, Resume, Select, form
+from geoscope.verbs.choices import Compute, Memory, Resume, Select, form
 
 if TYPE_CHECKING:
     from geoscope.adapters.table import Initialisation
@@ -23,10 +23,10 @@ RESIDUAL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions(Resume, Compute, Select):
+class InitOptions(Resume, Memory, Compute, Select):
     """Every field is an option of `geoscope init-adapter`.
 
-    The fields of `Select`, `Compute` and `Resume`, and:
+    The fields of `Select`, `Compute`, `Memory` and `Resume`, and:
     method: geora, pissa, milora, olora, rlpo, rlmo or lora.
     rank: of the adapter, from 1.
     alpha: lora_alpha; default 2·rank.

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 
 from geoscope.arguments import joined, path_text
 from geoscope.errors import OptionError
-from geoscope.verbs.choices import Compute, Rename, Resume, Select, Start, form
+from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
 
 __all__ = ["FollowOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FollowOptions(Resume, Compute, Rename, Select, Start):
+class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
     """Every field is an option of `geoscope trajectory`.
 
-    The fields of `Start`, `Select`, `Rename`, `Compute` and `Resume`, and (paths are strings or
-    `os.PathLike`):
+    The fields of `Start`, `Select`, `Rename`, `Compute`, `Memory` and `Resume`, and (paths are
+    strings or `os.PathLike`):
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     steps: such as "10,20,50", or numbers, one for each checkpoint, in place of those in the names.
     directions: also the leading pair of every update and of every step.
