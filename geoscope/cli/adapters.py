@@ -12,7 +12,7 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import repeated, taken
+from geoscope.cli.command import repeated, resumable, taken
 from geoscope.cli.output import Show, Told
 from geoscope.verbs.adapters.options import InitOptions
 
@@ -48,10 +48,13 @@ def init_adapter(
             *_SELECT,
             "device",
             "solver",
+            "max_memory",
             "jobs",
             "seed",
+            "cache",
             force=opt.ForceInit,
             device=opt.InitDevice,
+            max_memory=opt.InitMemory,
             seed=opt.InitSeed,
         ),
     ],
@@ -65,7 +68,7 @@ def init_adapter(
     model = model_here() if model is None else model
     out = out or default_output(model, options)
     output.check_outputs(files or (), force=options.force)
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         made = initialise(
             model,
             out,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
@@ -19,11 +20,12 @@ from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.fail_on import Condition, holding, parse_fail_on
 from geoscope.cli.output import Show
-from geoscope.errors import first_names
+from geoscope.errors import Stopped, first_names
 from geoscope.kinds import KINDS
 from geoscope.records import Report
+from geoscope.verbs.choices import Resume
 
-__all__ = ["Taken", "flat", "leave", "ready", "repeated", "taken"]
+__all__ = ["Taken", "flat", "leave", "ready", "repeated", "resumable", "taken"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,18 @@ def leave(
 def _fail(reason: str, code: int) -> NoReturn:
     output.fault(reason)
     raise typer.Exit(code)
+
+
+@contextmanager
+def resumable(options: Resume) -> Iterator[None]:
+    """Work whose finished matrices are kept: a stop says that the same command goes on."""
+    try:
+        yield
+    except Stopped as stop:
+        if options.cache is None:
+            raise
+        output.fault("interrupted; what was computed is kept, give the command again")
+        raise typer.Exit(stop.exit_code) from None
 
 
 def repeated(

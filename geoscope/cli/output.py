@@ -299,8 +299,11 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
         if done == 0:
             say(f"training {total} networks", quiet=quiet)
 
+    def recalled(count: int, total: int) -> None:
+        say(f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet)
+
     if quiet or not sys.stderr.isatty():
-        yield Progress(on_fetch=fetching, on_network=training)
+        yield Progress(on_fetch=fetching, on_network=training, on_recalled=recalled)
         return
     with Bars() as bars:
         yield Progress(
@@ -308,6 +311,7 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
             on_download=bars.fetched,
             on_pair=bars.counted("matrices"),
             on_network=bars.counted("networks"),
+            on_recalled=recalled,
         )
 
 

@@ -9,7 +9,7 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.command import leave, ready, resumable, taken
 from geoscope.cli.output import Show, Told
 from geoscope.errors import OptionError
 from geoscope.verbs.series.options import FollowOptions
@@ -28,6 +28,7 @@ Points = Annotated[
 ]
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
+_COMPUTE = ("max_memory", "jobs", "seed", "cache")
 _TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
 _SHOW = (
     "as_json",
@@ -44,7 +45,8 @@ _SHOW = (
 
 
 def _series(*names: str) -> object:
-    return taken(*_RUN, *names, "jobs", "seed", *_SELECT, base=opt.SeriesBase, seed=opt.SeriesSeed)
+    own = {"base": opt.SeriesBase, "max_memory": opt.SeriesMemory, "seed": opt.SeriesSeed}
+    return taken(*_RUN, *names, *_COMPUTE, *_SELECT, **own)
 
 
 def trajectory(
@@ -66,7 +68,7 @@ def trajectory(
                 "leave one out"
             )
         output.check_file(vectors, ".safetensors", force=show.force)
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         report = follow(points, options=options, vectors=vectors, progress=progress, argv=sys.argv)
     output.emit(report, show)
     for note in report.provenance.parameters["notes"]:
@@ -93,7 +95,7 @@ def extrapolate(
     """Predicted weights of a later step, where credible."""
     from geoscope.verbs.series.extrapolate import extrapolate as run
 
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         predicted = run(
             points,
             out,

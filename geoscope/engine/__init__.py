@@ -3,6 +3,7 @@
 from geoscope.engine.boundary import matrix_boundary, told_failure
 from geoscope.engine.device import available_memory, free_memory, resolve_devices, resolve_dtype
 from geoscope.engine.plan import (
+    BASELINE,
     Batch,
     asked_memory,
     default_memory,
@@ -10,12 +11,15 @@ from geoscope.engine.plan import (
     estimate_seconds,
     needed_memory,
     plan,
+    room_for_batches,
 )
 from geoscope.engine.speed import slowness
-from geoscope.engine.stream import Outcome, one_blas_thread, stream
+from geoscope.engine.stream import Gate, Outcome, one_blas_thread, stream
 
 __all__ = [
+    "BASELINE",
     "Batch",
+    "Gate",
     "Outcome",
     "asked_memory",
     "available_memory",
@@ -29,6 +33,7 @@ __all__ = [
     "plan",
     "resolve_devices",
     "resolve_dtype",
+    "room_for_batches",
     "slowness",
     "stream",
     "told_failure",

@@ -11,6 +11,7 @@ from geoscope.linalg.choice import rates
 from geoscope.records import WeightPair
 
 __all__ = [
+    "BASELINE",
     "Batch",
     "asked_memory",
     "default_memory",

@@ -273,6 +273,8 @@ def _split(flat: Tensor, steps: int = 1) -> tuple[Tensor, ...]:
 
 def _through_bf16(block: Tensor) -> Tensor:
     """A new tensor in fp32 of the numbers that bf16 shows."""
+    if block.dtype == torch.float64:  # torch would round it to fp32 first
+        return round_to(block, _BF16).to(torch.float32)
     return block.to(torch.bfloat16).to(torch.float32)
 
 

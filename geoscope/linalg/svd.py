@@ -37,6 +37,11 @@ TAIL_FLOOR = 3e-5
 # The mended part of the spectrum starts here, and may hold this many values at most.
 _MEND_FROM = 1e-4
 _MEND_AT_MOST = 64
+# What is left of the leading directions in the tail's vectors moves σ by so many σ1²/σ, σ the last
+# one before the tail; twice the rounding is the most seen.
+_MEND_ERROR = 2 * EPS
+# Relative error up to which a mended σ serves where the storage, fp64, holds it better.
+_MEND_TOLERANCE = 1e-6
 
 # A subspace is kept when its bound (radians) is below this; angles are promised to 1e-8.
 SUBSPACE_TOLERANCE = 4e-9
@@ -116,7 +121,7 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     del gram
     how = "gram-tridiagonal" + ("-mended-tail" if mended else "")
     method = _method(S, cuts, how, residuals, mended=mended)
-    reason = _reason_against(S, method, cuts, mended=mended)
+    reason = _reason_against(S, method, cuts, A, mended=mended)
     if reason:
         return _exact(A, vectors, torch.float64, reason=reason)
     return _with_long_side(A, S[None], None if short is None else short[None], (method,))
@@ -192,7 +197,7 @@ def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors
         how = "gram-eigh" + ("-mended-tail" if i in mended else "")
         method = _method(row, cuts, how, residuals[i], mended=i in mended)
         methods.append(method)
-        reasons.append(found.faults[i] or _reason_against(row, method, cuts, mended=i in mended))
+        reasons.append(found.faults[i] or _reason_against(row, method, cuts, A, mended=i in mended))
     quick = _with_long_side(A, S, found.rows, tuple(methods))
     if not any(reasons):
         return quick
@@ -261,12 +266,16 @@ def _subspace_bound(S: Tensor, k: int, residuals: Tensor) -> float:
 
 
 def _reason_against(
-    S: Tensor, method: dict[str, Any], cuts: Sequence[int], *, mended: bool = False
+    S: Tensor, method: dict[str, Any], cuts: Sequence[int], A: Operand, *, mended: bool
 ) -> str | None:
     """Why the Gram route does not suffice for this spectrum, or None."""
     largest, least = float(S[0]), float(S[-1])
     if largest == 0:
         return None
+    if mended and A.plus.dtype == torch.float64:
+        last = float(S[S >= _MEND_FROM * largest][-1])
+        if least * _MEND_TOLERANCE < _MEND_ERROR * largest**2 / last:
+            return "tail: fp64 weights with a singular value too small to be mended"
     if least < TAIL_FLOOR * largest and not mended:
         return f"tail: least singular value below {TAIL_FLOOR:g} of the largest"
     bound = method["subspace_bound"]

@@ -104,8 +104,9 @@ def _subspace(_frame: _Frame, k: int | None) -> Depth:
 
 
 def _crossing(frame: _Frame, _k: int | None) -> Depth:
-    vectors = frame.q if frame.settings.curves else max(frame.ks, default=0)
-    return Depth(vectors=vectors, cuts=frame.ks)
+    if frame.settings.curves:  # a basis to the end: its last vectors are to be as good
+        return Depth(vectors=frame.q, cuts=(*frame.ks, frame.q))
+    return Depth(vectors=max(frame.ks, default=0), cuts=frame.ks)
 
 
 def _intruding(frame: _Frame, _k: int | None) -> Depth:

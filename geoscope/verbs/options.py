@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoscope.arguments import numbers, path_of, size
+from geoscope.arguments import numbers
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.records import Report
-from geoscope.verbs.choices import Compute, Rename, Select, Start, form
+from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
 
 if TYPE_CHECKING:
     from geoscope.metrics import Settings
@@ -25,10 +24,10 @@ _LOCAL = ("jobs", "max_memory", "cache", "device", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute, Rename, Start, Select):
+class Options(Resume, Memory, Compute, Rename, Start, Select):
     """What may be chosen for a comparison; every field is an option of the command line.
 
-    The fields of `Select`, `Start`, `Rename` and `Compute`, and:
+    The fields of `Select`, `Start`, `Rename`, `Compute`, `Memory` and `Resume`, and:
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     budget: parameters of an adapter, for which `capacity` looks for ranks; nothing is recalled
     from the cache then.
@@ -36,13 +35,10 @@ class Options(Compute, Rename, Start, Select):
     device: auto, cpu, cuda (all), cuda:N or mps.
     dtype: of the spectra, float64 or float32.
     solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
-    max_memory: such as `8GB`, or bytes; `min` for as little as possible; default
-    `default_memory` (`engine/plan.py`).
     curves: captured energy over the base's whole basis.
     masks: overlap of changed weights with masks.
     quick: leading triplets only; what needs a whole spectrum is then not applicable.
     limits: thresholds of the verdict, by their names.
-    cache: folder in which results are kept and found again; None keeps nothing.
     ray: address of a Ray cluster that computes, `auto` or `local`; None for this process.
     """
 
@@ -52,12 +48,10 @@ class Options(Compute, Rename, Start, Select):
     device: str = "auto"
     dtype: str = "float64"
     solver: str = "auto"
-    max_memory: str | None = field(default=None, metadata=form(size))
     curves: bool = False
     masks: bool = False
     quick: bool = False
     limits: Mapping[str, float] | None = None
-    cache: Path | None = field(default=None, metadata=form(path_of))
     ray: str | None = None
 
     def __post_init__(self) -> None:

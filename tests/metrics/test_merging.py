@@ -131,7 +131,9 @@ def test_the_report_and_its_answer_have_it(tmp_path: Path) -> None:
     outlook = report.summary.merging
     assert outlook is not None and outlook["values"]["residual_cosine"] > 0.99
     (line,) = [line for block in answer(report) for line in block.lines if "To merge:" in line]
-    assert line.startswith("To merge: the updates are nearly equal: an average loses little; heads ")
+    assert line.startswith(
+        "To merge: the updates are nearly equal: an average loses little; heads "
+    )
 
 
 def test_updates_that_rounding_hides_have_no_outlook(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from geoscope.outputs.output_folder import OutputFolder, travelling_files, trave
 from geoscope.sources.open import open_checkpoint
 from tests.helpers.files import llama, write_model, write_sharded
 
+LOCK = ".geoscope-lock"
 PLAN = FilePlan({"a": TensorPlan("float32", (4,))})
 SIZES = {"model.safetensors": PLAN.nbytes, "config.json": 2, "README.md": 5}
 
@@ -39,7 +40,7 @@ def test_a_folder_holds_what_was_planned(tmp_path: Path) -> None:
     assert not (tmp_path / "a b").exists()  # checks write nothing
     with out:
         fill(out)
-        assert names(out.path) == {"model.safetensors", "README.md"}  # the rest waits
+        assert names(out.path) == {"model.safetensors", "README.md", LOCK}  # the rest waits
     assert names(out.path) == set(SIZES)
 
 
@@ -312,7 +313,7 @@ def test_small_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", sizes) as out:
         for name in sizes:
             out.copy(name, tmp_path / Path(name).name)
-        assert names(out.path) == {"in/tokenizer.model"}
+        assert names(out.path) == {"in/tokenizer.model", LOCK}
     assert (tmp_path / "out/in/tokenizer.model").read_bytes() == bytes(range(256))
     assert (tmp_path / "out/in/config.json").read_bytes() == b'{"a":\r\n 1}'
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -400,3 +401,22 @@ def test_inputs_stay_as_they_are(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     rewritten(tmp_path / "model", tmp_path / "out", {"lm_head.weight": torch.zeros(32, 8)})
     assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
+    first, second = (OutputFolder(tmp_path / "out", SIZES) for _ in range(2))
+    with first:
+        with pytest.raises(CheckpointError, match="another run writes it"), second:
+            pass
+        fill(first)
+    with pytest.raises(CheckpointError, match="is not empty"), second:  # checked again
+        pass
+    assert names(first.path) == set(SIZES)
+
+
+def test_the_lock_of_a_killed_run_holds_nobody(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).touch()
+    with OutputFolder(tmp_path / "out", SIZES) as out:
+        fill(out)
+    assert names(out.path) == set(SIZES)

@@ -109,7 +109,9 @@ def keys_check(match: AdapterMatch) -> Check:
         text = "; ".join(said) + "; the adapter is of another model, or was cut: write it again"
         return Check("keys", False, text, name=first)
     count = len(match.adapter.modules)
-    return Check("keys", True, f"all {count} modules are in the base, and no targeted one is missing")
+    return Check(
+        "keys", True, f"all {count} modules are in the base, and no targeted one is missing"
+    )
 
 
 def shapes_check(match: AdapterMatch) -> Check:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from geoscope.arguments import joined, path_text
 from geoscope.errors import OptionError
 from geoscope.trajectory.names import NAMES
-from geoscope.verbs.choices import Compute, Rename, Select, Start, form
+from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
 
 __all__ = ["FollowOptions", "methods_in_words"]
 
@@ -23,11 +23,11 @@ def methods_in_words() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FollowOptions(Compute, Rename, Select, Start):
+class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
     """Every field is an option of `geoscope trajectory`.
 
-    The fields of `Start`, `Select`, `Rename` and `Compute`, and (paths are strings or
-    `os.PathLike`):
+    The fields of `Start`, `Select`, `Rename`, `Compute`, `Memory` and `Resume`, and (paths are
+    strings or `os.PathLike`):
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     steps: such as "10,20,50", or numbers, one for each checkpoint, in place of those in the names.
     directions: also the leading pair of every update and of every step.
