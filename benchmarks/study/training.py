@@ -1,4 +1,4 @@
-"""One base by next-token prediction, and one GRPO run from it: seeded, logged, resumable.
+"""One base by supervised tuning, and one GRPO run from it: seeded, logged, resumable.
 
 A run leaves `start/` (the adapter before its first step), `checkpoint-N/`, `log.jsonl` (a line a
 rollout) and, last and whole, `record.json`. While it runs, `state.pt` holds what a killed run needs
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def make_base(folder: Path, task: str, seed: int, settings: Settings) -> None:
-    """Train a base until the reward on validation problems reaches the target."""
+    """Train a base on right answers until the reward on validation problems reaches the target."""
     if (folder / "record.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +88,9 @@ def make_base(folder: Path, task: str, seed: int, settings: Settings) -> None:
     generator = stream(seed, 3)
     for step in range(1, settings.base_limit + 1):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50)
-        tokens = torch.cat(problems.draw(settings.base_batch, generator), dim=1)
-        tokens = tokens.to(settings.device)
-        scores, _ = logits(weights, tokens[:, :-1], size)
-        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
+        prompts, answers = problems.draw(settings.base_batch, generator)
+        tokens = torch.cat([prompts, answers], dim=1).to(settings.device)
+        loss = -_logprobs(weights, tokens, answers.shape[1], size)[0].mean()
         _descend(optimizer, loss, list(weights.values()), settings)
         if step % 5 == 0:
             with torch.no_grad():
