@@ -3,12 +3,13 @@
 Every method × rate × task × seed is trained once. KL is a half-fraction of it: on where
 method + rate + task + seed (their places in the lists) is odd, so that half of the runs of every
 method, rate, task and seed have KL. A factorial of KL, too, would take twice the time and would ask
-the main question no better. The first two blocks have both tasks and both seeds: should time run
-out, what is there is balanced.
+the main question no better. The first two blocks have both tasks and both seeds, and the order
+within a block is shuffled: should time run out, what is there is balanced.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -59,10 +60,21 @@ class Run:
 
 
 def design(blocks: int = len(BLOCKS)) -> Iterator[Run]:
-    """All runs of the first blocks, in the order of training."""
-    tasks = list(TASKS)
-    for task, seed in BLOCKS[:blocks]:
-        for level in range(LEVELS):
-            for place, method in enumerate(METHODS):
-                kl = (place + level + task + seed) % 2 == 1
-                yield Run(method, RATES[method][level], tasks[task], seed, kl)
+    """All runs of the first blocks, in the order of training: shuffled within a block."""
+    for place, block in enumerate(BLOCKS[:blocks]):
+        yield from random.Random(place).sample(_block(*block), LEVELS * len(METHODS))
+
+
+def _block(task: int, seed: int) -> list[Run]:
+    """All methods and rates of a task and seed, each with KL or without."""
+    return [
+        Run(
+            method,
+            RATES[method][level],
+            list(TASKS)[task],
+            seed,
+            kl=(place + level + task + seed) % 2 == 1,
+        )
+        for level in range(LEVELS)
+        for place, method in enumerate(METHODS)
+    ]

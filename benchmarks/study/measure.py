@@ -26,7 +26,7 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.training import Settings, write_json
 from geoscope.records import LayerRecord, Report
 
-__all__ = ["QUARTERS", "measured", "numbers_of"]
+__all__ = ["QUARTERS", "measured", "numbers_of", "row_of_run"]
 
 QUARTERS = (30, 60, 90, 120)
 K = 8
@@ -144,7 +144,7 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _row_of_run(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
+def row_of_run(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
     """Facts, base, and at each checkpoint accuracy, reward and entropy."""
     row = {**run.facts, "finite": record["finite"], "seconds": record["seconds"]}
     row |= {f"{key}_0": record["base"][key] for key in ("accuracy", "reward", "entropy")}
@@ -169,7 +169,7 @@ def write_tables(complete: list[Run], root: Path, out: Path) -> None:
     runs, statistics = [], []
     for run in complete:
         record = json.loads((root / "runs" / run.name / "record.json").read_text(encoding="utf-8"))
-        runs.append(_row_of_run(run, record))
+        runs.append(row_of_run(run, record))
         for step, numbers in sorted(measured(run, root, ()).items(), key=lambda item: int(item[0])):
             statistics.append({"name": run.name, "step": step} | numbers)
     _write_csv(out / "runs.csv", runs)
