@@ -14,6 +14,7 @@ from benchmarks.study.resampling import Estimate, mean_estimate, resamples
 __all__ = ["Test", "best_gains", "claims", "contrast", "matched", "mean_of", "method_rows"]
 
 Floats = NDArray[np.float64]
+_LEAST_UNITS = 4
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Test:
 
     @property
     def verdict(self) -> str:
-        """holds here, fails here, or undecided."""
-        if self.estimate.value is None:
+        """holds here, fails here, or undecided, as of fewer than four units."""
+        if self.estimate.value is None or self.estimate.count < _LEAST_UNITS:
             return "undecided"
         above, below = self.estimate.above > self.null, self.estimate.below < self.null
         if not above and not below:

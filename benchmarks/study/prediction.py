@@ -15,21 +15,11 @@ from benchmarks.study.resampling import (
     estimate,
     largest_by_chance,
     left_out,
-    predicted,
     ranks,
     resamples,
 )
 
-__all__ = [
-    "BASELINES",
-    "Baselines",
-    "Line",
-    "baseline_aucs",
-    "baselines",
-    "chance_bar",
-    "history",
-    "lines",
-]
+__all__ = ["BASELINES", "Baseline", "Line", "baseline_aucs", "baselines", "chance_bar", "lines"]
 
 Floats = NDArray[np.float64]
 BASELINES = ("ρ", "method and rate", "logs")
@@ -46,66 +36,33 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """Scores of the baselines left out by group, and their inputs; all of the same runs.
+class Baseline:
+    """inputs: (n, features), of the same runs. groups: what is left out together."""
 
-    history: the share of failed among other training runs of the same method and rate, as an input
-    for each block that is left out (its row), for every run.
+    inputs: Floats
+    groups: NDArray[np.str_]
+
+    def scores(self, failed: NDArray[np.bool_], statistic: Floats | None = None) -> Floats:
+        """Log-odds of failure, left out by group, perhaps with a statistic beside the inputs."""
+        more = () if statistic is None else (statistic[:, None],)
+        return left_out(np.hstack([self.inputs, *more]), failed, self.groups)
+
+
+def baselines(study: Study, step: int) -> dict[str, Baseline]:
+    """ρ, method and rate, and logs: what a statistic of the weights has to add to.
+
+    The rate is its level among those of its method; of logs, ranks of the change of accuracy and of
+    entropy over that of the base.
     """
-
-    inputs: Mapping[str, Floats]
-    history: Mapping[str, Floats]
-    scores: Mapping[str, Floats]
-
-
-def history(study: Study, failed: NDArray[np.bool_], away: NDArray[np.bool_]) -> Floats:
-    """Share of failed among the runs of the same method and rate, but for those away and itself.
-
-    The share of all training runs where there is no other.
-    """
-    shares = np.zeros(len(failed))
-    for place, cell in enumerate(study.cell):
-        others = (study.cell == cell) & ~away
-        others[place] = False
-        shares[place] = failed[others].mean() if others.any() else failed[~away].mean()
-    return shares
-
-
-def logs(study: Study, step: int) -> Floats:
-    """(n, 2): ranks of accuracy change and of entropy over that of the base."""
     change = study.numbers(f"accuracy_{step}") - study.numbers("accuracy_0")
     entropy = study.numbers(f"entropy_{step}") / study.numbers("entropy_0")
-    return np.column_stack([ranks(change), ranks(entropy)])
-
-
-def _by_block(
-    study: Study, failed: NDArray[np.bool_], shares: Mapping[str, Floats], statistic: Floats | None
-) -> Floats:
-    """Log-odds from method and rate, and perhaps a statistic, each block left out."""
-    scores = np.zeros(len(failed))
-    for block, share in shares.items():
-        inputs = (share[:, None],) if statistic is None else (share[:, None], statistic[:, None])
-        away = study.block == block
-        scores[away] = predicted(np.hstack(inputs), failed, away)
-    return scores
-
-
-def baselines(study: Study, failed: NDArray[np.bool_], step: int) -> Baselines:
-    """The three baselines at a step."""
-    inputs = {"ρ": ranks(study.statistic("relative_update", step))[:, None]}
-    inputs |= {"logs": logs(study, step)}
-    shares = {b: history(study, failed, study.block == b) for b in np.unique(study.block)}
-    scores = {name: left_out(values, failed, study.method) for name, values in inputs.items()}
-    scores["method and rate"] = _by_block(study, failed, shares, None)
-    return Baselines(inputs, shares, scores)
-
-
-def _with(
-    study: Study, failed: NDArray[np.bool_], ground: Baselines, name: str, statistic: Floats
-) -> Floats:
-    if name == "method and rate":
-        return _by_block(study, failed, ground.history, statistic)
-    return left_out(np.column_stack([ground.inputs[name], statistic]), failed, study.method)
+    methods = [(study.method == method).astype(float) for method in np.unique(study.method)]
+    columns = {
+        "ρ": ([ranks(study.statistic("relative_update", step))], study.method),
+        "method and rate": ([ranks(study.level.astype(float)), *methods], study.block),
+        "logs": ([ranks(change), ranks(entropy)], study.method),
+    }
+    return {name: Baseline(np.column_stack(c), groups) for name, (c, groups) in columns.items()}
 
 
 def lines(study: Study, step: int, target: str = "failed", *, adds: bool = True) -> list[Line]:
@@ -113,16 +70,15 @@ def lines(study: Study, step: int, target: str = "failed", *, adds: bool = True)
     failed = getattr(study, target)
     counts = resamples(range(len(failed)))
     cells = resamples(list(study.cell))
-    ground = baselines(study, failed, step) if adds else None
+    grounds = baselines(study, step) if adds else {}
+    alone = {name: ground.scores(failed) for name, ground in grounds.items()}
     table = []
     for name in study.names:
-        values = study.statistic(name, step)
-        gains = {}
-        if ground is not None and np.isfinite(values).any():
-            statistic = ranks(values)
-            for each in BASELINES:
-                both = _with(study, failed, ground, each, statistic)
-                gains[each] = difference(both, ground.scores[each], failed, counts)
+        values, gains = study.statistic(name, step), {}
+        if np.isfinite(values).any():
+            for each, ground in grounds.items():
+                both = ground.scores(failed, ranks(values))
+                gains[each] = difference(both, alone[each], failed, counts)
         known = estimate(values, failed, counts), estimate(values, failed, cells)
         table.append(Line(name, *known, gains))
     return table
@@ -133,7 +89,7 @@ def baseline_aucs(study: Study, step: int, target: str = "failed") -> dict[str, 
     failed = getattr(study, target)
     counts = resamples(range(len(failed)))
     scores = {
-        f"{name}, left out": each for name, each in baselines(study, failed, step).scores.items()
+        f"{name}, left out": each.scores(failed) for name, each in baselines(study, step).items()
     }
     change = study.numbers(f"accuracy_{step}") - study.numbers("accuracy_0")
     plain = {

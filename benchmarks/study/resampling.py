@@ -17,7 +17,6 @@ __all__ = [
     "largest_by_chance",
     "left_out",
     "mean_estimate",
-    "predicted",
     "ranks",
     "resamples",
 ]
@@ -136,18 +135,13 @@ def _fit(inputs: Floats, failed: NDArray[np.bool_]) -> Floats:
     return w
 
 
-def predicted(inputs: Floats, failed: NDArray[np.bool_], away: NDArray[np.bool_]) -> Floats:
-    """Log-odds of the runs that are away, by a fit on the others; inputs (n, features)."""
-    w = _fit(inputs[~away], failed[~away])
-    return w[0] + inputs[away] @ w[1:]
-
-
 def left_out(inputs: Floats, failed: NDArray[np.bool_], groups: NDArray[np.str_]) -> Floats:
-    """Log-odds of each run, predicted by a fit on the other groups."""
+    """Log-odds of each run, predicted by a fit on the other groups; inputs (n, features)."""
     scores = np.zeros(len(failed))
     for group in np.unique(groups):
         away = groups == group
-        scores[away] = predicted(inputs, failed, away)
+        w = _fit(inputs[~away], failed[~away])
+        scores[away] = w[0] + inputs[away] @ w[1:]
     return scores
 
 
