@@ -69,7 +69,7 @@ def evaluate(
     return {
         "accuracy": (greedy == answers).all(dim=1).float().mean().item(),
         "reward": (sampled == answers).all(dim=1).float().mean().item(),
-        "entropy": ((entropy * mask).sum() / mask.sum()).item(),
+        "entropy": ((entropy * mask).sum() / mask.sum().clamp_min(1)).item(),
     }
 
 
@@ -187,8 +187,9 @@ def _loss(
         gap = rollout.reference - logprobs
         divergence = gap.exp() - gap - 1
         objective = objective - settings.kl * divergence
-    loss = -((objective * mask).sum(dim=1) / mask.sum(dim=1)).mean()
-    total = mask.sum()
+    lengths = mask.sum(dim=1).clamp_min(1)  # 0 where padding was sampled first
+    loss = -((objective * mask).sum(dim=1) / lengths).mean()
+    total = mask.sum().clamp_min(1)
     return (
         loss,
         old,
