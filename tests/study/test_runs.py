@@ -17,7 +17,13 @@ from benchmarks.study import training
 from benchmarks.study.design import BLOCKS, LEVELS, Run, design
 from benchmarks.study.measure import numbers_of
 from benchmarks.study.methods import METHODS, started, stored_weights
-from benchmarks.study.model import Size, complete, logits, matrix_names, new_weights
+from benchmarks.study.model import (
+    Size,
+    complete,
+    logits,
+    matrix_names,
+    new_weights,
+)
 from benchmarks.study.outcomes import outcome
 from benchmarks.study.tasks import EOS, PAD, TASKS, Problems, Task, stream
 from benchmarks.study.training import Settings, evaluate, trained_run, write_json
@@ -51,13 +57,12 @@ def test_held_out_problems_are_never_drawn() -> None:
 
 def test_cached_sampling_is_the_whole_forward_pass() -> None:
     weights, prompts = new_weights(SIZE, stream(1, 2)), torch.arange(12).view(2, 6)
-    tokens, entropy = complete(weights, prompts, 4, SIZE)
-    sequences = torch.cat([prompts, tokens], dim=1)
+    tokens, entropy = complete(weights, prompts, 4, SIZE, samples=3, generator=stream(1, 3))
+    assert len({tuple(row) for row in tokens.tolist()}) > 2
+    sequences = torch.cat([prompts.repeat_interleave(3, 0), tokens], dim=1)
     scores, _ = logits(weights, sequences[:, :-1], SIZE)
     logprobs = scores[:, -4:].log_softmax(-1)
-    free = tokens != PAD
-    assert torch.equal(logprobs.argmax(-1)[free], tokens[free])
-    expected = -(logprobs.exp() * logprobs).sum(-1)
+    free, expected = tokens != PAD, -(logprobs.exp() * logprobs).sum(-1)
     torch.testing.assert_close(entropy[free], expected[free], rtol=1e-4, atol=1e-5)
 
 
