@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.study.design import LEVELS
 from benchmarks.study.outcomes import EARLY, END, OUTCOMES
 from benchmarks.study.tables import Results
 
@@ -19,19 +20,18 @@ _SHOWN = 24
 
 
 def _outcomes(results: Results) -> Figure:
-    """A cell for each method and rate, a mark for each run in the colour of its outcome."""
+    """A mark for each run at its method and rate, in the colour of its outcome."""
     study = results.study
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    methods = list(dict.fromkeys(study.method))
-    cells: dict[tuple[int, int], int] = {}
-    for method, level, outcome in zip(study.method, study.level, study.outcomes, strict=True):
-        cell = (int(level), methods.index(method))
-        place = cells[cell] = cells.get(cell, -1) + 1
-        axes.plot(cell[0] + 0.16 * place - 0.24, cell[1], "s", color=_COLOURS[outcome], ms=7)
+    methods, blocks = list(dict.fromkeys(study.method)), list(dict.fromkeys(study.block))
+    for method, block, level, outcome in zip(
+        study.method, study.block, study.level, study.outcomes, strict=True
+    ):
+        height = methods.index(method) + 0.7 * ((blocks.index(block) + 0.5) / len(blocks) - 0.5)
+        axes.plot(level, height, "s", color=_COLOURS[outcome], ms=5)
     axes.set_yticks(range(len(methods)), methods)
-    axes.set_xticks(range(int(study.level.max()) + 1))
-    axes.set_xticklabels([f"rate {n + 1}" for n in range(int(study.level.max()) + 1)])
+    axes.set_xticks(range(LEVELS), [f"rate {n + 1}" for n in range(LEVELS)])
     axes.invert_yaxis()
     for outcome, colour in _COLOURS.items():
         axes.plot([], [], "s", color=colour, label=outcome)

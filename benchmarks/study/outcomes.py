@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.study.design import MIDDLE
+
 __all__ = ["EARLY", "END", "OUTCOMES", "Study", "outcome", "study_of"]
 
 EARLY, END = 30, 120
@@ -82,13 +84,13 @@ class Study:
         return self.column("method")
 
     @cached_property
-    def level(self) -> NDArray[np.int_]:
-        """0 for the smallest rate of a method, and so on."""
-        rates, levels = self.numbers("rate"), np.zeros(len(self.runs), dtype=int)
-        for method in np.unique(self.method):
-            own = self.method == method
-            levels[own] = np.searchsorted(np.unique(rates[own]), rates[own])
-        return levels
+    def level(self) -> Floats:
+        """log4 of the rate over the middle one of its method, + 2: 0 to 4, between at the boundary.
+
+        Rates are written with two digits, so whole levels are rounded ones.
+        """
+        middle = np.array([MIDDLE[method] for method in self.method])
+        return np.round(4 * (np.log(self.numbers("rate") / middle) / np.log(4) + 2)) / 4
 
     @cached_property
     def block(self) -> NDArray[np.str_]:

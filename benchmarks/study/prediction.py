@@ -19,7 +19,16 @@ from benchmarks.study.resampling import (
     resamples,
 )
 
-__all__ = ["BASELINES", "Baseline", "Line", "baseline_aucs", "baselines", "chance_bar", "lines"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "Line",
+    "baseline_aucs",
+    "baselines",
+    "chance_bar",
+    "counted",
+    "lines",
+]
 
 Floats = NDArray[np.float64]
 BASELINES = ("ρ", "method and rate", "logs")
@@ -59,7 +68,7 @@ def baselines(study: Study, step: int) -> dict[str, Baseline]:
     methods = [(study.method == method).astype(float) for method in np.unique(study.method)]
     columns = {
         "ρ": ([ranks(study.statistic("relative_update", step))], study.method),
-        "method and rate": ([ranks(study.level.astype(float)), *methods], study.block),
+        "method and rate": ([ranks(study.level), *methods], study.block),
         "logs": ([ranks(change), ranks(entropy)], study.method),
     }
     return {name: Baseline(np.column_stack(c), groups) for name, (c, groups) in columns.items()}
@@ -95,15 +104,20 @@ def baseline_aucs(study: Study, step: int, target: str = "failed") -> dict[str, 
     plain = {
         "ρ": study.statistic("relative_update", step),
         "rate": study.numbers("rate"),
-        "level of the rate": study.level.astype(float),
+        "level of the rate": study.level,
         "accuracy change": change,
         "entropy over the base's": study.numbers(f"entropy_{step}") / study.numbers("entropy_0"),
     }
     return {name: estimate(values, failed, counts) for name, values in (plain | scores).items()}
 
 
+def counted(study: Study, step: int) -> list[str]:
+    """Statistics that are defined on half of the runs or more."""
+    names = study.names
+    return [n for n in names if np.isfinite(study.statistic(n, step)).mean() >= 0.5]
+
+
 def chance_bar(study: Study, step: int, target: str = "failed") -> float:
     """The |AUC − ½| that the best of all statistics exceeds by chance in one case of twenty."""
-    table = [study.statistic(name, step) for name in study.names]
-    table = [values for values in table if np.isfinite(values).any()]
+    table = [study.statistic(name, step) for name in counted(study, step)]
     return largest_by_chance(table, getattr(study, target), study.block)

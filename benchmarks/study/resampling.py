@@ -23,6 +23,7 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 DRAWS = 2000
+LEAST = 5
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,11 @@ def _interval(value: float | None, draws: Floats, count: int) -> Estimate:
 
 
 def estimate(values: Floats, failed: NDArray[np.bool_], counts: Floats) -> Estimate:
-    """AUC of a statistic on the runs where it is defined."""
+    """AUC of a statistic on the runs where it is defined; none of fewer than five of a side."""
     known = np.isfinite(values)
     scores, outcomes = values[known], failed[known]
+    if min(outcomes.sum(), (~outcomes).sum()) < LEAST:
+        return Estimate(None, None, None, int(known.sum()))
     draws = auc_of_resamples(scores, outcomes, counts[:, known])
     return _interval(auc(scores, outcomes), draws, int(known.sum()))
 

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.study.claims import Test, best_gains, claims, mean_of, method_rows
+from benchmarks.study.design import LEVELS
 from benchmarks.study.extrapolation_table import extrapolation_rows, next_rows
 from benchmarks.study.outcomes import EARLY, END, OUTCOMES, Study
-from benchmarks.study.prediction import BASELINES, Line, baseline_aucs, chance_bar, lines
+from benchmarks.study.prediction import BASELINES, Line, baseline_aucs, chance_bar, counted, lines
 from benchmarks.study.resampling import Estimate
 from benchmarks.study.standing import standings
 
@@ -104,15 +105,16 @@ def _share(failed: NDArray[np.bool_]) -> str:
 def methods_table(results: Results) -> str:
     """Best gain, outcomes, and failures at each rate, of each method."""
     study, rows = results.study, []
-    levels = range(int(study.level.max()) + 1)
+    whole, levels = study.level % 1 == 0, range(LEVELS)
     for method in dict.fromkeys(study.method):
         own = study.method == method
         best = mean_of(np.array(list(best_gains(study, method).values())))
         counts = [str(int((study.outcomes[own] == each).sum())) for each in OUTCOMES]
         failed = [_share(study.failed[own & (study.level == level)]) for level in levels]
+        failed.append(_share(study.failed[own & ~whole]))
         rows.append([method, _short(best.value), *counts, _share(study.failed[own]), *failed])
     heads = ["method", "best gain", *OUTCOMES, "failed", *(f"rate {n + 1}" for n in levels)]
-    return markdown(heads, rows)
+    return markdown([*heads, "boundary"], rows)
 
 
 def kl_table(results: Results) -> str:
@@ -131,7 +133,12 @@ def baselines_table(results: Results) -> str:
     tables = [baseline_aucs(results.study, step) for step in (EARLY, END)]
     risk = baseline_aucs(results.risk_study, EARLY)
     rows = [
-        [name, interval(tables[0][name]), interval(risk[name]), interval(tables[1][name])]
+        [
+            name,
+            interval(tables[0][name]),
+            "–" if name.endswith("left out") else interval(risk[name]),
+            interval(tables[1][name]),
+        ]
         for name in tables[0]
     ]
     return markdown(["", f"step {EARLY}", f"step {EARLY}, at risk", f"step {END}"], rows)
@@ -139,7 +146,9 @@ def baselines_table(results: Results) -> str:
 
 def best_table(results: Results) -> str:
     """The statistics that tell most at the early checkpoint."""
-    early = sorted(_defined(results.lines[EARLY]), key=_distance, reverse=True)[:_BEST]
+    known = counted(results.study, EARLY)
+    table = [line for line in _defined(results.lines[EARLY]) if line.name in known]
+    early = sorted(table, key=_distance, reverse=True)[:_BEST]
     ends = {line.name: line for line in results.lines[END]}
     rows = []
     for line in early:
@@ -162,7 +171,8 @@ def added_table(results: Results) -> str:
     """How many statistics add to each baseline, beside chance, and the best of them."""
     rows = []
     for step in (EARLY, END):
-        table = _defined(results.lines[step])
+        known = counted(results.study, step)
+        table = [line for line in _defined(results.lines[step]) if line.name in known]
         passed = sum(_distance(line) > results.bars[step] for line in table)
         bar = f"{_short(results.bars[step])}"
         rows.append(
