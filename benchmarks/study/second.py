@@ -22,6 +22,9 @@ import numpy as np
 __all__ = ["disagreements"]
 
 _END_TOLERANCE = 0.04
+MIDDLE = {"full": 4e-4, "zero": 3.2e-3} | dict.fromkeys(
+    ("pissa", "milora", "olora", "geora-residual", "geora-mirror"), 6.4e-4
+)
 _INTERVAL = re.compile(r"^(−?\d*\.\d+) \[(−?\d*\.\d+), (−?\d*\.\d+)\]$")
 Runs = list[dict[str, str]]
 
@@ -64,7 +67,7 @@ def with_interval(x: np.ndarray, y: np.ndarray, draws: int = 600) -> tuple[float
     keep = ~np.isnan(x)
     x, y = x[keep], y[keep]
     generator, areas = np.random.default_rng(99), []
-    if not 0 < y.sum() < len(y):
+    if not 5 <= y.sum() <= len(y) - 5:
         return np.nan, np.nan, np.nan
     for _ in range(draws):
         drawn = generator.choice(len(x), len(x))
@@ -123,10 +126,8 @@ def differs(cell: str, ours: tuple[float, float, float], digits: int = 2) -> boo
 def baseline_scores(runs: Runs, rows: Runs, y: np.ndarray, step: int) -> dict[str, np.ndarray]:
     """Scores of what the table of baselines lists."""
     rates, methods = column(runs, "rate"), [run["method"] for run in runs]
-    own = [
-        sorted({r for r, m in zip(rates, methods, strict=True) if m == each}) for each in methods
-    ]
-    level = np.array([rates_.index(r) for rates_, r in zip(own, rates, strict=True)], dtype=float)
+    middle = np.array([MIDDLE.get(method, MIDDLE["zero"]) for method in methods])
+    level = np.round(4 * np.log2(rates / middle) / 2) / 4
     change = column(runs, f"accuracy_{step}") - column(runs, "accuracy_0")
     entropy = column(runs, f"entropy_{step}") / column(runs, "entropy_0")
     blocks = [f"{run['task']} {run['seed']}" for run in runs]

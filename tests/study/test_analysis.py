@@ -23,7 +23,10 @@ from benchmarks.study.resampling import (
     ranks,
     resamples,
 )
+from benchmarks.study.second import disagreements
+from benchmarks.study.standing import standings
 from benchmarks.study.tables import TABLES, results_of
+from geoscope.metrics import THRESHOLDS
 from tests.helpers.pages import DOCS, ROOT
 
 TABLE = ROOT / "benchmarks" / "study"
@@ -97,7 +100,13 @@ def study_of_noise(noise: np.random.Generator, signal: float) -> Study:
     for place in range(60):
         name, failed = f"run-{place}", place % 2
         runs.append(
-            {"name": name, "method": f"m{place % 3}", "rate": "0.1", "task": "t", "kl": "0"}
+            {
+                "name": name,
+                "method": ("full", "dora", "rlpo")[place % 3],
+                "rate": "0.1",
+                "task": "t",
+                "kl": "0",
+            }
             | {"seed": str(place // 30), "finite": str(1 - failed), "entropy_0": "1"}
             | {f"accuracy_{step}": "0.5" for step in range(0, 121, 10)}
             | {f"entropy_{step}": "1" for step in (30, 120)}
@@ -166,6 +175,25 @@ def test_the_tables_are_small_and_every_run_is_there() -> None:
     assert len(study.runs) >= 80
     steps = {step for _, step in study.rows}
     assert study.rows.keys() == {(row["name"], step) for row in study.runs for step in steps}
+
+
+def test_limits_say_what_the_study_says_of_them() -> None:
+    for each in standings(study_of(TABLE)):
+        assert each.words.removeprefix("ours, ") in THRESHOLDS[each.name].standing, each.name
+
+
+@pytest.mark.slow
+def test_a_second_analysis_agrees_with_the_page() -> None:
+    assert disagreements(TABLE, (DOCS / "study.md").read_text(encoding="utf-8")) == []
+
+
+def test_the_second_analysis_can_disagree(tmp_path: Path) -> None:
+    small_tables(tmp_path, 30, COLUMNS[:6])
+    page = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in TABLES)
+    page = filled(page, results_of(study_of(tmp_path), tmp_path))
+    assert disagreements(tmp_path, page) == []
+    changed = re.sub(r"(`relative_update` \| )\.?\d", r"\g<1>.3", page)
+    assert changed != page and disagreements(tmp_path, changed)
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import geoscope
 from benchmarks.study import training
-from benchmarks.study.design import BLOCKS, LEVELS, Run, design
+from benchmarks.study.design import LEVELS, RATES, Run, boundary, design
 from benchmarks.study.measure import numbers_of
 from benchmarks.study.methods import METHODS, started, stored_weights
 from benchmarks.study.model import (
@@ -155,15 +155,20 @@ def test_all_statistics_are_taken_of_a_start_that_is_not_zero(tmp_path: Path) ->
 
 def test_the_design_is_balanced() -> None:
     runs = list(design(4))
-    assert len({run.name for run in runs}) == len(runs) == 4 * LEVELS * len(METHODS)
+    assert len({run.name for run in runs}) == len(runs) == 4 * LEVELS * len(METHODS) + 33
     for facts in ("method", "task", "seed"):
         with_kl = Counter(getattr(run, facts) for run in runs if run.kl)
         without = Counter(getattr(run, facts) for run in runs if not run.kl)
         assert all(abs(with_kl[key] - without[key]) <= 2 for key in with_kl | without)
-    blocks = [
-        {(run.task, run.seed) for run in islice(design(), 55 * n, 55 * (n + 1))} for n in range(6)
-    ]
-    assert all(len(block) == 1 for block in blocks) and len(BLOCKS) == 6
+    assert {(run.task, run.seed) for run in runs[:55]} == {("addition", 0)}
+    assert [run.task for run in runs[55:59]] == ["addition", "sorting", "addition", "sorting"]
+
+
+def test_the_boundary_lies_between_two_rates_of_each_method() -> None:
+    for method in METHODS:
+        rates = sorted(run.rate for run in boundary() if run.method == method)
+        places = {bisect(RATES[method], rate) for rate in rates}
+        assert len(rates) == 3 and len(places) == 1 and 0 < places.pop() < LEVELS
 
 
 def row(accuracies: list[float], entropy: float = 0.4, finite: str = "1") -> dict[str, str]:
