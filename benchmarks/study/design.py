@@ -60,7 +60,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, object]:
-        return {"name": self.name} | asdict(self)
+        return {"name": self.name, **asdict(self)}
 
 
 def design(blocks: int = len(BLOCKS)) -> Iterator[Run]:

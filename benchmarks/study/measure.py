@@ -84,7 +84,8 @@ def numbers_of(
     base: Path, checkpoints: list[Path], method: str, start: Path, *, steps: str
 ) -> Numbers:
     """Every number of the last checkpoint, and of the series up to it."""
-    initial = {"initial_adapter": str(start)} if METHODS[method].layout == "residual" else {}
+    starts_elsewhere = METHODS[method].layout == "residual"
+    initial: dict[str, Any] = {"initial_adapter": str(start)} if starts_elsewhere else {}
     last, numbers = str(checkpoints[-1]), Numbers()
     kinds = {
         "compare": (_compared, lambda: geoscope.compare(base, last, ks=K, jobs=1, **initial)),

@@ -42,7 +42,8 @@ class Size:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Part of a block → (out, in)."""
         square, up = (self.hidden, self.hidden), (self.inner, self.hidden)
-        return dict(zip(MATRICES, (*[square] * 4, up, up, up[::-1]), strict=True))
+        down = (self.hidden, self.inner)
+        return dict(zip(MATRICES, (*[square] * 4, up, up, down), strict=True))
 
 
 def _block(layer: int) -> str:

@@ -42,7 +42,7 @@ class Standing:
         if not self.reached:
             return "ours, not reached by the study"
         if not self.supported:
-            return "ours, not supported by the study"
+            return "ours, unsupported by the study"
         value, low, high = (_short(x) for x in (self.auc.value, self.auc.low, self.auc.high))
         return f"study, AUC {value} [{low}, {high}]"
 

@@ -14,7 +14,7 @@ from benchmarks.study.design import LEVELS
 from benchmarks.study.extrapolation_table import extrapolation_rows, next_rows
 from benchmarks.study.outcomes import EARLY, END, OUTCOMES, Study
 from benchmarks.study.prediction import BASELINES, Line, baseline_aucs, chance_bar, counted, lines
-from benchmarks.study.resampling import Estimate
+from benchmarks.study.resampling import Estimate, estimate, resamples
 from benchmarks.study.standing import standings
 
 __all__ = ["TABLES", "Results", "markdown", "results_of"]
@@ -100,6 +100,34 @@ def runs_table(results: Results) -> str:
 
 def _share(failed: NDArray[np.bool_]) -> str:
     return f"{int(failed.sum())}/{len(failed)}"
+
+
+def sizes_table(results: Results) -> str:
+    """The size of the update by outcome, at both checkpoints."""
+    study, rows = results.study, []
+    for step in (EARLY, END):
+        rho = study.statistic("relative_update", step)
+        for each in OUTCOMES:
+            own = rho[(study.outcomes == each) & np.isfinite(rho)]
+            if len(own):
+                quantiles = np.quantile(own, [0, 0.1, 0.5, 0.9, 1])
+                rows.append([f"step {step}, {each}", *(f"{value:.2g}" for value in quantiles)])
+    return markdown(["ρ at", "least", "10 %", "median", "90 %", "most"], rows)
+
+
+def fate_table(results: Results) -> str:
+    """Runs that were down at the early checkpoint: which came back, and whether ρ tells."""
+    study = results.study
+    down = study.part(~study.at_risk)
+    rho = down.statistic("relative_update", EARLY)
+    told = estimate(rho, down.failed, resamples(range(len(down.runs))))
+    rows = [
+        [name, str(int(own.sum())), str(int((own & study.failed).sum()))]
+        for name, own in (("down", ~study.at_risk), ("not down", study.at_risk))
+    ]
+    rows[0].append(interval(told))
+    rows[1].append("–")
+    return markdown([f"at step {EARLY}", "runs", "failed in the end", "AUC of ρ among them"], rows)
 
 
 def methods_table(results: Results) -> str:
@@ -307,6 +335,8 @@ def all_table(results: Results) -> str:
 
 TABLES: Mapping[str, Callable[[Results], str]] = {
     "runs": runs_table,
+    "sizes": sizes_table,
+    "fate": fate_table,
     "methods": methods_table,
     "kl": kl_table,
     "baselines": baselines_table,

@@ -289,14 +289,14 @@ def _train(
         rollout = _rolled_out(
             weights, base if run.kl else None, batch, settings, progress.streams["samples"]
         )
-        old = None
+        old, figures = None, dict[str, float]()
         for _ in range(settings.reuse):
             loss, old, figures = _loss(progress.trained.weights(), rollout, old, settings)
             if not math.isfinite(figures["loss"]):
                 return False
             figures["gradient"] = _descend(progress.optimizer, loss, progress.leaves, settings)
             progress.step += 1
-        progress.log.append({"step": progress.step} | figures)
+        progress.log.append({"step": float(progress.step), **figures})
         progress.seconds += time.perf_counter() - began
         if progress.step % settings.save_steps == 0:
             _checkpoint(progress, base_folder, settings)
@@ -309,5 +309,5 @@ def _checkpoint(progress: _Progress, base_folder: Path, settings: Settings) -> N
     with torch.no_grad():
         weights = progress.trained.weights()
     figures = evaluate(weights, progress.problems, progress.problems.test, settings.size)
-    progress.curve.append({"step": progress.step} | figures)
+    progress.curve.append({"step": float(progress.step), **figures})
     progress.save()

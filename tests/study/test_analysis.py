@@ -179,7 +179,7 @@ def test_the_tables_are_small_and_every_run_is_there() -> None:
 
 def test_limits_say_what_the_study_says_of_them() -> None:
     for each in standings(study_of(TABLE)):
-        assert each.words.removeprefix("ours, ") in THRESHOLDS[each.name].standing, each.name
+        assert each.words.removeprefix("study, ") in THRESHOLDS[each.name].standing, each.name
 
 
 @pytest.mark.slow
