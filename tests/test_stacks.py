@@ -60,8 +60,8 @@ def test_reports_do_not_depend_on_stacks_and_workers(
         save_model(tmp_path / side, weights(DTYPES[dtype], tuned=side == "tuned"))
     runs = []
     for together, turns, jobs in ((0, 1, 1), (10**9, 1, 1), (10**9, 1, 2), (10**6, 4, 2)):
-        monkeypatch.setattr(planning, "_TOGETHER", together)
-        monkeypatch.setattr(planning, "_TURNS", turns)
+        monkeypatch.setattr(planning, "_MAX_STACK_BYTES", together)
+        monkeypatch.setattr(planning, "_STACKS_PER_WORKER", turns)
         runs.append(told(tmp_path, jobs))
     assert len(runs[0]) == len(SHAPES) * EXPERTS + 1
     assert runs[1:] == [runs[0]] * 3
@@ -76,7 +76,7 @@ def test_nor_do_those_with_other_options(
     for side in ("base", "tuned"):
         save_model(tmp_path / side, weights(torch.bfloat16, tuned=side == "tuned"))
     stacked = told(tmp_path, 2, **{option: True})
-    monkeypatch.setattr(planning, "_TOGETHER", 0)
+    monkeypatch.setattr(planning, "_MAX_STACK_BYTES", 0)
     assert told(tmp_path, 1, **{option: True}) == stacked
 
 

@@ -8,10 +8,10 @@ import typer
 
 from geoscope._version import __version__
 from geoscope.cli import adapters, cache, demo, lineage, output, pairs, reading, series, watch
-from geoscope.cli.command import flat
+from geoscope.cli.command import as_typer_command
 from geoscope.cli.help import GroupedCommand
 from geoscope.cli.versions import versions
-from geoscope.cli.wording import worded
+from geoscope.cli.wording import with_option_names
 from geoscope.errors import GeoscopeError
 
 __all__ = ["app", "told"]
@@ -69,10 +69,10 @@ for _command in (
     reading.schema,
     demo.demo,
 ):
-    app.command(cls=GroupedCommand, epilog=_EPILOG)(flat(_command))
+    app.command(cls=GroupedCommand, epilog=_EPILOG)(as_typer_command(_command))
 app.add_typer(cache.app, name="cache")
 
 
 def told(error: GeoscopeError) -> str:
     """The error's line with options where the library names parameters."""
-    return worded(str(error))
+    return with_option_names(str(error))

@@ -21,6 +21,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "capacity": "capacity runs/lora/checkpoint-240 --details",
         "trajectory": "trajectory runs/grpo --base org/base -o run.json",
         "extrapolate": "extrapolate runs/grpo --base org/base --to-step 400 -o predicted/",
+        "lineage": "lineage runs/merged org/base org/other",
         "watch": "watch runs/grpo --base org/base --fail-on RANK_COLLAPSE --log wandb",
         "init-adapter": "init-adapter org/base --method geora --rank 32 -o start/",
         "verify-adapter": "verify-adapter start/ --with-peft",

@@ -9,7 +9,7 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.command import check_outputs_and_conditions, exit_with_code, option_fields
 from geoscope.cli.output import Show
 from geoscope.verbs.lineage.options import LineageOptions
 
@@ -35,10 +35,10 @@ def lineage(
         ),
     ],
     *,
-    show: Annotated[Show, taken(*_SHOW)],
+    show: Annotated[Show, option_fields(*_SHOW)],
     options: Annotated[
         LineageOptions,
-        taken(
+        option_fields(
             *("include", "exclude", "layers", "map_name", "all_matrices", "limits", "seed"),
             seed=opt.SampleSeed,
         ),
@@ -48,10 +48,10 @@ def lineage(
     from geoscope.verbs.lineage.lineage import lineage as run
     from geoscope.verbs.lineage.report import IDS, KIND
 
-    conditions = ready(show, kind=KIND, ids=IDS)
+    conditions = check_outputs_and_conditions(show, kind=KIND, ids=IDS)
     with output.matrices(quiet=show.quiet) as progress:
         report = run(model, *candidates, options=options, progress=progress, argv=sys.argv)
     output.emit(report, show)
     for note in report.provenance.parameters["notes"]:
-        output.say(f"note: {note}", quiet=show.quiet)
-    leave(report, show, conditions, done="compared")
+        output.write_message(f"note: {note}", quiet=show.quiet)
+    exit_with_code(report, show, conditions, done="compared")

@@ -10,14 +10,14 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.command import check_outputs_and_conditions, exit_with_code, option_fields
 from geoscope.cli.output import Show
 
 __all__ = ["join", "metrics", "schema", "show"]
 
 Shown = Annotated[
     Show,
-    taken(
+    option_fields(
         "as_json",
         "out",
         "style",
@@ -45,9 +45,11 @@ def show(
     output.check_outputs(show.out, force=show.force)
     report = reports.read(path)
     codes = None if report.summary.verdict else ()
-    conditions = ready(show, kind=report.kind, codes=codes, ids=report.summary.model.keys())
+    conditions = check_outputs_and_conditions(
+        show, kind=report.kind, codes=codes, ids=report.summary.model.keys()
+    )
     output.emit(report, show)
-    leave(report, show, conditions)
+    exit_with_code(report, show, conditions)
 
 
 def join(
@@ -57,7 +59,7 @@ def join(
     *,
     show: Annotated[
         Show,
-        taken(
+        option_fields(
             *("as_json", "out", "style", "force", "strict", "quiet", "verbose", "debug", "fail_on"),
             "explain",
         ),
@@ -71,9 +73,11 @@ def join(
     opened = [read_part(path) for path in parts]
     report = run(opened, names=[str(path) for path in parts], argv=sys.argv)
     codes = None if report.summary.verdict else ()
-    conditions = ready(show, kind=report.kind, codes=codes, ids=report.summary.model.keys())
+    conditions = check_outputs_and_conditions(
+        show, kind=report.kind, codes=codes, ids=report.summary.model.keys()
+    )
     output.emit(report, show)
-    leave(report, show, conditions, done="compared")
+    exit_with_code(report, show, conditions, done="compared")
 
 
 def metrics(

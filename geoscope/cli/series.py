@@ -9,8 +9,13 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, resumable, taken
-from geoscope.cli.output import Show, Told
+from geoscope.cli.command import (
+    check_outputs_and_conditions,
+    exit_with_code,
+    option_fields,
+    resumable,
+)
+from geoscope.cli.output import Show, TextAnswer
 from geoscope.errors import OptionError
 from geoscope.verbs.series.options import FollowOptions
 
@@ -46,7 +51,7 @@ _SHOW = (
 
 def _series(*names: str) -> object:
     own = {"base": opt.SeriesBase, "max_memory": opt.SeriesMemory, "seed": opt.SeriesSeed}
-    return taken(*_RUN, *names, *_COMPUTE, *_SELECT, **own)
+    return option_fields(*_RUN, *names, *_COMPUTE, *_SELECT, **own)
 
 
 def trajectory(
@@ -54,13 +59,13 @@ def trajectory(
     *,
     options: Annotated[FollowOptions, _series(*_TRAJECTORY)],
     vectors: opt.Vectors = None,
-    show: Annotated[Show, taken(*_SHOW)],
+    show: Annotated[Show, option_fields(*_SHOW)],
 ) -> None:
     """Drift or diffusion? How far ahead is a run predictable?"""
     from geoscope.verbs.series.follow import follow
     from geoscope.verbs.series.report import IDS
 
-    conditions = ready(show, kind="trajectory", ids=IDS)
+    conditions = check_outputs_and_conditions(show, kind="trajectory", ids=IDS)
     if vectors is not None:
         if not options.directions:
             raise OptionError(
@@ -72,8 +77,8 @@ def trajectory(
         report = follow(points, options=options, vectors=vectors, progress=progress, argv=sys.argv)
     output.emit(report, show)
     for note in report.provenance.parameters["notes"]:
-        output.say(f"note: {note}", quiet=show.quiet)
-    leave(report, show, conditions, done="followed")
+        output.write_message(f"note: {note}", quiet=show.quiet)
+    exit_with_code(report, show, conditions, done="followed")
 
 
 def extrapolate(
@@ -90,7 +95,7 @@ def extrapolate(
     out: opt.PredictedFolder,
     force: opt.ForcePredicted = False,
     options: Annotated[FollowOptions, _series()],
-    show: Annotated[Show, taken("as_json", "quiet", "debug")],
+    show: Annotated[Show, option_fields("as_json", "quiet", "debug")],
 ) -> None:
     """Predicted weights of a later step, where credible."""
     from geoscope.verbs.series.extrapolate import extrapolate as run
@@ -113,7 +118,7 @@ def extrapolate(
         )
     output.answer(_facts(predicted), _told(predicted, whole_model=whole_model), show)
     for note in () if show.as_json else predicted.notes:
-        output.say(f"note: {note}", quiet=show.quiet)
+        output.write_message(f"note: {note}", quiet=show.quiet)
 
 
 def _facts(predicted: Extrapolation) -> dict[str, object]:
@@ -132,7 +137,7 @@ def _facts(predicted: Extrapolation) -> dict[str, object]:
     }
 
 
-def _told(predicted: Extrapolation, *, whole_model: bool) -> Told:
+def _told(predicted: Extrapolation, *, whole_model: bool) -> TextAnswer:
     """Whether held-out checkpoints justify the distance, and what was written how."""
     from geoscope.report.numbers import number
 
@@ -146,7 +151,7 @@ def _told(predicted: Extrapolation, *, whole_model: bool) -> Told:
         left_out = number(predicted.discarded)
         lines.append(f"rank     {predicted.rank}, which leaves out {left_out} of the energy")
     lines += ["", "Skill is about weights and not about the model: evaluate it."]
-    return Told(
+    return TextAnswer(
         f"Prediction of step {predicted.target}: {', '.join(map(str, predicted.folders))}",
         f"{'WITHIN' if is_credible else 'BEYOND'} WHAT IS CREDIBLE: {predicted.ahead} steps from "
         f"step {predicted.last}; credible are {number(predicted.horizon)}.",

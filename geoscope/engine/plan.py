@@ -35,9 +35,9 @@ _STORED_AT_MOST = 4 * 10**9
 # On the CPU pairs below so many stored bytes are stacked, up to so many bytes in work: beyond,
 # what a stack saves is small beside the factorisations. The stack of a worker stays near its cache.
 _SMALL = 10**6
-_TOGETHER = 32 * 10**6
+_MAX_STACK_BYTES = 32 * 10**6
 # Stacks of one shape for each worker, so that all end at about the same time.
-_TURNS = 4
+_STACKS_PER_WORKER = 4
 
 _ANY = 1 << 60  # more than any machine has
 
@@ -130,8 +130,8 @@ def plan(
             size = _height(len(members), most, parts)
         elif workers and _stored(first) < _SMALL:
             each = _small_bytes(first) + entry_bytes * _entries(first)
-            most = min(room // (workers + 1), _TOGETHER) // each
-            size = _height(len(members), most, _TURNS * workers)
+            most = min(room // (workers + 1), _MAX_STACK_BYTES) // each
+            size = _height(len(members), most, _STACKS_PER_WORKER * workers)
             need = need if size == 1 else each
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])

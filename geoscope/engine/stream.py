@@ -22,7 +22,7 @@ from torch import Tensor
 
 from geoscope.engine.boundary import matrix_boundary
 from geoscope.engine.plan import Batch, room_for_batches
-from geoscope.engine.upload import Read, Sender, Sent, current, load
+from geoscope.engine.upload import DeviceCopy, Read, Sender, current, load
 from geoscope.errors import NumericsError
 from geoscope.profile import stage
 from geoscope.records import WeightPair
@@ -31,7 +31,7 @@ __all__ = ["Gate", "Outcome", "one_blas_thread", "stream"]
 
 T = TypeVar("T")
 Work = Callable[..., Sequence[T]]
-_Item = tuple[Batch, Sent]
+_Item = tuple[Batch, DeviceCopy]
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class _Run(Generic[T]):
                     break
                 with stage("read"), current(self._devices[0]):
                     stacks = load(batch.pairs, self._read, pin=pin)
-                self._ready.put((batch, Sent(stacks)))
+                self._ready.put((batch, DeviceCopy(stacks)))
                 del stacks
         except BaseException as error:
             self.done.put(error)

@@ -15,7 +15,7 @@ from geoscope.metrics.factors import (
     pair_factors,
     update_factors,
 )
-from geoscope.metrics.judging import Judged
+from geoscope.metrics.judging import MatrixVerdict
 from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict_dimension
 from geoscope.metrics.metric import Instance, Metric, Null, instances, takes_of
 from geoscope.metrics.rules import RULES, Rules
@@ -33,7 +33,7 @@ __all__ = [
     "VERDICT_IDS",
     "Distance",
     "Instance",
-    "Judged",
+    "MatrixVerdict",
     "Measured",
     "Metric",
     "Null",

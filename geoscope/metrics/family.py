@@ -16,7 +16,7 @@ from itertools import combinations, permutations
 
 from geoscope.metrics.copies import Copy, Merge, merge_of, narrowed
 from geoscope.metrics.distance import far_code
-from geoscope.metrics.judging import Check, Judged, explained
+from geoscope.metrics.judging import Check, MatrixVerdict, explained
 from geoscope.metrics.kin import Estimate, Kin
 from geoscope.thresholds import THRESHOLDS, limits_in_force
 
@@ -63,7 +63,9 @@ class Family:
 
     @property
     def explain(self) -> tuple[dict[str, object], ...]:
-        return explained([Judged(self.code, None, "", "", (check,)) for check in self.checks])
+        return explained(
+            [MatrixVerdict(self.code, None, "", "", (check,)) for check in self.checks]
+        )
 
 
 def family_of(kin: Kin, given: Mapping[str, float] | None = None) -> Family:

@@ -30,10 +30,10 @@ __all__ = [
     "iid_spectra",
     "marchenko_pastur_median",
     "nss",
+    "null_sampled",
     "one",
     "outside_span",
     "rank_ratio",
-    "sampled",
     "spectral_lift",
     "spectral_share",
     "zero",
@@ -111,7 +111,7 @@ def condition_number(*, shape: tuple[int, int]) -> Tensor:
     return _constant((1 + root) / (1 - root) if root < 1 else float("nan"))
 
 
-def sampled(base_S: Tensor, number: Tensor) -> Tensor:
+def null_sampled(base_S: Tensor, number: Tensor) -> Tensor:
     """What was sampled from the base's spectrum, as it is."""
     return number
 

@@ -14,7 +14,7 @@ from geoscope.kinds import FAR, UPDATE
 from geoscope.metrics.distance import distance, judge_distance
 from geoscope.metrics.judging import (
     Check,
-    Judged,
+    MatrixVerdict,
     clause,
     explained,
     flagged_names,
@@ -105,17 +105,17 @@ class _Numbers:
         )
 
 
-def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> Judged:
+def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> MatrixVerdict:
     """The verdict on one matrix, `k` = k_v of its shape; `limits` override THRESHOLDS by name."""
     numbers = _Numbers(row, k, limits_in_force(limits))
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
-        return Judged("NO_UPDATE", k, "", "", ())
+        return MatrixVerdict("NO_UPDATE", k, "", "", ())
     far, first = judge_distance(row, k, numbers.limits)
     if far is not None:
         return far
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
         if status in row.status.values():
-            return Judged("UNDETERMINED", k, status.value, "", ())
+            return MatrixVerdict("UNDETERMINED", k, status.value, "", ())
     seen = [*first]
     for code, alternatives in _rules(numbers):
         fired = None
@@ -126,9 +126,9 @@ def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> J
                 fired = clause(usable)
         if fired is not None:
             words = _words(numbers) if code == "OFF_PRINCIPAL" else ""
-            return Judged(code, k, fired, _joined(words, _quantised(numbers)), tuple(seen))
+            return MatrixVerdict(code, k, fired, _joined(words, _quantised(numbers)), tuple(seen))
     words = _joined(_words(numbers), _quantised(numbers))
-    return Judged("MIXED", k, "no rule matched", words, tuple(seen))
+    return MatrixVerdict("MIXED", k, "no rule matched", words, tuple(seen))
 
 
 def _quantised(numbers: _Numbers) -> str:
@@ -291,7 +291,7 @@ def judge_model(
     names: Sequence[str],
     modules: Sequence[str],
     rows: Sequence[Measured],
-    judged: Sequence[Judged],
+    judged: Sequence[MatrixVerdict],
     limits: Mapping[str, float] | None = None,
 ) -> Verdict:
     """The verdict on a model: the code with at least half of Σ‖ΔW‖², else MIXED.
@@ -330,12 +330,14 @@ def judge_model(
     )
 
 
-def _shares(energy: Sequence[float], judged: Sequence[Judged]) -> dict[str, float]:
+def _shares(energy: Sequence[float], judged: Sequence[MatrixVerdict]) -> dict[str, float]:
     """Share of each code; none without any energy."""
     return shares_of(energy, judged, CODES) if math.fsum(energy) > 0 else {}
 
 
-def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[str, float | None]:
+def _model_code(
+    judged: Sequence[MatrixVerdict], shares: Mapping[str, float]
+) -> tuple[str, float | None]:
     if not shares:
         # Without any energy: nothing changed, or nothing could be computed.
         unchanged = [one for one in judged if one.code == "NO_UPDATE"]
@@ -345,7 +347,10 @@ def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[
 
 
 def _sentence(
-    code: str, judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+    code: str,
+    judged: Sequence[MatrixVerdict],
+    rows: Sequence[Measured],
+    limits: Mapping[str, float],
 ) -> str:
     sentence, quantised = _SENTENCES[code], quantised_words(rows, limits)
     if code == "UNDETERMINED" and quantised.startswith(COPY):
@@ -362,7 +367,7 @@ def _sentence(
 
 
 def _of_base(
-    judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+    judged: Sequence[MatrixVerdict], rows: Sequence[Measured], limits: Mapping[str, float]
 ) -> str:
     """What W0 itself, as part of the update, gives to C_LR; said where it is half of it or more."""
     own = captured = energy = 0.0
@@ -381,7 +386,7 @@ def _of_base(
 
 
 def _model_words(
-    judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+    judged: Sequence[MatrixVerdict], rows: Sequence[Measured], limits: Mapping[str, float]
 ) -> str:
     """The appended words from sums over the model: captured energy over expected energy."""
     pairs = [(row, one.k) for row, one in zip(rows, judged, strict=True)]
@@ -409,7 +414,7 @@ def _model_words(
 def _flag_text(
     names: Sequence[str],
     modules: Sequence[str],
-    judged: Sequence[Judged],
+    judged: Sequence[MatrixVerdict],
     flagged: Sequence[str],
 ) -> str:
     unknown = sum(one.code == "UNDETERMINED" for one in judged)

@@ -4,10 +4,10 @@ Tuples are written as lists, mappings as objects, enums as their values, nouns a
 a field; numbers and strings as they are. What is read has the types of the fields, or is refused
 with the path to it. Some kinds of field differ:
 
-    spare(x)        left out where it equals x
+    omitted_if_default(x)        left out where it equals x
     added(x)        of later versions: x where it is not there
     within(key)     a mapping to lists, written among the entries of the field `key`
-    unwritten(x)    not in JSON; x when read
+    not_in_json(x)    not in JSON; x when read
     tabled(x)       nouns as a table, a list for each of their fields (`geoscope.records.table`);
                     with x left out where it equals x
 
@@ -41,19 +41,21 @@ __all__ = [
     "added",
     "decode",
     "encode",
+    "not_in_json",
+    "omitted_if_default",
     "schema_of",
-    "spare",
     "tabled",
-    "unwritten",
     "within",
 ]
 
 Noun = TypeVar("Noun")
 
 
-def spare(default: Any) -> Any:
+def omitted_if_default(default: Any) -> Any:
     """A field that is left out of the JSON where it has its default."""
-    return dataclasses.field(default_factory=lambda: default, metadata={"spare": default})
+    return dataclasses.field(
+        default_factory=lambda: default, metadata={"omitted_if_default": default}
+    )
 
 
 def added(default: Any) -> Any:
@@ -66,9 +68,9 @@ def within(key: str) -> Any:
     return dataclasses.field(default_factory=dict, metadata={"within": key})
 
 
-def unwritten(default: Any) -> Any:
+def not_in_json(default: Any) -> Any:
     """A field that is not in the JSON."""
-    return dataclasses.field(default=default, metadata={"unwritten": True})
+    return dataclasses.field(default=default, metadata={"not_in_json": True})
 
 
 def tabled(*default: Any) -> Any:
@@ -76,7 +78,8 @@ def tabled(*default: Any) -> Any:
     if not default:
         return dataclasses.field(metadata={"tabled": True})
     return dataclasses.field(
-        default_factory=lambda: default[0], metadata={"tabled": True, "spare": default[0]}
+        default_factory=lambda: default[0],
+        metadata={"tabled": True, "omitted_if_default": default[0]},
     )
 
 
@@ -194,12 +197,12 @@ def _fields(noun: type) -> tuple[Field, ...]:
         Field(
             field.name,
             _form_of(hints[field.name], is_table=bool(field.metadata.get("tabled"))),
-            field.metadata.get("spare", REQUIRED),
+            field.metadata.get("omitted_if_default", REQUIRED),
             is_added=bool(field.metadata.get("added")),
             within=field.metadata.get("within"),
         )
         for field in dataclasses.fields(noun)
-        if not field.metadata.get("unwritten")
+        if not field.metadata.get("not_in_json")
     )
 
 

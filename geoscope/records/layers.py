@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, overload
 
-from geoscope.records.codec import added, spare, within
+from geoscope.records.codec import added, omitted_if_default, within
 from geoscope.records.numbers import Curve, Numbers, Steps, Values
 
 __all__ = ["LayerRecord", "Layers", "Overlap", "Run", "Summary", "Verdict"]
@@ -37,13 +37,13 @@ class LayerRecord(Numbers):
     layer: int | None
     module: str
     shape: tuple[int, ...]
-    verdict: Mapping[str, Any] | None = spare(None)
+    verdict: Mapping[str, Any] | None = omitted_if_default(None)
     method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    curves: Mapping[str, Curve] = spare({})
-    notes: tuple[str, ...] = spare(())
-    tuned: int | None = spare(None)
+    curves: Mapping[str, Curve] = omitted_if_default({})
+    notes: tuple[str, ...] = omitted_if_default(())
+    tuned: int | None = omitted_if_default(None)
     series: Mapping[str, Steps] = within("values")
-    gram: tuple[tuple[float, ...], ...] = spare(())
+    gram: tuple[tuple[float, ...], ...] = omitted_if_default(())
 
 
 class Layers(tuple[LayerRecord, ...]):
@@ -96,7 +96,7 @@ class Verdict:
     text: str
     thresholds: Mapping[str, float]
     explain: tuple[Mapping[str, Any], ...] = added(())
-    apart: tuple[str, ...] = spare(())
+    apart: tuple[str, ...] = omitted_if_default(())
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Run:
     modules: Mapping[str, Values]
     module_nulls: Mapping[str, Mapping[str, float]]
     verdict: Verdict | None
-    distance: Mapping[str, Any] | None = spare(None)
+    distance: Mapping[str, Any] | None = omitted_if_default(None)
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ class Summary:
     nulls: Mapping[str, float]
     modules: Mapping[str, Values]
     module_nulls: Mapping[str, Mapping[str, float]]
-    verdict: Verdict | None = spare(None)
-    runs: tuple[Run, ...] = spare(())
-    anchor: Mapping[str, Any] | None = spare(None)
-    distance: Mapping[str, Any] | None = spare(None)
-    lineage: Mapping[str, Any] | None = spare(None)
-    merging: Mapping[str, Any] | None = spare(None)
-    steps: tuple[int, ...] = spare(())
+    verdict: Verdict | None = omitted_if_default(None)
+    runs: tuple[Run, ...] = omitted_if_default(())
+    anchor: Mapping[str, Any] | None = omitted_if_default(None)
+    distance: Mapping[str, Any] | None = omitted_if_default(None)
+    lineage: Mapping[str, Any] | None = omitted_if_default(None)
+    merging: Mapping[str, Any] | None = omitted_if_default(None)
+    steps: tuple[int, ...] = omitted_if_default(())
     series: Mapping[str, Steps] = within("model")
 
 

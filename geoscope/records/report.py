@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from geoscope.errors import ReportError
 from geoscope.foreign import parsed, shown
-from geoscope.records.codec import decode, encode, schema_of, spare, tabled
+from geoscope.records.codec import decode, encode, omitted_if_default, schema_of, tabled
 from geoscope.records.earlier import FIRST, upgraded
 from geoscope.records.layers import Layers, Overlap, Summary
 from geoscope.records.numbers import Reading, reading
@@ -69,7 +69,7 @@ class Coverage:
     skipped: tuple[Skipped, ...] = ()
     renamed: tuple[Rename, ...] = ()
     missing: tuple[str, ...] = ()
-    unread: tuple[str, ...] = spare(())
+    unread: tuple[str, ...] = omitted_if_default(())
 
     WRITTEN: ClassVar = ("status",)
 

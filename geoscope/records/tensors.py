@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from geoscope.records.codec import unwritten
+from geoscope.records.codec import not_in_json
 
 __all__ = [
     "CODES",
@@ -86,7 +86,7 @@ class Skipped:
 
     name: str
     reason: str
-    missing: bool = unwritten(False)
+    missing: bool = not_in_json(False)
 
 
 @dataclass(frozen=True)

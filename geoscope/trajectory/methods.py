@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from geoscope.errors import OptionError
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS
 from geoscope.trajectory.names import NAMES
-from geoscope.trajectory.prediction import Method, Prediction, Seen, last_of
+from geoscope.trajectory.prediction import Method, MethodInput, Prediction, last_of
 from geoscope.trajectory.spatial_rank1 import SPATIAL
 
 __all__ = ["METHODS", "PLAIN", "Damped", "Trained"]
@@ -20,7 +20,7 @@ class Trained:
 
     name: str
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         if seen.step is None:
             raise OptionError(f"{self.name}: no networks were trained; forecast first")
         return Prediction(last_of(len(seen.increments)), (seen.step,))
@@ -36,7 +36,7 @@ class Damped:
     def name(self) -> str:
         return f"damped({self.inner.name})"
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         factor = seen.factors.get(self.inner.name)
         if factor is None:
             raise OptionError(f"{self.name}: no damping factor is known; backtest the method first")

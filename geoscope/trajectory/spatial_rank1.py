@@ -17,9 +17,9 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError, OptionError
 from geoscope.profile import stage
-from geoscope.trajectory.backtest import Moves, pairs_of
+from geoscope.trajectory.backtest import PredictionProducts, pairs_of
 from geoscope.trajectory.increments import Increments
-from geoscope.trajectory.prediction import Pair, Prediction, Seen, last_of
+from geoscope.trajectory.prediction import MethodInput, Pair, Prediction, last_of
 from geoscope.trajectory.rank1 import Rank1Path, align_signs
 
 __all__ = [
@@ -178,7 +178,7 @@ class Spatial:
     moves: Callable[[_Origin], tuple[Tensor, Tensor]]
     is_pinned: bool = False
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         if seen.path is None:
             raise OptionError(f"{self.name}: leading pairs are needed; take `directions`")
         last = last_of(len(seen.increments))
@@ -244,7 +244,7 @@ def spatial_moves(
     paths: Mapping[str, Rank1Path],
     increments: Mapping[str, Increments],
     products: Mapping[str, Tensor],
-) -> dict[str, Moves]:
+) -> dict[str, PredictionProducts]:
     """The moves of SPATIAL on all tensors, in the order of `increments`, for `backtest(others=)`.
 
     products: `pair_products` of each path's u and v with the updates, (T, T, T). A tensor whose
@@ -262,8 +262,8 @@ def spatial_moves(
     return {method: _stacked(own) for method, own in rows.items()}
 
 
-def _stacked(rows: list[tuple[Tensor, Tensor]]) -> Moves:
-    return Moves(torch.stack([a for a, _ in rows]), torch.stack([e for _, e in rows]))
+def _stacked(rows: list[tuple[Tensor, Tensor]]) -> PredictionProducts:
+    return PredictionProducts(torch.stack([a for a, _ in rows]), torch.stack([e for _, e in rows]))
 
 
 def _tensor_moves(

@@ -110,7 +110,7 @@ def test_the_front_page_lists_every_command_and_the_exit_codes() -> None:
         "0 success",
         "1 error",
         "2 wrong usage",
-        "3 a --fail-on",
+        "3 --fail-on",
         "130 interrupted",
         "143",
     ):
@@ -177,6 +177,7 @@ OWN_WORDS = {
     "--rank": "of the initial adapter, or to compress to",
     "--device": "of the spectra, of one matrix at a time, or of a network that trains",
     "--seed": "of what the command draws",
+    "--max-memory": "the default is by pairs, by matrices of a series, or by copies of one matrix",
     "--metrics": "a file of curves, or the numbers of each line",
     "--budget": "parameters of an adapter, or seconds a checkpoint",
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geoscope.metrics import (
     THRESHOLDS,
-    Judged,
+    MatrixVerdict,
     Measured,
     aggregate,
     distance,
@@ -208,7 +208,7 @@ def test_at_the_limit_the_base_alone_takes_off_principal_away() -> None:
 # --- the model ------------------------------------------------------------------------------------
 
 
-def model(pairs: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Measured], list[Judged]]:
+def model(pairs: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Measured], list[MatrixVerdict]]:
     both = [judged(a.float(), b.float()) for a, b in pairs.values()]
     return [one for one, _ in both], [one for _, one in both]
 

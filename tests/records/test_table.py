@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from geoscope.records import Curve, Status, decode, encode
-from geoscope.records.codec import spare, tabled
+from geoscope.records.codec import omitted_if_default, tabled
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Row:
     name: str
     values: Mapping[str, float | None] = field(default_factory=dict)
     status: Mapping[str, Status] = field(default_factory=dict)
-    curves: Mapping[str, Curve] = spare({})
-    series: Mapping[str, tuple[float | None, ...]] = spare({})
-    notes: tuple[str, ...] = spare(())
-    verdict: Mapping[str, Any] | None = spare(None)
+    curves: Mapping[str, Curve] = omitted_if_default({})
+    series: Mapping[str, tuple[float | None, ...]] = omitted_if_default({})
+    notes: tuple[str, ...] = omitted_if_default(())
+    verdict: Mapping[str, Any] | None = omitted_if_default(None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from geoscope.metrics.family import Family, family_of
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import NameMap
 from geoscope.records import Report
-from geoscope.sources.memory import Model, Opened, opened, opened_all
+from geoscope.sources.memory import Model, Opened, as_model_or_reference, as_models_or_references
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.fetching import fetch
 from geoscope.verbs.lineage.options import LineageOptions
@@ -47,8 +47,10 @@ def lineage(
     if not candidates:
         raise OptionError("one candidate is needed beside the model")
     started = time.perf_counter()
-    first = _open(opened(model, "model"), options, progress)
-    others = [_open(one, options, progress) for one in opened_all(candidates, "candidate")]
+    first = _open(as_model_or_reference(model, "model"), options, progress)
+    others = [
+        _open(one, options, progress) for one in as_models_or_references(candidates, "candidate")
+    ]
     relatives = matched(first, others, options)
     embeddings = relatives.embeddings(all_of_them=options.all_matrices)
     rows, family, failed = _sampled(relatives, embeddings, options, progress)

@@ -24,7 +24,7 @@ from geoscope.verbs.pairs.about import About
 from geoscope.verbs.pairs.rows import record_of
 from geoscope.verbs.pairs.run import TunedRun
 
-__all__ = ["anchored", "assemble", "lacking"]
+__all__ = ["anchored", "assemble", "coverage_without"]
 
 
 def assemble(
@@ -124,7 +124,7 @@ def _coverage(runs: Sequence[TunedRun]) -> Coverage:
     )
 
 
-def lacking(coverage: Coverage, failed: Sequence[Skipped]) -> Coverage:
+def coverage_without(coverage: Coverage, failed: Sequence[Skipped]) -> Coverage:
     """The coverage, without matrices of which something failed that was asked for."""
     names = {one.name for one in failed}
     return replace(

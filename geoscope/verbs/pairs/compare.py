@@ -14,12 +14,12 @@ from geoscope.kinds import KINDS, PAIR_KINDS
 from geoscope.metrics import limits_in_force
 from geoscope.metrics.merging import merging_outlook
 from geoscope.records import Overlap, Report, Skipped
-from geoscope.sources.memory import Model, Opened, opened, opened_all
+from geoscope.sources.memory import Model, Opened, as_model_or_reference, as_models_or_references
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.about import about
 from geoscope.verbs.pairs.alone import prepare_alone
-from geoscope.verbs.pairs.assemble import anchored, assemble, lacking
+from geoscope.verbs.pairs.assemble import anchored, assemble, coverage_without
 from geoscope.verbs.pairs.prepare import Prepared, prepare
 from geoscope.verbs.pairs.run import TunedRun, run_one
 from geoscope.verbs.pairs.several import overlaps_of
@@ -55,16 +55,16 @@ def compare(
         raise OptionError(f"kind {kind!r} is not one of {', '.join(PAIR_KINDS)}")
     if not tuned:
         raise OptionError("one tuned model is needed beside the base")
-    first = opened(base, "base")
+    first = as_model_or_reference(base, "base")
     started = time.perf_counter()
-    others = opened_all(tuned, "tuned")
+    others = as_models_or_references(tuned, "tuned")
     several = KINDS[kind].overlaps and len(others) > 1
     prepared = [
         replace(prepare(first, one, options, progress), is_one_of_several=several) for one in others
     ]
     _check_initial(prepared, options)
     beside = None
-    given = None if anchor is None else opened(anchor, "anchor")
+    given = None if anchor is None else as_model_or_reference(anchor, "anchor")
     if given is not None:
         alone = replace(options, initial_adapter=None)  # which is of the tuned model
         beside = prepare(first, given, alone, progress)
@@ -93,7 +93,7 @@ def compare(
         report = replace(
             report,
             overlaps=overlaps,
-            coverage=lacking(report.coverage, failed),
+            coverage=coverage_without(report.coverage, failed),
             summary=replace(report.summary, merging=outlook),
         )
     if reference is not None:
@@ -134,7 +134,7 @@ def measure_adapter(
     """
     options, progress = chosen(Options, options, named), progress or Progress()
     started = time.perf_counter()
-    prepared = prepare_alone(opened(reference, "reference"), options, progress)
+    prepared = prepare_alone(as_model_or_reference(reference, "reference"), options, progress)
     progress.on_plan(prepared.planned)
     run = run_one(prepared, kind, options, progress)
     report = assemble([run.about], [run], kind, options, argv, time.perf_counter() - started)

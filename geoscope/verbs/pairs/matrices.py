@@ -18,7 +18,7 @@ from geoscope.linalg.changes import nonfinite_counts
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
     RULES,
-    Judged,
+    MatrixVerdict,
     Measured,
     PairFactors,
     Recall,
@@ -60,7 +60,7 @@ class Matrix:
 
     pair: WeightPair
     row: Measured
-    judged: Judged | None
+    judged: MatrixVerdict | None
     method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -288,7 +288,9 @@ def _above_noise(values: Mapping[str, Tensor], shape: tuple[int, int], i: int) -
     return tuple(S[edge < S].tolist())
 
 
-def _judged(row: Measured, shape: tuple[int, int], kind: str, options: Options) -> Judged | None:
+def _judged(
+    row: Measured, shape: tuple[int, int], kind: str, options: Options
+) -> MatrixVerdict | None:
     judge = KINDS[kind].judge
     if judge is None:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from geoscope.kinds import KINDS
-from geoscope.metrics import RULES, Judged, Measured
+from geoscope.metrics import RULES, MatrixVerdict, Measured
 from geoscope.records import LayerRecord, WeightPair
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs.matrices import Matrix, two_sides
@@ -70,7 +70,7 @@ def matrix_of(pair: WeightPair, part: PartMatrix, kind: str, options: Options) -
         weights=dict(part.weights),
     )
     judge = KINDS[kind].judge
-    judged: Judged | None = None
+    judged: MatrixVerdict | None = None
     if judge is not None:
         k = verdict_k(options, two_sides(pair.shape))
         judged = RULES[judge].matrix(row, k, options.limits)

@@ -12,7 +12,7 @@ from geoscope.metrics import (
     RULES,
     Distance,
     Instance,
-    Judged,
+    MatrixVerdict,
     distance,
     judge_distance,
     limits_in_force,
@@ -107,7 +107,7 @@ def _with_start(
         return matrices, notes
     clause = f"as {start.method} begins"
     judged = tuple(
-        replace(matrix, judged=Judged(judge.blind_start, matrix.judged.k, clause, "", ()))
+        replace(matrix, judged=MatrixVerdict(judge.blind_start, matrix.judged.k, clause, "", ()))
         if matrix.judged is not None and matrix.judged.code != "NO_UPDATE"
         else matrix
         for matrix in matrices
@@ -141,7 +141,7 @@ def _ratio(matrices: Sequence[Matrix]) -> float:
 def _distance(matrices: Sequence[Matrix], options: Options) -> Distance | None:
     rows = [matrix.row for matrix in matrices]
     limits = limits_in_force(options.limits)
-    near = Judged("", None, "", "", ())
+    near = MatrixVerdict("", None, "", "", ())
     judged = [judge_distance(row, None, limits)[0] or near for row in rows]
     return distance([matrix.pair.name for matrix in matrices], rows, judged, limits)
 

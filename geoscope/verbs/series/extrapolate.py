@@ -28,7 +28,7 @@ from geoscope.records import Status
 from geoscope.trajectory.backtest import Backtest
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.methods import METHODS
-from geoscope.trajectory.prediction import Prediction, Seen
+from geoscope.trajectory.prediction import MethodInput, Prediction
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
 from geoscope.verbs.series.extrapolate_adapter import write_adapter
@@ -38,7 +38,7 @@ from geoscope.verbs.series.next_series import HORIZON_ORIGINS, NEXT, NextForecas
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory, traps_of
-from geoscope.verbs.series.tensors import Followed, ModelTensor
+from geoscope.verbs.series.tensors import MatchedSeries, ModelTensor
 
 __all__ = ["Extrapolation", "extrapolate", "methods"]
 
@@ -170,7 +170,7 @@ def _method_named(name: str) -> str:
 
 
 def _refuse_series(
-    found: Followed, options: FollowOptions, target: int, *, is_next: bool, rank: int | None
+    found: MatchedSeries, options: FollowOptions, target: int, *, is_next: bool, rank: int | None
 ) -> None:
     """Raises for a series that the method or the target does not fit, or that cannot be written."""
     of_adapters = found.series.kind == "adapter"
@@ -193,7 +193,7 @@ def _refuse_series(
 
 
 def _planned(
-    found: Followed, test: Backtest, method: str, target: int, *, seed: int, force: bool
+    found: MatchedSeries, test: Backtest, method: str, target: int, *, seed: int, force: bool
 ) -> Extrapolation:
     """Skill and horizon of the method. Raises OptionError for a target beyond the horizon."""
     last = found.steps[-1]
@@ -205,7 +205,7 @@ def _planned(
 
 
 def _write_family(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     result: Extrapolation,
@@ -240,7 +240,7 @@ def _refuse_of_next(
         raise OptionError(f"`{name}` works only with `method` next; leave it out")
 
 
-def _tried(found: Followed, forecast: NextForecast) -> str:
+def _tried(found: MatchedSeries, forecast: NextForecast) -> str:
     count = len(forecast.origins)
     at = ", ".join(f"{found.steps[origin]:g}" for origin in forecast.origins)
     where = f"step {at}" if count == 1 else f"steps {at}"
@@ -267,7 +267,7 @@ def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str
 
 
 def _write(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     result: Extrapolation,
@@ -330,7 +330,7 @@ def _with_held(result: Extrapolation, held: Mapping[str, str]) -> Extrapolation:
 
 
 def _write_adapter(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     result: Extrapolation,
@@ -343,7 +343,7 @@ def _write_adapter(
         method, inc = result.chosen.get(name, "hold"), made.increments.get(name)
         if method == "hold" or inc is None:
             return updates[-1]
-        seen = Seen(inc, made.paths.get(name), factors=test.factors)
+        seen = MethodInput(inc, made.paths.get(name), factors=test.factors)
         return METHODS[method].predict(seen, result.target).of(updates)
 
     record = _record(found, test, result, None)
@@ -359,17 +359,17 @@ def _write_adapter(
     return replace(_with_held(result, held), rank=rank, discarded=discarded)
 
 
-def _models(found: Followed) -> tuple[tuple[Checkpoint, str], ...]:
+def _models(found: MatchedSeries) -> tuple[tuple[Checkpoint, str], ...]:
     return _model_tensor(found, next(iter(found.tensors))).places
 
 
-def _model_tensor(found: Followed, name: str) -> ModelTensor:
+def _model_tensor(found: MatchedSeries, name: str) -> ModelTensor:
     tensor = found.tensors[name]
     assert isinstance(tensor, ModelTensor)  # adapters were refused
     return tensor
 
 
-def _stored(found: Followed, name: str) -> str:
+def _stored(found: MatchedSeries, name: str) -> str:
     """The name of a tensor in the last checkpoint."""
     return _model_tensor(found, name).places[-1][1]
 
@@ -391,7 +391,7 @@ def _predicted_or_held(
 
 
 def _predicted(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     name: str,
@@ -400,7 +400,7 @@ def _predicted(
 ) -> Tensor:
     """The weight at the target step, as the last checkpoint's file would hold it."""
     step = None if forecast is None else forecast.pairs[name] * forecast.scale
-    seen = Seen(made.increments[name], made.paths.get(name), step, test.factors)
+    seen = MethodInput(made.increments[name], made.paths.get(name), step, test.factors)
     prediction = METHODS[result.chosen[name]].predict(seen, result.target)
     return _written(_model_tensor(found, name), prediction)
 
@@ -449,7 +449,7 @@ def _combination(tensor: ModelTensor, weights: Tensor, start: int, stop: int) ->
     return total
 
 
-def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
+def _not_followed(found: MatchedSeries, made: Trajectory) -> tuple[str, ...]:
     """Notes on the matrices that the output has as the last checkpoint has them."""
     failed = tuple(f"{one.name}: {one.reason}; copied" for one in made.failed)
     if not found.missing:
@@ -459,7 +459,7 @@ def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
 
 
 def _record(
-    found: Followed, test: Backtest, result: Extrapolation, scale: float | None
+    found: MatchedSeries, test: Backtest, result: Extrapolation, scale: float | None
 ) -> dict[str, Any]:
     return {
         "schema": EXTRAPOLATION,

@@ -17,7 +17,7 @@ from geoscope.engine import Gate, one_blas_thread
 from geoscope.errors import NonFiniteError, NumericsError
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.records import Report, Skipped, Status
-from geoscope.sources.memory import Model, opened, opened_all
+from geoscope.sources.memory import Model, as_model_or_reference, as_models_or_references
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.models import open_model
 from geoscope.verbs.options import Progress
@@ -29,7 +29,7 @@ from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept
 from geoscope.verbs.series.recall import recalled_or_measured
 from geoscope.verbs.series.report import Trajectory, trajectory_report
-from geoscope.verbs.series.tensors import Followed, SeriesTensor
+from geoscope.verbs.series.tensors import MatchedSeries, SeriesTensor
 from geoscope.verbs.series.vectors import write_vectors
 
 __all__ = ["follow", "measure_series"]
@@ -60,7 +60,9 @@ def follow(
     started = time.perf_counter()
     progress = progress or Progress()
     file = None if vectors is None else path_of(vectors, "vectors")
-    found = open_followed(opened_all(references, "references"), options, progress, start=start)
+    found = open_followed(
+        as_models_or_references(references, "references"), options, progress, start=start
+    )
     curve, notes = metric_curve(found.series, options)
     found = replace(found, notes=(*found.notes, *notes))
     made = measure_series(found, options, progress)
@@ -81,14 +83,14 @@ def _with_base(
     options: FollowOptions, base: Model | None
 ) -> tuple[FollowOptions, Checkpoint | None]:
     """The options that name the base, and the base itself where it is open."""
-    model = None if base is None else opened(base, "base")
+    model = None if base is None else as_model_or_reference(base, "base")
     if model is None or isinstance(model, str):
         return options if model is None else replace(options, base=model), None
     whole = open_model(model)
     return replace(options, base=whole.ref.given), whole
 
 
-def measure_series(found: Followed, options: FollowOptions, progress: Progress) -> Trajectory:
+def measure_series(found: MatchedSeries, options: FollowOptions, progress: Progress) -> Trajectory:
     """Increments and rank-1 paths of every tensor; those that fail are named with the reason.
 
     With a cache what an earlier run finished is recalled. Tensors are let in as memory allows.

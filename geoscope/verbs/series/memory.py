@@ -8,7 +8,7 @@ from heapq import nlargest
 from geoscope.arguments import bytes_of
 from geoscope.engine import BASELINE, available_memory, room_for_batches
 from geoscope.verbs.series.options import FollowOptions
-from geoscope.verbs.series.tensors import AdapterTensor, Followed, ModelTensor, SeriesTensor
+from geoscope.verbs.series.tensors import AdapterTensor, MatchedSeries, ModelTensor, SeriesTensor
 
 __all__ = ["room_for_tensors", "working_bytes"]
 
@@ -38,7 +38,7 @@ def working_bytes(tensor: SeriesTensor) -> int:
     return 32 * factors + base
 
 
-def room_for_tensors(found: Followed, options: FollowOptions, workers: int) -> int:
+def room_for_tensors(found: MatchedSeries, options: FollowOptions, workers: int) -> int:
     """Bytes for the tensors in work under `max_memory`; one is always let in.
 
     What is kept of every tensor until the end, leading pairs above all, is taken off first. By
@@ -57,6 +57,6 @@ def room_for_tensors(found: Followed, options: FollowOptions, workers: int) -> i
     return min(wanted, max(0, available_memory() // 2 - BASELINE - kept))
 
 
-def _kept_bytes(found: Followed) -> int:
+def _kept_bytes(found: MatchedSeries) -> int:
     sides = sum(sum(tensor.shape) for tensor in found.tensors.values())
     return _PAIR_BYTES * (len(found.steps) - 1) * sides

@@ -21,7 +21,7 @@ from torch import Tensor
 from geoscope.engine import one_blas_thread
 from geoscope.errors import OptionError
 from geoscope.linalg import Factors, Operand, factorise_leading
-from geoscope.trajectory.backtest import Moves
+from geoscope.trajectory.backtest import PredictionProducts
 from geoscope.trajectory.next_predictor import (
     Example,
     NextModel,
@@ -38,7 +38,7 @@ from geoscope.trajectory.spatial_rank1 import Pair, outer_moves
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.model_vectors import ModelVector
 from geoscope.verbs.series.report import Trajectory
-from geoscope.verbs.series.tensors import Followed, ModelTensor
+from geoscope.verbs.series.tensors import MatchedSeries, ModelTensor
 
 __all__ = ["HORIZON_ORIGINS", "NEXT", "NextForecast", "next_forecast", "origins_of"]
 
@@ -58,12 +58,12 @@ class NextForecast:
     scale: float
     pairs: Mapping[str, Pair]
     vectors: Mapping[str, Tensor]
-    moves: Moves
+    moves: PredictionProducts
     origins: tuple[int, ...]
 
 
 def next_forecast(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     target: int,
     *,
@@ -100,7 +100,7 @@ def next_forecast(
         guesses = {origin: predict(models[origin], known[origin][0]) for origin in tried}
         pairs, steps = predict(models[T], examples), predict_vectors(models[T], norms)
         rows = [_moves(found, made, name, guesses, horizon) for name in made.increments]
-    moves = Moves(*(torch.stack([row[i] for row in rows]) for i in range(2)))
+    moves = PredictionProducts(*(torch.stack([row[i] for row in rows]) for i in range(2)))
     scale = (target - found.steps[-1]) / (horizon * gap)
     return NextForecast(horizon, scale, pairs, steps, moves, tried)
 
@@ -123,7 +123,7 @@ def origins_of(T: int, horizon: int, count: int = HORIZON_ORIGINS) -> tuple[int,
 
 
 def _examples(
-    found: Followed, made: Trajectory, horizon: int, seed: int, pool: ThreadPoolExecutor
+    found: MatchedSeries, made: Trajectory, horizon: int, seed: int, pool: ThreadPoolExecutor
 ) -> dict[str, Example]:
     tensors = {
         name: tensor
@@ -195,7 +195,7 @@ def _side(vectors: Tensor | None) -> Tensor:
 
 
 def _moves(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     name: str,
     guesses: Mapping[int, Mapping[str, Pair]],

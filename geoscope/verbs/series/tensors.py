@@ -25,7 +25,7 @@ from geoscope.trajectory.increments import (
 )
 from geoscope.trajectory.scalar_r2 import ScalarR2, ScalarR2Counts
 
-__all__ = ["AdapterTensor", "Change", "Followed", "ModelTensor", "SeriesTensor", "lost_steps"]
+__all__ = ["AdapterTensor", "Change", "MatchedSeries", "ModelTensor", "SeriesTensor", "lost_steps"]
 
 Change = Operand | Product
 
@@ -54,7 +54,7 @@ class SeriesTensor(Protocol):
 
 
 @dataclass(frozen=True)
-class Followed:
+class MatchedSeries:
     """A series that can be followed. steps: t_0 of the base, then of every checkpoint. tensors:
     name → tensor, in natural order. refs: of the base and of the last checkpoint.
     """

@@ -22,7 +22,7 @@ from geoscope.verbs.series.next_series import next_forecast, origins_of
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory
-from geoscope.verbs.series.tensors import Followed
+from geoscope.verbs.series.tensors import MatchedSeries
 from tests.helpers.matrices import gaussian, save_model
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
@@ -87,12 +87,12 @@ def test_what_next_cannot_take_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def series_of(tmp_path: Path, count: int) -> tuple[Followed, Trajectory]:
+def series_of(tmp_path: Path, count: int) -> tuple[MatchedSeries, Trajectory]:
     points = run_of(tmp_path, tuple(range(10, 10 * count + 1, 10)))
     return opened(points, base=str(tmp_path / "base"))
 
 
-def opened(points: Sequence[Path | str], **kwargs: Any) -> tuple[Followed, Trajectory]:
+def opened(points: Sequence[Path | str], **kwargs: Any) -> tuple[MatchedSeries, Trajectory]:
     options = FollowOptions(**kwargs)
     found = open_followed(list(map(str, points)), options, Progress(), in_parts=False)
     return found, measure_series(found, options, Progress())
