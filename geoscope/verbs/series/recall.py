@@ -60,9 +60,10 @@ def _weights(tensor: SeriesTensor) -> list[Callable[[], Any]] | None:
         return None if tensor.is_made else [_reader(*place) for place in tensor.places]
     if not isinstance(tensor, AdapterTensor):
         return None
+    module, expert = tensor.module, tensor.expert
     adapters = (*([] if tensor.initial is None else [tensor.initial]), *tensor.adapters)
     factors = [
-        lambda side=side, adapter=adapter: adapter.factors(tensor.module)[side][tensor.expert]
+        lambda side=side, adapter=adapter: adapter.factors(module)[side][expert]
         for adapter in adapters
         for side in (0, 1)
     ]
@@ -110,7 +111,8 @@ def _recalled(entry: Any) -> Kept | None:
         H, along = unpacked(inc["H"]), unpacked(inc["along"])
         return Kept(
             Increments(H=H, along=along, base_energy=inc["base_energy"], **lists),
-            *(_path(entry[key]) for key in ("path", "local")),
+            _path(entry["path"]),
+            _path(entry["local"]),
             unpacked(entry["products"]),
             entry["method"],
             None if counts is None else ScalarR2Counts(unpacked(counts[0]), counts[1]),
