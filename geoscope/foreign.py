@@ -94,11 +94,11 @@ def reason(error: OSError) -> str:
 
 
 def local_path(text: str | os.PathLike[str]) -> Path:
-    """The path with ~ for the user's folder; the name of no user stays as it is."""
+    """The path with ~ for the user's folder; a name that is not a user's stays as it is."""
     path = Path(text)
     try:
         return path.expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return path
 
 

@@ -221,6 +221,10 @@ FOREIGN = {
     *("--model", "--adapter-path", "--save-path", "--dequantize"),  # mlx_lm
     *("--backend", "--local_dir", "--target_dir", "--save_hf_ckpt"),  # verl, DeepSpeed
     "--report",
+    "--head",  # ray
+    *(
+        f"--{name}" for name in ("ink", "grey", "line", "paper", *(f"c{i}" for i in range(9)))
+    ),  # of CSS
 }
 
 

@@ -237,7 +237,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
             options.append("--force")
         return run(command, models["base"], models["tuned"], *options)
 
-    refuse(attempt(tmp_path / "report.xlsx"), 2, r"\.xlsx.*\.json, \.csv")
+    refuse(attempt(tmp_path / "report.xlsx"), 2, r"\.xlsx.*\.json, \.html, \.csv")
     refuse(attempt(tmp_path / "report"), 2, "no report format")
     refuse(attempt(tmp_path / "missing" / "report.json"), 1, "does not exist")
     refuse(attempt(tmp_path / "good.json", tmp_path / "bad.doc"), 2, r"bad\.doc")
@@ -763,7 +763,7 @@ def test_inspect_decomposes_nothing(models: Models, monkeypatch: pytest.MonkeyPa
     def factorise(*_: object, **__: object) -> None:
         raise AssertionError("a factorisation was made")
 
-    monkeypatch.setattr("geoscope.metrics.providers.factorise", factorise)
+    monkeypatch.setattr("geoscope.metrics.factorising.factorise", factorise)
     done = run("collapse", models["base"], models["tuned"], "--no-resume", "-j", "1", "--json")
     assert "a factorisation was made" in done.out
     assert run("inspect", models["base"], models["tuned"]).code == 0
@@ -807,7 +807,7 @@ def test_show_needs_no_weights(models: Models, saved: Path, tmp_path: Path) -> N
         (b"{", "not JSON"),
         (b"\xff\xfe\x00", "not text"),
         (b'{"schema": "geoscope.report/1"}', "not a complete"),
-        (b'{"schema": "geoscope.report/2"}', "geoscope.report/1"),
+        (b'{"schema": "geoscope.report/3"}', "geoscope.report/2"),
     ],
 )
 def test_show_refuses_what_is_no_report(content: bytes, words: str, tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_weights_whose_squares_leave_fp64_say_so(tmp_path: Path, scale: float) -
         assert found.code == 0, found.err
         assert found.report["coverage"]["missing"] == [TALL]
         assert set(found.layer(TALL)["status"].values()) == {"NOT_CONVERGED"}
-        assert "fp64" in found.layer(TALL)["notes"][0]
+        assert "float64" in found.layer(TALL)["notes"][0]
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e300, 1e38, 1e-38])

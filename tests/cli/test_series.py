@@ -130,7 +130,7 @@ def test_extrapolate_refuses_beyond_the_horizon(tmp_path: Path, drifting: Run) -
     done = command(*given, "-o", tmp_path / "out", "--method", "damped(linear)")
     assert done.code == 2
     assert "8910 steps ahead, but damped(linear) is credible only up to" in done.err
-    assert "or --force" in done.err
+    assert "or use --force" in done.err
     assert not (tmp_path / "out").exists()
     done = command(*given, "-o", tmp_path / "out", "--method", "two-point", "--force")
     assert done.code == 0

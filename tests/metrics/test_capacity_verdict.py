@@ -73,6 +73,7 @@ def code_of(found: Measured, **limits: float) -> str:
 
 def test_the_limits_are_those_of_methods() -> None:
     assert LIMITS == {
+        "capacity.collapse_rank": 16,
         "capacity.saturated_k90": 0.75,
         "capacity.saturated_tail": 0.1,
         "capacity.concentrated": 0.1,

@@ -500,7 +500,7 @@ def test_unknown_limits_are_refused() -> None:
 
 
 def test_every_limit_has_a_standing_and_belongs_to_a_rule() -> None:
-    rules = {code.lower() for code in CODES} | {"distorted", "words", "capacity"}
+    rules = {code.lower() for code in CODES} | {"distorted", "words", "capacity", "lineage"}
     for name, threshold in THRESHOLDS.items():
         assert threshold.standing.strip()
         assert name.partition(".")[0] in rules
@@ -621,7 +621,9 @@ def test_the_models_words_weigh_captured_energy() -> None:
 def test_limits_in_force_are_echoed_whole() -> None:
     found = model(("q", OFF, 1.0), limits={"distorted.nss": 1e-5})
     assert found.code == "SPECTRUM_DISTORTED"
-    assert set(found.thresholds) == {key for key in THRESHOLDS if not key.startswith("capacity.")}
+    assert set(found.thresholds) == {
+        key for key in THRESHOLDS if not key.startswith(("capacity.", "lineage."))
+    }
     assert found.thresholds["distorted.nss"] == 1e-5
     assert found.thresholds["undetermined.precision_ratio"] == 0.6
 

@@ -117,7 +117,7 @@ def megatron_class(monkeypatch: pytest.MonkeyPatch) -> type:
     module = ModuleType(name)
     module.MCoreMetadata = MCoreMetadata  # type: ignore[attr-defined]
     monkeypatch.setattr(MCoreMetadata, "__module__", name)
-    for part in (name.rsplit(".", count)[0] for count in range(4)):
+    for part in (name.rsplit(".", count)[0] for count in range(5)):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     monkeypatch.setitem(sys.modules, name, module)
     return MCoreMetadata

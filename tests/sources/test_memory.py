@@ -125,7 +125,7 @@ def test_a_series_in_memory_is_that_of_the_files(tmp_path: Path) -> None:
         geoscope.follow(states, base=base)
     with pytest.raises(OptionError, match="step 1 is there twice"):
         geoscope.follow(states[:2], base=base, steps=(1, 1))
-    with pytest.raises(OptionError, match="no one series"):
+    with pytest.raises(OptionError, match="not both; open the paths first"):
         geoscope.follow([states[0], "run"], steps=(1, 2))
 
 

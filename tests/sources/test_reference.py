@@ -228,5 +228,5 @@ def test_folders_on_both_sides_and_a_path_with_the_mark(
     assert base_and_adapter("a+b") is None, "an existing path wins"
     assert base_and_adapter("a+b+lora") == ("a+b", "lora")
     assert base_and_adapter("org/name@v1+cu12") is None, "part of a revision"
-    with pytest.raises(OptionError, match="no folder, file or Hub id"):
+    with pytest.raises(OptionError, match="not a folder, a file or a Hub id"):
         base_and_adapter("base+other")

@@ -311,7 +311,7 @@ def test_on_a_gpu() -> None:
 
 def test_what_is_refused() -> None:
     data = examples(count=1)
-    with pytest.raises(OptionError, match="equally spaced"):
+    with pytest.raises(OptionError, match="equal distances"):
         train(data, (*STEPS[:-1], 75.0), QUICK)
     with pytest.raises(OptionError, match="need 7, 7 and 4"):
         train(data, STEPS, replace(QUICK, horizon=3))
@@ -319,5 +319,5 @@ def test_what_is_refused() -> None:
         train({}, STEPS, QUICK)
     with pytest.raises(OptionError, match="neither l1 nor l2"):
         NextOptions(horizon=1, loss="huber")
-    with pytest.raises(OptionError, match="at least 1"):
+    with pytest.raises(OptionError, match="needs horizon ≥ 1"):
         NextOptions(horizon=0)

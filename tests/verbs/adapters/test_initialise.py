@@ -310,7 +310,7 @@ def test_only_an_original_model_is_initialised(
         assert "\n" not in told
         assert words in told
     monkeypatch.chdir(out / "residual")
-    with pytest.raises(CheckpointError, match="rewritten base"):
+    with pytest.raises(CheckpointError, match="a base rewritten by init-adapter"):
         initialise(".", tmp_path / "again", InitOptions(rank=2))
     assert not (tmp_path / "again").exists()
 

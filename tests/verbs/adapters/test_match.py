@@ -290,7 +290,7 @@ def test_two_adapters_of_which_one_replaces_whole_tensors_are_told_the_way(tmp_p
     one = put(tmp_path / "one", tensors, **named)
     saved = {f"{PREFIX}model.layers.0.self_attn.o_proj.weight": torch.randn(16, 16)}
     two = put(tmp_path / "two", tensors | saved, modules_to_save=["o_proj"], **named)
-    with pytest.raises(OptionError, match=r"BASE\+ADAPTER twice"):
+    with pytest.raises(OptionError, match=r"Give both as BASE\+ADAPTER"):
         geoscope.compare(one, two)
 
 

@@ -256,7 +256,7 @@ def test_beyond_the_horizon_only_by_force(tmp_path: Path) -> None:
     assert near.horizon >= 10
     assert near.ahead == 10
     far = 120 + int(near.horizon) + 1
-    with pytest.raises(OptionError, match=rf"credible up to {near.horizon:g} steps ahead"):
+    with pytest.raises(OptionError, match=rf"credible only up to {near.horizon:g} steps"):
         predicted(run, tmp_path / "far", "damped(linear)", force=False, to=far)
     assert not (tmp_path / "far").exists()
     assert predicted(run, tmp_path / "far", "damped(linear)", to=far).target == far
@@ -264,7 +264,7 @@ def test_beyond_the_horizon_only_by_force(tmp_path: Path) -> None:
 
 def test_a_walk_is_credible_at_no_distance(tmp_path: Path) -> None:
     run = Run.write(tmp_path, tuple(range(0, 130, 10)))
-    with pytest.raises(OptionError, match="linear is credible at no distance ahead"):
+    with pytest.raises(OptionError, match="linear is credible at no distance"):
         predicted(run, tmp_path / "out", "linear", force=False)
 
 

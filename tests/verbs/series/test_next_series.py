@@ -78,7 +78,7 @@ def test_the_plain_prediction_is_the_family_at_its_distance(tmp_path: Path) -> N
 def test_what_next_cannot_take_is_one_line(tmp_path: Path) -> None:
     points = run_of(tmp_path, (10, 20, 30, 50, 90))
     options = FollowOptions(base=str(tmp_path / "base"))
-    with pytest.raises(OptionError, match="equally spaced"):
+    with pytest.raises(OptionError, match="equal distances"):
         extrapolate(points, tmp_path / "out", 100, method="next", options=options, training=2)
     with pytest.raises(OptionError, match="needs 4"):
         extrapolate(points[:3], tmp_path / "out", 100, method="next", options=options, training=2)
