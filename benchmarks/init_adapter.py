@@ -26,7 +26,7 @@ from synthetic import FAMILIES, weight
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from geoscope.adapters import geora
+from geoscope.adapters.geora import geora
 from geoscope.linalg.head import head_triplets
 from geoscope.linalg.iid import iid_top_share
 from geoscope.linalg.masked import keep_small

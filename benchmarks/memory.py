@@ -1,6 +1,7 @@
-"""Peak memory of `geoscope compare` on a sharded pair of 2 GB, against its promise.
+"""Peak memory of `compare`, `trajectory` and `init-adapter` on a pair of models, against promises.
 
-The promise: 4 × the largest pair of matrices counted in fp32, plus 500 MB.
+The promises: of compare 4 × the largest pair of matrices counted in fp32, plus 500 MB; of the other
+two what --max-memory says, and the same number with `min`, one matrix at a time.
 
     python benchmarks/memory.py [--layers 11] [--family qwen2.5-1.5b]
 """
@@ -38,12 +39,31 @@ def main() -> None:
         shape = ["--family", given.family, "--layers", str(given.layers)]
         subprocess.run([sys.executable, *made, *shape], check=True)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
-        command = ["compare", f"{folder}/base", f"{folder}/tuned", "--json", "--no-resume", "-q"]
-        peak = _peak([sys.executable, "-m", "geoscope", *command])
-    largest = max(math.prod(shape) for shape in FAMILIES[given.family].values())
-    bound = 4 * 2 * 4 * largest + 500 * 10**6
-    print(f"pair of {size / 1e9:.2f} GB: peak {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB")
-    sys.exit(peak > bound)
+        largest = max(math.prod(shape) for shape in FAMILIES[given.family].values())
+        least = 4 * 2 * 4 * largest + 500 * 10**6
+        over = False
+        for words, bound in _commands(folder, least):
+            peak = _peak([sys.executable, "-m", "geoscope", *words, "--no-resume", "-q"])
+            over |= peak > bound
+            shown = " ".join(words).replace(folder + "/", "")
+            figures = f"peak {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB"
+            print(f"{size / 1e9:.2f} GB, {shown}: {figures}", flush=True)
+    sys.exit(over)
+
+
+def _commands(folder: str, least: int) -> list[tuple[list[str], int]]:
+    """Words of each command, and its bound in bytes."""
+    base, tuned = f"{folder}/base", f"{folder}/tuned"
+    series = ["trajectory", tuned, "--base", base, "--steps", "10", "--json"]
+    start = ["init-adapter", base, "-r", "16", "-o", f"{folder}/made", "--force", "--json"]
+    roomy = 10**9
+    return [
+        (["compare", base, tuned, "--json"], least),
+        ([*series, "-j", "8", "--max-memory", "min"], least),
+        ([*series, "-j", "8", "--max-memory", str(roomy)], roomy),
+        ([*start, "-j", "8", "--max-memory", "min"], least),
+        ([*start, "-j", "8", "--max-memory", str(roomy)], roomy),
+    ]
 
 
 if __name__ == "__main__":

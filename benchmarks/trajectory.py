@@ -33,7 +33,7 @@ from geoscope.verbs.options import Progress
 from geoscope.verbs.series.follow import follow, measure_series
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory
-from geoscope.verbs.series.tensors import Followed, open_followed
+from geoscope.verbs.series.tensors import MatchedSeries, open_followed
 
 # Matrices of one layer that are followed, by family, and drift of size RHO·‖W_0‖ a step. Two of
 # each shape, so that two workers are busy, as they are on a whole model. Full SVDs of the MLP of an
@@ -118,7 +118,7 @@ def _make_adapters(root: Path, layers: int, generator: torch.Generator) -> None:
 # --- what is compared ---------------------------------------------------------------------------
 
 
-def opened(root: Path, steps: int) -> Followed:
+def opened(root: Path, steps: int) -> MatchedSeries:
     points = [str(root / f"run/checkpoint-{10 * i}") for i in range(1, steps + 1)]
     return open_followed(points, FollowOptions(base=str(root / "base")))
 

@@ -5,10 +5,10 @@
 >>> report = geoscope.compare(before, model, include="q_proj")  # doctest: +SKIP
 
 Every command has its function: `inspect`, `collapse`, `anisotropy`, `alignment`, `compare`,
-`capacity`, `follow` (of `geoscope trajectory`), `extrapolate`, `init_adapter`, `verify_adapter`,
-`convert_adapter`. `measure` takes a pair of matrices, `geora` initialises one; `read_report` opens
-what was saved. The names below are loaded when they are first used, so that `geoscope --help` needs
-no torch.
+`capacity`, `lineage`, `follow` (of `geoscope trajectory`), `extrapolate`, `init_adapter`,
+`verify_adapter`, `convert_adapter`. `measure` takes a pair of matrices, `geora` initialises one;
+`read_report` opens what was saved. The names below are loaded when they are first used, so that
+`geoscope --help` needs no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from geoscope._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from geoscope.adapters import LoraFactors, geora
+    from geoscope.adapters.factors import LoraFactors
+    from geoscope.adapters.geora import geora
     from geoscope.errors import GeoscopeError
     from geoscope.metrics import METRICS
     from geoscope.records import LayerRecord, Report, Status
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from geoscope.verbs.adapters.initialise import initialise as init_adapter
     from geoscope.verbs.adapters.options import InitOptions
     from geoscope.verbs.adapters.verify import verify_adapter
+    from geoscope.verbs.lineage.lineage import lineage
+    from geoscope.verbs.lineage.options import LineageOptions
     from geoscope.verbs.options import Interrupted, Options, Progress
     from geoscope.verbs.pairs.calls import (
         alignment,
@@ -52,6 +55,7 @@ __all__ = [
     "InitOptions",
     "Interrupted",
     "LayerRecord",
+    "LineageOptions",
     "LoraFactors",
     "Options",
     "Progress",
@@ -69,6 +73,7 @@ __all__ = [
     "init_adapter",
     "initialise",
     "inspect",
+    "lineage",
     "measure",
     "open_checkpoint",
     "read_report",
@@ -84,7 +89,8 @@ _HOMES = {
     "InitOptions": ("geoscope.verbs.adapters.options", "InitOptions"),
     "Interrupted": ("geoscope.verbs.options", "Interrupted"),
     "LayerRecord": ("geoscope.records", "LayerRecord"),
-    "LoraFactors": ("geoscope.adapters", "LoraFactors"),
+    "LineageOptions": ("geoscope.verbs.lineage.options", "LineageOptions"),
+    "LoraFactors": ("geoscope.adapters.factors", "LoraFactors"),
     "Options": ("geoscope.verbs.options", "Options"),
     "Progress": ("geoscope.verbs.options", "Progress"),
     "Report": ("geoscope.records", "Report"),
@@ -97,10 +103,11 @@ _HOMES = {
     "convert_adapter": ("geoscope.verbs.adapters.convert", "convert_adapter"),
     "extrapolate": ("geoscope.verbs.series.extrapolate", "extrapolate"),
     "follow": ("geoscope.verbs.series.follow", "follow"),
-    "geora": ("geoscope.adapters", "geora"),
+    "geora": ("geoscope.adapters.geora", "geora"),
     "init_adapter": ("geoscope.verbs.adapters.initialise", "initialise"),
     "initialise": ("geoscope.verbs.adapters.initialise", "initialise"),
     "inspect": ("geoscope.verbs.pairs.calls", "inspect"),
+    "lineage": ("geoscope.verbs.lineage.lineage", "lineage"),
     "measure": ("geoscope.verbs.pairs.calls", "measure"),
     "open_checkpoint": ("geoscope.sources.open", "open_checkpoint"),
     "read_report": ("geoscope.report", "read"),

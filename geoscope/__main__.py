@@ -43,24 +43,24 @@ def main() -> None:
 def _run() -> None:
     """The command line, with a line and an exit code for whatever goes wrong in it."""
     from geoscope.cli import app, told
-    from geoscope.cli.output import fault, take_streams
+    from geoscope.cli.output import take_streams, write_error
 
     try:
         take_streams()
         _check_working_folder()
-        app()
+        app(prog_name="geoscope")
     except GeoscopeError as error:
         _tell_whole()
-        fault(told(error))
+        write_error(told(error))
         sys.exit(2 if isinstance(error, OptionError) else 1)
     except OSError as error:  # of a path that was named, mostly: its name is part of the error
         _tell_whole()
         what = "" if error.filename is None else f"{error.filename}: "
-        fault(f"{what}{error.strerror or error}")
+        write_error(f"{what}{error.strerror or error}")
         sys.exit(1)
     except Exception as error:  # no traceback for a user; --debug has it
         _tell_whole()
-        fault(
+        write_error(
             f"this is a fault of geoscope: {type(error).__name__}: {error}; report it, with "
             "what --debug shows"
         )

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from geoscope.thresholds import LOSSY
+
 __all__ = [
     "ALIGNMENT",
     "ANISOTROPY",
     "CAPACITY_USED",
     "COMPARED",
     "INITIALISED",
+    "LINEAGE",
     "MOVED",
     "SPECTRUM",
     "Answer",
@@ -30,7 +33,7 @@ class Condition:
 
     id: of the number.
     sign: `<`, `≥`, or `–` for a number that is missing.
-    limit: the name of a threshold of the verdict, or the limit itself.
+    limit: the name of a threshold (`thresholds.py`), or a limit that is fixed.
     by_noise: the number is taken over its null.
     """
 
@@ -77,9 +80,10 @@ class Fact:
     from_steps: the name of the least number of checkpoints at which the limit is in force.
     other: an id, of which the larger number is shown with its null.
     by_noise: the scale is of the number over its null.
-    scale: up to which number each word reads; `{times}` is the number over its null.
-    rest: the word beyond the scale.
+    scale: up to which number, or threshold by its name, each word reads.
+    rest: the word beyond the scale; `{times}` is the number over its null.
     is_aside: it stands only where the outcome is about it.
+    has_own_null: whether its null differs between models; else words tell it.
     """
 
     label: str
@@ -93,9 +97,10 @@ class Fact:
     from_steps: str = ""
     other: str = ""
     by_noise: bool = False
-    scale: tuple[tuple[float, str], ...] = ()
+    scale: tuple[tuple[float | str, str], ...] = ()
     rest: str = ""
     is_aside: bool = False
+    has_own_null: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,10 @@ class Answer:
     caveat: what the answer cannot see.
     next: the command to try next, with the question it answers.
     by_block: whether a row says where in the model the update is.
+    is_joint: several models have one answer together, and a row each below it.
+    arrow: between the first model and the others, in the title.
+    others: what these are.
+    roles: code → word of each of several models in the table of a joint answer.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -116,6 +125,10 @@ class Answer:
     caveat: str = "This is about weights: reward, entropy and accuracy are not in them."
     next: str = ""
     by_block: bool = False
+    is_joint: bool = False
+    arrow: str = "→"
+    others: str = "tuned models"
+    roles: tuple[tuple[str, str], ...] = ()
 
 
 _OTHER_BASE = "Give as BASE the model that the tuned one was trained from."
@@ -162,9 +175,9 @@ _UPDATE = (
     Outcome(
         ("INIT_MISMATCH",),
         "START COUNTED TWICE",
-        "the adapter began as a part of the base, and the update holds that start.",
+        "both the base and the update hold the start of the adapter.",
         "bad",
-        "Give the adapter as it was before training with `initial_adapter`.",
+        "Run it again with `initial_adapter`: the adapter as it was before training.",
         about=("relative_update", "spectral_share", "versus_base@k"),
     ),
     _UNRESOLVED,
@@ -194,13 +207,14 @@ _ON = "energy_two_sided@k"
 _LEADING = "of the update is on the base's leading directions (noise {energy_two_sided@k:noise})."
 
 # Rows that several kinds share.
+_RESOLVED_SCALE = ((0.1, "ok"), ("undetermined.precision_ratio", "visible"))
 _RESOLVED = Fact(
     "resolved",
     "rounding over update (ν)",
     "precision_ratio",
     limit="undetermined.precision_ratio",
     beyond="hidden",
-    scale=((0.1, "ok"), (0.6, "visible")),
+    scale=_RESOLVED_SCALE,
     rest="hidden",
 )
 _SIZE = Fact("size", "of the weights (ρ)", "relative_update", "share")
@@ -213,7 +227,7 @@ _COSINE = Fact(
     beyond="too far",
     is_aside=True,
 )
-_FEW = ((0.5, "few"), (2.0, "as of noise"))
+_FEW = (("words.few_directions", "few"), ("words.many_directions", "like noise"))
 _DIRECTIONS = Fact(
     "directions",
     "the update uses",
@@ -223,17 +237,18 @@ _DIRECTIONS = Fact(
     rest="many",
 )
 _LARGEST = Fact(
-    "strongest one",
+    "largest direction",
     "share of the update",
     "update.top_share@1",
     "share",
     limit="rank_collapse.top_share",
     beyond="alone",
 )
-_TIMES = ((0.5, "avoided"), (2.0, "as of noise"))
+_TIMES = (("words.avoids", "avoided"), ("words.enriched", "like noise"))
+_TURNED_TIMES = (("distorted.angle_over_null", "like noise"),)
 _ON_PRINCIPALS = Fact(
-    "on principals",
-    "in the base's top {k} × {k}",
+    "along the base",
+    "energy in its top {k} × {k}",
     _ON,
     "share",
     limit="on_principal.energy_two_sided",
@@ -335,20 +350,23 @@ ALIGNMENT = Answer(
             f"{{{_ON}:share}} {_LEADING}",
             "open",
             "",
-            (Condition(_ON, ">", 0.5),),
+            (Condition(_ON, "≥", "on_principal.energy_two_sided"),),
         ),
         Outcome(
             (),
             "OFF PRINCIPAL",
             f"{{{_ON}:share}} {_LEADING}",
-            when=(Condition(_ON, "<", 0.05), Condition("versus_base@k", "<", 0.2)),
+            when=(
+                Condition(_ON, "<", "off_principal.energy_two_sided"),
+                Condition("versus_base@k", "<", "off_principal.versus_base"),
+            ),
         ),
         Outcome(
             (),
-            "AS OF NOISE",
+            "LIKE NOISE",
             f"{{{_ON}:share}} {_LEADING}",
             "open",
-            when=(Condition(_ON, "<", 2.0, by_noise=True),),
+            when=(Condition(_ON, "<", "words.enriched", by_noise=True),),
         ),
         Outcome((), "PARTLY ON PRINCIPAL", f"{{{_ON}:share}} {_LEADING}"),
     ),
@@ -380,7 +398,7 @@ ALIGNMENT = Answer(
             "angle_left_mean@k",
             "angle",
             by_noise=True,
-            scale=((2.0, "as of noise"),),
+            scale=_TURNED_TIMES,
             rest="{times} noise",
         ),
         Fact(
@@ -389,7 +407,7 @@ ALIGNMENT = Answer(
             "angle_right_mean@k",
             "angle",
             by_noise=True,
-            scale=((2.0, "as of noise"),),
+            scale=_TURNED_TIMES,
             rest="{times} noise",
         ),
         Fact("unchanged", "entries equal in the files", "update_sparsity", "share"),
@@ -413,11 +431,11 @@ ANISOTROPY = Answer(
             (),
             "FEW DIRECTIONS",
             "the update uses {update.stable_rank}, noise of its size {update.stable_rank:noise}.",
-            when=(Condition("update.stable_rank", "<", 0.5, by_noise=True),),
+            when=(Condition("update.stable_rank", "<", "words.few_directions", by_noise=True),),
         ),
         Outcome(
             (),
-            "AS OF NOISE",
+            "LIKE NOISE",
             "the update uses {update.stable_rank} directions, noise of its size "
             "{update.stable_rank:noise}.",
             "open",
@@ -436,7 +454,7 @@ ANISOTROPY = Answer(
         ),
         Fact("hold 90 %", "directions needed (k90)", "update.k90", by_noise=True, scale=_FEW),
         _LARGEST,
-        Fact("strongest 8", "share of the update", "update.top_share@8", "share"),
+        Fact("largest 8", "share of the update", "update.top_share@8", "share"),
         Fact("above noise", "directions (signal rank)", "update.signal_rank"),
         _RESOLVED,
         _SIZE,
@@ -514,16 +532,19 @@ MOVED = Answer(
         Outcome(
             ("DRIFT",),
             "STEADY DRIFT",
-            "the run keeps its direction; it can be foretold {horizon} steps ahead.",
+            "the run keeps its direction; it can be predicted {horizon} steps ahead.",
             when=(Condition("horizon", "≥", 1.0),),
         ),
         Outcome(
             ("DRIFT",),
             "STEADY DRIFT",
-            "the run keeps its direction; no method foretells it credibly.",
+            "the run keeps its direction; no method predicts it credibly.",
         ),
         Outcome(
-            (), "NO STEADY DRIFT", "the steps turn as those of a random walk do, or more.", "open"
+            (),
+            "NO STEADY DRIFT",
+            "the steps change direction as in a random walk, or more.",
+            "open",
         ),
     ),
     facts=(
@@ -541,16 +562,16 @@ MOVED = Answer(
             limit="level",
             from_steps="few",
             beyond="perhaps",
-            scale=((0.01, "hardly"),),
+            scale=(("level", "hardly"),),
             rest="perhaps",
         ),
         Fact("neighbours", "cosine of two steps", "increment_cosine_corrected"),
         Fact("straightness", "distance/length of path", "straightness"),
         Fact("on a line", "R² of a line in the step", "linear_r2"),
-        Fact("one direction", "share of the last update", "rank1_share_last", "share"),
+        Fact("largest direction", "share of the last update", "rank1_share_last", "share"),
         Fact(
-            "foretold",
-            "better than standing still",
+            "predicted",
+            "error cut, to standing still",
             "skill@damped(linear)",
             "share",
             scale=((0.0, "no better"),),
@@ -561,7 +582,7 @@ MOVED = Answer(
             "resolved",
             "rounding over a step (ν)",
             "step_precision_ratio",
-            scale=((0.1, "ok"), (0.6, "visible")),
+            scale=_RESOLVED_SCALE,
             rest="hidden",
         ),
         _SIZE,
@@ -569,33 +590,34 @@ MOVED = Answer(
     noise=("walk", "a random walk with steps of the same size"),
     next="predict: geoscope extrapolate",
 )
+_NOTHING = 1e-30  # below it a relative norm is that of a zero product
 INITIALISED = Answer(
     outcomes=(
         Outcome(
             (),
             "READY",
             "the adapter starts at zero: the model is as it was.",
-            when=(Condition("relative_norm", "<", 1e-30),),
+            when=(Condition("relative_norm", "<", _NOTHING),),
         ),
         Outcome(
             (),
             "START IS OFF",
             "the written start differs from the model by {reconstruction_error:share}.",
             "open",
-            when=(Condition("reconstruction_error", "≥", 1e-5),),
+            when=(Condition("reconstruction_error", "≥", LOSSY),),
         ),
         Outcome(
             (),
             "READY",
             "the start equals the model, to {reconstruction_error} as the files are written.",
-            when=(Condition("reconstruction_error", "<", 1e-5),),
+            when=(Condition("reconstruction_error", "<", LOSSY),),
         ),
         Outcome((), "CANNOT TELL", "the start error has no number.", "open"),
     ),
     facts=(
         Fact("size of start", "product over the weights", "relative_norm", "share"),
         Fact("captured", "energy in this rank", "captured_energy", "share"),
-        Fact("on principals", "of the start, leading r", "head_energy", "share"),
+        Fact("along the base", "of the start, leading r", "head_energy", "share"),
         Fact("masked", "entries that may change", "density_union", "share"),
         Fact("masks agree", "overlap of both (Jaccard)", "jaccard", "share"),
         Fact("", "energy of these entries", "masked_energy", "share"),
@@ -605,4 +627,61 @@ INITIALISED = Answer(
     noise=("chance", "random matrices, masks and directions"),
     caveat="Facts of the start alone: how training goes is not in them.",
     next="is it sound: geoscope verify-adapter",
+)
+_WAY = "Check which is the older one: a date, a model card, a tokenizer that grew."
+_MORE = "Give more candidates; none of these is the one."
+LINEAGE = Answer(
+    outcomes=(
+        Outcome(("COPY",), "THE SAME WEIGHTS", "{verdict}"),
+        Outcome(("QUANTISED",), "A ROUNDED COPY", "{verdict}"),
+        Outcome(("MERGE",), "A MERGE", "{verdict}"),
+        Outcome(("DESCENDS",), "PARENT FOUND", "{verdict}"),
+        Outcome(("LINE",), "PARENT LIKELY", "{verdict}", "open"),
+        Outcome(("BETWEEN",), "BETWEEN TWO", "{verdict}", "open", _WAY),
+        Outcome(("NO_PARENT",), "NO PARENT, BUT FAMILY", "{verdict}", "open", _MORE),
+        Outcome(("EITHER_WAY",), "FAMILY, WHICH WAY?", "{verdict}", "open", _WAY),
+        Outcome(("UNRELATED",), "NOT MADE FROM THESE", "{verdict}", "bad", _MORE),
+        Outcome(("TOO_FAR",), "CANNOT TELL", "{verdict}", "bad", _MORE),
+        Outcome((), "CANNOT TELL", "{verdict}", "bad"),
+    ),
+    roles=(
+        ("PARENT", "parent"),
+        ("ANCESTOR", "ancestor"),
+        ("BEYOND", "behind it"),
+        ("SIBLING", "sibling"),
+        ("DESCENDANT", "descendant"),
+        ("NEAR", "near"),
+        ("RELATIVE", "relative"),
+        ("COPY", "the same"),
+        ("QUANTISED", "rounded"),
+        ("MERGED", "merged"),
+        ("UNRELATED", "unrelated"),
+        ("TOO_FAR", "too far"),
+        ("OTHER_SHAPES", "other shapes"),
+    ),
+    facts=(
+        Fact(
+            "cosine",
+            "of both weights",
+            "base_cosine",
+            limit="too_far.cosine",
+            sign="<",
+            beyond="too far",
+            has_own_null=False,
+        ),
+        Fact("size", "of the update (ρ)", "relative_update", "share"),
+        Fact("angle", "at it; 90°: between", "lineage_angle", "angle", has_own_null=False),
+        Fact("unchanged", "entries equal in bf16", "update_sparsity", "share"),
+        Fact("vocab.", "embedding, head equal", "equal_embeddings", "share"),
+        Fact("growth", "of ‖W‖² over ‖ΔW‖²", "growth"),
+        Fact("in the merge", "its weight", "merge_weight"),
+        Fact("rounded", "rounding/distance", "copy_share", "share"),
+        _RESOLVED,
+    ),
+    noise=("noise", "unrelated updates (at 90°)"),
+    caveat="Which of two is older is told by norms alone: weight decay can reverse it.",
+    next="what changed: geoscope compare",
+    is_joint=True,
+    arrow="←",
+    others="candidates",
 )

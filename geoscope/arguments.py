@@ -16,6 +16,7 @@ from geoscope.errors import OptionError
 
 __all__ = [
     "Place",
+    "bytes_of",
     "joined",
     "normalise",
     "numbers",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Place = str | os.PathLike[str]
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def path_text(value: Any, name: str) -> str:
@@ -72,6 +74,19 @@ def size(value: Any, name: str) -> str:
     if isinstance(value, str) or (isinstance(value, Integral) and not isinstance(value, bool)):
         return str(value)
     raise OptionError(f"`{name}` {value!r}: write a size such as 8GB or 500M")
+
+
+def bytes_of(text: str, name: str, *, others: str = "") -> int:
+    """Bytes of a size such as `8GB`, `500M`, `2000000000`. others: what else may be written."""
+    number = text.strip().upper().rstrip("BKMG")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        amount = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        amount = -1
+    if amount < 0:
+        raise OptionError(f"`{name}` {text!r}: write a size such as 8GB or 500M{others}")
+    return amount
 
 
 def _items(value: Any, name: str, what: str) -> tuple[Any, ...]:

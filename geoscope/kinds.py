@@ -3,7 +3,7 @@
 What it holds (families of METRICS, overlaps, curves), who judges it and with which codes, and what
 it shows: ids of its tables, most important first (what does not fit a narrow terminal is left out
 from the right), panels of its figure, its words. An id that ends in `@k` stands for every k in the
-report. A new kind is one entry.
+report. What else a new kind needs: docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from geoscope.answers import (
     CAPACITY_USED,
     COMPARED,
     INITIALISED,
+    LINEAGE,
     MOVED,
     SPECTRUM,
     Answer,
 )
 
-__all__ = ["CAPACITY", "FAR", "KINDS", "MOTION", "PAIR_KINDS", "UPDATE", "Judge", "Kind"]
+__all__ = ["CAPACITY", "FAR", "KIN", "KINDS", "MOTION", "PAIR_KINDS", "UPDATE", "Judge", "Kind"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ CAPACITY = Judge(
     ),
 )
 MOTION = Judge("motion", (*FAR, "NO_UPDATE", "UNDETERMINED", "DRIFT", "NO_DRIFT"))
+# Of the model, and of each candidate.
+KIN = Judge(
+    "kin",
+    (
+        *FAR,
+        *("COPY", "QUANTISED", "MERGE", "DESCENDS", "LINE", "BETWEEN", "NO_PARENT"),
+        "EITHER_WAY",
+        *("PARENT", "ANCESTOR", "BEYOND", "SIBLING", "DESCENDANT", "NEAR", "RELATIVE", "MERGED"),
+        "OTHER_SHAPES",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class Kind:
     worst: the id that orders the matrices where no verdict flags any.
     sentence: the id and the words of the headline where there is no verdict.
     panels: rows of panels of the figure (geoscope.report.panels).
+    close: panels of the page alone.
     answer: its first lines: headline and facts.
     null: what the nulls of this kind are, as the head of their column and in the legend.
     share: what a verdict's shares are of, in the headline and beside the counts of matrices.
@@ -107,6 +120,7 @@ class Kind:
     curves: tuple[str, ...] = ()
     null: tuple[str, str] = ("isotropic", "isotropic update of the same size")
     share: tuple[str, str] = ("of the update's energy", "matrices (share of energy)")
+    close: tuple[str, ...] = ("worst",)
     drops_empty: bool = False
     has_cautions: bool = True
 
@@ -465,6 +479,41 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "random walk",
                 "a random walk with the same step norms; of shares, an isotropic matrix",
             ),
+        ),
+        "lineage": Kind(
+            title="Lineage",
+            answer=LINEAGE,
+            judge=KIN,
+            model=(
+                (
+                    "distance",
+                    (
+                        "base_cosine",
+                        "relative_update",
+                        "precision_ratio",
+                        "update_sparsity",
+                        "equal_embeddings",
+                    ),
+                ),
+                ("place", ("lineage_angle", "growth", "merge_weight", "copy_share")),
+            ),
+            columns=(
+                "base_cosine",
+                "relative_update",
+                "update_sparsity",
+                "lineage_angle",
+                "growth",
+                "precision_ratio",
+                "equal_embeddings",
+                "merge_weight",
+                "copy_share",
+            ),
+            worst="relative_update",
+            sentence=("relative_update", "The model is {value} of the candidate's size away."),
+            panels=(("distances",),),
+            null=("independent", "an update that knows nothing of the weights"),
+            drops_empty=True,
+            has_cautions=False,
         ),
     }
 )

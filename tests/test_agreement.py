@@ -168,6 +168,7 @@ def _close(key: str, mine: float | None, theirs: float | None) -> bool:
     return math.isclose(mine, theirs, rel_tol=1e-6, abs_tol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["collapse", "anisotropy", "alignment"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_command_gives_the_numbers_of_compare(tmp_path: Path, kind: str, quick: bool) -> None:

@@ -85,7 +85,7 @@ def options_of(command: str) -> set[str]:
     """All spellings of the options of a command, and of the commands below it."""
     found: set[str] = set()
     for path in [(command,), *((command, name) for name in commands_below(command))]:
-        for line in section_of(help_of(*path), "Options"):
+        for line in help_of(*path).splitlines():  # they stand in groups
             if line.startswith("  -"):
                 found |= spellings(re.split(r"\s{2,}|<", line.strip())[0])
     return found
@@ -416,13 +416,32 @@ def test_ci_ends_with_the_test_command_of_the_readme() -> None:
     assert script[-1] in text_of(ROOT / "README.md")
 
 
+# --- the picture --------------------------------------------------------------------------------
+
+
+def test_the_picture_of_the_readme_is_the_figure_of_the_demo(tmp_path: Path) -> None:
+    picture = DOCS / "images" / "demo.svg"
+    assert "(docs/images/demo.svg)" in text_of(ROOT / "README.md")
+    unpack(tmp_path / DEMO)
+    models = tmp_path / DEMO / "base", tmp_path / DEMO / "grpo" / "checkpoint-320"
+    report = geoscope.compare(*models, kind="collapse", options=geoscope.Options(device="cpu"))
+    report.save(tmp_path / "demo.svg")
+    if writing():
+        picture.write_bytes((tmp_path / "demo.svg").read_bytes())
+    words = [
+        re.findall(r"<!-- (.*?) -->", text_of(path)) for path in (picture, tmp_path / "demo.svg")
+    ]
+    assert words[0] == words[1]
+    assert len(words[0]) > 40
+
+
 # --- versions -----------------------------------------------------------------------------------
 
 
 def test_constraints_pin_every_requirement() -> None:
     project = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["test"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["test"], *extras["dev"], *extras["ray"]]
     lines = text_of(ROOT / "constraints.txt").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins)  # no +cpu, no addresses

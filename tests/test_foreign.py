@@ -212,7 +212,7 @@ def test_a_name_that_stands_twice_among_sixty_thousand_is_found_at_once() -> Non
     entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     names = [*(f"layers.{i}.weight" for i in range(60_000)), "layers.59999.weight"]
     text = "{" + ",".join(f'"{name}":{entry}' for name in names) + "}"
-    with pytest.raises(CheckpointError, match=r"'layers.59999.weight' stands there twice"):
+    with pytest.raises(CheckpointError, match=r"'layers.59999.weight' occurs twice"):
         parse_header(text.encode(), 8 + len(text), "model.safetensors")
 
 

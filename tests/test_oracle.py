@@ -707,6 +707,7 @@ def test_null_values_and_null_statuses_agree():
 # --- sampled nulls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rho", "expected"), [(1e-1, 0.018), (1e-2, 0.173), (1e-3, 0.775), (1e-4, 0.977)]
 )
@@ -766,6 +767,7 @@ UPDATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 @pytest.mark.parametrize("rho", [1e-1, 1e-2, 1e-3])
 def test_verdict_of_known_updates(name, rho):
@@ -780,6 +782,7 @@ def test_verdict_forgives_angles_that_an_isotropic_update_has_too():
     assert row.verdict == "OFF_PRINCIPAL"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 def test_verdict_of_known_updates_in_bf16(name):
     update, expected = UPDATES[name]

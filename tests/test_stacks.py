@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from geoscope.linalg.grids import grid_of, grids_of
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.verbs.options import Options
 from tests.helpers.matrices import DTYPES, gaussian, heavy_headed, save_model
+from tests.helpers.running import by_rows
 
 planning = importlib.import_module("geoscope.engine.plan")  # its name is that of a function, too
 
@@ -42,11 +44,11 @@ def weights(dtype: torch.dtype, *, tuned: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def told(folder: Path, jobs: int, **options: bool) -> list[str]:
+def told(folder: Path, jobs: int, **options: Any) -> list[str]:
     """The part of the report that each matrix has, and the verdict."""
     chosen = Options(jobs=jobs, ks=(4, 16), cache=None, **options)
     report = geoscope.compare(str(folder / "base"), str(folder / "tuned"), options=chosen)
-    found = report.to_json()
+    found = by_rows(report.to_json())
     return [json.dumps(part) for part in (*found["layers"], found["summary"])]
 
 
@@ -58,8 +60,8 @@ def test_reports_do_not_depend_on_stacks_and_workers(
         save_model(tmp_path / side, weights(DTYPES[dtype], tuned=side == "tuned"))
     runs = []
     for together, turns, jobs in ((0, 1, 1), (10**9, 1, 1), (10**9, 1, 2), (10**6, 4, 2)):
-        monkeypatch.setattr(planning, "_TOGETHER", together)
-        monkeypatch.setattr(planning, "_TURNS", turns)
+        monkeypatch.setattr(planning, "_MAX_STACK_BYTES", together)
+        monkeypatch.setattr(planning, "_STACKS_PER_WORKER", turns)
         runs.append(told(tmp_path, jobs))
     assert len(runs[0]) == len(SHAPES) * EXPERTS + 1
     assert runs[1:] == [runs[0]] * 3
@@ -74,7 +76,7 @@ def test_nor_do_those_with_other_options(
     for side in ("base", "tuned"):
         save_model(tmp_path / side, weights(torch.bfloat16, tuned=side == "tuned"))
     stacked = told(tmp_path, 2, **{option: True})
-    monkeypatch.setattr(planning, "_TOGETHER", 0)
+    monkeypatch.setattr(planning, "_MAX_STACK_BYTES", 0)
     assert told(tmp_path, 1, **{option: True}) == stacked
 
 

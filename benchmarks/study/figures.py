@@ -57,7 +57,7 @@ def _aucs(results: Results) -> Figure:
 
 def _forest(axes: Axes, estimates: list[Estimate], bar: float, title: str) -> None:
     for place, each in enumerate(estimates):
-        if each.value is not None:
+        if each.value is not None and each.low is not None and each.high is not None:
             axes.plot([each.low, each.high], [place, place], color="#555555", lw=1)
             axes.plot(each.value, place, "o", color="#2166ac", ms=4)
     axes.axvspan(0.5 - bar, 0.5 + bar, color="#eeeeee", zorder=0)

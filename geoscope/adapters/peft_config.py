@@ -102,8 +102,9 @@ def target_modules(adapted: Collection[str], every: Collection[str]) -> list[str
     caught = sorted(path for path in others for target in targets if path.endswith(f".{target}"))
     if caught:
         raise OptionError(
-            f"target_modules cannot name the adapted modules alone: {first_names(caught)} would be "
-            "adapted too; adapt them as well, or leave out their namesakes"
+            "no target_modules list selects only the adapted modules: "
+            f"{first_names(caught)} would be adapted too. Adapt them as well, or leave out the "
+            "modules of the same name"
         )
     return sorted(targets)
 

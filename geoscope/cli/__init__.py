@@ -7,16 +7,19 @@ from typing import Annotated
 import typer
 
 from geoscope._version import __version__
-from geoscope.cli import adapters, cache, demo, output, pairs, reading, series, watch
-from geoscope.cli.command import flat
-from geoscope.cli.wording import worded
+from geoscope.cli import adapters, cache, demo, lineage, output, pairs, reading, series, watch
+from geoscope.cli.command import as_typer_command
+from geoscope.cli.help import GroupedCommand
+from geoscope.cli.versions import versions
+from geoscope.cli.wording import with_option_names
 from geoscope.errors import GeoscopeError
 
 __all__ = ["app", "told"]
 
 _EPILOG = (
-    "Exit codes: 0 done, findings included; 1 error, nothing compared, or incomplete under "
-    "--strict; 2 usage; 3 a --fail-on condition holds; 130 interrupted; 143 terminated."
+    "Exit codes: 0 success, whatever was found; 1 error, nothing compared, or not everything "
+    "compared, with --strict; 2 wrong usage; 3 --fail-on holds; 130 interrupted; "
+    "143 terminated."
 )
 
 
@@ -25,7 +28,6 @@ app = typer.Typer(
     help="What RLVR post-training did to the weights: anisotropy, alignment, spectral collapse.",
     epilog=_EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +36,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        output.data(f"geoscope {__version__}")
+        output.data(f"geoscope {__version__}\n{versions()}")
         raise typer.Exit
 
 
@@ -54,6 +56,7 @@ for _command in (
     pairs.alignment,
     pairs.compare,
     pairs.capacity,
+    lineage.lineage,
     series.trajectory,
     series.extrapolate,
     watch.watch,
@@ -63,12 +66,13 @@ for _command in (
     reading.show,
     reading.join,
     reading.metrics,
+    reading.schema,
     demo.demo,
 ):
-    app.command(epilog=_EPILOG)(flat(_command))
+    app.command(cls=GroupedCommand, epilog=_EPILOG)(as_typer_command(_command))
 app.add_typer(cache.app, name="cache")
 
 
 def told(error: GeoscopeError) -> str:
     """The error's line with options where the library names parameters."""
-    return worded(str(error))
+    return with_option_names(str(error))

@@ -12,8 +12,8 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import repeated, taken
-from geoscope.cli.output import Show, Told
+from geoscope.cli.command import option_fields, repeated, resumable
+from geoscope.cli.output import Show, TextAnswer
 from geoscope.verbs.adapters.options import InitOptions
 
 if TYPE_CHECKING:
@@ -42,22 +42,27 @@ def init_adapter(
     *,
     options: Annotated[
         InitOptions,
-        taken(
+        option_fields(
             *_METHOD,
             "force",
             *_SELECT,
             "device",
             "solver",
+            "max_memory",
             "jobs",
             "seed",
+            "cache",
             force=opt.ForceInit,
             device=opt.InitDevice,
+            max_memory=opt.InitMemory,
             seed=opt.InitSeed,
         ),
     ],
     out: opt.InitFolder = None,
     files: opt.ReportFiles = None,
-    show: Annotated[Show, taken("as_json", "quiet", "details", "verbose", "debug")],
+    show: Annotated[
+        Show, option_fields("as_json", "style", "quiet", "details", "verbose", "debug")
+    ],
 ) -> None:
     """Initial weights of an adapter: GeoRA, PiSSA, RLPO …."""
     from geoscope.verbs.adapters.initialise import default_output, initialise, model_here
@@ -65,7 +70,7 @@ def init_adapter(
     model = model_here() if model is None else model
     out = out or default_output(model, options)
     output.check_outputs(files or (), force=options.force)
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         made = initialise(
             model,
             out,
@@ -107,7 +112,7 @@ def _tell(made: Initialised, options: InitOptions, quiet: bool) -> None:
 
 # --- verify-adapter -------------------------------------------------------------------------------
 
-Answer = Annotated[Show, taken("as_json", "quiet", "debug")]
+Answer = Annotated[Show, option_fields("as_json", "quiet", "debug")]
 
 
 def verify_adapter(
@@ -137,7 +142,7 @@ def verify_adapter(
         raise typer.Exit(1)
 
 
-def _verification(verification: Verification) -> Told:
+def _verification(verification: Verification) -> TextAnswer:
     """A line a check, what failed with its reason."""
     layout = f", layout {verification.layout}" if verification.layout else ""
     checks = verification.checks
@@ -147,7 +152,7 @@ def _verification(verification: Verification) -> Told:
         headline = f"NOT SOUND: {len(failed)} of {len(checks)} checks failed."
     lines = [f"{_mark(check)} {check.text}" for check in checks]
     lines += [f"note: {note}" for note in verification.notes]
-    return Told(f"{verification.folder} on {verification.base}{layout}", headline, lines)
+    return TextAnswer(f"{verification.folder} on {verification.base}{layout}", headline, lines)
 
 
 def _mark(check: Check) -> str:
@@ -204,7 +209,7 @@ def _facts(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -
     }
 
 
-def _converted(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -> Told:
+def _converted(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -> TextAnswer:
     """What was written, and what its rank leaves out of the update."""
     from geoscope.report.numbers import number
     from geoscope.verbs.adapters.convert import discarded_share
@@ -217,8 +222,8 @@ def _converted(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy
     ]
     title = f"Adapter converted: {out}"
     if not modules:
-        return Told(title, f"{what}: exact.", lines)
+        return TextAnswer(title, f"{what}: exact.", lines)
     worst = max(modules, key=lambda module: module.share)
     lines.append(f"worst       {number(worst.share)} left out of {worst.name}")
     discarded = number(discarded_share(modules))
-    return Told(title, f"{what}: {discarded} of the update's energy is left out.", lines)
+    return TextAnswer(title, f"{what}: {discarded} of the update's energy is left out.", lines)

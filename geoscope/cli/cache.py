@@ -1,23 +1,24 @@
-"""`geoscope cache list|clear`: the kept results, and the kept tensors of Hub models."""
+"""`geoscope cache list|clear`: the kept results, tensors of Hub models and factors."""
 
 from __future__ import annotations
 
 import typer
 
 from geoscope.cli import output
+from geoscope.cli.help import GroupedCommand
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="The kept results, and tensors of Hub models.",
+    help="The kept results, tensors and factors.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
-@app.command("list")
+@app.command("list", cls=GroupedCommand)
 def show() -> None:
-    """Where results and tensors are kept, how many, and their size."""
+    """Where results, tensors and factors are kept, how many, and their size."""
     from geoscope.verbs.caches import caches
 
     for kept in caches():
@@ -25,9 +26,9 @@ def show() -> None:
         output.data(f"{kept.folder}\n{len(kept.sizes)} {kept.what}, {size:.1f} MB")
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 def clear() -> None:
-    """Remove every kept result and tensor."""
+    """Remove every kept result, tensor and factor."""
     from geoscope.verbs.caches import caches
 
     for kept in caches():

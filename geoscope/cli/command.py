@@ -1,15 +1,16 @@
 """What all commands have in common: options as objects, and the way from a report to an exit code.
 
 A command takes an option as a parameter, `masks: opt.Masks = False`, or many at once as an object
-of the library's own options: `options: Annotated[Options, taken("include", "exclude")]` is made of
-these fields.
+of the library's own options: `options: Annotated[Options, option_fields("include", "exclude")]` is
+made of these fields.
 """
 
 from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
@@ -19,36 +20,45 @@ from geoscope.cli import options as opt
 from geoscope.cli import output
 from geoscope.cli.fail_on import Condition, holding, parse_fail_on
 from geoscope.cli.output import Show
-from geoscope.errors import first_names
+from geoscope.errors import Stopped, first_names
 from geoscope.kinds import KINDS
 from geoscope.records import Report
+from geoscope.verbs.choices import Resume
 
-__all__ = ["Taken", "flat", "leave", "ready", "repeated", "taken"]
+__all__ = [
+    "OptionFields",
+    "as_typer_command",
+    "check_outputs_and_conditions",
+    "exit_with_code",
+    "option_fields",
+    "repeated",
+    "resumable",
+]
 
 
 @dataclass(frozen=True)
-class Taken:
+class OptionFields:
     """The fields of a class of options that a command takes, in this order, each with its words."""
 
     words: Mapping[str, Any]
 
 
-def taken(*names: str, **own: Any) -> Taken:
+def option_fields(*names: str, **own: Any) -> OptionFields:
     """These fields, in the words of the alias of the same name, or for some in words of their own.
 
     A field that stands in `own` alone comes last.
     """
-    return Taken({name: own.get(name) or _alias(name) for name in (*names, *own)})
+    return OptionFields({name: own.get(name) or _alias(name) for name in (*names, *own)})
 
 
 def _alias(field: str) -> Any:
     return getattr(opt, "".join(part.capitalize() for part in field.split("_")))
 
 
-def flat(command: Callable[..., None]) -> Callable[..., None]:
+def as_typer_command(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer takes it: an option for each field of its parameters of options."""
     parameters = inspect.signature(command, eval_str=True).parameters.values()
-    groups: dict[str, tuple[type, Taken]] = {
+    groups: dict[str, tuple[type, OptionFields]] = {
         parameter.name: get_args(parameter.annotation)[:2]
         for parameter in parameters
         if _is_group(parameter.annotation)
@@ -72,14 +82,14 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
 
 def _is_group(annotation: Any) -> bool:
     parts = get_args(annotation) if get_origin(annotation) is Annotated else ()
-    return any(isinstance(part, Taken) for part in parts)
+    return any(isinstance(part, OptionFields) for part in parts)
 
 
 def _reader(alias: Any) -> opt.Read | None:
     return next((part for part in get_args(alias) if isinstance(part, opt.Read)), None)
 
 
-def _parameters(kind: type, group: Taken) -> list[inspect.Parameter]:
+def _parameters(kind: type, group: OptionFields) -> list[inspect.Parameter]:
     """An option for each field that is taken, with the field's default."""
     defaults = {each.name: each.default for each in fields(kind)}
     return [
@@ -93,7 +103,7 @@ def _parameters(kind: type, group: Taken) -> list[inspect.Parameter]:
     ]
 
 
-def _made(kind: type, group: Taken, written: Mapping[str, Any]) -> Any:
+def _made(kind: type, group: OptionFields, written: Mapping[str, Any]) -> Any:
     """The options that the words make."""
     values = {}
     for name, alias in group.words.items():
@@ -105,7 +115,7 @@ def _made(kind: type, group: Taken, written: Mapping[str, Any]) -> Any:
 # --- from a report to an exit code ----------------------------------------------------------------
 
 
-def ready(
+def check_outputs_and_conditions(
     show: Show, *, kind: str, ids: Collection[str] = (), codes: Collection[str] | None = None
 ) -> tuple[Condition, ...]:
     """The conditions of --fail-on; refuses what could not hold or be written later.
@@ -120,7 +130,7 @@ def ready(
     return conditions
 
 
-def leave(
+def exit_with_code(
     report: Report, show: Show, conditions: Sequence[Condition], *, done: str | None = None
 ) -> None:
     """Ends the process where its exit code is not 0, and says why.
@@ -138,8 +148,20 @@ def leave(
 
 
 def _fail(reason: str, code: int) -> NoReturn:
-    output.fault(reason)
+    output.write_error(reason)
     raise typer.Exit(code)
+
+
+@contextmanager
+def resumable(options: Resume) -> Iterator[None]:
+    """Work whose finished matrices are kept: a stop says that the same command goes on."""
+    try:
+        yield
+    except Stopped as stop:
+        if options.cache is None:
+            raise
+        output.write_error("interrupted; what was computed is kept, give the command again")
+        raise typer.Exit(stop.exit_code) from None
 
 
 def repeated(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from geoscope.cli import output
-from geoscope.cli.command import taken
+from geoscope.cli.command import option_fields
 from geoscope.cli.output import Show
 
 __all__ = ["demo"]
@@ -20,7 +20,7 @@ def demo(
         "geoscope-demo"
     ),
     *,
-    show: Annotated[Show, taken("quiet", "debug")],
+    show: Annotated[Show, option_fields("quiet", "debug")],
 ) -> None:
     """The five-minute tour, on a small real run."""
     from geoscope.demo import unpack
@@ -28,7 +28,9 @@ def demo(
     from geoscope.verbs.pairs.compare import compare
 
     fresh = unpack(folder)
-    output.say(f"{'unpacked' if fresh else 'using'} the demo run in {folder}", quiet=show.quiet)
+    output.write_message(
+        f"{'unpacked' if fresh else 'using'} the demo run in {folder}", quiet=show.quiet
+    )
     steps = sorted((folder / "grpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     with output.progress(quiet=show.quiet) as progress:
         report = compare(

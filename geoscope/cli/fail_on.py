@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from geoscope.errors import OptionError
+from geoscope.kinds import KINDS
 from geoscope.records import Report, Verdict
 
 __all__ = ["Condition", "holding", "parse_fail_on"]
@@ -39,8 +40,11 @@ class Condition:
 
 
 def _verdicts(report: Report) -> list[Verdict]:
+    """Of each tuned model, and of the report where these have one answer together."""
     several = [run.verdict for run in report.summary.runs if run.verdict is not None]
-    return several or [one for one in (report.summary.verdict,) if one is not None]
+    is_joint = report.kind in KINDS and KINDS[report.kind].answer.is_joint
+    own = [one for one in (report.summary.verdict,) if one is not None]
+    return several + own if is_joint or not several else several
 
 
 def parse_fail_on(

@@ -24,7 +24,7 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float] | None:
 
 
 def _parse(text: str) -> tuple[str, float]:
-    from geoscope.metrics import THRESHOLDS
+    from geoscope.thresholds import THRESHOLDS
 
     name, sign, value = (part.strip() for part in text.partition("="))
     if not sign:

@@ -1,6 +1,6 @@
 """Where words go: data to standard output, talk to standard error; both know what a terminal is.
 
-All of them pass `worded`: the library names parameters, the command line its options.
+All of them pass `with_option_names`: the library names parameters, the command line its options.
 """
 
 from __future__ import annotations
@@ -11,39 +11,38 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from geoscope import report as reports
-from geoscope.cli.wording import worded
+from geoscope.cli.bars import Bars
+from geoscope.cli.wording import with_option_names
 from geoscope.errors import ReportError
 from geoscope.foreign import printable
 from geoscope.records import Report
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from geoscope.verbs.options import Planned, Progress
 
 __all__ = [
     "Show",
-    "Told",
+    "TextAnswer",
     "answer",
     "check_file",
     "check_outputs",
     "data",
     "document",
     "emit",
-    "fault",
     "matrices",
     "progress",
     "remark",
-    "say",
     "say_in_pipe",
     "take_streams",
+    "write_error",
+    "write_message",
 ]
 
 _SCREEN = 1600  # letters
@@ -109,7 +108,7 @@ class _Stream(io.TextIOWrapper):
 
 def data(text: str) -> None:
     """Text on standard output, one line end at its end, and no letter that steers a terminal."""
-    _put(printable(worded(text), lines=True))
+    _put(printable(with_option_names(text), lines=True))
 
 
 def _put(text: str) -> None:
@@ -119,7 +118,7 @@ def _put(text: str) -> None:
 
 def document(text: str) -> None:
     """A JSON document on standard output, in ASCII where not all of it can be shown."""
-    text = worded(text)
+    text = with_option_names(text)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
         can_be_shown = printable(text, lines=True) == text
@@ -128,22 +127,22 @@ def document(text: str) -> None:
     _put(text if can_be_shown else json.dumps(json.loads(text), sort_keys=True))
 
 
-def say(text: str, *, quiet: bool = False) -> None:
+def write_message(text: str, *, quiet: bool = False) -> None:
     """A remark on standard error."""
     if not quiet:
-        sys.stderr.write(printable(worded(text), lines=True) + "\n")
+        sys.stderr.write(printable(with_option_names(text), lines=True) + "\n")
         sys.stderr.flush()
 
 
-def fault(text: str) -> None:
+def write_error(text: str) -> None:
     """The one line about what went wrong, on standard error: no longer than a screen."""
     line = printable(text)
-    say(f"geoscope: {line if len(line) <= _SCREEN else f'{line[:_SCREEN]}…'}")
+    write_message(f"geoscope: {line if len(line) <= _SCREEN else f'{line[:_SCREEN]}…'}")
 
 
 def remark(text: str, *, quiet: bool = False) -> None:
     """A remark of one or more lines, as wide as the terminal at the most."""
-    say(_wrapped(text, _columns(sys.stderr)), quiet=quiet)
+    write_message(_wrapped(text, _columns(sys.stderr)), quiet=quiet)
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -156,7 +155,7 @@ def _wrapped(text: str, width: int) -> str:
 def say_in_pipe(text: str, *, quiet: bool = False) -> None:
     """A remark where no terminal shows a progress bar."""
     if not sys.stderr.isatty():
-        say(text, quiet=quiet)
+        write_message(text, quiet=quiet)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +164,7 @@ class Show:
 
     as_json: bool = False
     out: Sequence[Path] = ()
+    style: str = reports.STYLES[0]
     force: bool = False
     strict: bool = False
     dry_run: bool = False
@@ -182,15 +182,17 @@ def emit(report: Report, show: Show) -> None:
         if show.as_json:
             document(report.dumps())
         else:
-            _put(worded(_text(report, show)))  # printable by itself: escapes in it are our colours
+            _put(
+                with_option_names(_text(report, show))
+            )  # printable by itself: escapes in it are our colours
     finally:
         for path in show.out:
-            reports.write(report, path, words=worded)
-            say(f"wrote {path}", quiet=show.quiet)
+            reports.write(report, path, style=show.style, words=with_option_names)
+            write_message(f"wrote {path}", quiet=show.quiet)
 
 
 @dataclass(frozen=True)
-class Told:
+class TextAnswer:
     """What a command says that makes no report.
 
     title: what it is about.
@@ -209,7 +211,7 @@ class Told:
         return "\n".join(_wrapped(line, 80) for line in lines)
 
 
-def answer(facts: Mapping[str, Any], told: Told, show: Show) -> None:
+def answer(facts: Mapping[str, Any], told: TextAnswer, show: Show) -> None:
     """What is not a report, on standard output: the facts as JSON, or the text; its headline."""
     if show.as_json:
         document(json.dumps(facts, indent=2, sort_keys=True))
@@ -262,40 +264,30 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     noted: set[str] = set()
 
     def plan(planned: Planned) -> None:
-        say(_plan_line(planned), quiet=quiet)
+        write_message(_plan_line(planned), quiet=quiet)
         for note in planned.notes:
             if note not in noted:  # the base is the same for every tuned model
-                say(f"note: {note}", quiet=quiet)
+                write_message(f"note: {note}", quiet=quiet)
             noted.add(note)
 
     def recalled(count: int, total: int) -> None:
-        say(f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet)
+        write_message(
+            f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet
+        )
 
     def note(text: str) -> None:
-        say(f"note: {text}", quiet=quiet)
+        write_message(f"note: {text}", quiet=quiet)
 
     if quiet or not sys.stderr.isatty():
         yield Progress(on_plan=plan, on_recalled=recalled, on_note=note)
         return
-    bar = _bar()
-    tasks: dict[str, Any] = {}
-
-    def between_bars(planned: Planned) -> None:
-        bar.stop()
-        plan(planned)
-        bar.start()
-        tasks["matrices"] = bar.add_task("matrices", total=planned.matrices)
-
-    def paired(done: int, _total: int, _name: str) -> None:
-        bar.update(tasks["matrices"], completed=done)
-
-    with bar:
+    with Bars() as bars:
         yield Progress(
-            on_download=_downloads(bar),
-            on_plan=between_bars,
-            on_pair=paired,
-            on_recalled=recalled,
-            on_note=note,
+            on_download=bars.fetched,
+            on_plan=bars.between(plan),
+            on_pair=bars.counted("matrices"),
+            on_recalled=bars.between(recalled),
+            on_note=bars.between(note),
         )
 
 
@@ -305,62 +297,28 @@ def matrices(*, quiet: bool) -> Iterator[Progress]:
     from geoscope.verbs.options import Progress
 
     def fetching(nbytes: int, free: int) -> None:
-        say(_fetching(nbytes, free), quiet=quiet)
+        write_message(_fetching(nbytes, free), quiet=quiet)
 
     def training(done: int, total: int) -> None:
         if done == 0:
-            say(f"training {total} networks", quiet=quiet)
+            write_message(f"training {total} networks", quiet=quiet)
 
-    if quiet or not sys.stderr.isatty():
-        yield Progress(on_fetch=fetching, on_network=training)
-        return
-    with _bar() as bar:
-        task = bar.add_task("matrices", total=None)
-
-        def between_bars(nbytes: int, free: int) -> None:
-            bar.stop()
-            fetching(nbytes, free)
-            bar.start()
-
-        def paired(done: int, total: int, _name: str) -> None:
-            bar.update(task, completed=done, total=total)
-
-        def trained(done: int, total: int) -> None:
-            bar.update(task, description="networks", completed=done, total=total)
-
-        yield Progress(
-            on_fetch=between_bars,
-            on_download=_downloads(bar),
-            on_pair=paired,
-            on_network=trained,
+    def recalled(count: int, total: int) -> None:
+        write_message(
+            f"{count} of {total} results from the cache (--no-resume computes anew)", quiet=quiet
         )
 
-
-def _downloads(bar: Bar) -> Callable[[str, int, int], None]:
-    """A line in the bar for each file that is being fetched."""
-    tasks: dict[str, Any] = {}
-
-    def download(file: str, done: int, total: int) -> None:
-        if file not in tasks:
-            tasks[file] = bar.add_task(f"fetching {printable(file)}", total=total)
-        bar.update(tasks[file], completed=done, total=total, visible=done < total)
-
-    return download
-
-
-def _bar() -> Bar:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    return Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    if quiet or not sys.stderr.isatty():
+        yield Progress(on_fetch=fetching, on_network=training, on_recalled=recalled)
+        return
+    with Bars() as bars:
+        yield Progress(
+            on_fetch=bars.between(fetching),
+            on_download=bars.fetched,
+            on_pair=bars.counted("matrices"),
+            on_network=bars.counted("networks"),
+            on_recalled=recalled,
+        )
 
 
 def _plan_line(plan: Planned) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.command import check_outputs_and_conditions, exit_with_code, option_fields
 from geoscope.cli.output import Show
 from geoscope.errors import OptionError
 from geoscope.profile import Profile, profiling, stage
@@ -30,17 +31,17 @@ SeveralTuned = Annotated[
 Adapter = Annotated[str | None, typer.Argument(metavar="TUNED", help="Tuned model, or an adapter.")]
 
 _SHOW = (
-    *("as_json", "out", "force", "strict", "dry_run", "quiet", "details", "verbose"),
+    *("as_json", "out", "style", "force", "strict", "dry_run", "quiet", "details", "verbose"),
     *("debug", "fail_on"),
 )
 _PAIR = (
     *("include", "exclude", "layers", "initial_adapter", "lora_alpha"),
     *("map_name", "allow_vocab_resize"),
 )
-_COMPUTE = ("device", "dtype", "solver", "max_memory", "jobs", "seed", "cache")
+_COMPUTE = ("device", "dtype", "solver", "max_memory", "jobs", "seed", "cache", "ray")
 
-Shown = Annotated[Show, taken(*_SHOW)]
-Explained = Annotated[Show, taken(*_SHOW, "explain")]
+Shown = Annotated[Show, option_fields(*_SHOW)]
+Explained = Annotated[Show, option_fields(*_SHOW, "explain")]
 
 
 def collapse(
@@ -48,7 +49,9 @@ def collapse(
     tuned: Tuned,
     *,
     show: Explained,
-    options: Annotated[Options, taken(*_PAIR, "limits", "curves", "quick", "ks", *_COMPUTE)],
+    options: Annotated[
+        Options, option_fields(*_PAIR, "limits", "curves", "quick", "ks", *_COMPUTE)
+    ],
     anchor: opt.Anchor = None,
     part: opt.Part = None,
 ) -> None:
@@ -63,7 +66,7 @@ def anisotropy(
     tuned: Adapter = None,
     *,
     show: Shown,
-    options: Annotated[Options, taken(*_PAIR, "quick", *_COMPUTE)],
+    options: Annotated[Options, option_fields(*_PAIR, "quick", *_COMPUTE)],
     no_base: opt.NoBase = False,
     part: opt.Part = None,
 ) -> None:
@@ -82,7 +85,7 @@ def capacity(
     tuned: Adapter = None,
     *,
     show: Explained,
-    options: Annotated[Options, taken(*_PAIR, "limits", "budget", *_COMPUTE)],
+    options: Annotated[Options, option_fields(*_PAIR, "limits", "budget", *_COMPUTE)],
     part: opt.Part = None,
 ) -> None:
     """Rank used by an adapter; ranks that would hold an update."""
@@ -94,7 +97,7 @@ def alignment(
     tuned: SeveralTuned,
     *,
     show: Shown,
-    options: Annotated[Options, taken(*_PAIR, "masks", "curves", "quick", "ks", *_COMPUTE)],
+    options: Annotated[Options, option_fields(*_PAIR, "masks", "curves", "quick", "ks", *_COMPUTE)],
     part: opt.Part = None,
 ) -> None:
     """On or off the base's principal directions?"""
@@ -107,7 +110,7 @@ def compare(
     *,
     show: Explained,
     options: Annotated[
-        Options, taken(*_PAIR, "limits", "masks", "curves", "quick", "ks", *_COMPUTE)
+        Options, option_fields(*_PAIR, "limits", "masks", "curves", "quick", "ks", *_COMPUTE)
     ],
     anchor: opt.Anchor = None,
     part: opt.Part = None,
@@ -124,8 +127,8 @@ def inspect(
         str | None, typer.Argument(metavar="TUNED", help="A tuned model to pair it with.")
     ] = None,
     *,
-    show: Annotated[Show, taken("as_json", "verbose", "debug")],
-    options: Annotated[Options, taken(*_PAIR)],
+    show: Annotated[Show, option_fields("as_json", "verbose", "debug")],
+    options: Annotated[Options, option_fields(*_PAIR)],
 ) -> None:
     """Tensors, pairing and plan, from headers alone."""
     _survey(model, tuned, replace(options, device="cpu"), show)
@@ -146,10 +149,10 @@ def _run(
     part: str | None = None,
 ) -> None:
     """One comparison, or without a base one adapter: refuse early, compute, show, exit."""
-    from geoscope.verbs.pairs.alone import measure_adapter
     from geoscope.verbs.pairs.compare import compare as run
+    from geoscope.verbs.pairs.compare import measure_adapter
 
-    conditions = ready(show, kind=kind, ids=_ids(kind, options))
+    conditions = check_outputs_and_conditions(show, kind=kind, ids=_ids(kind, options))
     if show.dry_run:
         for model in tuned:
             _survey(base, model, options, show)
@@ -168,13 +171,13 @@ def _run(
     except Interrupted as stop:
         if stop.report is not None:
             output.emit(stop.report, show)
-        output.fault(f"{stop}; the report is partial")
+        output.write_error(f"{stop}; the report is partial")
         raise typer.Exit(128 + stop.signum) from None
     with profiling(profile), stage("render"):
         output.emit(report, show)
     if show.verbose:
-        output.say(_profile_text(profile), quiet=show.quiet)
-    leave(report, show, conditions, done="compared")
+        output.write_message(_profile_text(profile), quiet=show.quiet)
+    exit_with_code(report, show, conditions, done="compared")
 
 
 def _part(
@@ -196,13 +199,17 @@ def _part(
     if len(show.out) != 1 or show.out[0].suffix != ".json":
         raise OptionError("--part writes one file: give -o FILE.json, another for each part")
     if show.fail_on or show.strict:
-        raise OptionError("--part has no verdict: give --fail-on to `geoscope show` of the report")
+        raise OptionError(
+            "--part gives no verdict; use --fail-on with `geoscope show` on the joined report"
+        )
     try:
         with output.progress(quiet=show.quiet) as progress:
             how = {"kind": kind, "options": options, "progress": progress}
             made = compare_part(base, tuned[0], part, **how)
     except Interrupted as stop:
-        output.say("geoscope: interrupted; what was computed is kept, give the command again")
+        output.write_message(
+            "geoscope: interrupted; what was computed is kept, give the command again"
+        )
         raise typer.Exit(128 + stop.signum) from None
     write_part(made, show.out[0])
     count, whole = len(made.matrices), len(made.about.pairing.matrices)
@@ -229,6 +236,7 @@ def _survey(base: str | None, tuned: str | None, options: Options, show: Show) -
     """Headers, pairing and plan on standard output."""
     from geoscope.report.survey import render_survey
     from geoscope.verbs.pairs.alone import prepare_alone
+    from geoscope.verbs.pairs.nodes import spread_survey
     from geoscope.verbs.pairs.prepare import prepare, survey
 
     if base is None:
@@ -236,7 +244,9 @@ def _survey(base: str | None, tuned: str | None, options: Options, show: Show) -
         prepared = prepare_alone(tuned, options)
     else:
         prepared = prepare(base, base if tuned is None else tuned, options)
-    headers = survey(prepared, paired=base is not None and tuned is not None)
+    paired = base is not None and tuned is not None
+    tell = survey if options.ray is None else partial(spread_survey, options=options)
+    headers = tell(prepared, paired=paired)
     if show.as_json:
         output.document(headers.dumps())
     else:

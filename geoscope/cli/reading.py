@@ -1,4 +1,4 @@
-"""Commands that need no model: a saved report again, the table of metrics."""
+"""Commands that need no model: a saved report again, the table of metrics, the schema."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, taken
+from geoscope.cli.command import check_outputs_and_conditions, exit_with_code, option_fields
 from geoscope.cli.output import Show
 
-__all__ = ["join", "metrics", "show"]
+__all__ = ["join", "metrics", "schema", "show"]
 
 Shown = Annotated[
     Show,
-    taken("as_json", "out", "force", "quiet", "details", "verbose", "debug", "fail_on", "explain"),
+    option_fields(
+        "as_json",
+        "out",
+        "style",
+        "force",
+        "quiet",
+        "details",
+        "verbose",
+        "debug",
+        "fail_on",
+        "explain",
+    ),
 ]
 
 
@@ -34,9 +45,11 @@ def show(
     output.check_outputs(show.out, force=show.force)
     report = reports.read(path)
     codes = None if report.summary.verdict else ()
-    conditions = ready(show, kind=report.kind, codes=codes, ids=report.summary.model.keys())
+    conditions = check_outputs_and_conditions(
+        show, kind=report.kind, codes=codes, ids=report.summary.model.keys()
+    )
     output.emit(report, show)
-    leave(report, show, conditions)
+    exit_with_code(report, show, conditions)
 
 
 def join(
@@ -46,8 +59,8 @@ def join(
     *,
     show: Annotated[
         Show,
-        taken(
-            *("as_json", "out", "force", "strict", "quiet", "verbose", "debug", "fail_on"),
+        option_fields(
+            *("as_json", "out", "style", "force", "strict", "quiet", "verbose", "debug", "fail_on"),
             "explain",
         ),
     ],
@@ -60,9 +73,11 @@ def join(
     opened = [read_part(path) for path in parts]
     report = run(opened, names=[str(path) for path in parts], argv=sys.argv)
     codes = None if report.summary.verdict else ()
-    conditions = ready(show, kind=report.kind, codes=codes, ids=report.summary.model.keys())
+    conditions = check_outputs_and_conditions(
+        show, kind=report.kind, codes=codes, ids=report.summary.model.keys()
+    )
     output.emit(report, show)
-    leave(report, show, conditions, done="compared")
+    exit_with_code(report, show, conditions, done="compared")
 
 
 def metrics(
@@ -78,3 +93,10 @@ def metrics(
         output.document(describe.dumps(METRICS if chosen is None else (chosen,)))
     else:
         output.data(describe.listing() if chosen is None else describe.describe(chosen))
+
+
+def schema() -> None:
+    """The JSON Schema of reports."""
+    from importlib.resources import files
+
+    output.data(files("geoscope.records").joinpath("report.schema.json").read_text("utf-8"))

@@ -9,8 +9,13 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import leave, ready, taken
-from geoscope.cli.output import Show, Told
+from geoscope.cli.command import (
+    check_outputs_and_conditions,
+    exit_with_code,
+    option_fields,
+    resumable,
+)
+from geoscope.cli.output import Show, TextAnswer
 from geoscope.errors import OptionError
 from geoscope.verbs.series.options import FollowOptions
 
@@ -28,12 +33,25 @@ Points = Annotated[
 ]
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
+_COMPUTE = ("max_memory", "jobs", "seed", "cache")
 _TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
-_SHOW = ("as_json", "out", "force", "strict", "quiet", "details", "verbose", "debug", "fail_on")
+_SHOW = (
+    "as_json",
+    "out",
+    "style",
+    "force",
+    "strict",
+    "quiet",
+    "details",
+    "verbose",
+    "debug",
+    "fail_on",
+)
 
 
 def _series(*names: str) -> object:
-    return taken(*_RUN, *names, "jobs", "seed", *_SELECT, base=opt.SeriesBase, seed=opt.SeriesSeed)
+    own = {"base": opt.SeriesBase, "max_memory": opt.SeriesMemory, "seed": opt.SeriesSeed}
+    return option_fields(*_RUN, *names, *_COMPUTE, *_SELECT, **own)
 
 
 def trajectory(
@@ -41,23 +59,26 @@ def trajectory(
     *,
     options: Annotated[FollowOptions, _series(*_TRAJECTORY)],
     vectors: opt.Vectors = None,
-    show: Annotated[Show, taken(*_SHOW)],
+    show: Annotated[Show, option_fields(*_SHOW)],
 ) -> None:
     """Drift or diffusion? How far ahead is a run predictable?"""
     from geoscope.verbs.series.follow import follow
     from geoscope.verbs.series.report import IDS
 
-    conditions = ready(show, kind="trajectory", ids=IDS)
+    conditions = check_outputs_and_conditions(show, kind="trajectory", ids=IDS)
     if vectors is not None:
         if not options.directions:
-            raise OptionError("--vectors are leading pairs, which --no-directions leaves out")
+            raise OptionError(
+                "--vectors writes leading pairs, but --no-directions does not compute them; "
+                "leave one out"
+            )
         output.check_file(vectors, ".safetensors", force=show.force)
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         report = follow(points, options=options, vectors=vectors, progress=progress, argv=sys.argv)
     output.emit(report, show)
     for note in report.provenance.parameters["notes"]:
-        output.say(f"note: {note}", quiet=show.quiet)
-    leave(report, show, conditions, done="followed")
+        output.write_message(f"note: {note}", quiet=show.quiet)
+    exit_with_code(report, show, conditions, done="followed")
 
 
 def extrapolate(
@@ -74,12 +95,12 @@ def extrapolate(
     out: opt.PredictedFolder,
     force: opt.ForcePredicted = False,
     options: Annotated[FollowOptions, _series()],
-    show: Annotated[Show, taken("as_json", "quiet", "debug")],
+    show: Annotated[Show, option_fields("as_json", "quiet", "debug")],
 ) -> None:
     """Predicted weights of a later step, where credible."""
     from geoscope.verbs.series.extrapolate import extrapolate as run
 
-    with output.matrices(quiet=show.quiet) as progress:
+    with resumable(options), output.matrices(quiet=show.quiet) as progress:
         predicted = run(
             points,
             out,
@@ -97,7 +118,7 @@ def extrapolate(
         )
     output.answer(_facts(predicted), _told(predicted, whole_model=whole_model), show)
     for note in () if show.as_json else predicted.notes:
-        output.say(f"note: {note}", quiet=show.quiet)
+        output.write_message(f"note: {note}", quiet=show.quiet)
 
 
 def _facts(predicted: Extrapolation) -> dict[str, object]:
@@ -116,7 +137,7 @@ def _facts(predicted: Extrapolation) -> dict[str, object]:
     }
 
 
-def _told(predicted: Extrapolation, *, whole_model: bool) -> Told:
+def _told(predicted: Extrapolation, *, whole_model: bool) -> TextAnswer:
     """Whether held-out checkpoints justify the distance, and what was written how."""
     from geoscope.report.numbers import number
 
@@ -130,7 +151,7 @@ def _told(predicted: Extrapolation, *, whole_model: bool) -> Told:
         left_out = number(predicted.discarded)
         lines.append(f"rank     {predicted.rank}, which leaves out {left_out} of the energy")
     lines += ["", "Skill is about weights and not about the model: evaluate it."]
-    return Told(
+    return TextAnswer(
         f"Prediction of step {predicted.target}: {', '.join(map(str, predicted.folders))}",
         f"{'WITHIN' if is_credible else 'BEYOND'} WHAT IS CREDIBLE: {predicted.ahead} steps from "
         f"step {predicted.last}; credible are {number(predicted.horizon)}.",

@@ -14,7 +14,7 @@ import typer
 
 from geoscope.cli import options as opt
 from geoscope.cli import output
-from geoscope.cli.command import taken
+from geoscope.cli.command import option_fields
 from geoscope.cli.fail_on import Condition, holding, parse_fail_on
 from geoscope.cli.output import Show
 from geoscope.digits import number
@@ -40,14 +40,14 @@ def watch(
     *,
     options: Annotated[
         WatchOptions,
-        taken("every", "only", "seconds", *_SELECT, *_COMPUTE, base=opt.RunBase),
+        option_fields("every", "only", "seconds", *_SELECT, *_COMPUTE, base=opt.RunBase),
     ],
     once: opt.Once = False,
     until: opt.Until = None,
     interval: opt.Interval = 30.0,
     log: opt.Log = None,
     on_fail: opt.OnFail = None,
-    show: Annotated[Show, taken("as_json", "quiet", "debug", "fail_on")],
+    show: Annotated[Show, option_fields("as_json", "quiet", "debug", "fail_on")],
 ) -> None:
     """A run while it trains, checkpoint by checkpoint."""
     from geoscope.integrations.loggers import open_logger
@@ -59,7 +59,7 @@ def watch(
     conditions = parse_fail_on(
         show.fail_on, kind=kind, codes=KINDS[kind].codes, ids=ids_of(kind, options.pairs)
     )
-    output.say(f"watching {run}; lines go to {run / LOG}", quiet=show.quiet)
+    output.write_message(f"watching {run}; lines go to {run / LOG}", quiet=show.quiet)
     with ExitStack() as stack:
         loggers: list[Logger] = []
         for name in filter(None, (log or "").split(",")):
@@ -119,10 +119,10 @@ def _act(found: Observation, conditions: Sequence[Condition], command: str | Non
     met = [] if found.report is None else holding(conditions, found.report)
     if not met:
         return
-    output.say(f"geoscope: step {found.step}: --fail-on: {', '.join(met)}")
+    output.write_message(f"geoscope: step {found.step}: --fail-on: {', '.join(met)}")
     if command is None:
         raise typer.Exit(3)
     told = {"GEOSCOPE_STEP": str(found.step), "GEOSCOPE_MET": ", ".join(met)}
     done = subprocess.run(command, shell=True, check=False, env={**os.environ, **told})
     if done.returncode:
-        output.say(f"geoscope: {command} ended with {done.returncode}")
+        output.write_message(f"geoscope: {command} ended with {done.returncode}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-__all__ = ["in_options", "option_names", "worded"]
+__all__ = ["in_options", "option_names", "with_option_names"]
 
 # Markdown has a backslash before each backtick.
 _PARAMETER = re.compile(r"(\\?)`(\w+)\1`")
@@ -31,7 +31,7 @@ def in_options(text: str, names: Mapping[str, str]) -> str:
     return _PARAMETER.sub(lambda found: names.get(found[2], found[0]), text)
 
 
-def worded(text: str) -> str:
+def with_option_names(text: str) -> str:
     """The text with the options of geoscope where the library names parameters."""
     return in_options(text, _names()) if "`" in text else text
 

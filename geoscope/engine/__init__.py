@@ -3,31 +3,38 @@
 from geoscope.engine.boundary import matrix_boundary, told_failure
 from geoscope.engine.device import available_memory, free_memory, resolve_devices, resolve_dtype
 from geoscope.engine.plan import (
+    BASELINE,
     Batch,
+    asked_memory,
     default_memory,
     device_memory,
     estimate_seconds,
-    least_memory,
-    parse_memory,
+    needed_memory,
     plan,
+    room_for_batches,
 )
-from geoscope.engine.stream import Outcome, one_blas_thread, stream
+from geoscope.engine.speed import slowness
+from geoscope.engine.stream import Gate, Outcome, one_blas_thread, stream
 
 __all__ = [
+    "BASELINE",
     "Batch",
+    "Gate",
     "Outcome",
+    "asked_memory",
     "available_memory",
     "default_memory",
     "device_memory",
     "estimate_seconds",
     "free_memory",
-    "least_memory",
     "matrix_boundary",
+    "needed_memory",
     "one_blas_thread",
-    "parse_memory",
     "plan",
     "resolve_devices",
     "resolve_dtype",
+    "room_for_batches",
+    "slowness",
     "stream",
     "told_failure",
 ]

@@ -8,6 +8,7 @@ one that was changed, moved or cut is not there.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from geoscope.files import TEMPORARY, keep, own_entries, remove, remove_if_empty
-from geoscope.foreign import parsed, small_text
+from geoscope.foreign import SMALL, parsed, small_text
 
-__all__ = ["ResultCache", "content_of"]
+__all__ = ["ResultCache", "code_version", "content_key", "content_of", "packed", "unpacked"]
 
 
 _FOLDER = re.compile(r"[0-9a-f]{2}")
@@ -39,8 +40,7 @@ class ResultCache:
 
     def key(self, parts: Mapping[str, Any]) -> str:
         """The key of a result: sha256 over its parts and the code version."""
-        text = json.dumps({**parts, "code": code_version()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return content_key(parts)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The result, or None; whatever is not what `put` wrote under this key counts as none."""
@@ -53,9 +53,17 @@ class ResultCache:
         return result if intact and isinstance(result, dict) else None
 
     def put(self, key: str, result: Mapping[str, Any]) -> None:
-        """Keeps a result. A full or read-only disk is not a reason to fail: it is then not kept."""
-        entry = {"result": result, "sha256": _checksum(key, result)}
-        keep(self._path(key), json.dumps(entry, allow_nan=False).encode())
+        """Keeps a result. A full or read-only disk is not a reason to fail: it is then not kept.
+
+        Nor is a result larger than what is read back, or with a number that JSON does not hold.
+        """
+        try:
+            entry = {"result": result, "sha256": _checksum(key, result)}
+        except ValueError:
+            return
+        content = json.dumps(entry, allow_nan=False).encode()
+        if len(content) <= SMALL:
+            keep(self._path(key), content)
 
     def files(self) -> Iterator[Path]:
         """The file of every result, no link among them."""
@@ -76,6 +84,12 @@ class ResultCache:
         return self.folder / key[:2] / f"{key}.json"
 
 
+def content_key(parts: Mapping[str, Any]) -> str:
+    """sha256 over parts of JSON and the code version."""
+    text = json.dumps({**parts, "code": code_version()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _checksum(key: str, result: Any) -> str:
     text = json.dumps(result, sort_keys=True, allow_nan=False)
     return hashlib.sha256(f"{key} {text}".encode()).hexdigest()
@@ -88,12 +102,32 @@ def content_of(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
+def packed(tensor: Tensor | None) -> dict[str, Any] | None:
+    """A tensor as JSON holds it, to the last bit."""
+    if tensor is None:
+        return None
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "data": base64.b64encode(raw).decode()}
+
+
+def unpacked(entry: Any) -> Any:
+    """The tensor of what `packed` gave. Raises AttributeError, KeyError, TypeError, ValueError."""
+    if entry is None:
+        return None
+    raw = bytearray(base64.b64decode(entry["data"], validate=True))
+    dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
+    if not raw:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
 @lru_cache(maxsize=1)
 def code_version() -> str:
     """sha256 of the modules that make the numbers, and the version of torch."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256(torch.__version__.encode())
-    for folder in ("linalg", "metrics"):
+    for folder in ("linalg", "metrics", "trajectory", "adapters", "verbs/series", "verbs/adapters"):
         for path in sorted((package / folder).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

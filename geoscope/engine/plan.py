@@ -6,16 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
-from geoscope.errors import OptionError
+from geoscope.arguments import bytes_of
+from geoscope.linalg.choice import rates
 from geoscope.records import WeightPair
 
 __all__ = [
+    "BASELINE",
     "Batch",
+    "asked_memory",
     "default_memory",
     "device_memory",
     "estimate_seconds",
     "least_memory",
-    "parse_memory",
+    "needed_memory",
     "plan",
     "room_for_batches",
 ]
@@ -32,15 +35,17 @@ _STORED_AT_MOST = 4 * 10**9
 # On the CPU pairs below so many stored bytes are stacked, up to so many bytes in work: beyond,
 # what a stack saves is small beside the factorisations. The stack of a worker stays near its cache.
 _SMALL = 10**6
-_TOGETHER = 32 * 10**6
+_MAX_STACK_BYTES = 32 * 10**6
 # Stacks of one shape for each worker, so that all end at about the same time.
-_TURNS = 4
+_STACKS_PER_WORKER = 4
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_ANY = 1 << 60  # more than any machine has
 
-# fp64 flops a second of one CPU core in what dominates, the Gram matrix and its eigenvalues; only
-# the printed estimate hangs on it.
-_FLOPS = 25e9
+# Seconds of one core (docs/scale.md#a-cost-model): a matrix, an entry of it, and what a
+# factorisation takes beside products and eigenvalues, as a multiple of these.
+_A_MATRIX = 0.02
+_AN_ENTRY = 7e-8
+_BESIDE = 1.4
 
 
 @dataclass(frozen=True)
@@ -65,28 +70,28 @@ def default_memory(
 
     At most half of the `available` bytes, and at least `least_memory`. entry_bytes: as in `plan`.
     """
-    batches = plan(pairs, memory=available, workers=workers, entry_bytes=entry_bytes)
-    needs = (batch.working_bytes for batch in batches)
-    wanted = BASELINE + sum(nlargest(workers + 1, needs))
+    wanted = _wanted(pairs, available, workers, entry_bytes)
     return max(least_memory(pairs), min(wanted, available // 2))
+
+
+def needed_memory(pairs: Sequence[WeightPair], *, workers: int, entry_bytes: int) -> int:
+    """As `default_memory`, of a machine with room for it."""
+    return max(least_memory(pairs), _wanted(pairs, _ANY, workers, entry_bytes))
+
+
+def asked_memory(pairs: Iterable[WeightPair], text: str) -> int:
+    """The bound that was asked for: a size, or `min`. Raises OptionError."""
+    return least_memory(pairs) if text == "min" else bytes_of(text, "max_memory", others=", or min")
+
+
+def _wanted(pairs: Sequence[WeightPair], memory: int, workers: int, entry_bytes: int) -> int:
+    batches = plan(pairs, memory=memory, workers=workers, entry_bytes=entry_bytes)
+    return BASELINE + sum(nlargest(workers + 1, (batch.working_bytes for batch in batches)))
 
 
 def device_memory(free: Iterable[int]) -> int:
     """What to plan with on each of several devices, from the free bytes of all."""
     return int(_PLANNED * min(free))
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as `8GB`, `500M`, `2000000000`. Raises OptionError."""
-    number = text.strip().upper().rstrip("BKMG")
-    unit = text.strip().upper()[len(number) :]
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise OptionError(f"`max_memory` {text!r}: write a size such as 8GB or 500M, or min")
-    return size
 
 
 def room_for_batches(memory: int) -> int:
@@ -125,8 +130,8 @@ def plan(
             size = _height(len(members), most, parts)
         elif workers and _stored(first) < _SMALL:
             each = _small_bytes(first) + entry_bytes * _entries(first)
-            most = min(room // (workers + 1), _TOGETHER) // each
-            size = _height(len(members), most, _TURNS * workers)
+            most = min(room // (workers + 1), _MAX_STACK_BYTES) // each
+            size = _height(len(members), most, _STACKS_PER_WORKER * workers)
             need = need if size == 1 else each
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
@@ -172,12 +177,14 @@ def _ceil(a: int, b: int) -> int:
 
 
 def estimate_seconds(pairs: Iterable[WeightPair], *, workers: int) -> float:
-    """Rough time on the CPU: a Gram matrix and its eigen-decomposition for each of three roles."""
-    flops = 0.0
+    """Rough time on the CPU of the committed rates: what a matrix costs whatever its size, passes
+    over its entries, and a Gram matrix and its eigenvalues for each of three roles."""
+    table, seconds = rates(), 0.0
     for pair in pairs:
-        m, n = max(pair.shape), min(pair.shape)
-        flops += 3 * (2 * m * n * n + 6 * n**3)
-    return flops / _FLOPS / workers
+        q, long = min(pair.shape), max(pair.shape)
+        spectra = 3 * (long * q**2 / table.gram64 + 4 / 3 * q**3 / table.tridiagonal) / 1e9
+        seconds += _A_MATRIX + _AN_ENTRY * q * long + _BESIDE * spectra
+    return seconds / workers
 
 
 def _entries(pair: WeightPair) -> int:

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from geoscope.engine.boundary import matrix_boundary
 from geoscope.engine.plan import Batch, room_for_batches
-from geoscope.engine.upload import Read, Sender, Sent, current, load
+from geoscope.engine.upload import DeviceCopy, Read, Sender, current, load
 from geoscope.errors import NumericsError
 from geoscope.profile import stage
 from geoscope.records import WeightPair
 
-__all__ = ["Outcome", "one_blas_thread", "stream"]
+__all__ = ["Gate", "Outcome", "one_blas_thread", "stream"]
 
 T = TypeVar("T")
 Work = Callable[..., Sequence[T]]
-_Item = tuple[Batch, Sent]
+_Item = tuple[Batch, DeviceCopy]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Outcome(Generic[T]):
     failure: str | None = None
 
 
-class _Gate:
+class Gate:
     """Lets batches in while their working bytes fit; one batch alone always fits."""
 
     def __init__(self, capacity: int) -> None:
@@ -71,6 +71,15 @@ class _Gate:
         with self._free:
             self.closed = True
             self._free.notify_all()
+
+    @contextmanager
+    def let_in(self, amount: int) -> Iterator[None]:
+        """Waits for room, and gives it back."""
+        self.enter(amount)
+        try:
+            yield
+        finally:
+            self.leave(amount)
 
 
 @contextmanager
@@ -168,7 +177,7 @@ class _Run(Generic[T]):
         self._batches, self._read, self._work = batches, read, work
         self._devices = list(dict.fromkeys(devices))[:workers]
         self._places = [self._devices[i % len(self._devices)] for i in range(workers)]
-        self._gate = _Gate(room_for_batches(memory) * len(self._devices))
+        self._gate = Gate(room_for_batches(memory) * len(self._devices))
         self._ready: queue.Queue[_Item | None] = queue.Queue(maxsize=1)
         self.done: queue.Queue[list[Outcome[T]] | BaseException] = queue.Queue()
         self._stop = threading.Event()
@@ -207,7 +216,7 @@ class _Run(Generic[T]):
                     break
                 with stage("read"), current(self._devices[0]):
                     stacks = load(batch.pairs, self._read, pin=pin)
-                self._ready.put((batch, Sent(stacks)))
+                self._ready.put((batch, DeviceCopy(stacks)))
                 del stacks
         except BaseException as error:
             self.done.put(error)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geoscope.records import WeightPair
 
-__all__ = ["Read", "Sender", "Sent", "current", "load"]
+__all__ = ["DeviceCopy", "Read", "Sender", "current", "load"]
 
 Read = Callable[[WeightPair], tuple[Tensor, ...]]
 
@@ -42,7 +42,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sent:
+class DeviceCopy:
     """Stacks that are on a device, or on the way to it, or that stay where they are.
 
     arrived: the CUDA event behind the copies, None where nothing is to wait for.
@@ -73,20 +73,20 @@ class Sender:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def send(self, stacks: tuple[Tensor, ...]) -> Sent:
+    def send(self, stacks: tuple[Tensor, ...]) -> DeviceCopy:
         """Starts the copies. Where the device has no room the stacks stay where they are."""
         try:
             if self._stream is None:
-                return Sent(tuple(stack.to(self._device) for stack in stacks))
+                return DeviceCopy(tuple(stack.to(self._device) for stack in stacks))
             with torch.cuda.stream(self._stream):
                 there = tuple(stack.to(self._device, non_blocking=True) for stack in stacks)
                 arrived = torch.cuda.Event()
                 arrived.record(self._stream)
-            return Sent(there, arrived)
+            return DeviceCopy(there, arrived)
         except torch.OutOfMemoryError:
             if self._stream is not None:
                 self._stream.synchronize()  # what was on the way is dropped
-            return Sent(stacks)
+            return DeviceCopy(stacks)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

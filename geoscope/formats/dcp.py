@@ -88,16 +88,16 @@ def _check_files(path: Path, stored: Mapping[str, Pieced[Region]], label: str) -
     missing = sorted(file for file in ends if not (path / file).is_file())
     if missing:
         raise CheckpointError(
-            f"`{label}`: {first_names(missing)} of {len(ends)} .distcp files not there; still "
-            "being written, or cut: copy them, too"
+            f"`{label}`: {first_names(missing)} missing, of {len(ends)} .distcp files. The "
+            "checkpoint is still being written, or the copy is incomplete; copy them too"
         )
     for file, end in sorted(ends.items()):
         refuse_link_to_elsewhere(path / file, label)
         size = (path / file).stat().st_size
         if end > size:
             raise CheckpointError(
-                f"{label}/{file}: has {size} bytes, and tensors of it end at {end}; it is cut: "
-                "copy it again"
+                f"{label}/{file}: has {size} bytes, but its tensors need {end}; the file is "
+                "incomplete, copy it again"
             )
 
 
@@ -119,13 +119,14 @@ def _fill(
     meta = _load(view, "meta", what)
     name = str(meta.dtype).removeprefix("torch.")
     shape = tuple(meta.shape) or (1,)
-    if shape != piece.sizes or name != dtype:
+    outer = len(shape) - len(piece.sizes)  # of a stack that is read as one matrix
+    if shape[:outer] != (1,) * outer or shape[max(outer, 0) :] != piece.sizes or name != dtype:
         raise _damaged(what, f"it is {name} {list(shape)}, needs {dtype} {list(piece.sizes)}")
     first = start + int(meta.storage_offset()) * meta.itemsize
     if first + meta.numel() * meta.itemsize > start + held:
         raise _damaged(what, "it claims more entries than are stored")
     if not meta.is_contiguous():
-        target.copy_(_load(view, "cpu", what).reshape(shape)[begin:end])
+        target.copy_(_load(view, "cpu", what).reshape(piece.sizes)[begin:end])
         return
     width = math.prod(piece.sizes[1:]) * meta.itemsize
     rows = target if target.is_contiguous() else target.new_empty(target.shape)

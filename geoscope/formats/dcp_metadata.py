@@ -7,6 +7,9 @@ pickle that names anything else is refused.
     state_dict_metadata     {name: TensorStorageMetadata(properties, size, chunks)}
     storage_data            {MetadataIndex(name, offset): _StorageInfo(file, offset, length)}
     planner_data            {name: path of keys in the nested state dict}
+
+Megatron's torch_dist is DCP with classes of Megatron in it, which are as inert. What belongs to a
+trainer's state is named and not looked at: Megatron cuts its optimizer along no side.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import io
 import math
 import pickle
 import pickletools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +29,7 @@ from geoscope.foreign import reason, shown, small_bytes
 from geoscope.formats.links import is_plain_name
 from geoscope.formats.pieces import Piece, Pieced, flaw
 
-__all__ = ["METADATA", "DcpTensor", "Region", "is_dcp_file", "read_metadata"]
+__all__ = ["METADATA", "TRAINER_STATE", "DcpTensor", "Region", "is_dcp_file", "read_metadata"]
 
 METADATA = ".metadata"
 _MAX_BYTES = 1 << 30
@@ -55,6 +59,12 @@ class DcpTensor:
     stored: Pieced[Region]
 
 
+TRAINER_STATE = re.compile(
+    r"(?:app\.|chained_\d+\.)?(?:optim|optimizer|lr_scheduler|scheduler|rng|extra_state)", re.I
+)
+_UNREAD: Pieced[Region] = Pieced((), "", ())
+
+
 def read_metadata(folder: Path, label: str) -> dict[str, DcpTensor]:
     """Every tensor by its name. Raises CheckpointError, which calls the folder `label`."""
     where = f"{label}/{METADATA}"
@@ -62,7 +72,7 @@ def read_metadata(folder: Path, label: str) -> dict[str, DcpTensor]:
     try:
         return _tensors(root, where)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        raise _damaged(where, "it has not the form that DCP writes") from None
+        raise _damaged(where, "it does not have the format of DCP") from None
 
 
 # --- the pickle ---------------------------------------------------------------------------------
@@ -104,6 +114,10 @@ _KNOWN: dict[tuple[str, str], Any] = {
     (_DCP, "TensorStorageMetadata"): _Tensor,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
+    **{
+        ("torch.distributed.checkpoint.planner", name): _Record
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    },
     ("torch", "Size"): tuple,
     **{
         (module, name): _Record
@@ -113,9 +127,15 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
+# Megatron's torch_dist keeps its plans and what it adds to them; none of it is needed.
+_MEGATRON = "megatron.core.dist_checkpointing."
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = _KNOWN.get((module, name))
+        if known is None and module.startswith(_MEGATRON):
+            known = _Record
         if known is None and module == "torch":
             import torch
 
@@ -139,7 +159,7 @@ def _unpickled(path: Path, where: str) -> _Record:
     except Exception as error:  # the unpickler meets junk with any exception
         raise _damaged(where, f"no pickle ({type(error).__name__})") from None
     if not isinstance(root, _Record):
-        raise _damaged(where, "it has not the form that DCP writes")
+        raise _damaged(where, "it does not have the format of DCP")
     return root
 
 
@@ -162,7 +182,10 @@ def _tensors(root: _Record, where: str) -> dict[str, DcpTensor]:
         if isinstance(record, _Tensor):
             path = paths.get(name)
             keys = tuple(str(key) for key in path) if isinstance(path, tuple) else (str(name),)
-            found[str(name)] = DcpTensor(str(name), keys, _pieced(str(name), record, places, where))
+            stored = _UNREAD
+            if TRAINER_STATE.match(str(name)) is None:
+                stored = _pieced(str(name), record, places, where)
+            found[str(name)] = DcpTensor(str(name), keys, stored)
     return found
 
 
@@ -222,8 +245,8 @@ def _region(name: str, info: _Record | None, where: str) -> Region:
 
 def _foreign(where: str, what: str) -> CheckpointError:
     return UnsupportedFormat(
-        f"{where}: needs `{what}` to load, which DCP does not write; save the checkpoint again "
-        "with torch.distributed.checkpoint"
+        f"{where}: loading it needs `{what}`, which DCP metadata never contains; save the "
+        "checkpoint again with torch.distributed.checkpoint"
     )
 
 

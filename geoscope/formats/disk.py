@@ -34,8 +34,9 @@ def check_room(needs: Iterable[Room]) -> None:
         free = shutil.disk_usage(nearest(folder)).free
         if free < needed:
             raise CheckpointError(
-                f"{in_units(needed)} are to be fetched and {in_units(free)} are free at {folder}; "
-                "make room, or set HF_HOME and GEOSCOPE_CACHE to folders on another disk"
+                f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free at "
+                f"{folder}; free some space, or set HF_HOME and GEOSCOPE_CACHE to folders on "
+                "another disk"
             )
 
 

@@ -55,8 +55,9 @@ def rank_files(folder: Path, names: Collection[str], label: str) -> tuple[str, .
     world = _world_size(folder, label) if _WORLD in names else None
     if world is None and len(found) > 1:
         raise CheckpointError(
-            f"`{label}`: shards of {' and '.join(map(str, sorted(found)))} ranks side by side; "
-            "move those of the other save away"
+            f"`{label}`: holds shards of {len(found)} saves "
+            f"({' and '.join(map(str, sorted(found)))} ranks); move the shards of all but one save "
+            "away"
         )
     if world is None:
         world = next(iter(found))

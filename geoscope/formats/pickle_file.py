@@ -125,7 +125,7 @@ def _refusal(error: Exception, path: Path, label: str) -> CheckpointError:
         return _parts_error(label)
     if "Weights only load failed" in reason and "Unsupported operand" not in reason:
         return UnsupportedFormat(
-            f"{label}: file needs arbitrary code to load; convert it to safetensors"
+            f"{label}: loading this file would run code stored in it; convert it to safetensors"
         )
     return CheckpointError(
         f"{label}: no PyTorch file, or a damaged one ({type(error).__name__}); "
@@ -142,8 +142,8 @@ def _refuse_parts(tensors: Mapping[str, torch.Tensor], label: str) -> None:
 
 def _parts_error(label: str) -> CheckpointError:
     return UnsupportedFormat(
-        f"{label}: holds one rank's parts of distributed tensors (DTensor), and geoscope reads "
-        "those of all ranks together; give the folder of model_world_size_*_rank_*.pt files"
+        f"{label}: holds the parts of one rank only (DTensor). geoscope needs all ranks: "
+        "give the folder of model_world_size_*_rank_*.pt files"
     )
 
 

@@ -21,7 +21,7 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Fill", "Piece", "Pieced", "flaw", "read_part", "read_whole"]
+__all__ = ["Fill", "Piece", "Pieced", "flattened", "flaw", "read_part", "read_whole"]
 
 P = TypeVar("P")
 
@@ -54,6 +54,34 @@ class Pieced(Generic[P]):
 
     def info(self, name: str, source: str) -> TensorInfo:
         return TensorInfo(name, self.shape, self.dtype, self.nbytes, source)
+
+
+def flattened(stored: Pieced[P]) -> Pieced[P]:
+    """A stack (…, R, C) as one matrix (…·R, C), so that the rows of one of its matrices are read
+    alone; the same where a piece holds rows of several matrices."""
+    *lead, rows, columns = stored.shape if len(stored.shape) > 2 else (0, 0)
+    if not lead or any(math.prod(piece.sizes[:-2]) != 1 for piece in stored.pieces):
+        return stored
+    return Pieced(
+        (math.prod(lead) * rows, columns),
+        stored.dtype,
+        tuple(
+            Piece(
+                (_place(piece.offsets[:-2], lead) * rows + piece.offsets[-2], piece.offsets[-1]),
+                piece.sizes[-2:],
+                piece.place,
+            )
+            for piece in stored.pieces
+        ),
+    )
+
+
+def _place(offsets: Sequence[int], sides: Sequence[int]) -> int:
+    """The number of a matrix in a stack, row by row."""
+    number = 0
+    for offset, side in zip(offsets, sides, strict=True):
+        number = number * side + offset
+    return number
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -178,8 +178,9 @@ def _plain(
     else:
         asked = "config.json does not tell its rows" if expected is None else f"needs {expected}"
         raise CheckpointError(
-            f"`{label}`: {name} is a plain tensor that differs between the ranks, {rows} rows in "
-            f"all ({asked}); save the shards with a device mesh, as FSDP2 does"
+            f"`{label}`: {name} is a plain tensor with different content on each rank ({rows} rows "
+            f"in total; {asked}), so it cannot be joined. Save the shards with a device mesh, as "
+            "FSDP2 does"
         )
     if any(one.dtype != first.dtype for one in locals_):
         raise _damaged(label, name, "the ranks differ in its dtype")

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from geoscope.errors import UnsupportedFormat, first_names
-from geoscope.formats.block_fp8 import DEFAULT_BLOCK, FP8, SCALE, block_size
+from geoscope.formats.fp8 import DEFAULT_BLOCK, FP8, block_size, scale_of
 from geoscope.records import TensorInfo
 
 __all__ = [
@@ -27,8 +27,8 @@ __all__ = [
     "by_files",
     "by_tensors",
     "is_adapter_file",
-    "is_megatron",
     "is_never_opened",
+    "is_torch_dist",
     "odd_shards",
     "refusal",
     "refuse_kohya",
@@ -36,7 +36,7 @@ __all__ = [
     "unmet_claim",
 ]
 
-_PRECISIONS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
+_PRECISIONS = "geoscope reads fp32, fp16, bf16, FP8 with its scales, MXFP4 and bitsandbytes 4-bit."
 _PEFT = "geoscope reads the keys of PEFT."
 _WHOLE = "geoscope compares whole weights."
 _PARTS = "geoscope reads them together, from their folder."
@@ -201,7 +201,8 @@ def _by_method(quantization: Mapping[str, Any]) -> Refused:
 def by_tensors(tensors: Mapping[str, TensorInfo], unscaled: str | None = None) -> Refused | None:
     """What the tensors themselves show. They come sorted by name: the first one is the evidence.
 
-    unscaled: an FP8 tensor without a scale for each of its blocks.
+    Of a quantised model what is left once the weights that are read have their parts.
+    unscaled: an FP8 tensor without a scale that fits.
     """
     for test in (_packed_integers, _bitsandbytes, _packed_floats, _adapter):
         refused = test(tensors)
@@ -213,13 +214,14 @@ def by_tensors(tensors: Mapping[str, TensorInfo], unscaled: str | None = None) -
 
 
 def _without_scale(name: str, tensors: Mapping[str, TensorInfo]) -> Refused:
-    scale = tensors.get(name + SCALE)
+    scale = scale_of(name, tensors)
     if scale is None:
-        return Refused("FP8", f"tensor {name} is {FP8} without {name}{SCALE}", GIVE_BF16)
+        return Refused("FP8", f"tensor {name} is {FP8} without {name}_scale_inv", GIVE_BF16)
     sides = " × ".join(map(str, scale.shape)) or "one number"
-    return Refused(
-        "FP8", f"tensor {scale.name}: {scale.dtype}, {sides}, is not a scale by block", GIVE_BF16
+    evidence = (
+        f"tensor {scale.name}: {scale.dtype}, {sides}, is not a scale by block, row or tensor"
     )
+    return Refused("FP8", evidence, GIVE_BF16)
 
 
 def _packed_integers(tensors: Mapping[str, TensorInfo]) -> Refused | None:
@@ -229,6 +231,8 @@ def _packed_integers(tensors: Mapping[str, TensorInfo]) -> Refused | None:
         return Refused("AWQ" if group is None else "GPTQ", f"tensor {qweight}", _SOURCE)
     packed = _first(tensors, lambda name: name.endswith(".weight_packed"))
     if packed is not None:
+        if f"{packed.removesuffix('_packed')}_global_scale" in tensors:
+            return Refused("NVFP4", f"tensor {packed}", GIVE_BF16)
         return Refused("compressed-tensors", f"tensor {packed}", _COMPRESSED)
     return None
 
@@ -258,13 +262,16 @@ def _packed_floats(tensors: Mapping[str, TensorInfo]) -> Refused | None:
     ):
         scale = _first(tensors, lambda name, suffix=suffix: name.endswith(suffix))
         if scale is not None:
+            weight = tensors.get(scale.removesuffix("_scale"))
+            if weight is not None and weight.dtype == "int8":
+                return Refused("8-bit integers", f"tensor {scale}", _SOURCE)
             return Refused(called, f"tensor {scale}", GIVE_BF16)
     narrow = _first(
         tensors,
         lambda name: (
             tensors[name].dtype.startswith(("float8_", "float6_", "float4_"))
             and tensors[name].dtype != FP8
-            and not name.endswith(SCALE)
+            and not name.endswith(("_scale_inv", "_scale", ".scale"))
         ),
     )
     if narrow is not None:
@@ -332,8 +339,9 @@ _NEVER = re.compile(
     r"(?:optimizer|scheduler|scaler)\.(?:pt|bin)$|optim_|extra_state_|rng_state|training_args\.bin$"
 )
 _ADAPTER_FILE = re.compile(r"adapter_model(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
-# Megatron's torch_dist is DCP with two files of its own, so it comes first.
+# Megatron's own formats; its torch_dist is DCP with one file more, and is read.
 _MEGATRON_FILE = re.compile(r"(?:common\.pt|model_optim_rng\.pt|distrib_optim\.pt)$")
+_MEGATRON_COMMON = "common.pt"
 _FRAMEWORKS = (
     (
         _MEGATRON_FILE,
@@ -366,9 +374,9 @@ def is_adapter_file(name: str) -> bool:
     return _ADAPTER_FILE.match(name) is not None
 
 
-def is_megatron(names: Collection[str]) -> bool:
-    """Whether a folder with these files is a Megatron checkpoint."""
-    return any(_MEGATRON_FILE.match(name) for name in names)
+def is_torch_dist(names: Collection[str]) -> bool:
+    """Whether a folder with these files is DCP that Megatron wrote."""
+    return ".metadata" in names and _MEGATRON_COMMON in names
 
 
 def by_files(names: Collection[str]) -> Refused | None:

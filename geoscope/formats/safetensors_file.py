@@ -148,7 +148,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         ((twice, _),) = counts.most_common(1)
-        raise ValueError(f"{shown(twice)} stands there twice")
+        raise ValueError(f"{shown(twice)} occurs twice")
     return table
 
 

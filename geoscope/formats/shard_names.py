@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geoscope.formats.container import Container, FileHeader, files_of
-from geoscope.formats.dcp_metadata import DcpTensor
+from geoscope.formats.dcp_metadata import TRAINER_STATE, DcpTensor
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ __all__ = ["LoraNames", "lora_names", "model_tensors", "renamed", "trained_biase
 
 # Keys under which trainers nest the state dict of the model, outermost first.
 _MODELS = (("app", "model"), ("model",), ("state_dict",), ("policy",))
-_OTHERS = re.compile(r"(?:app\.)?(?:optim|optimizer|lr_scheduler|scheduler|rng|extra_state)", re.I)
 
 _PEFT = "base_model.model."
 _FACTOR = re.compile(
@@ -39,7 +38,7 @@ _BASE_LAYER = re.compile(r"\.base_layer(?=\.)")
 
 def model_tensors(tensors: Mapping[str, DcpTensor]) -> dict[str, DcpTensor]:
     """Name in the model → the tensor, for those of the model."""
-    kept = {name: one for name, one in tensors.items() if not _OTHERS.match(name)}
+    kept = {name: one for name, one in tensors.items() if not TRAINER_STATE.match(name)}
     for nest in _MODELS:
         inside = [one for one in kept.values() if one.path[: len(nest)] == nest]
         if inside and all(len(one.path) > len(nest) for one in inside):

@@ -69,6 +69,8 @@ class View:
     @property
     def run(self) -> int:
         """Entries of the view that lie side by side in the file."""
+        if self.axis == 1 and self.blocks.count == self.columns:
+            return self.rows * self.columns
         return self.blocks.count * (self.columns if self.axis == 0 else 1)
 
     def place(self, number: int) -> int:

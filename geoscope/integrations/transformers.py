@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from geoscope.errors import OptionError
 from geoscope.integrations.loggers import LOGGERS, Logger, open_logger
-from geoscope.sources.memory import LiveAdapter, opened
+from geoscope.sources.memory import LiveAdapter, as_model_or_reference
 from geoscope.verbs.adapters.spectra import adapter_ranks
 from geoscope.verbs.series.watch import LOG, scalars
 
@@ -108,7 +108,7 @@ class GeoscopeCallback(TrainerCallback):
     def _measure(self, args: Any, state: Any, model: Any) -> None:
         if self._watcher is not None or not _is_adapted(model):
             return
-        live = opened(model, "model")
+        live = as_model_or_reference(model, "model")
         assert isinstance(live, LiveAdapter)
         found = adapter_ranks(live.adapter)
         for reason in sorted(set(found.skipped.values())):

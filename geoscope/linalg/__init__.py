@@ -5,7 +5,7 @@ from geoscope.linalg.operand import Operand
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.quantile import quantile
 from geoscope.linalg.storage import FORMATS, FloatFormat, effective_format
-from geoscope.linalg.svd import Factors, factorise
+from geoscope.linalg.svd import Factors, concatenate, factorise
 from geoscope.linalg.svd_leading import factorise_leading
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "FloatFormat",
     "Operand",
     "Product",
+    "concatenate",
     "effective_format",
     "factorise",
     "factorise_leading",

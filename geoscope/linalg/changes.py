@@ -22,7 +22,6 @@ from torch import Tensor
 from geoscope.linalg.grids import Grid
 from geoscope.linalg.storage import (
     FORMATS,
-    FP8,
     FloatFormat,
     bf16_bounds,
     effective_format,
@@ -32,6 +31,7 @@ from geoscope.linalg.storage import (
     squared_spacing,
 )
 from geoscope.profile import stage
+from geoscope.records import Quantisation
 
 __all__ = [
     "Side",
@@ -76,6 +76,7 @@ class Side:
 
     `noise` is √(Σulp²/12), the Frobenius norm of the rounding error that storing it made; on a
     grid that of the grid, too. `stored`: the levels in a 16-bit format that stores them.
+    `quantisation`: where it was read from codes.
     """
 
     norm: float
@@ -85,11 +86,12 @@ class Side:
     counts: Tensor
     grid: Grid | None = None
     stored: Tensor | None = None
+    quantisation: Quantisation | None = None
 
     @property
     def is_quantised(self) -> bool:
         """Whether it went through a grid coarser than the dtype in work."""
-        return self.fmt is FP8 or self.grid is not None
+        return self.quantisation is not None or self.grid is not None
 
 
 @stage("entries")
@@ -271,6 +273,8 @@ def _split(flat: Tensor, steps: int = 1) -> tuple[Tensor, ...]:
 
 def _through_bf16(block: Tensor) -> Tensor:
     """A new tensor in fp32 of the numbers that bf16 shows."""
+    if block.dtype == torch.float64:  # torch would round it to fp32 first
+        return round_to(block, _BF16).to(torch.float32)
     return block.to(torch.bfloat16).to(torch.float32)
 
 

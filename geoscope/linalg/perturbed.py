@@ -26,7 +26,7 @@ __all__ = ["angle_bound", "mean_angles", "tuned_spectra"]
 
 # Directions behind the cut that are in the dense block; those beyond couple to first order, this
 # many one by one, the others as a Wishart matrix of their mean variance.
-_BEHIND, _APART = 32, 128
+_DENSE_MARGIN, _FIRST_ORDER_DIRECTIONS = 32, 128
 # Draws: the mean of k angles is the steadier the larger k is.
 _DIRECTIONS = 128
 _FEWEST_DRAWS = 4
@@ -54,11 +54,11 @@ def mean_angles(
     """Mean principal angle between the leading k-subspaces of W0 and W0 + ω·G, left and right.
 
     S: (…, q) descending, k ≤ q; spread: ω√(mn), (…) → two times (…, draws), radians. Directions up
-    to k + 24 turn in a dense block diag(σ) + ω·G. A direction j beyond it enters vector i with a
+    to k + 32 turn in a dense block diag(σ) + ω·G. A direction j beyond it enters vector i with a
     tangent of variance ω²(σ̂_i² + σ_j²)/(σ̂_i² − σ_j²)², σ_j = 0 outside the span.
     """
     spectra, sizes = S.reshape(-1, S.shape[-1]), torch.as_tensor(spread, dtype=S.dtype).reshape(-1)
-    noise = _AngleNoise.of(seed, shape, k, min(S.shape[-1], k + _BEHIND))
+    noise = _AngleNoise.of(seed, shape, k, min(S.shape[-1], k + _DENSE_MARGIN))
     apart = max(shape) * k + 4 * noise.inner[0].numel()
     rows = [
         _turned(some, size, noise, k=k, shape=shape)
@@ -89,9 +89,9 @@ def _turned(
         others = torch.nn.functional.pad(S[:, inner:].square(), (0, side - q))[:, None, :, None]
         sizes = omega * (energy + others).sqrt() / (energy - others)
         sizes = sizes.nan_to_num(nan=_FREE).clamp(0, _FREE)
-        leaked = _gram(sizes[..., :_APART, :] * apart)
+        leaked = _gram(sizes[..., :_FIRST_ORDER_DIRECTIONS, :] * apart)
         if rest is not None:
-            mean = sizes[..., _APART:, :].square().mean(-2, keepdim=True).sqrt()
+            mean = sizes[..., _FIRST_ORDER_DIRECTIONS:, :].square().mean(-2, keepdim=True).sqrt()
             leaked = leaked + _gram(mean * rest)
         return torch.where(spread[:, None] > 0, _angles(vectors, leaked).mean(-1), 0.0)
 
@@ -134,7 +134,10 @@ class _Noise:
 
     def tangents(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
         """Those of rows outside: of some one by one, of the rest a factor of their Gram matrix."""
-        apart, rest = self.normal(min(rows, _APART), columns), rows - _APART
+        apart, rest = (
+            self.normal(min(rows, _FIRST_ORDER_DIRECTIONS), columns),
+            rows - _FIRST_ORDER_DIRECTIONS,
+        )
         return apart, self.triangle(rest, columns) if rest > 0 else None
 
 
@@ -152,7 +155,7 @@ class _AngleNoise:
     @classmethod
     def of(cls, seed: int, shape: tuple[int, int], k: int, inner: int) -> _AngleNoise:
         draws = max(_FEWEST_DRAWS, math.ceil(_DIRECTIONS / k))
-        numbers = draws * (inner**2 + 2 * k * (_APART + k))
+        numbers = draws * (inner**2 + 2 * k * (_FIRST_ORDER_DIRECTIONS + k))
         return _drawn(numbers, _angle_noise, seed, shape, k, inner, draws)
 
 
@@ -244,7 +247,7 @@ class _Motion:
         # The farther the middle value moves, the more steps; a single block is exact in one.
         far = omega * math.sqrt(M) / max(float(S[: max(kept, 1)].median()), omega)
         steps = min(_MOST_STEPS, 1 + math.floor(20 * far)) if kept > _BLOCK else min(kept, 1)
-        crowd = _crowd(S[:kept], omega)
+        crowd = _largest_cluster(S[:kept], omega)
         width = min(kept, max(_BLOCK, min(_CROWDED, 4 * crowd), min(_MOST, 2 * crowd)))
         return cls(q, kept, steps, width)
 
@@ -293,7 +296,7 @@ class _Motion:
         ):
             own[first:last] = start
             energy[..., first:last] = values[..., i, first - start : last - start]
-        energy += time * (M - width + _push(before, own, width))[:, None]
+        energy += time * (M - width + _drift_term(before, own, width))[:, None]
         return energy.clamp_min(0).sort(-1, descending=True).values.sqrt()
 
 
@@ -306,14 +309,14 @@ def _spectrum_noise(
     return tuple(noise.normal(*size) for _ in range(motion.steps))
 
 
-def _crowd(S: Tensor, omega: float) -> int:
+def _largest_cluster(S: Tensor, omega: float) -> int:
     """Most values within ω of one of them."""
     ascending = S.flip(0).contiguous()
     low, high = (torch.searchsorted(ascending, ascending + shift) for shift in (-omega, omega))
     return int((high - low).max()) if len(S) else 0
 
 
-def _push(before: Tensor, starts: Tensor, width: int) -> Tensor:
+def _drift_term(before: Tensor, starts: Tensor, width: int) -> Tensor:
     """Σ(λ_i + λ_j)/(λ_i − λ_j) over the j outside the block of i, that from starts_i on; (b, q).
 
     Equal values do not push each other. (λ_i + λ_j)/(λ_i − λ_j) = 2λ_i/(λ_i − λ_j) − 1.

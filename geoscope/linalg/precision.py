@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
+from geoscope.thresholds import THRESHOLDS
+
 __all__ = ["CAUTION_ABOVE", "EPS", "UNRESOLVED_ABOVE", "full_precision"]
 
 # Unit roundoff of fp64.
 EPS = 2.0**-53
 # ν, rounding over update, up to which a number of the leading directions is OK, and from which it
 # is BELOW_RESOLUTION (docs/methods.md#floors).
-CAUTION_ABOVE, UNRESOLVED_ABOVE = 0.2, 0.6
+CAUTION_ABOVE, UNRESOLVED_ABOVE = 0.2, THRESHOLDS["undetermined.precision_ratio"].value
 
 
 class full_precision:

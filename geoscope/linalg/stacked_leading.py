@@ -65,7 +65,9 @@ def stacked_leading(
     q = min(A.shape)
     rows = next(rows for most, rows in _BLOCK_ROWS if k <= most)
     if k + 1 + rows > q:
-        raise ValueError(f"{k} of {q} triplets are no small part; take the whole spectrum")
+        raise ValueError(
+            f"{k} of {q} triplets are too many for this method; compute the whole spectrum"
+        )
     limit = max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget
     limit = min(q, max(limit, k + 1 + rows))
     moved = A.moved()  # a zero matrix needs no space

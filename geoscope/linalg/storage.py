@@ -15,7 +15,6 @@ from torch import Tensor
 
 __all__ = [
     "FORMATS",
-    "FP8",
     "FloatFormat",
     "bf16_bounds",
     "effective_format",
@@ -40,9 +39,6 @@ class FloatFormat:
         """Distance from 1 to the next number, 2^-fraction_bits."""
         return 2.0**-self.fraction_bits
 
-
-# Read as fp32 with the scales of its blocks: no tensor in work has it.
-FP8 = FloatFormat("float8_e4m3fn", 3, -6)
 
 FORMATS = {
     torch.bfloat16: FloatFormat("bfloat16", 7, -126),

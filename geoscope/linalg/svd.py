@@ -37,6 +37,11 @@ TAIL_FLOOR = 3e-5
 # The mended part of the spectrum starts here, and may hold this many values at most.
 _MEND_FROM = 1e-4
 _MEND_AT_MOST = 64
+# What is left of the leading directions in the tail's vectors moves σ by so many σ1²/σ, σ the last
+# one before the tail; twice the rounding is the most seen.
+_MEND_ERROR = 2 * EPS
+# Relative error up to which a mended σ serves where the storage, fp64, holds it better.
+_MEND_TOLERANCE = 1e-6
 
 # A subspace is kept when its bound (radians) is below this; angles are promised to 1e-8.
 SUBSPACE_TOLERANCE = 4e-9
@@ -51,7 +56,8 @@ class Factors:
     """Part of a thin SVD of a stack of matrices, and how it was got.
 
     S: (b, q) all singular values, descending. U: (b, m, k) and Vh: (b, k, n), the leading k
-    vectors, or None. methods: one mapping a matrix, {"how", "bound", "subspace_bound",
+    vectors, or None. Vectors lie in memory one after the other, so that products with them round
+    alike in stacks of any height. methods: one mapping a matrix, {"how", "bound", "subspace_bound",
     "fallback"}: `bound` limits the error of every σ relative to σ1, `subspace_bound` the sine of
     the error angle of the worst cut that was asked for (None without vectors), `fallback` says why
     another method than the first was taken (None: it was not).
@@ -115,7 +121,7 @@ def _one_on_cpu(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     del gram
     how = "gram-tridiagonal" + ("-mended-tail" if mended else "")
     method = _method(S, cuts, how, residuals, mended=mended)
-    reason = _reason_against(S, method, cuts, mended=mended)
+    reason = _reason_against(S, method, cuts, A, mended=mended)
     if reason:
         return _exact(A, vectors, torch.float64, reason=reason)
     return _with_long_side(A, S[None], None if short is None else short[None], (method,))
@@ -191,7 +197,7 @@ def _factorise_stacked(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors
         how = "gram-eigh" + ("-mended-tail" if i in mended else "")
         method = _method(row, cuts, how, residuals[i], mended=i in mended)
         methods.append(method)
-        reasons.append(found.faults[i] or _reason_against(row, method, cuts, mended=i in mended))
+        reasons.append(found.faults[i] or _reason_against(row, method, cuts, A, mended=i in mended))
     quick = _with_long_side(A, S, found.rows, tuple(methods))
     if not any(reasons):
         return quick
@@ -260,12 +266,16 @@ def _subspace_bound(S: Tensor, k: int, residuals: Tensor) -> float:
 
 
 def _reason_against(
-    S: Tensor, method: dict[str, Any], cuts: Sequence[int], *, mended: bool = False
+    S: Tensor, method: dict[str, Any], cuts: Sequence[int], A: Operand, *, mended: bool
 ) -> str | None:
     """Why the Gram route does not suffice for this spectrum, or None."""
     largest, least = float(S[0]), float(S[-1])
     if largest == 0:
         return None
+    if mended and A.plus.dtype == torch.float64:
+        last = float(S[S >= _MEND_FROM * largest][-1])
+        if least * _MEND_TOLERANCE < _MEND_ERROR * largest**2 / last:
+            return "tail: fp64 weights with a singular value too small to be mended"
     if least < TAIL_FLOOR * largest and not mended:
         return f"tail: least singular value below {TAIL_FLOOR:g} of the largest"
     bound = method["subspace_bound"]
@@ -286,9 +296,10 @@ def _exact(A: Operand, vectors: int, dtype: torch.dtype, *, reason: str | None) 
         "subspace_bound": None,
         "fallback": reason,
     }
+    left = _stack([None if U is None else U.mT for _, U, _ in rows])
     return Factors(
         S=torch.stack([S for S, _, _ in rows]),
-        U=_stack([U for _, U, _ in rows]),
+        U=None if left is None else left.mT,
         Vh=_stack([Vh for _, _, Vh in rows]),
         methods=tuple(dict(method) for _ in rows),
     )
@@ -356,9 +367,10 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
         present = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(present) if present else None
 
+    left = joined([None if part.U is None else part.U.mT for part in parts])
     return Factors(
         S=torch.cat([part.S for part in parts]),
-        U=joined([part.U for part in parts]),
+        U=None if left is None else left.mT,
         Vh=joined([part.Vh for part in parts]),
         methods=tuple(method for part in parts for method in part.methods),
     )

@@ -9,18 +9,19 @@ from geoscope.metrics.capacity_verdict import (
 from geoscope.metrics.distance import Distance, distance, far_code, judge_distance
 from geoscope.metrics.factors import (
     PairFactors,
+    Recall,
     Rounding,
     Settings,
     pair_factors,
     update_factors,
 )
-from geoscope.metrics.judging import Judged
+from geoscope.metrics.judging import MatrixVerdict
 from geoscope.metrics.measure import Measured, measure, measure_nothing, verdict_dimension
 from geoscope.metrics.metric import Instance, Metric, Null, instances, takes_of
 from geoscope.metrics.rules import RULES, Rules
 from geoscope.metrics.table import FAMILIES, METRICS
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.metrics.verdict import CODES, VERDICT_IDS, judge, judge_model
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = [
     "CAPACITY_CODES",
@@ -32,11 +33,12 @@ __all__ = [
     "VERDICT_IDS",
     "Distance",
     "Instance",
-    "Judged",
+    "MatrixVerdict",
     "Measured",
     "Metric",
     "Null",
     "PairFactors",
+    "Recall",
     "Rounding",
     "Rules",
     "Settings",

@@ -13,18 +13,23 @@ from collections.abc import Mapping, Sequence
 from geoscope.kinds import CAPACITY, FAR
 from geoscope.metrics.capacity import servable
 from geoscope.metrics.distance import distance, judge_distance
-from geoscope.metrics.judging import Check, Judged, clause, explained, flagged_names, shares_of
+from geoscope.metrics.judging import (
+    Check,
+    MatrixVerdict,
+    clause,
+    explained,
+    flagged_names,
+    shares_of,
+)
 from geoscope.metrics.measure import Measured
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status, Verdict
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = ["CAPACITY_CODES", "judge_capacity", "judge_capacity_model"]
 
 CAPACITY_CODES = CAPACITY.codes
 _FLAGGED = (*FAR, "SATURATED", "RANK_COLLAPSE", "CONCENTRATED", "IDLE")
 _OF_CAPACITY = ("capacity.", "unrelated.", "too_far.")
-# From this rank on, concentration has the name of a collapse.
-_COLLAPSE_FROM = 16
 
 _SENTENCES = {
     "NO_UPDATE": "no weight in scope changed",
@@ -41,26 +46,26 @@ _SENTENCES = {
 }
 
 
-def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> Judged:
+def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> MatrixVerdict:
     """How one matrix uses its rank; `limits` override THRESHOLDS by name."""
     values = row.values
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
-        return Judged("NO_UPDATE", None, "", "", ())
+        return MatrixVerdict("NO_UPDATE", None, "", "", ())
     limit = limits_in_force(limits)
     far, first = judge_distance(row, None, limit)
     if far is not None:
         return far
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
         if status in row.status.values():
-            return Judged("UNDETERMINED", None, status.value, "", ())
+            return MatrixVerdict("UNDETERMINED", None, status.value, "", ())
     rank = values.get("nominal_rank")
     if rank is None:
-        return Judged("FULL_UPDATE", None, "", "", first)
+        return MatrixVerdict("FULL_UPDATE", None, "", "", first)
 
     def check(code: str, name: str, value: float | None, sign: str, key: str) -> Check:
         return Check(code, name, value, sign, limit[key], THRESHOLDS[key].standing)
 
-    few = "RANK_COLLAPSE" if rank >= _COLLAPSE_FROM else "CONCENTRATED"
+    few = "RANK_COLLAPSE" if rank >= limit["capacity.collapse_rank"] else "CONCENTRATED"
     # k99 is of r_max; idle is what fills half of the rank that was asked for.
     k99 = values.get("k99_share")
     of_nominal = None if k99 is None else k99 * row.weights["rank"] / rank
@@ -81,11 +86,11 @@ def judge_capacity(row: Measured, limits: Mapping[str, float] | None = None) -> 
     for code, checks in rules:
         seen += checks
         if all(one.holds for one in checks):
-            return Judged(code, None, clause(checks), "", tuple(seen))
+            return MatrixVerdict(code, None, clause(checks), "", tuple(seen))
     if open_ := [code for code, checks in rules if not _is_refuted(checks)]:
         reason = f"no number to rule out {' or '.join(open_)}"
-        return Judged("UNDETERMINED", None, reason, "", tuple(seen))
-    return Judged("USED", None, "no rule of misuse matched", "", tuple(seen))
+        return MatrixVerdict("UNDETERMINED", None, reason, "", tuple(seen))
+    return MatrixVerdict("USED", None, "no rule of misuse matched", "", tuple(seen))
 
 
 def _is_refuted(checks: Sequence[Check]) -> bool:
@@ -96,7 +101,7 @@ def _is_refuted(checks: Sequence[Check]) -> bool:
 def judge_capacity_model(
     names: Sequence[str],
     rows: Sequence[Measured],
-    judged: Sequence[Judged],
+    judged: Sequence[MatrixVerdict],
     limits: Mapping[str, float] | None = None,
 ) -> Verdict:
     """The verdict on a model: the code of at least half of the matrices, else MIXED.

@@ -1,11 +1,15 @@
-"""The curves that figures draw: at most 64 points each, spaced by logarithm, with their nulls."""
+"""The curves that figures draw, with their nulls.
+
+At most 32 points each, most of them spaced by logarithm, to four significant digits: a line of a
+figure shows no more.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from geoscope.kinds import KINDS
@@ -15,7 +19,9 @@ from geoscope.records import Curve
 
 __all__ = ["curves"]
 
-_POINTS = 64
+_POINTS = 32
+_DIGITS = 4
+_BEFORE_LAST = (1, 2, 4)
 
 
 def curves(
@@ -59,8 +65,8 @@ def _energy(values: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, l
         "energy_right": _at(right, ks),
         "energy_left": _at(left, ks),
         "energy_base": _at(energy / values["base.norm"].square()[:, None], ks),
-        "energy_right_null": [tuple((float(k), k / n) for k in ks)] * count,
-        "energy_left_null": [tuple((float(k), k / m) for k in ks)] * count,
+        "energy_right_null": _at(_uniform(n, ks[-1]), ks) * count,
+        "energy_left_null": _at(_uniform(m, ks[-1]), ks) * count,
     }
 
 
@@ -72,12 +78,16 @@ def _spectrum(
     null = iid_spectra(*shape, seed).square().mean(0).sqrt()
     null = null * (values["update.norm"] / null.square().sum().sqrt())[:, None]
     edges = noise_edge(S, values["update.noise"], values["update.bulk_median"], shape=shape)
-    last = float(S.shape[-1])
     return {
         "update.S": _sample(S),
         "update.S_null": _sample(null),
-        "update.S_floor": [((1.0, edge), (last, edge)) for edge in edges.tolist()],
+        "update.S_floor": _at(edges[:, None].expand(S.shape), sorted({1, S.shape[-1]})),
     }
+
+
+def _uniform(side: int, last: int) -> Tensor:
+    """k/side for k = 1 … last."""
+    return torch.arange(1, last + 1, dtype=torch.float64)[None] / side
 
 
 def _sample(series: Tensor) -> list[Curve]:
@@ -86,15 +96,31 @@ def _sample(series: Tensor) -> list[Curve]:
 
 def _at(series: Tensor, ks: Sequence[int]) -> list[Curve]:
     """The points of each row (b, length)."""
-    places = [float(k) for k in ks]
-    heights = series[:, [k - 1 for k in ks]].tolist()
-    return [tuple(zip(places, row, strict=True)) for row in heights]
+    places = tuple(float(k) for k in ks)
+    heights = _rounded(series[:, [k - 1 for k in ks]].double()).tolist()
+    return [Curve(places, tuple(row)) for row in heights]
+
+
+def _rounded(heights: Tensor) -> Tensor:
+    """To the digits that are kept, as the nearest doubles of these decimals.
+
+    A whole number over a power of ten is exact up to 10²², which bounds the decimals.
+    """
+    decimals = (_DIGITS - 1 - heights.abs().log10().floor()).clamp(-22, 22)
+    scale = 10.0 ** decimals.abs().nan_to_num(0)
+    up = decimals > 0
+    whole = torch.where(up, heights * scale, heights / scale).round()
+    return torch.where(up, whole / scale, whole * scale)
 
 
 @lru_cache(maxsize=64)
 def _positions(length: int) -> tuple[int, ...]:
-    """1-based positions 1 … length: all of them, or 64 spaced by logarithm."""
+    """1-based positions 1 … length: all of them, or some spaced by logarithm.
+
+    And the last ones, where spectra and angles may bend.
+    """
     if length <= _POINTS:
         return tuple(range(1, length + 1))
-    step = math.log(length) / (_POINTS - 1)
-    return tuple(sorted({round(math.exp(step * i)) for i in range(_POINTS)}))
+    steps = _POINTS - len(_BEFORE_LAST)
+    spaced = {round(length ** (i / (steps - 1))) for i in range(steps)}
+    return tuple(sorted(spaced | {length - back for back in _BEFORE_LAST}))

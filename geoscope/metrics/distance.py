@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from geoscope.kinds import FAR
-from geoscope.metrics.judging import Check, Judged, clause
+from geoscope.metrics.judging import Check, MatrixVerdict, clause
 from geoscope.metrics.measure import Measured
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = ["Distance", "cosine_and_deviation", "distance", "far_code", "judge_distance"]
 
@@ -43,12 +43,12 @@ class Distance:
 
 def judge_distance(
     row: Measured, k: int | None, limits: Mapping[str, float]
-) -> tuple[Judged | None, tuple[Check, ...]]:
+) -> tuple[MatrixVerdict | None, tuple[Check, ...]]:
     """The verdict on one matrix that is far from its base, else None; and the conditions."""
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
         return None, ()
     if zero := _zero_side(row):
-        return Judged("TOO_FAR", k, f"the {zero} matrix is zero", "", ()), ()
+        return MatrixVerdict("TOO_FAR", k, f"the {zero} matrix is zero", "", ()), ()
     cosine = row.values.get("base_cosine")
     if cosine is None:
         return None, ()
@@ -57,7 +57,7 @@ def judge_distance(
     small = _check("TOO_FAR", "c", cosine, "<", limits["too_far.cosine"])
     for check in (near_zero, small):
         if check.holds and small.holds:
-            return Judged(check.code, k, clause([check]), "", (near_zero, small)), ()
+            return MatrixVerdict(check.code, k, clause([check]), "", (near_zero, small)), ()
     return None, (near_zero, small)
 
 
@@ -112,7 +112,7 @@ def cosine_and_deviation(rows: Sequence[Measured]) -> tuple[float | None, float]
 def distance(
     names: Sequence[str],
     rows: Sequence[Measured],
-    judged: Sequence[Judged],
+    judged: Sequence[MatrixVerdict],
     limits: Mapping[str, float] | None = None,
 ) -> Distance | None:
     """What is far from the base, by the codes of the matrices; None where nothing is.
@@ -132,7 +132,7 @@ def distance(
     return Distance(code, parted, _whole(code, own, [judged[i] for i in far], len(judged)))
 
 
-def _apart(far: Sequence[tuple[str, Judged]]) -> str:
+def _apart(far: Sequence[tuple[str, MatrixVerdict]]) -> str:
     """The matrices that are set apart, with their clause."""
     listed = [f"{name} ({one.code}: {one.clause})" for name, one in far[:_NAMED]]
     if len(far) > _NAMED:
@@ -141,7 +141,7 @@ def _apart(far: Sequence[tuple[str, Judged]]) -> str:
     return f"apart from {what} no update of the base's: {', '.join(listed)}"
 
 
-def _whole(code: str, rows: Sequence[Measured], judged: Sequence[Judged], count: int) -> str:
+def _whole(code: str, rows: Sequence[Measured], judged: Sequence[MatrixVerdict], count: int) -> str:
     cosine, deviation = cosine_and_deviation(rows)
     zero = sum(one.clause.endswith("is zero") for one in judged)
     if cosine is None:

@@ -38,31 +38,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from geoscope.linalg import Operand
 from geoscope.linalg.factor_update import FactorUpdate
-from geoscope.metrics import providers
+from geoscope.metrics import factorising, providers
 from geoscope.metrics.collapse import INTRUDER_DIRECTIONS
+from geoscope.metrics.kept import Recall
 from geoscope.metrics.masks import MASK_RANK
 from geoscope.metrics.metric import ROLES
 from geoscope.metrics.providers import MASKS, RULES, Depth, Settings
 from geoscope.metrics.resolver import Provider, Step, plan, resolve
+from geoscope.records import Quantisation
 
 __all__ = [
     "FACTORS",
     "GIVEN",
     "PairFactors",
+    "Recall",
     "Rounding",
     "Settings",
     "pair_factors",
     "update_factors",
 ]
 
-# What FP8 blocks rounded away in base and tuned, as Frobenius norms; None for another storage.
-Rounding = tuple[float | None, float | None]
+# What storing base and tuned as codes rounded away; None for another storage.
+Rounding = tuple[Quantisation | None, Quantisation | None]
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ def _subspace(_frame: _Frame, k: int | None) -> Depth:
 
 
 def _crossing(frame: _Frame, _k: int | None) -> Depth:
-    vectors = frame.q if frame.settings.curves else max(frame.ks, default=0)
-    return Depth(vectors=vectors, cuts=frame.ks)
+    if frame.settings.curves:  # a basis to the end: its last vectors are to be as good
+        return Depth(vectors=frame.q, cuts=(*frame.ks, frame.q))
+    return Depth(vectors=max(frame.ks, default=0), cuts=frame.ks)
 
 
 def _intruding(frame: _Frame, _k: int | None) -> Depth:
@@ -125,14 +130,16 @@ def _stored(role: str) -> tuple[Provider, ...]:
     )
 
 
-def _factorised(role: str, reuses: tuple[str, ...] = ()) -> tuple[Provider, ...]:
+def _factorised(
+    role: str, reuses: tuple[str, ...] = (), fn: Any = factorising.factorised
+) -> tuple[Provider, ...]:
     """The factorisation of a role, and its values."""
     triplets, top = f"{role}.triplets", f"{role}.top"
     return (
         Provider(
             (triplets, top, f"how.{role}.S"),
             (f"{role}.operand", f"{role}.depth", "settings"),
-            providers.factorised,
+            fn,
             reuses=reuses,
             drops=(triplets,),
         ),
@@ -165,7 +172,7 @@ FACTORS: tuple[Provider, ...] = (
     Provider(("tuned.norm",), ("update.factored", "base.weights"), FactorUpdate.tuned_norm),
     Provider(tuple(f"unchanged.{rule}" for rule in RULES), _WEIGHTS, providers.shares),
     _operand("base", ("base.weights",), Operand),
-    *_factorised("base"),
+    *_factorised("base", reuses=("base.recall",), fn=factorising.base_factors),
     Provider(
         ("base.edge",), ("base.triplets", "shape", "base.noise"), providers.pair_edge,
     ),
@@ -203,7 +210,7 @@ FACTORS: tuple[Provider, ...] = (
     ),
     _operand("update", ("tuned.weights", "base.weights"), Operand),
     _operand("update", ("update.factored",), lambda update: update.product),
-    *_factorised("update"),
+    *_factorised("update", reuses=("update.recall",), fn=factorising.update_factors),
     Provider(("update.norm",), ("update.operand",), providers.update_norm, reuses=("update.S",)),
     Provider(
         ("update.noise", "update.grid"),
@@ -249,7 +256,10 @@ FACTORS: tuple[Provider, ...] = (
 
 _ALWAYS_GIVEN = frozenset({"shape", "settings", *(f"{role}.depth" for role in ROLES)})
 # What rows may start from.
-GIVEN = _ALWAYS_GIVEN | {*_WEIGHTS, "base.rounding", "tuned.rounding", "update.factored"}
+GIVEN = _ALWAYS_GIVEN | {
+    *(*_WEIGHTS, "base.rounding", "tuned.rounding"),
+    *("base.recall", "update.recall", "update.factored"),
+}
 # What weights in an aggregate and precision floors read, whatever the metrics take.
 _SIZES = frozenset(
     {*(f"{role}.norm" for role in ROLES), *(f"{role}.noise" for role in ROLES)}
@@ -265,17 +275,20 @@ def pair_factors(
     ks: Sequence[int],
     settings: Settings,
     rounding: Sequence[Rounding] = (),
+    recall: Mapping[str, Recall] = MappingProxyType({}),
 ) -> PairFactors:
     """All factors named in `takes` of a stack of pairs, and the sizes that floors need.
 
     base, tuned: (b, m, n), finite, in storage dtypes, on the device of the computation; of an
     adapter the update in its factors, of which what needs single entries is left out. ks: the
     dimensions of this shape, the verdict's among them. rounding: of each pair, where a side was
-    stored in FP8 blocks. Of these, and of other grids, the rounding cells are not known, and what
-    is expected of an isotropic update in them, the masks among it, is left out.
+    stored as codes. Of these, and of other grids, the rounding cells are not known, and what
+    is expected of an isotropic update in them, the masks among it, is left out. recall: role,
+    `base` or `update` → where factors of it are kept.
     """
     pairs = rounding or [(None, None)] * len(base)
     given: dict[str, Any] = {"base.weights": base, "base.rounding": [noise for noise, _ in pairs]}
+    given |= {f"{role}.recall": one for role, one in recall.items()}
     if isinstance(tuned, FactorUpdate):
         given["update.factored"] = tuned
     else:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Check", "Judged", "clause", "explained", "flagged_names", "shares_of"]
+__all__ = ["Check", "MatrixVerdict", "clause", "explained", "flagged_names", "shares_of"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class MatrixVerdict:
     """The verdict on one matrix; `checks` holds every condition that was looked at.
 
     k: the subspace dimension of the rules, None where they have none.
@@ -78,7 +78,7 @@ def _number(value: float | None) -> str:
 
 
 def shares_of(
-    energy: Sequence[float], judged: Sequence[Judged], codes: Sequence[str]
+    energy: Sequence[float], judged: Sequence[MatrixVerdict], codes: Sequence[str]
 ) -> dict[str, float]:
     """Share of the whole that each code holds, in the order of the codes."""
     total = math.fsum(energy)
@@ -90,7 +90,10 @@ def shares_of(
 
 
 def flagged_names(
-    names: Sequence[str], energy: Sequence[float], judged: Sequence[Judged], codes: Sequence[str]
+    names: Sequence[str],
+    energy: Sequence[float],
+    judged: Sequence[MatrixVerdict],
+    codes: Sequence[str],
 ) -> tuple[str, ...]:
     """Names of the matrices with one of these codes, most energy first."""
     found = [
@@ -99,7 +102,7 @@ def flagged_names(
     return tuple(name for _, name in sorted(found))
 
 
-def explained(judged: Sequence[Judged]) -> tuple[dict[str, Any], ...]:
+def explained(judged: Sequence[MatrixVerdict]) -> tuple[dict[str, Any], ...]:
     """Each condition of the rules once, with how often it held and the range of what it met."""
     groups: dict[tuple[str, str, str, str], list[Check]] = {}
     for one in judged:

@@ -114,7 +114,10 @@ def _squared(norms: list[float]) -> list[float]:
     squares = [norm * norm for norm in norms]
     for norm, square in zip(norms, squares, strict=True):
         if norm != 0 and not sys.float_info.min < square < math.inf:
-            raise NumericsError(f"a norm of {norm:.1e}: squares of the weights leave fp64")
+            raise NumericsError(
+                f"the norm {norm:.1e} is too large or too small: its square does not fit into "
+                "float64; scale the model by a constant first"
+            )
     return squares
 
 

@@ -1,7 +1,8 @@
 """What would noise of the same shape and size give? The null beside every number.
 
 Two generic nulls: *iid*, the singular values of a Gaussian matrix, and the *isotropic update*, a
-Gaussian ΔW of the same norm stored in the same dtype (see linalg/perturbed.py). The draws of
+Gaussian ΔW of the same norm: W0 + ω·G is sampled in linalg/perturbed.py, and what rounding to the
+stored dtype leaves unchanged is in linalg/isotropic.py and linalg/changes.py. The draws of
 sampled nulls depend on the seed and the shape alone, so that order changes nothing.
 """
 
@@ -29,10 +30,10 @@ __all__ = [
     "iid_spectra",
     "marchenko_pastur_median",
     "nss",
+    "null_sampled",
     "one",
     "outside_span",
     "rank_ratio",
-    "sampled",
     "spectral_lift",
     "spectral_share",
     "zero",
@@ -110,7 +111,7 @@ def condition_number(*, shape: tuple[int, int]) -> Tensor:
     return _constant((1 + root) / (1 - root) if root < 1 else float("nan"))
 
 
-def sampled(base_S: Tensor, number: Tensor) -> Tensor:
+def null_sampled(base_S: Tensor, number: Tensor) -> Tensor:
     """What was sampled from the base's spectrum, as it is."""
     return number
 

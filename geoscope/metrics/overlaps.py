@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from geoscope.linalg import Operand, factorise, principal_angles
+from geoscope.linalg import Operand, principal_angles
 from geoscope.linalg.changes import (
     changed_mask,
     matched_spread,
@@ -24,12 +25,14 @@ from geoscope.linalg.changes import (
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.storage import effective_format
+from geoscope.metrics.kept import PHI_DIMENSIONS, Recall, leading_of_update, overlap_cuts
 
-__all__ = ["PHI_DIMENSIONS", "overlap"]
-
-PHI_DIMENSIONS = (1, 8, 16)
+__all__ = ["overlap"]
 
 Values = dict[str, float | int | None]
+_CHANGED = ("changed_shared", "changed_only_a", "changed_only_b")
+# Below this share of an update's energy nothing is left beside its head.
+_NOTHING_LEFT = 1e-12
 
 
 def overlap(
@@ -40,12 +43,14 @@ def overlap(
     ks: Sequence[int],
     solver: str = "auto",
     in_blocks: bool = False,
+    recall: Recall | None = None,
 ) -> tuple[Values, dict[str, float]]:
     """Values and nulls of one matrix of two tuned models; base, a, b: (1, m, n), stored dtypes, or
     the update in its factors.
 
-    in_blocks: one of them was stored in FP8 blocks, whose rounding cells are not known; the Jaccard
+    in_blocks: one of them was stored as codes, whose rounding cells are not known; the Jaccard
     index has no null then.
+    recall: where factors of the updates, a as 0 and b as 1, are kept.
     A quantity that is undefined (an update is zero, k exceeds q or its rank; single entries of an
     update in its factors) is None.
     """
@@ -60,13 +65,20 @@ def overlap(
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         _masks(values, nulls, base[0], a[0], b[0], in_blocks=in_blocks)
     else:
-        values |= {"mask_jaccard": None, "sign_conflict": None}
-    inside = [k for k in (*ks, *PHI_DIMENSIONS) if k <= q]
+        values |= dict.fromkeys(("mask_jaccard", "sign_conflict", *_CHANGED))
+    inside = overlap_cuts(ks, q)
+    values |= {"head_cosine": None, "residual_cosine": None}
     left = right = None
     if both and inside:
-        U0, V0 = _leading(first, inside, solver)
-        U1, V1 = _leading(second, inside, solver)
+        (U0, V0, s0), (U1, V1, s1) = (
+            _leading(update, inside, solver, recall, i) for i, update in enumerate((first, second))
+        )
         left, right = (U0, U1), (V0, V1)
+        heads = (_Head(first, U0[:, 0], V0[:, 0], s0), _Head(second, U1[:, 0], V1[:, 0], s1))
+        values |= _split_cosines(*heads, float(values["update_cosine"] or 0))
+    # What a quantised base lost is in both updates, and agrees with itself.
+    if not in_blocks or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        nulls |= {"head_cosine": 0.0, "residual_cosine": 0.0}
     _subspaces(values, nulls, "left", left, (m, q), ks)
     _subspaces(values, nulls, "right", right, (n, q), ks)
     return values, nulls
@@ -76,19 +88,64 @@ def _update(tuned: Tensor | FactorUpdate, base: Tensor) -> Operand | Product:
     return tuned.product if isinstance(tuned, FactorUpdate) else Operand(tuned, base)
 
 
-def _leading(update: Operand | Product, cuts: Sequence[int], solver: str) -> tuple[Tensor, Tensor]:
-    """Leading left and right vectors of an update, as columns; as many as its rank at most.
+def _leading(
+    update: Operand | Product,
+    cuts: Sequence[int],
+    solver: str,
+    recall: Recall | None,
+    i: int,
+) -> tuple[Tensor, Tensor, float]:
+    """Leading left and right vectors of an update, as columns, as many as its rank at most; and its
+    largest singular value.
 
     What changed in few entries has few directions: vectors beyond them are the solver's choice.
     """
     if isinstance(update, Product):
         factors = factorise_product(update, vectors=max(cuts), cuts=cuts)
     else:
-        factors = factorise(update, vectors=max(cuts), cuts=cuts, solver=solver)
+        factors = leading_of_update(update, cuts, solver, recall, i)
     assert factors.U is not None and factors.Vh is not None
     S = factors.S[0]
     rank = int((S > max(update.shape) * torch.finfo(S.dtype).eps * S[0]).sum())
-    return factors.U[0, :, :rank], factors.Vh[0, :rank].mT
+    return factors.U[0, :, :rank], factors.Vh[0, :rank].mT, float(S[0])
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The leading triplet of an update: u (m,), v (n,), σ."""
+
+    update: Operand | Product
+    u: Tensor
+    v: Tensor
+    sigma: float
+
+    def inner(self, other: Operand | Product) -> float:
+        """⟨σ·u·vᵀ, Δ⟩ = σ·uᵀΔv."""
+        return self.sigma * float(other.right(self.v.reshape(1, 1, -1).contiguous())[0, 0] @ self.u)
+
+    @property
+    def rest(self) -> float:
+        """‖Δ − σ·u·vᵀ‖²."""
+        return float(self.update.norm()) ** 2 - self.sigma**2
+
+
+def _split_cosines(first: _Head, second: _Head, cosine: float) -> Values:
+    """Cosines of the leading triplets H of two updates, and of what is left, R = Δ − H:
+
+        cos(H_a, H_b) = (u_a·u_b)(v_a·v_b)
+        ⟨R_a, R_b⟩ = ⟨Δ_a, Δ_b⟩ − ⟨H_a, Δ_b⟩ − ⟨Δ_a, H_b⟩ + ⟨H_a, H_b⟩
+
+    from products with vectors alone, so of factors exact. None for a rest of an update of rank 1.
+    Null 0, standard deviation 1/√(mn).   [2606.02252]
+    """
+    head = float(first.u @ second.u) * float(first.v @ second.v)
+    norms = [float(each.update.norm()) for each in (first, second)]
+    rests = first.rest, second.rest
+    if any(rest <= _NOTHING_LEFT * norm**2 for rest, norm in zip(rests, norms, strict=True)):
+        return {"head_cosine": head, "residual_cosine": None}
+    inner = cosine * norms[0] * norms[1] - first.inner(second.update) - second.inner(first.update)
+    inner += first.sigma * second.sigma * head
+    return {"head_cosine": head, "residual_cosine": inner / math.sqrt(rests[0] * rests[1])}
 
 
 def _subspaces(
@@ -152,16 +209,21 @@ def _masks(
     *,
     in_blocks: bool,
 ) -> None:
-    """Jaccard index of the changed masks, and opposite signs among jointly changed entries.
+    """Jaccard index of the changed masks, shares of all entries that both changed or one alone, and
+    opposite signs among jointly changed entries.
 
     Signs are taken of all entries that differ as stored: those of a wide file that cross the edge
     of a bf16 cell, as the masks have them, mostly agree on the nearer edge whatever the updates.
     """
     first, second = changed_mask(base, a), changed_mask(base, b)
-    union = int((first | second).sum())
-    values["mask_jaccard"] = int((first & second).sum()) / union if union else None
+    union, shared = int((first | second).sum()), int((first & second).sum())
+    values["mask_jaccard"] = shared / union if union else None
+    counts = (shared, int(first.sum()) - shared, int(second.sum()) - shared)
+    values |= {key: count / base.numel() for key, count in zip(_CHANGED, counts, strict=True)}
     if union and bool(base.any()) and not in_blocks:  # of a zero base, rounding favours no weight
-        nulls["mask_jaccard"] = _jaccard_null(base, (a, first), (b, second))
+        expected = _expected_shares(base, (a, first), (b, second))
+        nulls |= dict(zip(_CHANGED, expected, strict=True))
+        nulls["mask_jaccard"] = expected[0] / sum(expected)
     joint = torch.ne(a, base) & torch.ne(b, base)
     both = int(joint.sum())
     apart = torch.gt(a, base) != torch.gt(b, base)
@@ -169,11 +231,12 @@ def _masks(
     nulls["sign_conflict"] = 0.5
 
 
-def _jaccard_null(base: Tensor, *models: tuple[Tensor, Tensor]) -> float:
-    """Jaccard index expected of independent isotropic updates with the measured densities.
+def _expected_shares(base: Tensor, *models: tuple[Tensor, Tensor]) -> tuple[float, float, float]:
+    """Shares of entries changed in both, in the first alone and in the second alone, expected of
+    independent isotropic updates with the measured densities.
 
-    Rounding alone puts both masks on the small weights, so that p₁p₂/(p₁+p₂−p₁p₂), which takes
-    them for independent, is far too low (docs/methods-notes.md). models: (tuned, mask) of each.
+    Rounding alone puts both masks on the small weights, so that p₁p₂, which takes them for
+    independent, is far too low (docs/methods-notes.md). models: (tuned, mask) of each.
     """
     values = side(base)
     shown = []
@@ -183,5 +246,6 @@ def _jaccard_null(base: Tensor, *models: tuple[Tensor, Tensor]) -> float:
         cell = unchanged_cell(values.levels, fmt)
         shown.append(1 - unchanged_probability(values.levels, cell, spread))
     joint = shown[0] * shown[1]
-    either = shown[0] + shown[1] - joint
-    return float(torch.dot(values.counts, joint) / torch.dot(values.counts, either))
+    total = float(values.counts.sum())
+    shares = [float(torch.dot(values.counts, part)) / total for part in (joint, *shown)]
+    return shares[0], shares[1] - shares[0], shares[2] - shares[0]

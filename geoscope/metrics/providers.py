@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
-from geoscope.linalg import Factors, Operand, factorise, factorise_leading, principal_angles
+from geoscope.linalg import (
+    Factors,
+    Operand,
+    factorise,
+    principal_angles,
+)
 from geoscope.linalg.changes import (
     Side,
     Unchanged,
@@ -28,8 +33,8 @@ from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.grids import Grid, grids_of
 from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
-from geoscope.linalg.product import Product, factorise_product
-from geoscope.linalg.storage import FP8
+from geoscope.linalg.product import Product
+from geoscope.linalg.storage import FloatFormat
 from geoscope.metrics.collapse import INTRUDER_DIRECTIONS
 from geoscope.metrics.masks import MASK_RANK, mask_overlaps
 from geoscope.metrics.nulls import iid_spectra, marchenko_pastur_median
@@ -44,11 +49,13 @@ from geoscope.metrics.subspaces import (
     vectors_of,
 )
 from geoscope.profile import stage
+from geoscope.records import Quantisation
 
 __all__ = [
     "MASKS",
     "RULES",
     "Depth",
+    "Methods",
     "Settings",
     "angles",
     "base_remarks",
@@ -59,7 +66,6 @@ __all__ = [
     "entry_sizes",
     "expected_shares",
     "factored_facts",
-    "factorised",
     "iid",
     "intruder_basis",
     "intruder_matches",
@@ -138,26 +144,30 @@ class Depth:
 # --- from the stored entries --------------------------------------------------------------------
 
 
-def sides(weights: Tensor, rounding: Sequence[float | None]) -> tuple[Side, ...]:
+def sides(weights: Tensor, rounding: Sequence[Quantisation | None]) -> tuple[Side, ...]:
     """Norm, rounding noise, format and values of each stored matrix.
 
-    rounding: what FP8 blocks rounded away, which the entries do not show; other grids they do.
+    rounding: what storing codes rounded away, for which nothing is sought in the entries.
     """
-    unseen = [i for i, noise in enumerate(rounding) if noise is None]
+    unseen = [i for i, known in enumerate(rounding) if known is None]
     whole = len(unseen) == len(weights)
     grids = dict(zip(unseen, grids_of(weights if whole else weights[unseen]), strict=True))
     return tuple(
-        _side(weight, noise, grids.get(i))
-        for i, (weight, noise) in enumerate(zip(weights, rounding, strict=True))
+        _side(weight, known, grids.get(i))
+        for i, (weight, known) in enumerate(zip(weights, rounding, strict=True))
     )
 
 
-def _side(weight: Tensor, noise: float | None, grid: Grid | None) -> Side:
+def _side(weight: Tensor, known: Quantisation | None, grid: Grid | None) -> Side:
     entries = side(weight)
     if not 1e-150 < entries.norm < 1e150 and bool(weight.any()):
-        raise NumericsError("squares of the weights leave fp64: multiply the model by a constant")
-    if noise is not None:
-        return replace(entries, noise=noise, fmt=FP8)
+        raise NumericsError(
+            "the squared weights are too large or too small for float64; scale the model by a "
+            "constant"
+        )
+    if known is not None:
+        fmt = FloatFormat(known.name, known.fraction_bits, -6)
+        return replace(entries, noise=known.size, fmt=fmt, quantisation=known)
     if grid is None:
         return entries
     return replace(entries, noise=grid.noise_with(entries.noise), grid=grid)
@@ -259,37 +269,6 @@ def base_remarks(sides: Sequence[Side]) -> tuple[tuple[str, ...], ...]:
 
 
 # --- factorisations -----------------------------------------------------------------------------
-
-
-def factorised(
-    A: Operand | Product, depth: Depth, settings: Settings, near: Factors | None = None
-) -> tuple[Factors, Tensor, Methods]:
-    """The factors of A: its whole spectrum, or the leading triplets where these do.
-
-    Leading values alone are exact to rounding; leading vectors come from an fp32 space, so that
-    angles are good to 1e-5 and not to 1e-8: they do with `quick` only. The values, and how they
-    were got, stand behind.
-    """
-    vectors, cuts = depth.vectors, depth.cuts
-    values_do = not ((depth.whole and not settings.quick) or vectors)
-    asked = settings.solver == "exact" or settings.dtype != "float64"
-    if isinstance(A, Product):
-        factors = factorise_product(A, vectors=vectors, cuts=cuts)
-    elif (settings.quick or values_do) and not asked:
-        # One more than is taken, for the gap behind the last.
-        values = max(depth.values, vectors) + 1
-        factors = factorise_leading(
-            A,
-            min(values, min(A.shape)),
-            cuts=cuts,
-            seed=settings.seed,
-            near=near,
-            values_only=vectors == 0,
-        )
-    else:
-        dtype = torch.float64 if settings.dtype == "float64" else torch.float32
-        factors = factorise(A, vectors=vectors, cuts=cuts, solver=settings.solver, dtype=dtype)
-    return factors, factors.S, factors.methods
 
 
 def whole_spectrum(S: Tensor, settings: Settings) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from geoscope.kinds import CAPACITY, UPDATE, Judge
 from geoscope.metrics.capacity_verdict import judge_capacity, judge_capacity_model
-from geoscope.metrics.judging import Judged
+from geoscope.metrics.judging import MatrixVerdict
 from geoscope.metrics.measure import Measured
 from geoscope.metrics.verdict import VERDICT_IDS, judge, judge_model
 from geoscope.records import Verdict
@@ -26,9 +26,9 @@ class Rules:
     ids: what they take beside the families of the kind.
     """
 
-    matrix: Callable[[Measured, int, Limits], Judged]
+    matrix: Callable[[Measured, int, Limits], MatrixVerdict]
     model: Callable[
-        [Sequence[str], Sequence[str], Sequence[Measured], Sequence[Judged], Limits], Verdict
+        [Sequence[str], Sequence[str], Sequence[Measured], Sequence[MatrixVerdict], Limits], Verdict
     ]
     ids: tuple[str, ...] = ()
 

@@ -92,12 +92,16 @@ def signal_rank(S: Tensor, noise: Tensor, bulk_median: Tensor, *, shape: tuple[i
 
 
 def noise_edge(S: Tensor, noise: Tensor, bulk_median: Tensor, *, shape: tuple[int, int]) -> Tensor:
-    """Largest singular value that noise of this size leaves, s(√m + √n); see `signal_rank`."""
+    """Largest singular value that noise of this size leaves, s(√m + √n); see `signal_rank`.
+
+    At least max(m, n)·2⁻⁵²·σ1, which an fp64 solver may leave of a zero.
+    """
     m, n = shape
     rounding = noise / (m * n) ** 0.5
     median = S.quantile(0.5, dim=-1)
     bulk = median / (max(m, n) * bulk_median).sqrt()
-    return torch.maximum(rounding, bulk) * (m**0.5 + n**0.5)
+    edge = torch.maximum(rounding, bulk) * (m**0.5 + n**0.5)
+    return torch.maximum(edge, max(m, n) * 2.0**-52 * S[..., 0])
 
 
 def numerical_rank(S: Tensor, eps: Tensor, *, shape: tuple[int, int]) -> Tensor:

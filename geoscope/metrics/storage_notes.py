@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from geoscope.linalg.changes import Side
-from geoscope.linalg.storage import FP8, FloatFormat
+from geoscope.linalg.storage import FloatFormat
 
 __all__ = ["base_notes", "storage_notes"]
 
@@ -41,16 +41,22 @@ def storage_notes(
 
 def base_notes(base: Side) -> tuple[str, ...]:
     """Remarks on the base of an update in its factors, which hold nothing of its rounding."""
-    if base.grid is None:
+    if base.quantisation is not None:
+        where = f"is {base.quantisation.name}"
+    elif base.grid is not None:
+        where = f"lies on {_with_article(base.grid.name)}"
+    else:
         return ()
-    where = _with_article(base.grid.name)
-    return (f"base lies on {where}; the adapter's update holds none of its rounding",)
+    return (f"base {where}; the adapter's update holds none of its rounding",)
 
 
 def _quantised(role: str, one: Side, *, inside: bool) -> str:
-    if one.grid is None:
-        remark = f"{role} is block-scaled FP8: its quantisation error, {_error(FP8)} of the weights"
-        return f"{remark}, is {_INSIDE if inside else _STARTED_THERE.format(where='FP8')}"
+    if one.quantisation is not None:
+        name, error = one.quantisation.name, one.quantisation.error
+        remark = f"{role} is {name}: its quantisation error, about {error:.2g} of the weights, is "
+        short = name.removeprefix("block-scaled ").partition(" with ")[0]
+        return remark + (_INSIDE if inside else _STARTED_THERE.format(where=short))
+    assert one.grid is not None
     remark = f"{role} lies on {_with_article(one.grid.name)}, coarser than its dtype: the rounding "
     return f"{remark}is {_INSIDE if inside else _STARTED_THERE.format(where='the grid')}"
 

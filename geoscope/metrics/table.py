@@ -45,7 +45,7 @@ _ISOTROPIC = "isotropic update of the same size on this base, stored in the same
 def _angle_null(side: str) -> Null:
     return Null(
         "mean angle of an isotropic update of the same size (sampled for this base)",
-        nulls.sampled,
+        nulls.null_sampled,
         ("base.S", f"sampled.{side}@k"),
     )
 

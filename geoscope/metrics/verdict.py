@@ -14,7 +14,7 @@ from geoscope.kinds import FAR, UPDATE
 from geoscope.metrics.distance import distance, judge_distance
 from geoscope.metrics.judging import (
     Check,
-    Judged,
+    MatrixVerdict,
     clause,
     explained,
     flagged_names,
@@ -22,8 +22,8 @@ from geoscope.metrics.judging import (
 )
 from geoscope.metrics.measure import Measured
 from geoscope.metrics.quantised import COPY, quantised_words
-from geoscope.metrics.thresholds import THRESHOLDS, limits_in_force
 from geoscope.records import Status, Verdict
+from geoscope.thresholds import THRESHOLDS, limits_in_force
 
 __all__ = [
     "CODES",
@@ -35,6 +35,8 @@ __all__ = [
 CODES = UPDATE.codes
 # Codes that ask for attention; the others are either benign or without a number.
 FLAGGED = (*FAR, "INIT_MISMATCH", "RANK_COLLAPSE", "ON_PRINCIPAL", "SPECTRUM_DISTORTED")
+# Limits of other rules.
+_OF_OTHERS = ("capacity.", "lineage.")
 
 # What the rules take, so that a report with a verdict holds every number behind it.
 VERDICT_IDS = (
@@ -103,17 +105,17 @@ class _Numbers:
         )
 
 
-def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> Judged:
+def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> MatrixVerdict:
     """The verdict on one matrix, `k` = k_v of its shape; `limits` override THRESHOLDS by name."""
     numbers = _Numbers(row, k, limits_in_force(limits))
     if row.status.get("precision_ratio") is Status.ZERO_UPDATE:
-        return Judged("NO_UPDATE", k, "", "", ())
+        return MatrixVerdict("NO_UPDATE", k, "", "", ())
     far, first = judge_distance(row, k, numbers.limits)
     if far is not None:
         return far
     for status in (Status.NON_FINITE, Status.NOT_CONVERGED):
         if status in row.status.values():
-            return Judged("UNDETERMINED", k, status.value, "", ())
+            return MatrixVerdict("UNDETERMINED", k, status.value, "", ())
     seen = [*first]
     for code, alternatives in _rules(numbers):
         fired = None
@@ -124,9 +126,9 @@ def judge(row: Measured, k: int, limits: Mapping[str, float] | None = None) -> J
                 fired = clause(usable)
         if fired is not None:
             words = _words(numbers) if code == "OFF_PRINCIPAL" else ""
-            return Judged(code, k, fired, _joined(words, _quantised(numbers)), tuple(seen))
+            return MatrixVerdict(code, k, fired, _joined(words, _quantised(numbers)), tuple(seen))
     words = _joined(_words(numbers), _quantised(numbers))
-    return Judged("MIXED", k, "no rule matched", words, tuple(seen))
+    return MatrixVerdict("MIXED", k, "no rule matched", words, tuple(seen))
 
 
 def _quantised(numbers: _Numbers) -> str:
@@ -240,6 +242,10 @@ def _words(numbers: _Numbers) -> str:
     )
 
 
+def _is_as_of_noise(ratio: float, limits: Mapping[str, float]) -> bool:
+    return limits["words.few_directions"] <= ratio <= limits["words.many_directions"]
+
+
 def appended_words(
     *,
     spectral_lift: float | None,
@@ -259,7 +265,7 @@ def appended_words(
         pass
     elif lift < limits["words.avoids"]:
         words.append("avoids the leading directions")
-    elif stable_over_null is not None and 0.5 <= stable_over_null <= 2:
+    elif stable_over_null is not None and _is_as_of_noise(stable_over_null, limits):
         words.append("indistinguishable from isotropic")
     elif stable_over_null is not None:
         words.append("isotropic in direction, but on few directions")
@@ -285,7 +291,7 @@ def judge_model(
     names: Sequence[str],
     modules: Sequence[str],
     rows: Sequence[Measured],
-    judged: Sequence[Judged],
+    judged: Sequence[MatrixVerdict],
     limits: Mapping[str, float] | None = None,
 ) -> Verdict:
     """The verdict on a model: the code with at least half of Σ‖ΔW‖², else MIXED.
@@ -318,18 +324,20 @@ def judge_model(
         flagged=flagged,
         counts={code: number for code, number in counts.items() if number},
         text=text,
-        thresholds={k: v for k, v in limits.items() if not k.startswith("capacity.")},
+        thresholds={k: v for k, v in limits.items() if not k.startswith(_OF_OTHERS)},
         explain=explained(judged),
         apart=() if far is None or far.code is not None else far.names,
     )
 
 
-def _shares(energy: Sequence[float], judged: Sequence[Judged]) -> dict[str, float]:
+def _shares(energy: Sequence[float], judged: Sequence[MatrixVerdict]) -> dict[str, float]:
     """Share of each code; none without any energy."""
     return shares_of(energy, judged, CODES) if math.fsum(energy) > 0 else {}
 
 
-def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[str, float | None]:
+def _model_code(
+    judged: Sequence[MatrixVerdict], shares: Mapping[str, float]
+) -> tuple[str, float | None]:
     if not shares:
         # Without any energy: nothing changed, or nothing could be computed.
         unchanged = [one for one in judged if one.code == "NO_UPDATE"]
@@ -339,7 +347,10 @@ def _model_code(judged: Sequence[Judged], shares: Mapping[str, float]) -> tuple[
 
 
 def _sentence(
-    code: str, judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+    code: str,
+    judged: Sequence[MatrixVerdict],
+    rows: Sequence[Measured],
+    limits: Mapping[str, float],
 ) -> str:
     sentence, quantised = _SENTENCES[code], quantised_words(rows, limits)
     if code == "UNDETERMINED" and quantised.startswith(COPY):
@@ -356,7 +367,7 @@ def _sentence(
 
 
 def _of_base(
-    judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+    judged: Sequence[MatrixVerdict], rows: Sequence[Measured], limits: Mapping[str, float]
 ) -> str:
     """What W0 itself, as part of the update, gives to C_LR; said where it is half of it or more."""
     own = captured = energy = 0.0
@@ -375,7 +386,7 @@ def _of_base(
 
 
 def _model_words(
-    judged: Sequence[Judged], rows: Sequence[Measured], limits: Mapping[str, float]
+    judged: Sequence[MatrixVerdict], rows: Sequence[Measured], limits: Mapping[str, float]
 ) -> str:
     """The appended words from sums over the model: captured energy over expected energy."""
     pairs = [(row, one.k) for row, one in zip(rows, judged, strict=True)]
@@ -403,7 +414,7 @@ def _model_words(
 def _flag_text(
     names: Sequence[str],
     modules: Sequence[str],
-    judged: Sequence[Judged],
+    judged: Sequence[MatrixVerdict],
     flagged: Sequence[str],
 ) -> str:
     unknown = sum(one.code == "UNDETERMINED" for one in judged)

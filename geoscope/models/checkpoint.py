@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from geoscope.errors import CheckpointError
-from geoscope.formats.block_fp8 import BlockScale, scaled, spacings
 from geoscope.formats.container import Container, byte_view
 from geoscope.formats.disk import Room, check_room
+from geoscope.formats.quantised import Quantised
 from geoscope.formats.views import Blocks, View, gather
-from geoscope.records import ModelRef, Rename, TensorInfo
+from geoscope.records import ModelRef, Quantisation, Rename, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,8 @@ class Checkpoint:
     """A set of weights, known by its headers. Made by `open_checkpoint`.
 
     tensors: every tensor, sorted by name; shapes are (out, in). They are those of the files, but
-    where `views` says of which stored tensor a name is a part. scales: stored FP8 weight → the
-    scales of its blocks, with which it is read.
+    where `views` says of which stored tensor a name is a part. quantised: weight that is stored as
+    codes and scales → how it is read.
     tied_to: name → the tensor that it repeats (tied embeddings, shared storage); a name that is not
     stored at all may stand there, too. notes: one-line remarks for the user.
     uncompared: what an adapter changes and the base has no tensor of, with the reason. renamed: its
@@ -63,7 +63,7 @@ class Checkpoint:
     tied_to: Mapping[str, str]
     source: Source = field(repr=False)
     views: Mapping[str, View] = field(default_factory=dict[str, View], repr=False)
-    scales: Mapping[str, BlockScale] = field(default_factory=dict[str, BlockScale], repr=False)
+    quantised: Mapping[str, Quantised] = field(default_factory=dict[str, Quantised], repr=False)
     uncompared: tuple[tuple[TensorInfo, str], ...] = ()
     renamed: tuple[Rename, ...] = ()
 
@@ -90,14 +90,14 @@ class Checkpoint:
         fetch_all([(self, names)])
 
     def read(self, name: str, *, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor in its storage dtype, shape (out, in); FP8 with its scales, as fp32.
+        """One tensor in its storage dtype, shape (out, in); codes with their scales, as fp32.
 
         With `buffer` (1-D uint8, at least `memory_bytes` long) the bytes are read into it and the
         result is a view of it; without one, memory of its own. A weight that is stored (in, out)
         comes back as a strided view.
         """
         info = self._info(name)
-        if name not in self.views and name not in self.scales:
+        if name not in self.views and name not in self.quantised:
             tensor = self.source.open(info.source).read(name, buffer)
         else:
             flat = self.read_part(name, 0, math.prod(info.shape))
@@ -113,44 +113,32 @@ class Checkpoint:
         The order is that of (in, out) for a weight that is stored so; of a part of a stored tensor
         it is the order in which its entries stand there.
         """
-        stored = self._stored(name)
-        scale = self.scales.get(stored)
-        if scale is None:
+        weight = self.quantised.get(self._stored(name))
+        if weight is None:
             return self._gathered(name, begin, end, self._open(name).read_part)
-        values = self._scale(scale)
+        return self._gathered(
+            name, begin, end, lambda _, first, last: weight.entries(self.source, first, last)
+        )
 
-        def entries(first: int, last: int) -> torch.Tensor:
-            codes = self._open(name).read_part(stored, first, last)
-            return scaled(codes.float(), first, values, scale)
-
-        return self._gathered(name, begin, end, lambda _, first, last: entries(first, last))
-
-    def rounding(self, name: str) -> float | None:
-        """√(Σ(spacing·scale)²/12), the size of what storing a weight in FP8 blocks rounded away.
+    def rounding(self, name: str) -> Quantisation | None:
+        """What storing a weight as codes rounded away: √(Σ(gap·scale)²/12).
 
         None for a weight that is stored otherwise: its entries tell their rounding themselves.
         """
-        stored = self._stored(name)
-        scale = self.scales.get(stored)
-        if scale is None:
+        weight = self.quantised.get(self._stored(name))
+        if weight is None:
             return None
-        values = self._scale(scale)
-
-        def entries(_: str, first: int, last: int) -> torch.Tensor:
-            codes = self._open(name).read_part(stored, first, last)
-            return scaled(spacings(codes), first, values, scale)
-
         count = math.prod(self._info(name).shape)
-        squares = (
-            float(
-                self._gathered(name, begin, min(begin + _PART, count), entries)
-                .double()
-                .square()
-                .sum()
+
+        def energy(begin: int) -> float:
+            end = min(begin + _PART, count)
+            gaps = self._gathered(
+                name, begin, end, lambda _, first, last: weight.gaps(self.source, first, last)
             )
-            for begin in range(0, count, _PART)
-        )
-        return math.sqrt(math.fsum(squares) / 12)
+            return float(gaps.double().square().sum())
+
+        energies = (energy(begin) for begin in range(0, count, _PART))
+        return weight.kind._replace(size=math.sqrt(math.fsum(energies) / 12))
 
     # --- what a base with an adapter over it answers for itself (peft/adapted.py)
 
@@ -198,26 +186,26 @@ class Checkpoint:
         if view is None:
             return read(name, begin, end)
         info = self._info(name)
-        itemsize = info.nbytes // max(1, math.prod(info.shape))
+        itemsize = -(-info.nbytes // max(1, math.prod(info.shape)))
         return gather(view, begin, end, partial(read, view.stored), itemsize=itemsize)
 
     def _open(self, name: str) -> Container:
         return self.source.open(self._info(name).source)
 
-    def _scale(self, scale: BlockScale) -> torch.Tensor:
-        return self.source.open(scale.stored.source).read(scale.stored.name, None)
-
     def _stored(self, name: str) -> str:
         return self.views[name].stored if name in self.views else name
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """File → stored tensors that these are read from, with the scales of FP8."""
+        """File → stored tensors that these are read from."""
         found: dict[str, set[str]] = {}
         for name in names:
             stored = self._stored(name)
-            found.setdefault(self._info(name).source, set()).add(stored)
-            if scale := self.scales.get(stored):
-                found.setdefault(scale.stored.source, set()).add(scale.stored.name)
+            weight = self.quantised.get(stored)
+            parts = ((stored, self._info(name).source),)
+            if weight is not None:
+                parts = tuple((part.name, part.source) for part in weight.parts)
+            for part, file in parts:
+                found.setdefault(file, set()).add(part)
         return {file: sorted(found[file]) for file in sorted(found)}
 
     def _info(self, name: str) -> TensorInfo:

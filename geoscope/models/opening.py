@@ -14,11 +14,9 @@ from typing import Any, Protocol
 
 from geoscope.errors import CheckpointError, UnsupportedFormat, first_names
 from geoscope.foreign import FLAG, TABLE, TEXT, TEXTS, check_fields
-from geoscope.formats.block_fp8 import SCALE, block_scales
 from geoscope.formats.container import FileHeader
 from geoscope.formats.layout import Layout, choose_layout, parse_object, weight_map
 from geoscope.formats.refused import (
-    block_of,
     by_claim,
     by_config,
     by_files,
@@ -28,9 +26,10 @@ from geoscope.formats.refused import (
 )
 from geoscope.models.checkpoint import Checkpoint, Source
 from geoscope.models.conv1d import turned_names
+from geoscope.models.quantised import quantised_weights, with_weights
 from geoscope.models.tied import tied_names
 from geoscope.models.ungathered import ungathered
-from geoscope.records import ModelRef, TensorInfo
+from geoscope.records import CODES, ModelRef, TensorInfo
 
 __all__ = [
     "CONFIG",
@@ -47,7 +46,7 @@ CONFIG = "config.json"
 NO_CONFIG = (
     "no config.json at hand: Conv1D layers and tied embeddings are told by names and shapes alone"
 )
-_FLOATING = ("float", "bfloat")
+_FLOATING = ("float", "bfloat", *CODES)
 
 
 @dataclass(frozen=True)
@@ -145,29 +144,28 @@ def assemble(
     notes: tuple[str, ...],
 ) -> Checkpoint:
     """The checkpoint that these headers describe."""
-    stored = _stored(identity.given, headers, shards)
-    scales, unscaled = block_scales(stored, block_of(config))
-    refused = by_tensors(stored, unscaled) or by_claim(config, stored)
+    files = _stored(identity.given, headers, shards)
+    weights, unscaled = quantised_weights(files, config, source)
+    stored = with_weights(files, weights)
+    plain = {name: info for name, info in stored.items() if name not in weights}
+    refused = by_tensors(stored, unscaled) or by_claim(config, plain)
     if refused is not None:
         raise refusal(identity.given, refused)
     turned, turn_notes = turned_names(stored, config)
     tensors = {name: _turn(info) if name in turned else info for name, info in stored.items()}
     shared = {name: kept for header in headers.values() for name, kept in header.shared.items()}
     file_notes = [note for header in headers.values() for note in header.notes]
-    doubts = (unmet_claim(config, stored), ungathered(stored))
+    doubts = (unmet_claim(config, files), ungathered(stored))
     return Checkpoint(
         ref=ModelRef(
-            identity.given,
-            identity.resolved,
-            identity.commit,
-            storage_dtype(info for info in tensors.values() if not info.name.endswith(SCALE)),
+            identity.given, identity.resolved, identity.commit, storage_dtype(tensors.values())
         ),
         config=config,
         tensors=tensors,
         notes=(*notes, *file_notes, *(doubt for doubt in doubts if doubt is not None), *turn_notes),
         tied_to=tied_names(tensors, config, shared),
         source=source,
-        scales=scales,
+        quantised=weights,
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from geoscope.errors import PairingError, first_names
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.prefixes import joining_rule
-from geoscope.models.scope import MATRIX, VECTOR, Scope, scale_reason
+from geoscope.models.scope import MATRIX, VECTOR, Scope
 from geoscope.models.split import narrowed
 from geoscope.models.ungathered import empty_reason, ungathered
 from geoscope.names import (
@@ -182,7 +182,7 @@ class _Ledger:
 
     def _skip_known(self, info: TensorInfo) -> bool:
         """Whether it is not a tensor of its own: tied to another, or the scale of one."""
-        reason = self.tied.get(self.names.canonical(info.name)[0]) or scale_reason(info.name)
+        reason = self.tied.get(self.names.canonical(info.name)[0])
         if reason is not None:
             self.skipped.append(Skipped(info.name, reason))
         return reason is not None
@@ -263,19 +263,19 @@ def _nothing(
         first = reshaped[0]
         return PairingError(
             f"nothing to compare: {len(reshaped)} matrices in scope differ in shape, first "
-            f"{first.name}: base {first.base}, tuned {first.tuned}. geoscope compares tensors of "
-            "equal shape; "
+            f"{first.name}: base {first.base}, tuned {first.tuned}; only tensors of equal shape "
+            "are compared; "
             + (
                 "`allow_vocab_resize` compares the rows that both have"
                 if all(is_resized(one.name, one.base, one.tuned) for one in reshaped)
-                else "give the base that was trained"
+                else "give the base that the tuned model was trained from"
             )
         )
     matrices = [info.name for info, _ in matching.pairs if len(info.shape) == 2]
     if pairing.missing:
         return PairingError(
-            f"nothing to compare: {len(pairing.missing)} weights in scope have no partner that can "
-            f"be read, first {pairing.missing[0]}; names look like "
+            f"nothing to compare: for {len(pairing.missing)} weights in scope, the other model has "
+            f"no readable counterpart, first {pairing.missing[0]}; names look like "
             f"{_examples(matrices or base.tensors)}"
         )
     return PairingError(

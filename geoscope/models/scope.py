@@ -11,16 +11,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from geoscope.formats.block_fp8 import FP8, SCALE
 from geoscope.names import Selection, is_embedding, is_output_head, layer_index
-from geoscope.records import Skipped, TensorInfo
+from geoscope.records import CODES, Skipped, TensorInfo
 
-__all__ = ["MATRIX", "VECTOR", "Scope", "scale_reason"]
+__all__ = ["MATRIX", "VECTOR", "Scope"]
 
 MATRIX = "matrix"
 VECTOR = "vector"
 
-_READ = frozenset({"float64", "float32", "float16", "bfloat16", FP8})
+_READ = frozenset({"float64", "float32", "float16", "bfloat16", *CODES})
 # Floating-point tensors that are computed from the configuration and not trained.
 _BUFFER = re.compile(
     r"(?:^|\.)(?:inv_freq|original_inv_freq|masked_bias|cos_cached|sin_cached"
@@ -84,17 +83,9 @@ class Scope:
         return None
 
 
-def scale_reason(name: str) -> str | None:
-    """Why the scale of an FP8 weight is left out; None for any other tensor."""
-    return "scale of FP8 blocks: read with its weight" if name.endswith(SCALE) else None
-
-
 def _never(info: TensorInfo) -> str | None:
     """Why no option brings the tensor in, or None."""
     shape = info.shape
-    scale = scale_reason(info.name)
-    if scale is not None:
-        return scale
     if info.dtype not in _READ or _BUFFER.search(info.name):
         return f"buffer ({info.dtype})"
     if len(shape) == 0:

@@ -71,6 +71,15 @@ def split(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> Ch
 def narrowed(checkpoint: Checkpoint, name: str, rows: int) -> Checkpoint:
     """The checkpoint with only the first `rows` (outputs) of one tensor."""
     info = checkpoint.tensors[name]
+    if (view := checkpoint.views.get(name)) is not None and view.axis == 0:
+        whole, size = info.shape[0], info.nbytes // max(1, info.shape[0])
+        cut = replace(view, blocks=replace(view.blocks, count=min(rows, whole)))
+        shorter = replace(info, shape=(cut.blocks.total, *info.shape[1:]), nbytes=size * rows)
+        return replace(
+            checkpoint,
+            tensors={**checkpoint.tensors, name: shorter},
+            views={**checkpoint.views, name: cut},
+        )
     part = _part(info, name, Blocks(0, rows), axis=1 if info.transposed else 0)
     return replace(
         checkpoint,
@@ -114,8 +123,7 @@ def _part(info: TensorInfo, name: str, blocks: Blocks, *, axis: int, matrix: int
     view = View(info.name, rows, columns, blocks, axis, matrix)
     turned = axis == 1 and not is_vector
     shape = (blocks.total,) if is_vector else view.shape[::-1] if turned else view.shape
-    itemsize = info.nbytes // max(1, math.prod(info.shape))
-    size = math.prod(shape) * itemsize
+    size = info.nbytes * math.prod(shape) // max(1, math.prod(info.shape))
     return _Part(TensorInfo(name, shape, info.dtype, size, info.source, turned), view)
 
 

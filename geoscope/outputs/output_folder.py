@@ -7,7 +7,8 @@
 3. What makes a folder loadable waits for the end: the index, then config.json, and
    adapter_config.json as the very last. A process that is killed leaves a folder without them.
 
-`force` replaces files that are written anew, and removes nothing else.
+`force` replaces files that are written anew, and removes nothing else. One run at a time writes a
+folder: a second is refused while the first one is at work.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from geoscope.formats.safetensors_writer import (
 __all__ = ["OutputFolder", "travelling_files", "travels"]
 
 _CHUNK = 8 << 20
+# Held by the run that writes; the system lets go of it when the process ends, however it does.
+_LOCK = ".geoscope-lock"
 # Written at the end, in this order: without its index or configuration a folder cannot be loaded.
 _LAST = (
     re.compile(r".*\.index\.json"),
@@ -83,6 +86,8 @@ class OutputFolder:
         self._waiting: dict[str, bytes] = {}
         self._written: list[Path] = []
         self._made: list[Path] = []
+        self._lock: int | None = None
+        self._force = force
         _refuse_unusable(path)
         _refuse_inputs(path, planned, inputs)
         _refuse_filled(path, force)
@@ -95,15 +100,22 @@ class OutputFolder:
             for folder in _folders(self.path, self._planned):
                 self._made += [] if folder.exists() else [folder]
                 folder.mkdir(parents=True, exist_ok=True)
+                if self._lock is None:  # the outermost comes first
+                    self._lock = _locked(self.path)
+                    _refuse_filled(self.path, self._force)  # by a run that has just ended
                 for stale in folder.glob(f".*{TEMPORARY}"):
                     stale.unlink(missing_ok=True)
             for name in reversed(_in_order(self._planned)):
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
+            self._let_go()
             raise CheckpointError(
                 f"{self.path}: cannot be written: {error.strerror or error}; "
                 "give another output folder"
             ) from None
+        except CheckpointError:
+            self._let_go()
+            raise
         return self
 
     def __exit__(
@@ -112,7 +124,13 @@ class OutputFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        try:
+            self._end(failed=kind is not None)
+        finally:
+            self._let_go()
+
+    def _end(self, *, failed: bool) -> None:
+        if failed:
             self._take_back()
             return
         if self._planned:
@@ -120,10 +138,17 @@ class OutputFolder:
         for name in _in_order(self._waiting):
             self._replace(name, self._waiting[name])
 
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
     def _take_back(self) -> None:
         """After an error: what was written goes, and the folders that were made for it."""
         for path in self._written:
             path.unlink(missing_ok=True)
+        self._let_go()  # before the folder goes, which holds the lock
         for folder in reversed(self._made):
             with suppress(OSError):  # something else lies in it now
                 folder.rmdir()
@@ -183,6 +208,26 @@ def _folders(path: Path, planned: Collection[str]) -> list[Path]:
     return sorted({path, *((path / name).parent for name in planned)})
 
 
+def _locked(folder: Path) -> int | None:
+    """The open lock of a folder, None on a system without such locks.
+
+    Raises CheckpointError while another run holds it, OSError.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink:  # else it is that of a run that has just ended
+            return lock
+    os.close(lock)
+    raise CheckpointError(
+        f"{folder}: another run writes it; wait for its end, or give another output folder"
+    )
+
+
 # --- checks before the first byte -----------------------------------------------------------------
 
 
@@ -209,7 +254,7 @@ def _refuse_inputs(path: Path, planned: Collection[str], inputs: Collection[Path
 def _refuse_filled(path: Path, force: bool) -> None:
     if force or not path.is_dir():
         return
-    found = sorted(entry.name for entry in path.iterdir())
+    found = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
     if found:
         raise CheckpointError(
             f"{path}: is not empty ({first_names(found)}); give another output folder, "
@@ -232,18 +277,19 @@ def _refuse_foreign_weights(path: Path, planned: Collection[str]) -> None:
     ]
     if foreign:
         raise CheckpointError(
-            f"{path}: {first_names(foreign)} would be read with the files written now, or in "
-            "their place, and `force` removes nothing; remove them, or give another output folder"
+            f"{path}: a loader would read {first_names(foreign)} together with, or instead of, "
+            "the new files. `force` does not delete them; delete them, or give another output "
+            "folder"
         )
 
 
 def _refuse_full_disk(path: Path, needed: int, meanwhile: int) -> None:
     free = shutil.disk_usage(nearest(path)).free
     if free < needed + meanwhile:
-        beside = f" and {in_units(meanwhile)} lie beside them meanwhile" if meanwhile else ""
+        beside = f", plus {in_units(meanwhile)} temporarily" if meanwhile else ""
         raise CheckpointError(
-            f"{path}: {in_units(needed)} are to be written{beside}, {in_units(free)} are free "
-            "there; make room, or give an output folder on another disk"
+            f"{path}: {in_units(needed)} will be written{beside}, but only {in_units(free)} are "
+            "free; free some space, or give an output folder on another disk"
         )
 
 

@@ -15,6 +15,7 @@ from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import NameMap
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.module import AdapterModule
+from geoscope.records import Quantisation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +158,7 @@ class AdaptedCheckpoint(Checkpoint):
         stored = tensor.T if self.tensors[name].transposed else tensor
         return stored.reshape(-1)[begin:end]
 
-    def rounding(self, name: str) -> float | None:
+    def rounding(self, name: str) -> Quantisation | None:
         return None if name in self.changes else self.base.rounding(name)
 
 

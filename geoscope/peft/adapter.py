@@ -238,7 +238,7 @@ class Adapter:
         return (
             *notes,
             f"the factors of {turned} stacks of experts are those of the transposed update, as "
-            "PEFT up to 0.18 packed them; they are turned",
+            "PEFT packed them by the order of their sides; they are turned",
         )
 
     @property
@@ -259,7 +259,10 @@ class Adapter:
     def refuse_more_than_plain(self, who: str) -> None:
         """Raises UnsupportedFormat for `who` takes plain LoRA alone."""
         if (more := self.not_plain) is not None:
-            raise UnsupportedFormat(f"{self.given}: {more}; {who} takes plain LoRA. {MERGE}")
+            raise UnsupportedFormat(
+                f"{self.given}: {who} reads plain LoRA only, and this adapter is more ({more}). "
+                f"{MERGE}"
+            )
 
 
 def read_adapter(folder: Path, given: str | None = None, *, alpha: float | None = None) -> Adapter:
@@ -335,9 +338,9 @@ def _refuse_dtypes(factors: Iterable[TensorInfo], given: str) -> None:
 def _with_alpha(config: Mapping[str, Any], alpha: float, given: str) -> dict[str, Any]:
     kind = config["peft_type"]
     if kind not in _WITH_ALPHA:
-        raise OptionError(f"{given}: {kind} has no lora_alpha; leave the alpha out")
+        raise OptionError(f"{given}: {kind} has no lora_alpha; leave `lora_alpha` out")
     if not (math.isfinite(alpha) and alpha > 0):
-        raise OptionError(f"{given}: alpha {alpha:g} is given, and must be a number above 0")
+        raise OptionError(f"{given}: `lora_alpha` {alpha:g}: must be a number above 0")
     return {**config, "lora_alpha": alpha}
 
 

@@ -142,12 +142,12 @@ def refuse_as_base(model: str) -> None:
     original = (record.get("base") or {}).get("reference")
     if is_model and record.get("layout") == "residual" and original:
         raise CheckpointError(
-            f"{model}: is the rewritten base of an adapter, relieved of its initial product; "
+            f"{model}: is a base rewritten by init-adapter (the initial product is subtracted); "
             f"give the original model, {original}"
         )
     if not is_model and (record or (folder / ADAPTER_CONFIG).is_file()):
         raise CheckpointError(
-            f"{model}: holds an adapter, and a new one is made from a whole model; give "
+            f"{model}: holds an adapter, but init-adapter needs a whole model; give "
             + (f"the original model, {original}" if original else "its base")
         )
 

@@ -47,7 +47,7 @@ def by_module(
         of_module = found.setdefault(match["path"], {})
         if role in of_module:
             raise CheckpointError(
-                f"{label}: {role} of {match['path']} stands there twice; save one adapter in a file"
+                f"{label}: {role} of {match['path']} occurs twice; save one adapter in a file"
             )
         of_module[role] = info
     if len(adapters) > 1:
@@ -57,9 +57,9 @@ def by_module(
         )
     if not found and (short := _without_its_name(tensors, wanted)):
         raise CheckpointError(
-            f"{label}: keys such as {short} lack a part of {wanted[0]}, which PEFT cut out with "
-            "the name of the adapter, and no loader takes the rest; save it again under another "
-            "name that does not stand in its keys"
+            f"{label}: PEFT removed the adapter's name from keys such as {short} and damaged "
+            f"{wanted[0]}. No loader can read them. Save the adapter under a name that does not "
+            "occur in its keys"
         )
     if not found:
         raise CheckpointError(

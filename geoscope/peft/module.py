@@ -113,13 +113,13 @@ class AdapterModule(ABC):
     def unknown_sides(self) -> UnsupportedFormat:
         """The error of `factors` where the adapter does not store the sides of its modules."""
         return UnsupportedFormat(
-            f"{self.name}: {self.called} does not store how wide its modules are; give the base "
+            f"{self.name}: {self.called} does not store the sizes of its modules; give the base "
             "with `base`"
         )
 
     def no_factors(self) -> UnsupportedFormat:
         """The error of `factors` for kind "base"."""
         return UnsupportedFormat(
-            f"{self.name}: {self.called} changes a weight by no product of two factors; "
-            "give the base weight with `base`"
+            f"{self.name}: the change by {self.called} is not a product of two factors; "
+            "give the base weights with `base`"
         )

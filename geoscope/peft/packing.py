@@ -176,7 +176,7 @@ def _undecided(
     version = config.get("peft_version")
     says = "no peft_version" if version is None else f"peft_version {version!r}"
     return CheckpointError(
-        f"{label}: {name} is adapted as {m} × {n}, and adapter_config.json has {says}, so nothing "
-        "tells whether its factors are of the update or, as PEFT up to 0.18 packed experts, of its "
-        'transpose; set peft_version there to that of the training, such as "0.18.1"'
+        f"{label}: {name} is adapted as {m} × {n}, with {says} in adapter_config.json. PEFT up to "
+        "0.18 stored factors of the transposed update for experts, so the orientation is unknown. "
+        'Set peft_version there to the version used in training, such as "0.18.1"'
     )

@@ -75,9 +75,8 @@ class TinyLoraModule(AdapterModule):
             if torch.equal(drawn.to(P.dtype), P):
                 return place
         raise CheckpointError(
-            f"{self.name}: {self.P.name} is not drawn from projection_seed {self.seed}, so that "
-            "nothing tells which of the trained vectors is this module's; copy adapter_config.json "
-            "again"
+            f"{self.name}: {self.P.name} does not match projection_seed {self.seed}, so the "
+            "trained vector of this module is unknown; copy adapter_config.json again"
         )
 
 
@@ -90,8 +89,9 @@ def tinylora_modules(
     refuse_partial(found, _FACTORS, label)
     if lacking := [path for path, roles in found.items() if "tinylora_P" not in roles]:
         raise UnsupportedFormat(
-            f"{label}: {len(lacking)} modules lack tinylora_P, which PEFT draws again by their "
-            f"place in the live model, first {lacking[0]}; train with save_projection. {MERGE}"
+            f"{label}: {len(lacking)} modules have no tinylora_P, first {lacking[0]}. PEFT would "
+            "draw it from the module's position in the live model, which is not stored. Train with "
+            f"save_projection. {MERGE}"
         )
     groups, seed = _groups(tensors, label), config.get("projection_seed")
     if type(seed) is not int:

@@ -6,12 +6,14 @@ Numbers that are undefined are None and carry a `Status`; nothing is ever replac
 from geoscope.records.codec import decode, encode
 from geoscope.records.layers import LayerRecord, Layers, Overlap, Run, Summary, Verdict
 from geoscope.records.numbers import Collected, Curve, Numbers, Reading, Status, Steps, Values
-from geoscope.records.report import SCHEMA, Coverage, Provenance, Report
+from geoscope.records.report import SCHEMA, Coverage, Provenance, Report, report_schema
 from geoscope.records.survey import Survey
 from geoscope.records.tensors import (
+    CODES,
     NOT_READ,
     ModelRef,
     Pairing,
+    Quantisation,
     Rename,
     ShapeMismatch,
     Skipped,
@@ -20,6 +22,7 @@ from geoscope.records.tensors import (
 )
 
 __all__ = [
+    "CODES",
     "NOT_READ",
     "SCHEMA",
     "Collected",
@@ -32,6 +35,7 @@ __all__ = [
     "Overlap",
     "Pairing",
     "Provenance",
+    "Quantisation",
     "Reading",
     "Rename",
     "Report",
@@ -48,4 +52,5 @@ __all__ = [
     "WeightPair",
     "decode",
     "encode",
+    "report_schema",
 ]

@@ -4,13 +4,15 @@ Tuples are written as lists, mappings as objects, enums as their values, nouns a
 a field; numbers and strings as they are. What is read has the types of the fields, or is refused
 with the path to it. Some kinds of field differ:
 
-    spare(x)        left out where it equals x
+    omitted_if_default(x)        left out where it equals x
     added(x)        of later versions: x where it is not there
     within(key)     a mapping to lists, written among the entries of the field `key`
-    unwritten(x)    not in JSON; x when read
+    not_in_json(x)    not in JSON; x when read
+    tabled(x)       nouns as a table, a list for each of their fields (`geoscope.records.table`);
+                    with x left out where it equals x
 
 A class names properties that are written, too, in `WRITTEN`, and may have `decoded`, which
-completes what was read.
+completes what was read. `schema_of` is the JSON Schema of what `encode` gives.
 """
 
 from __future__ import annotations
@@ -18,23 +20,42 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from geoscope.foreign import shown
+from geoscope.records.forms import (
+    REQUIRED,
+    Definitions,
+    Field,
+    Form,
+    Json,
+    described,
+    read_field,
+)
+from geoscope.records.table import read_table, table_schema, write_table
 
-__all__ = ["added", "decode", "encode", "spare", "unwritten", "within"]
+__all__ = [
+    "added",
+    "decode",
+    "encode",
+    "not_in_json",
+    "omitted_if_default",
+    "schema_of",
+    "tabled",
+    "within",
+]
 
-Json = dict[str, Any]
 Noun = TypeVar("Noun")
 
 
-def spare(default: Any) -> Any:
+def omitted_if_default(default: Any) -> Any:
     """A field that is left out of the JSON where it has its default."""
-    return dataclasses.field(default_factory=lambda: default, metadata={"spare": default})
+    return dataclasses.field(
+        default_factory=lambda: default, metadata={"omitted_if_default": default}
+    )
 
 
 def added(default: Any) -> Any:
@@ -47,41 +68,36 @@ def within(key: str) -> Any:
     return dataclasses.field(default_factory=dict, metadata={"within": key})
 
 
-def unwritten(default: Any) -> Any:
+def not_in_json(default: Any) -> Any:
     """A field that is not in the JSON."""
-    return dataclasses.field(default=default, metadata={"unwritten": True})
+    return dataclasses.field(default=default, metadata={"not_in_json": True})
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How values of one type are written and read."""
-
-    write: Callable[[Any], Any]
-    read: Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class _Field:
-    name: str
-    form: _Form
-    spare: Any
-    added: bool
-    within: str | None
+def tabled(*default: Any) -> Any:
+    """A field of nouns that is written as a table; left out where it has its default, if any."""
+    if not default:
+        return dataclasses.field(metadata={"tabled": True})
+    return dataclasses.field(
+        default_factory=lambda: default[0],
+        metadata={"tabled": True, "omitted_if_default": default[0]},
+    )
 
 
-_REQUIRED = object()
-_AS_IS = _Form(lambda value: value, lambda value: value)
+_AS_IS = Form(lambda value: value, lambda value: value, lambda _: {})
 _SCALARS = (str, bool, int, float, NoneType)
 _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", NoneType: "null"}
 
 
 @cache
-def _form(kind: Any) -> _Form:
+def _form(kind: Any) -> Form:
     origin, parts = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _Form(encode, partial(decode, kind))
+        reference = partial(_reference, kind)
+        return Form(encode, partial(decode, kind), reference, noun=kind, fields=_fields(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return _Form(lambda value: value.value, kind)
+        names = [member.value for member in kind]
+        return Form(lambda value: value.value, cache(kind), lambda _: {"enum": names})
     if origin is tuple:
         return _of_tuples(_form(parts[0]), None if parts[-1] is Ellipsis else len(parts), tuple)
     if isinstance(kind, type) and issubclass(kind, tuple):
@@ -90,11 +106,23 @@ def _form(kind: Any) -> _Form:
     if origin is Mapping:
         return _of_mappings(_form(parts[1]))
     if all(part in _SCALARS for part in parts or (kind,)):
-        return _Form(lambda value: value, partial(_scalar, frozenset(parts or (kind,))))
+        return _of_scalars(frozenset(parts or (kind,)))
     nouns = [part for part in parts if part is not NoneType]
     if len(nouns) == 1 and NoneType in parts:
         return _or_none(_form(nouns[0]))
     return _AS_IS
+
+
+def _of_scalars(kinds: frozenset[type]) -> Form:
+    names = sorted({_TYPES[kind] for kind in kinds} - ({"integer"} if float in kinds else set()))
+    schema = {"type": names[0] if len(names) == 1 else names}
+    return Form(
+        lambda value: value,
+        partial(_scalar, kinds),
+        lambda _: dict(schema),
+        scalars=kinds | ({int} if float in kinds else set()),
+        has_none=NoneType in kinds,
+    )
 
 
 def _scalar(kinds: frozenset[type], value: Any) -> Any:
@@ -103,51 +131,117 @@ def _scalar(kinds: frozenset[type], value: Any) -> Any:
     if is_number or (kind is not float and kind in kinds):
         return value
     needed = " or ".join(_WORDS[each] for each in _WORDS if each in kinds)
-    raise TypeError(f"{shown(value)} stands where {needed} is needed")
+    raise TypeError(f"found {shown(value)}, expected {needed}")
 
 
-def _of_tuples(item: _Form, length: int | None, kind: Callable[[Iterable[Any]], Any]) -> _Form:
+def _of_tuples(item: Form, length: int | None, kind: Callable[[Iterable[Any]], Any]) -> Form:
     """kind: tuple, or a class of its own: `class Layers(tuple[LayerRecord, ...])`."""
 
     def read(values: Any) -> Any:
         if not isinstance(values, list) or len(values) != (length or len(values)):
             needed = "a list" if length is None else f"a list of {length}"
-            raise TypeError(f"{shown(values)} stands where {needed} is needed")
-        return kind(item.read(value) for value in values)
+            raise TypeError(f"found {shown(values)}, expected {needed}")
+        return kind(item.read_all(values))
 
-    return _Form(lambda values: [item.write(value) for value in values], read)
+    def schema(known: Definitions) -> Json:
+        exact = {} if length is None else {"minItems": length, "maxItems": length}
+        return {"type": "array", "items": item.schema(known), **exact}
+
+    return Form(item.write_all, read, schema)
 
 
-def _of_mappings(item: _Form) -> _Form:
+def _of_mappings(item: Form) -> Form:
     def read(values: Any) -> dict[str, Any]:
         if not isinstance(values, dict):
-            raise TypeError(f"{shown(values)} stands where a table is needed")
-        return {key: item.read(value) for key, value in values.items()}
+            raise TypeError(f"found {shown(values)}, expected a table")
+        return dict(zip(values, item.read_all(list(values.values())), strict=True))
 
-    return _Form(lambda values: {key: item.write(value) for key, value in values.items()}, read)
+    def write(values: Mapping[str, Any]) -> Json:
+        return dict(zip(values, item.write_all(values.values()), strict=True))
+
+    def schema(known: Definitions) -> Json:
+        return {"type": "object", "additionalProperties": item.schema(known)}
+
+    return Form(write, read, schema, item=item)
 
 
-def _or_none(form: _Form) -> _Form:
-    return _Form(
+def _or_none(form: Form) -> Form:
+    return Form(
         lambda value: None if value is None else form.write(value),
         lambda value: None if value is None else form.read(value),
+        lambda known: {"anyOf": [form.schema(known), {"type": "null"}]},
+        has_none=True,
+    )
+
+
+def _of_tables(noun: type, kind: Callable[[Iterable[Any]], Any]) -> Form:
+    """Nouns as a table; a list of them, as earlier documents have it, is read, too."""
+    rows = _of_tuples(_form(noun), None, kind)
+
+    def read(values: Any) -> Any:
+        if isinstance(values, list):
+            return rows.read(values)
+        return kind(read_table(noun, _fields(noun), values))
+
+    return Form(
+        lambda values: write_table(_fields(noun), values),
+        read,
+        lambda known: table_schema(noun, _fields(noun), known),
     )
 
 
 @cache
-def _fields(noun: type) -> tuple[_Field, ...]:
+def _fields(noun: type) -> tuple[Field, ...]:
     hints = get_type_hints(noun)
     return tuple(
-        _Field(
+        Field(
             field.name,
-            _form(hints[field.name]),
-            field.metadata.get("spare", _REQUIRED),
-            bool(field.metadata.get("added")),
-            field.metadata.get("within"),
+            _form_of(hints[field.name], is_table=bool(field.metadata.get("tabled"))),
+            field.metadata.get("omitted_if_default", REQUIRED),
+            is_added=bool(field.metadata.get("added")),
+            within=field.metadata.get("within"),
         )
         for field in dataclasses.fields(noun)
-        if not field.metadata.get("unwritten")
+        if not field.metadata.get("not_in_json")
     )
+
+
+def _form_of(kind: Any, *, is_table: bool) -> Form:
+    if not is_table:
+        return _form(kind)
+    base = kind if get_origin(kind) is tuple else cast(Any, kind).__orig_bases__[0]
+    return _of_tables(get_args(base)[0], tuple if base is kind else kind)
+
+
+def schema_of(noun: type, known: Definitions) -> Json:
+    """The JSON Schema of the objects that `encode` gives of a noun.
+
+    known: takes the schemas of the nouns in it, by name, for `$defs`.
+    """
+    fields, texts = _fields(noun), described(noun)
+    properties: Json = {name: {"type": "string"} for name in getattr(noun, "WRITTEN", ())}
+    for field in fields:
+        if field.within is None:
+            properties[field.name] = field.form.schema(known) | texts.of(field.name)
+    for field in fields:
+        if field.within is not None:
+            item = cast(Form, field.form.item).schema(known)
+            entries = properties[field.within]["additionalProperties"]
+            properties[field.within]["additionalProperties"] = {"anyOf": [entries, item]}
+    required = [*getattr(noun, "WRITTEN", ()), *(each.name for each in fields if each.is_required)]
+    return {
+        "type": "object",
+        "description": texts.whole,
+        "properties": properties,
+        "required": sorted(required),
+    }
+
+
+def _reference(noun: type, known: Definitions) -> Json:
+    if noun.__name__ not in known:
+        known[noun.__name__] = {}  # a noun may hold nouns of its own kind
+        known[noun.__name__] = schema_of(noun, known)
+    return {"$ref": f"#/$defs/{noun.__name__}"}
 
 
 def encode(noun: Any) -> Json:
@@ -157,7 +251,7 @@ def encode(noun: Any) -> Json:
         value = getattr(noun, field.name)
         if field.within is not None:
             data[field.within] |= field.form.write(value)
-        elif field.spare is _REQUIRED or value != field.spare:
+        elif field.spare is REQUIRED or value != field.spare:
             data[field.name] = field.form.write(value)
     return data
 
@@ -165,17 +259,17 @@ def encode(noun: Any) -> Json:
 def decode(noun: type[Noun], data: Json) -> Noun:
     """The noun of a JSON object. Raises KeyError, TypeError or ValueError."""
     if not isinstance(data, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{shown(data)} stands where a table is needed")
+        raise TypeError(f"found {shown(data)}, expected a table")
     rows = _rows(noun, data)
     values: Json = {}
     for field in _fields(noun):
         if field.within is not None:
-            values[field.name] = _read(field, rows[field.within])
-        elif field.name in data or not (field.added or field.spare is not _REQUIRED):
+            values[field.name] = read_field(field, rows[field.within])
+        elif field.name in data or field.is_required:
             value = data[field.name]
             if field.name in rows:
                 value = {key: each for key, each in value.items() if key not in rows[field.name]}
-            values[field.name] = _read(field, value)
+            values[field.name] = read_field(field, value)
     complete = cast(Callable[[Noun], Noun], getattr(noun, "decoded", lambda made: made))
     return complete(noun(**values))
 
@@ -186,18 +280,8 @@ def _rows(noun: type, data: Json) -> dict[str, Json]:
     tables = {name: data[name] for name in names}
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise TypeError(f"{name}: {shown(table)} stands where a table is needed")
+            raise TypeError(f"{name}: found {shown(table)}, expected a table")
     return {
         name: {key: row for key, row in table.items() if isinstance(row, list)}
         for name, table in tables.items()
     }
-
-
-def _read(field: _Field, value: Any) -> Any:
-    """The value of a field; what is wrong with it is told with its name."""
-    try:
-        return field.form.read(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{field.name}: {error}") from None
-    except KeyError as error:
-        raise TypeError(f"{field.name}: {error.args[0]} is missing") from None

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 __all__ = ["Collected", "Curve", "Numbers", "Reading", "Status", "Steps", "Values", "reading"]
 
 Values = Mapping[str, float | int | None]
-Curve = tuple[tuple[float, float], ...]
 # One number for each step of a series.
 Steps = tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve(Sequence[tuple[float, float]]):
+    """Points of a figure, a sequence of (x, y).
+
+    x: where, ascending; the same for all matrices of one shape.
+    y: how much there, to four significant digits.
+    """
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    @classmethod
+    def through(cls, points: Iterable[tuple[float, float]]) -> Curve:
+        """The curve through these points."""
+        pairs = tuple(points)
+        return cls(tuple(x for x, _ in pairs), tuple(y for _, y in pairs))
+
+    @overload
+    def __getitem__(self, key: int) -> tuple[float, float]: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[tuple[float, float], ...]: ...
+
+    def __getitem__(
+        self, key: int | slice
+    ) -> tuple[float, float] | tuple[tuple[float, float], ...]:
+        return tuple(zip(self.x, self.y, strict=True))[key]
+
+    def __len__(self) -> int:
+        return len(self.x)
 
 
 class Status(StrEnum):

@@ -21,7 +21,8 @@ class Survey:
 
     models: {"given", "resolved", "commit", "storage_dtype", "tensors", "parameters", "bytes",
     "model_type"} of each. bytes_to_fetch is for the Hub, 0 for local folders; free_disk are the
-    free bytes where they go, None where nothing is to be fetched.
+    free bytes where they go, None where nothing is to be fetched. tasks: into how many a Ray
+    cluster takes the work, 0 for one machine; memory, workers and seconds are of the largest then.
     """
 
     models: tuple[Mapping[str, Any], ...]
@@ -33,6 +34,7 @@ class Survey:
     workers: int
     device: str
     seconds: float
+    tasks: int = 0
 
     @property
     def paired(self) -> bool:
@@ -65,6 +67,7 @@ class Survey:
                 "workers": self.workers,
                 "device": self.device,
                 "seconds": self.seconds,
+                "tasks": self.tasks,
             },
         }
         return json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False)

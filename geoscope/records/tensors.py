@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from geoscope.records.codec import unwritten
+from geoscope.records.codec import not_in_json
 
 __all__ = [
+    "CODES",
     "NOT_READ",
     "ModelRef",
     "Pairing",
+    "Quantisation",
     "Rename",
     "ShapeMismatch",
     "Skipped",
@@ -20,6 +24,22 @@ __all__ = [
 # In place of the storage dtype of a model that is named and not looked at.
 NOT_READ = "(base not read)"
 
+# Storage as codes, which are read with their scales as fp32.
+CODES = frozenset({"float8_e4m3fn", "mxfp4", "nf4", "fp4"})
+
+
+class Quantisation(NamedTuple):
+    """What storing a weight as codes and scales does to it.
+
+    name: of the format. error: about ‖rounding error‖/‖W‖ of a Gaussian W. fraction_bits: of its
+    numbers, about. size: Frobenius norm of what storing this weight rounded away.
+    """
+
+    name: str
+    error: float
+    fraction_bits: int
+    size: float = 0.0
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -27,7 +47,8 @@ class TensorInfo:
 
     `shape` is (out, in) after the turns of the reading boundary; `transposed` says that the file
     holds it as (in, out) (Conv1D). `dtype` is the storage dtype, spelled as torch does
-    (`bfloat16`), and `nbytes` counts it. `source` names the file.
+    (`bfloat16`), or names the codes of a quantised weight (CODES), and `nbytes` counts it.
+    `source` names the file.
     """
 
     name: str
@@ -39,8 +60,8 @@ class TensorInfo:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes once it is read: FP8 becomes fp32."""
-        return self.nbytes * (4 if self.dtype.startswith("float8") else 1)
+        """Bytes once it is read: codes become fp32."""
+        return 4 * math.prod(self.shape) if self.dtype in CODES else self.nbytes
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class Skipped:
 
     name: str
     reason: str
-    missing: bool = unwritten(False)
+    missing: bool = not_in_json(False)
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,12 @@ class ModelRef:
     def not_read(cls, name: str | None) -> ModelRef:
         """A base that an adapter names, if it does, and that is not looked at."""
         return cls(name or NOT_READ, NOT_READ, None, NOT_READ)
+
+    @property
+    def tail(self) -> str:
+        """The last two parts of a path or Hub id: enough to tell models apart."""
+        parts = [part for part in self.given.replace("\\", "/").split("/") if part not in ("", ".")]
+        return "/".join(parts[-2:]) or self.given
 
     @property
     def is_read(self) -> bool:

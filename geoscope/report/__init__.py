@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from geoscope.report.files import SUFFIXES, check_output, read, write
+from geoscope.report.files import STYLES, SUFFIXES, check_output, read, write
 from geoscope.report.text import render_headline, render_text
 
-__all__ = ["SUFFIXES", "check_output", "read", "render_headline", "render_text", "write"]
+__all__ = ["STYLES", "SUFFIXES", "check_output", "read", "render_headline", "render_text", "write"]

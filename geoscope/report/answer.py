@@ -9,19 +9,27 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
-from geoscope.answers import Answer, Condition, Fact, Outcome
+from geoscope.answers import Condition, Fact, Outcome
 from geoscope.errors import first_names
 from geoscope.kinds import Kind
-from geoscope.records import LayerRecord, Report, Status
-from geoscope.report.beside import anchor_block, overlap_block
+from geoscope.records import Report, Status
+from geoscope.report.below import CAUTIOUS, ELSEWHERE, PARTLY, tail
 from geoscope.report.content import title
 from geoscope.report.coverage import compared_line
+from geoscope.report.depth import depth_row
+from geoscope.report.family import NOT_GIVEN, family_rows
 from geoscope.report.numbers import DASH, degrees, number, share, shorten, times
 from geoscope.report.page import Block, Cell, Grid, Head
-from geoscope.report.sections import Section, base_label, sections, with_dimension
+from geoscope.report.sections import (
+    Section,
+    answering,
+    base_label,
+    sections,
+    with_dimension,
+)
 from geoscope.report.tables import kind_of
+from geoscope.thresholds import MOTION_THRESHOLDS, limits_in_force
 
 __all__ = ["answer", "headlines", "outcome"]
 
@@ -32,34 +40,39 @@ _WHY = {
     Status.NOT_CONVERGED: "no result",
     Status.BELOW_RESOLUTION: "hidden",
 }
-_BLOCKS = 4  # so many parts of the depth are told apart
 _BESIDE = 3  # so many tuned models have a column; of more each has a row
 _MODELS = 9  # so many have a row
-_PAIRS = 3
+_LABEL = 20  # letters of a name beside many columns
 _ALERTS = 3
-_PARTLY = "*"
-_CAUTIOUS = "~"
 
 
-def answer(report: Report, *, rows: int | None = None) -> list[Block]:
-    """Title; headline with its facts, at most `rows` of them; coverage and what to do next."""
+def answer(report: Report, *, rows: int | None = None, where: str = ELSEWHERE) -> list[Block]:
+    """Title; headline with its facts, at most `rows` of them; coverage and what to do next.
+
+    where: all other numbers stand.
+    """
     kind, parts = kind_of(report.kind), sections(report)
-    body = _alone(kind, parts[0], rows) if len(parts) == 1 else _several(kind, parts, rows)
+    asked = answering(report)
+    body = _alone(kind, parts[0], rows) if len(parts) == 1 else _several(report, parts, rows)
     first, *others = headlines(report)
-    named = others if len(others) <= _BESIDE else []  # of more the table tells it
-    lines = (*named, *_alerts(report, kind, parts))
-    tone = _tone([outcome(kind, part).tone for part in parts])
+    # Of more the table tells it.
+    named = [] if kind.answer.is_joint or len(others) > _BESIDE else others
+    alerts = _alerts(report, kind, asked)
+    lines = (*named, *(line.replace(ELSEWHERE, where) for line in alerts))
+    tone = _tone([outcome(kind, part).tone for part in asked])
     return [
         Block(_title(report, parts)),
         Block(first, lines, body, code=tone),
-        Block("", _tail(report, kind, parts, body)),
+        Block("", tail(report, kind, parts, body, where)),
     ]
 
 
 def _title(report: Report, parts: Sequence[Section]) -> str:
     if len(parts) <= _BESIDE:
         return title(report)
-    return f"{kind_of(report.kind).title}: {base_label(report)} → {len(parts)} tuned models"
+    kind = kind_of(report.kind)
+    others = f"{len(parts)} {kind.answer.others}"
+    return f"{kind.title}: {base_label(report)} {kind.answer.arrow} {others}"
 
 
 def headlines(report: Report) -> list[str]:
@@ -67,15 +80,25 @@ def headlines(report: Report) -> list[str]:
     kind, parts = kind_of(report.kind), sections(report)
     if len(parts) == 1:
         return [_headline(kind, parts[0])]
+    named = [_named_headline(kind, part) for part in parts]
+    if kind.answer.is_joint:
+        return [_headline(kind, answering(report)[0]), *named]
     counts = Counter(outcome(kind, part).first for part in parts)
-    told = [f"{first} in {count} of {len(parts)}" for first, count in counts.most_common()]
-    return [f"{', '.join(told)} tuned models.", *(_named_headline(kind, part) for part in parts)]
+    of = f"of {len(parts)} tuned models"
+    told = [f"{count} {of}: {first}" for first, count in counts.most_common()]
+    return ["; ".join(told), *named]
 
 
 def _named_headline(kind: Kind, section: Section) -> str:
     code = _code(section)
     bracket = f" ({code})" if code else ""
-    return f"{section.tuned} {section.label}: {outcome(kind, section).first}{bracket}"
+    return f"{section.tuned} {section.label}: {_word(kind, section)}{bracket}"
+
+
+def _word(kind: Kind, section: Section) -> str:
+    """The first words of a model, or its role in a joint answer."""
+    roles = dict(kind.answer.roles)
+    return roles.get(_code(section), "") if roles else outcome(kind, section).first
 
 
 def outcome(kind: Kind, section: Section) -> Outcome:
@@ -160,9 +183,7 @@ def _holds(condition: Condition, section: Section) -> bool:
         return value is None
     if condition.by_noise:
         value = value / null if value is not None and null else None
-    limit = condition.limit
-    limit = _limits(section).get(limit) if isinstance(limit, str) else limit
-    return _is_beyond(value, condition.sign, limit)
+    return _is_beyond(value, condition.sign, _bound(condition.limit, section))
 
 
 def _is_beyond(value: float | None, sign: str, limit: float | None) -> bool:
@@ -172,7 +193,16 @@ def _is_beyond(value: float | None, sign: str, limit: float | None) -> bool:
 
 
 def _limits(section: Section) -> Mapping[str, float]:
+    """The limits of the verdict; none without one."""
     return {} if section.verdict is None else section.verdict.thresholds
+
+
+def _bound(limit: float | str, section: Section) -> float:
+    """A limit by its name as it is in force, with a verdict or without; or the number itself."""
+    if not isinstance(limit, str):
+        return limit
+    usual = {**limits_in_force(None), **MOTION_THRESHOLDS, **section.limits}
+    return _limits(section).get(limit, usual[limit])
 
 
 def _limit(fact: Fact, section: Section, null: float | None) -> float | None:
@@ -249,7 +279,7 @@ def _alone(kind: Kind, section: Section, rows: int | None) -> Grid:
     about = outcome(kind, section).about
     facts = [fact for fact in said.facts if _stands(fact, about)]
     cells = [row for fact in facts if (row := _row(fact, section))]
-    cells += [_where(section)] if said.by_block and not about and _where(section) else []
+    cells += [row] if said.by_block and not about and (row := depth_row(section)) else []
     return Grid(heads, tuple(cells[:rows]))
 
 
@@ -271,7 +301,7 @@ def _row(fact: Fact, section: Section) -> tuple[Cell, ...]:
         _shown(value, fact.unit) + _mark(key, section),
         "" if null is None else _shown(null, fact.unit),
         "" if limit is None else _shown(limit, fact.unit),
-        _reading(fact, value, null, limit),
+        _reading(fact, section, value, null, limit),
     )
 
 
@@ -297,11 +327,13 @@ def _reason(key: str, section: Section) -> str:
 
 def _mark(key: str, section: Section) -> str:
     if 0 < section.whole.numbered(key) < len(section.layers):
-        return _PARTLY
-    return _CAUTIOUS if section.whole.is_cautioned(key) else ""
+        return PARTLY
+    return CAUTIOUS if section.whole.is_cautioned(key) else ""
 
 
-def _reading(fact: Fact, value: float, null: float | None, limit: float | None) -> str:
+def _reading(
+    fact: Fact, section: Section, value: float, null: float | None, limit: float | None
+) -> str:
     """A word: beyond the limit, or where the number is on its scale."""
     if fact.beyond and _is_beyond(value, fact.sign, limit):
         return fact.beyond
@@ -310,7 +342,8 @@ def _reading(fact: Fact, value: float, null: float | None, limit: float | None) 
         if not null:
             return ""
         measured = value / null
-    for bound, word in fact.scale:
+    for name, word in fact.scale:
+        bound = _bound(name, section)
         if measured < bound or measured == bound == 0:
             return word
     if fact.scale:
@@ -318,54 +351,36 @@ def _reading(fact: Fact, value: float, null: float | None, limit: float | None) 
     return "ok" if limit is not None and fact.beyond else ""
 
 
-def _where(section: Section) -> tuple[Cell, ...]:
-    """Shares of the update's energy along the depth, in at most four parts; a row of two cells."""
-    parts = _along_depth(section.layers)
-    total = sum(energy for _, energy in parts)
-    if len(parts) < 2 or not total:
-        return ()
-    shares = [energy / total for _, energy in parts]
-    first, last = parts[0][0][0], parts[-1][0][-1]
-    what = "by block" if all(len(blocks) == 1 for blocks, _ in parts) else "by depth, blocks"
-    listed = " · ".join(f"{100 * each:.0f}" for each in shares)
-    return Cell("where"), Cell(f"{what} {first} … {last}: {listed} %  {_depth_word(shares)}")
-
-
-def _along_depth(layers: Sequence[LayerRecord]) -> list[tuple[list[int], float]]:
-    """Blocks of each part of the depth, and the update's energy in them."""
-    energy: Counter[int] = Counter()
-    for layer in layers:
-        norm = layer.values.get("update.frobenius_norm")
-        if layer.layer is not None and norm is not None:
-            energy[layer.layer] += norm**2  # pyright: ignore[reportArgumentType]
-    blocks = sorted(energy)
-    count = min(_BLOCKS, len(blocks))
-    ends = [round(i * len(blocks) / count) for i in range(count + 1)] if count else []
-    groups = [blocks[start:end] for start, end in pairwise(ends)]
-    return [(group, sum(energy[block] for block in group)) for group in groups]
-
-
-def _depth_word(shares: Sequence[float]) -> str:
-    """early, late or in the middle where one part has half as much again as an even share."""
-    largest = max(range(len(shares)), key=lambda i: shares[i])
-    if shares[largest] * len(shares) < 1.5:
-        return "even"
-    return {0: "early", len(shares) - 1: "late"}.get(largest, "in the middle")
-
-
 # --- several tuned models -------------------------------------------------------------------------
 
 
-def _several(kind: Kind, parts: Sequence[Section], rows: int | None) -> Grid:
+def _several(report: Report, parts: Sequence[Section], rows: int | None) -> Grid:
     """The facts that have a number in one of them: of few models a row each, of many a column."""
+    kind = kind_of(report.kind)
     facts = [
         fact
         for fact in kind.answer.facts
         if fact.label and not fact.is_aside and _is_known(fact, parts)
     ]
-    if len(parts) <= _BESIDE:
+    if not kind.answer.is_joint and len(parts) <= _BESIDE:
         return _models_beside(facts[:rows], parts)
-    return _models_below(kind, facts, parts, min(_MODELS, rows or _MODELS))
+    named: list[tuple[str, Section | None]] = [
+        (f"{part.tuned} {part.label}", part) for part in parts
+    ]
+    if kind.answer.is_joint:
+        named = _in_family(report, parts)
+    return _models_below(kind, facts, named, min(_MODELS, rows or _MODELS))
+
+
+def _in_family(report: Report, parts: Sequence[Section]) -> list[tuple[str, Section | None]]:
+    """Candidates as they were given; of more than three in a tree with the model."""
+    known = {part.tuned: part for part in parts}
+    labels = {n: f"{n} {shorten(part.label, _LABEL)}" for n, part in known.items()}
+    tree = family_rows(report) if len(parts) > _BESIDE else []
+    others = {0: f"• {shorten(base_label(report), _LABEL)}", NOT_GIVEN: "(not given)"}
+    return [
+        ("  " * depth + {**others, **labels}[number], known.get(number)) for depth, number in tree
+    ] or [(labels[n], part) for n, part in known.items()]
 
 
 def _models_beside(facts: Sequence[Fact], parts: Sequence[Section]) -> Grid:
@@ -381,20 +396,30 @@ def _models_beside(facts: Sequence[Fact], parts: Sequence[Section]) -> Grid:
     return Grid((*names, *(Head(str(part.tuned)) for part in parts)), tuple(rows))
 
 
-def _models_below(kind: Kind, facts: Sequence[Fact], parts: Sequence[Section], most: int) -> Grid:
-    heads = [Head("tuned", is_words=True), Head("answer", is_words=True)]
-    heads += [Head(fact.label) for fact in facts]
-    table: list[tuple[Cell, ...]] = [
-        (
-            Cell(f"{part.tuned} {part.label}"),
-            Cell(outcome(kind, part).first, code=outcome(kind, part).tone),
-            *(_beside_null(fact, part) for fact in facts),
-        )
-        for part in (parts if len(parts) <= most else parts[: most - 1])
-    ]
-    if len(table) < len(parts):
-        table.append((Cell(f"… {len(parts) - len(table)} more: `details`"),))
+def _models_below(
+    kind: Kind, facts: Sequence[Fact], named: Sequence[tuple[str, Section | None]], most: int
+) -> Grid:
+    heads = [Head(kind.answer.others.partition(" ")[0], is_words=True)]
+    heads += [Head("answer", is_words=True), *(Head(fact.label) for fact in facts)]
+    shown = named if len(named) <= most else named[: most - 1]
+    table = [_model_row(kind, facts, name, part) for name, part in shown]
+    if len(table) < len(named):
+        table.append((Cell(f"… {len(named) - len(table)} more: `details`"),))
     return Grid(tuple(heads), tuple(table))
+
+
+def _model_row(
+    kind: Kind, facts: Sequence[Fact], name: str, section: Section | None
+) -> tuple[Cell, ...]:
+    """One without a section is no tuned model of the report."""
+    if section is None:
+        return (Cell(name), *(Cell() for _ in range(len(facts) + 1)))
+    tone = "" if kind.answer.roles else outcome(kind, section).tone
+    return (
+        Cell(name),
+        Cell(_word(kind, section), code=tone),
+        *(_beside_null(fact, section) for fact in facts),
+    )
 
 
 def _is_known(fact: Fact, parts: Sequence[Section]) -> bool:
@@ -405,64 +430,5 @@ def _beside_null(fact: Fact, section: Section) -> Cell:
     key = _key(fact, section)
     value, null = section.whole.values.get(key), section.whole.nulls.get(key)
     text = _shown(value, fact.unit) + ("" if value is None else _mark(key, section))
-    return Cell(text, "" if null is None else f"({_shown(null, fact.unit)})")
-
-
-# --- coverage and what comes next -----------------------------------------------------------------
-
-
-def _tail(report: Report, kind: Kind, parts: Sequence[Section], body: Grid) -> tuple[str, ...]:
-    """Coverage, what the columns and marks mean, what cannot be seen, and what to do next."""
-    said = kind.answer
-    complete = "" if report.coverage.missing else f"{compared_line(report)}."
-    pairs = _pairs(report, parts[0]) if len(parts) > 1 else ""
-    lines = [
-        pairs,
-        *anchor_block(report, kind, parts[0]).lines,
-        " ".join(filter(None, (complete, _noise(said, body, is_alone=len(parts) == 1)))),
-        _marks(body),
-        said.caveat,
-        _next(said, parts),
-    ]
-    return tuple(filter(None, lines))
-
-
-def _pairs(report: Report, section: Section) -> str:
-    grid = overlap_block(report, section).grid
-    rows = () if grid is None else grid.rows
-    told = [f"{row[0].text} {row[2].text} {row[2].null}".rstrip() for row in rows[:_PAIRS]]
-    more = f" and {len(rows) - _PAIRS} more" if len(rows) > _PAIRS else ""
-    return f"Cosine of the updates: {', '.join(told)}{more}." if told else ""
-
-
-def _noise(said: Answer, body: Grid, *, is_alone: bool) -> str:
-    """What the nulls are, where the table has some."""
-    name, words = said.noise
-    cells = [cell for row in _whole_rows(body) for cell in row]
-    columns = [i for i, head in enumerate(body.heads) if is_alone and head.text == name]
-    has_null = any(row[i].text for row in _whole_rows(body) for i in columns)
-    if not has_null and not any(cell.null for cell in cells):
-        return ""
-    return f"{name.capitalize() if is_alone else '(…)'}: {words}."
-
-
-def _marks(body: Grid) -> str:
-    """What the marks behind numbers mean."""
-    texts = [cell.text for row in _whole_rows(body) for cell in row]
-    words = {_PARTLY: "of some matrices only", _CAUTIOUS: "rounding is a visible part"}
-    told = [
-        f"{mark} {what}"
-        for mark, what in words.items()
-        if any(len(text) > 1 and text.endswith(mark) for text in texts)
-    ]
-    return f"{'; '.join(told)}." if told else ""
-
-
-def _whole_rows(body: Grid) -> list[tuple[Cell, ...]]:
-    return [row for row in body.rows if len(row) == len(body.heads)]
-
-
-def _next(said: Answer, parts: Sequence[Section]) -> str:
-    explained = any(part.verdict and part.verdict.explain for part in parts)
-    words = ["All numbers: `details`", "why: `explain`" if explained else "", said.next]
-    return " · ".join(filter(None, words))
+    has_null = null is not None and fact.has_own_null
+    return Cell(text, f"({_shown(null, fact.unit)})" if has_null else "")

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from geoscope.kinds import Kind
-from geoscope.records import LayerRecord, Report, Verdict
+from geoscope.records import Report, Verdict
 from geoscope.report.beside import anchor_block, overlap_block
 from geoscope.report.coverage import coverage_block, status_block
+from geoscope.report.depth import depth_block
 from geoscope.report.explain import explain_blocks
 from geoscope.report.grids import MATRIX, VERDICT, code_cell, model_grid, subject_grid
 from geoscope.report.methods import methods_block
@@ -22,12 +23,12 @@ from geoscope.report.sections import (
     Section,
     Subject,
     base_label,
-    dimension,
     dimensions,
     sections,
     with_dimension,
 )
 from geoscope.report.tables import kind_of
+from geoscope.report.worst import worst, worst_words
 
 __all__ = ["headline", "page", "title"]
 
@@ -58,8 +59,9 @@ def _legend(kind: Kind) -> str:
 
 def title(report: Report) -> str:
     """The kind and the models, as one line."""
+    kind = kind_of(report.kind)
     tuned = ", ".join(section.label for section in sections(report))
-    return f"{kind_of(report.kind).title}: {base_label(report)} → {tuned}"
+    return f"{kind.title}: {base_label(report)} {kind.answer.arrow} {tuned}"
 
 
 def _provenance(report: Report) -> str:
@@ -110,6 +112,7 @@ def _section_blocks(kind: Kind, section: Section, *, verbose: bool, is_only: boo
         Block(": ".join(filter(None, (name, code))), lines, code=verdict.code if verdict else ""),
         _model_block(kind, section, verbose=verbose),
         Block("modules", grid=_modules_grid(kind, section)),
+        depth_block(kind, section),
         _matrices_block(kind, section, verbose=verbose),
     ]
     return [*blocks, methods_block(section)] if verbose else blocks
@@ -182,7 +185,7 @@ def _matrices_block(kind: Kind, section: Section, *, verbose: bool) -> Block:
     if verbose:
         name, chosen = "all matrices", list(section.layers)
     else:
-        name, chosen = _worst(kind, section)
+        name, chosen = worst_words(section), worst(section, _WORST)
     has_code = any(layer.verdict for layer in chosen)
     heads = [MATRIX, VERDICT] if has_code else [MATRIX]
     cells = [
@@ -190,25 +193,3 @@ def _matrices_block(kind: Kind, section: Section, *, verbose: bool) -> Block:
     ]
     subjects = [Subject(layer.values, layer.nulls, (layer,)) for layer in chosen]
     return Block(name, grid=subject_grid(kind, heads, cells, subjects))
-
-
-def _worst(kind: Kind, section: Section) -> tuple[str, list[LayerRecord]]:
-    """At most five: those the verdict flags, worst first, else the largest by the kind's number."""
-    flagged = section.verdict.flagged if section.verdict else ()
-    if flagged:
-        by_name = {layer.name: layer for layer in section.layers}
-        chosen = [by_name[name] for name in flagged if name in by_name]
-        name = f"flagged: {len(flagged)} of {len(section.layers)} matrices, worst first"
-        return name, chosen[:_WORST]
-    sized = [
-        (value, layer)
-        for layer in section.layers
-        if (value := _at_own_k(kind.worst, layer)) is not None
-    ]
-    sized.sort(key=lambda item: -item[0])
-    label = kind.worst.removesuffix("@k").replace("_", " ")
-    return f"largest {label}", [layer for _, layer in sized[:_WORST]]
-
-
-def _at_own_k(pattern: str, layer: LayerRecord) -> float | int | None:
-    return layer.values.get(with_dimension(pattern, dimension(layer)))

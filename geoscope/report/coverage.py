@@ -38,7 +38,11 @@ def compared_line(report: Report) -> str:
     coverage = report.coverage
     vectors = {vector.name for vector in report.vectors}
     names = ({*coverage.matched, *coverage.missing} - vectors) | set(coverage.missing)
+    names |= set(coverage.unread)
     total, missing = len(names), len(coverage.missing)
+    if coverage.unread and not missing:
+        read = total - len(coverage.unread)
+        return f"{coverage.status} {read} of {total} matrices"
     if not missing:
         return f"{coverage.status} {total} of {total} matrices"
     first = first_names(coverage.missing)
@@ -169,7 +173,7 @@ def _cause(layer: LayerRecord, key: str, *, quick: bool, has_base: bool) -> str:
     if name == "outside_span" and m == n:
         return "Nothing lies outside the span of a square base."
     if name.startswith("mask_") and any(
-        "FP8" in note or "grid" in note or "codebook" in note for note in layer.notes
+        "quantisation error" in note or "grid" in note or "codebook" in note for note in layer.notes
     ):
         return "Which weights a grid rounds away is not known from its values."
     if name.startswith("mask_"):

@@ -1,4 +1,4 @@
-"""`--explain`: every condition of the verdict's rules, its limit, its origin, and what it met."""
+"""`--explain`: every condition of the verdict's rules, its limit and standing, what it met."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _NUMBER = r"[-+.\deE]+"
 _ANGLE = re.compile(rf"(?P<name>mean angle) (?P<value>{_NUMBER}) (?P<sign>\S) (?P<limit>{_NUMBER})")
 
 
-def explain_blocks(section: Section) -> list[Block]:
-    """Rules, thresholds in force, and the clause that decided on each matrix."""
+def explain_blocks(section: Section, most: int | None = None) -> list[Block]:
+    """Rules, thresholds in force, and the clause that decided on each matrix, or on the first."""
     verdict = section.verdict
     if verdict is None:
         return []
+    clauses = _clauses(section, most)
     return [
         Block(
             "rules in order: each condition, its limit, and the values it met",
@@ -32,7 +33,7 @@ def explain_blocks(section: Section) -> list[Block]:
             "thresholds in force; their reasons: docs/methods.md#thresholds",
             grid=_thresholds(verdict),
         ),
-        Block("what decided", grid=_clauses(section)),
+        *([Block(_decided(section, most), grid=clauses)] if clauses.rows else []),
     ]
 
 
@@ -43,7 +44,7 @@ def _rules(verdict: Verdict) -> Grid:
     for entry in verdict.explain:
         head = (Cell(str(entry["code"])),)
         rows += [_rule(entry)] if head in rows else [head, _rule(entry)]
-    return Grid((*heads, Head("origin", is_words=True)), tuple(rows))
+    return Grid((*heads, Head("standing", is_words=True)), tuple(rows))
 
 
 def _rule(entry: Mapping[str, Any]) -> tuple[Cell, ...]:
@@ -66,9 +67,14 @@ def _limit(name: str, value: float | None) -> str:
     return degrees(value) if is_angle else number(value)
 
 
-def _clauses(section: Section) -> Grid:
+def _decided(section: Section, most: int | None) -> str:
+    total = sum(layer.verdict is not None for layer in section.layers)
+    return "what decided" + ("" if most is None or total <= most else f", first {most} of {total}")
+
+
+def _clauses(section: Section, most: int | None) -> Grid:
     """Of each matrix code and clause, and the k of the rules where they have one."""
-    judged = [(layer.name, layer.verdict) for layer in section.layers if layer.verdict]
+    judged = [(layer.name, layer.verdict) for layer in section.layers if layer.verdict][:most]
     has_k = any(verdict.get("k") is not None for _, verdict in judged)
     rows = [
         (

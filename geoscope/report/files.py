@@ -12,11 +12,12 @@ from geoscope.files import replacing
 from geoscope.foreign import INDEX, reason, small_text
 from geoscope.records import Report
 
-__all__ = ["SUFFIXES", "check_output", "read", "write"]
+__all__ = ["STYLES", "SUFFIXES", "check_output", "read", "write"]
 
 # The schema of the geoscope.json that lies in adapter folders.
 _ADAPTER_RECORD = '"schema": "geoscope.adapter/'
-SUFFIXES = (".json", ".csv", ".md", ".png", ".svg", ".pdf")
+SUFFIXES = (".json", ".html", ".csv", ".md", ".png", ".svg", ".pdf")
+STYLES = ("screen", "paper")
 
 
 def check_output(path: Path, *, force: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
@@ -43,14 +44,21 @@ def _check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     raise OptionError(f"{path}: suffix {path.suffix!r} is {what}{', '.join(suffixes)}")
 
 
-def write(report: Report, path: Place, *, words: Callable[[str], str] | None = None) -> None:
+def write(
+    report: Report,
+    path: Place,
+    *,
+    style: str = STYLES[0],
+    words: Callable[[str], str] | None = None,
+) -> None:
     """Write a report in the format of the suffix. Nothing half-written stays behind.
 
-    words: what becomes of the text of JSON and Markdown, whose notes name parameters.
+    style: of figures, for the screen or for paper.
+    words: what becomes of the text of JSON, Markdown and HTML, whose notes name parameters.
     """
     path = path_of(path, "path")
     _check_suffix(path)
-    content = _rendered(report, path.suffix.lower(), words or str)
+    content = _rendered(report, path.suffix.lower(), style, words or str)
     try:
         with replacing(path) as file:
             file.write(content)
@@ -58,7 +66,7 @@ def write(report: Report, path: Place, *, words: Callable[[str], str] | None = N
         raise ReportError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _rendered(report: Report, suffix: str, words: Callable[[str], str]) -> bytes:
+def _rendered(report: Report, suffix: str, style: str, words: Callable[[str], str]) -> bytes:
     match suffix:
         case ".json":
             return _encoded(words(_json(report)))
@@ -70,10 +78,14 @@ def _rendered(report: Report, suffix: str, words: Callable[[str], str]) -> bytes
             from geoscope.report.markdown import render_markdown
 
             return _encoded(words(render_markdown(report)))
+        case ".html":
+            from geoscope.report.html.document import render_html
+
+            return _encoded(words(render_html(report)))
         case _:
             from geoscope.report.figures import render_figure
 
-            return render_figure(report, suffix)
+            return render_figure(report, suffix, style)
 
 
 def _encoded(text: str) -> bytes:

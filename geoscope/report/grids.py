@@ -20,6 +20,7 @@ __all__ = [
     "code_cell",
     "model_grid",
     "null_text",
+    "shown_quantities",
     "subject_grid",
     "value_text",
 ]
@@ -104,7 +105,7 @@ def subject_grid(
     """
     ks = {subject.k for subject in subjects}
     k = ks.pop() if len(ks) == 1 else "k"
-    shown = _shown_quantities(kind, subjects)
+    shown = shown_quantities(kind, subjects)
     has_own_k = k == "k" and any(quantity.id.endswith("@k") for quantity in shown)
     rows = [
         (
@@ -124,7 +125,8 @@ def code_cell(verdict: Mapping[str, Any] | None) -> Cell:
     return Cell(code, code=code)
 
 
-def _shown_quantities(kind: Kind, subjects: Sequence[Subject]) -> list[Quantity]:
+def shown_quantities(kind: Kind, subjects: Sequence[Subject]) -> list[Quantity]:
+    """The columns of a kind that some row has."""
     return [
         QUANTITIES[pattern]
         for pattern in kind.columns

@@ -35,17 +35,16 @@ def _prose(block: Block) -> list[str]:
 
 
 def _table(grid: Grid) -> str:
-    kept = [index for index in range(len(grid.heads)) if _has_text(grid, index)]
-    heads = [grid.heads[index] for index in kept]
+    grid = grid.filled
     lines = [
-        _row([_escaped(head.text) for head in heads]),
-        _row([":--" if head.is_words else "--:" for head in heads]),
+        _row([_escaped(head.text) for head in grid.heads]),
+        _row([":--" if head.is_words else "--:" for head in grid.heads]),
     ]
     for row in grid.rows:
         if len(row) != len(grid.heads):
-            lines.append(_row([*_named(row), *([""] * (len(kept) - len(row)))]))
+            lines.append(_row([*_named(row), *([""] * (len(grid.heads) - len(row)))]))
         else:
-            lines.append(_row([_cell(grid.heads[index], row[index]) for index in kept]))
+            lines.append(_row([_cell(*each) for each in zip(grid.heads, row, strict=True)]))
     return "\n".join(lines)
 
 
@@ -53,10 +52,6 @@ def _named(row: tuple[Cell, ...]) -> list[str]:
     """The head of a group, or a name with words."""
     first, *words = (_escaped(cell.text) for cell in row)
     return [first, *words] if words else [f"**{first}**"]
-
-
-def _has_text(grid: Grid, index: int) -> bool:
-    return any(row[index].text for row in grid.rows if len(row) == len(grid.heads))
 
 
 def _row(cells: list[str]) -> str:

@@ -41,6 +41,16 @@ class Grid:
     heads: tuple[Head, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
+    @property
+    def filled(self) -> Grid:
+        """Without the columns that hold nothing; rows of one cell or two stay as they are."""
+        whole = [row for row in self.rows if len(row) == len(self.heads)]
+        kept = [i for i in range(len(self.heads)) if any(row[i].text for row in whole)]
+        rows = tuple(
+            tuple(row[i] for i in kept) if len(row) == len(self.heads) else row for row in self.rows
+        )
+        return Grid(tuple(self.heads[i] for i in kept), rows)
+
 
 @dataclass(frozen=True)
 class Block:

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from geoscope.kinds import Kind
 from geoscope.records import LayerRecord, ModelRef, Report, Status, Steps, Values, Verdict
 from geoscope.report.numbers import shorten
+from geoscope.report.tables import kind_of
 
 __all__ = [
     "Section",
     "Subject",
+    "answering",
     "base_label",
     "dimension",
     "dimensions",
@@ -70,9 +73,12 @@ class Subject:
 class Section:
     """One tuned model, numbered as in `provenance.refs`: its aggregates and its matrices.
 
+    kind: of the report.
     steps: of a series, the base first; series: id → one number a step.
+    limits: thresholds that were set, of a kind without a verdict.
     """
 
+    kind: Kind
     tuned: int
     label: str
     whole: Subject
@@ -81,6 +87,7 @@ class Section:
     distance: Mapping[str, Any] | None = None
     steps: tuple[int, ...] = ()
     series: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
+    limits: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def layers(self) -> tuple[LayerRecord, ...]:
@@ -89,24 +96,38 @@ class Section:
 
 def sections(report: Report) -> tuple[Section, ...]:
     """One section, or one for each of several tuned models."""
-    summary = report.summary
+    summary, kind = report.summary, kind_of(report.kind)
     if not summary.runs:
         whole = Subject(summary.model, summary.nulls, report.layers)
         modules = _modules(report.layers, summary.modules, summary.module_nulls)
         label, verdict = _tuned_label(report, 1), summary.verdict
-        return (
-            Section(
-                1, label, whole, modules, verdict, summary.distance, summary.steps, summary.series
-            ),
-        )
+        ends = summary.distance, summary.steps, summary.series
+        limits = _limits(report)
+        return (Section(kind, 1, label, whole, modules, verdict, *ends, limits=limits),)
     found: list[Section] = []
     for run in summary.runs:
         layers = tuple(layer for layer in report.layers if layer.tuned == run.tuned)
         modules = _modules(layers, run.modules, run.module_nulls)
         whole = Subject(run.model, run.nulls, layers)
         label = _tuned_label(report, run.tuned)
-        found.append(Section(run.tuned, label, whole, modules, run.verdict, run.distance))
+        ends = run.verdict, run.distance
+        limits = _limits(report)
+        found.append(Section(kind, run.tuned, label, whole, modules, *ends, limits=limits))
     return tuple(found)
+
+
+def answering(report: Report) -> tuple[Section, ...]:
+    """The sections that answer: of a kind with one answer for all models the report itself."""
+    parts, summary, kind = sections(report), report.summary, kind_of(report.kind)
+    if len(parts) == 1 or not kind.answer.is_joint:
+        return parts
+    whole = Subject(summary.model, summary.nulls, ())
+    return (Section(kind, 0, base_label(report), whole, {}, summary.verdict),)
+
+
+def _limits(report: Report) -> Mapping[str, float]:
+    """The thresholds that were set, where no verdict has them."""
+    return report.provenance.parameters.get("limits") or {}
 
 
 def _modules(
@@ -137,9 +158,7 @@ def _tuned_label(report: Report, tuned: int) -> str:
 
 
 def _label(ref: ModelRef) -> str:
-    """The last two parts of a path or Hub id: enough to tell models apart."""
-    parts = [part for part in ref.given.replace("\\", "/").split("/") if part not in ("", ".")]
-    return shorten("/".join(parts[-2:]) or ref.given, 40)
+    return shorten(ref.tail, 40)
 
 
 def dimension(layer: LayerRecord) -> int | None:

@@ -93,10 +93,12 @@ def _work(survey: Survey) -> list[str]:
     if survey.bytes_to_fetch:
         lines[0] += f", after fetching {_bytes(survey.bytes_to_fetch)}"
         lines[0] += f" ({_bytes(survey.free_disk or 0)} free)"
+    where = f"on {survey.device} ({survey.workers} workers)"
+    if survey.tasks:
+        where = f"on {survey.workers} cores for each of {survey.tasks} tasks of the Ray cluster"
     if survey.paired:
         lines.append(
-            f"would take about {_seconds(survey.seconds)} on {survey.device} "
-            f"({survey.workers} workers), at most {_bytes(survey.memory)}"
+            f"would take about {_seconds(survey.seconds)} {where}, at most {_bytes(survey.memory)}"
         )
     return lines
 

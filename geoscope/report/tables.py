@@ -199,6 +199,13 @@ _TABLE = (
     ),
     Quantity("pls_r2_mean", "R² PLS", "the same, mean of matrices (AlphaRL)", "void without skill"),
     Quantity("pls_r2_shift_p", "p shift", "p, metric shifted", "of R² in sample"),
+    Quantity(
+        "lineage_angle", "angle", "angle at the candidate", "90°: between, less: not", unit="rad"
+    ),
+    Quantity("growth", "growth", "growth of ‖W‖² over ‖ΔW‖²", "below 0: perhaps the younger one"),
+    Quantity("equal_embeddings", "vocabulary", "embedding and head equal", "share of those read"),
+    Quantity("merge_weight", "weight", "weight in the merge", "all sum to 1"),
+    Quantity("copy_share", "rounded", "rounding over distance", "1: a copy in coarser numbers"),
 )
 
 QUANTITIES = {quantity.id: quantity for quantity in _TABLE}
@@ -211,7 +218,15 @@ OVERLAPS = (
     Quantity("update_angle_left_mean@k", "angle L({k})", "", "", unit="rad"),
     Quantity("mask_jaccard", "Jaccard", "", ""),
     Quantity("sign_conflict", "conflict", "", ""),
+    Quantity("changed_shared", "in both", "", ""),
+    Quantity("changed_only_a", "in one", "", ""),
+    Quantity("changed_only_b", "in other", "", ""),
+    Quantity("head_cosine", "heads", "", ""),
+    Quantity("residual_cosine", "rests", "", ""),
     Quantity("update_angle_right_mean@k", "angle R({k})", "", "", unit="rad"),
+    Quantity("angle_at_model", "at the model", "", "", unit="rad"),
+    Quantity("angle_at_first", "at the first", "", "", unit="rad"),
+    Quantity("angle_at_second", "at the second", "", "", unit="rad"),
 )
 
 

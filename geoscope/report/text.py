@@ -19,7 +19,7 @@ from geoscope.report.explain import explain_blocks
 from geoscope.report.numbers import shorten_all
 from geoscope.report.page import Block, Cell, Grid, Head
 from geoscope.report.plain import plain
-from geoscope.report.sections import sections
+from geoscope.report.sections import answering
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -67,11 +67,12 @@ def render_text(
     report = plain(report)
     if details or verbose:
         blocks = page(report, verbose=verbose, explain=explain)
-        blocks[1:1] = [Block("\n".join(headlines(report)))]
+        first, *others = headlines(report)
+        blocks[1:1] = [Block(first, tuple(others))]
         return _printed(_lines(blocks, width), width, colour=colour)
     lines = _answer_lines(report, min(width, _ANSWER_WIDTH))
     if explain:
-        blocks = [block for part in sections(report) for block in explain_blocks(part)]
+        blocks = [block for part in answering(report) for block in explain_blocks(part)]
         lines += [_empty(), *_lines(blocks, width)] if blocks else []
     return _printed(lines, width, colour=colour)
 

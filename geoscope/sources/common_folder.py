@@ -37,8 +37,9 @@ def in_common_folder(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
     if len(common) > 1:
         each = [below(first.given, one) for one in common]
         raise OptionError(
-            f"every step has weights in {first_names([f'{one}/' for one in common])}; give the "
-            f"sub-folder that is meant, of each step: {' or '.join(each[:3])}"
+            "every step has weights in several sub-folders "
+            f"({first_names([f'{one}/' for one in common])}); choose one and give it for each "
+            f"step: {' or '.join(each[:3])}"
         )
     folder = common[0] if common else ""
     return tuple(replace(one, folder=folder) if i in roots else one for i, one in enumerate(found))

@@ -156,7 +156,7 @@ def _weights_below(path: Path) -> dict[str, Refused | None]:
     if any(
         manifest.folder is None for manifest in manifests(path)
     ):  # beside Megatron's shards the base
-        usual, others = [row.folder for row in FOLDERS if not row.is_read], []
+        usual, others = [row.folder for row in FOLDERS if row.folder.endswith("dist_ckpt")], []
     found: dict[str, Refused | None] = {}
     for folder in dict.fromkeys([*usual, *others]):
         try:

@@ -140,8 +140,8 @@ def _of_file(path: Path, given: str) -> Location:
         raise CheckpointNotFound(f"{given}: neither a file nor a folder")
     if is_never_opened(path.name):
         raise CheckpointError(
-            f"{given}: holds the state of a trainer and no weights; it is never opened. "
-            "Give the folder or file of the weights"
+            f"{given}: this file holds trainer state and no weights. geoscope does not open it; "
+            "give the folder or file of the weights"
         )
     # Links stay: the name in a Hub cache has a suffix, the blob that it points to has none.
     path = path.parent.resolve() / path.name

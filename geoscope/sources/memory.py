@@ -32,7 +32,7 @@ from geoscope.models.opening import NO_CONFIG, Identity, assemble
 from geoscope.peft.adapter import Adapter, adapter_of
 from geoscope.records import TensorInfo
 
-__all__ = ["LiveAdapter", "Model", "Opened", "opened", "opened_all"]
+__all__ = ["LiveAdapter", "Model", "Opened", "as_model_or_reference", "as_models_or_references"]
 
 _FILE = "memory"
 # Modules that hold the model in an attribute: DDP and DeepSpeed, torch.compile.
@@ -65,7 +65,7 @@ Model = str | os.PathLike[str] | Checkpoint | LiveAdapter | Mapping[str, Tensor]
 Opened = str | Checkpoint | LiveAdapter
 
 
-def opened(model: Model, name: str, label: str | None = None) -> Opened:
+def as_model_or_reference(model: Model, name: str, label: str | None = None) -> Opened:
     """A model as the verbs take it: a reference as its text, anything else opened.
 
     name: of the parameter. label: how messages and reports name tensors and modules, by default
@@ -81,15 +81,17 @@ def opened(model: Model, name: str, label: str | None = None) -> Opened:
     return path_text(model, name)
 
 
-def opened_all(models: Any, name: str) -> tuple[Opened, ...]:
+def as_models_or_references(models: Any, name: str) -> tuple[Opened, ...]:
     """One model or several, each with its number where there are several."""
     if isinstance(models, (str, os.PathLike, Checkpoint, LiveAdapter, Mapping, nn.Module)):
-        return (opened(models, name),)
+        return (as_model_or_reference(models, name),)
     if isinstance(models, (bytes, bytearray)) or not hasattr(models, "__iter__"):
         raise OptionError(f"`{name}` {models!r}: paths or models are needed, one or several")
     every = tuple(models)
     numbered = [f"{name} {i}" for i in range(1, len(every) + 1)] if len(every) > 1 else [name]
-    return tuple(opened(one, name, label) for one, label in zip(every, numbered, strict=True))
+    return tuple(
+        as_model_or_reference(one, name, label) for one, label in zip(every, numbered, strict=True)
+    )
 
 
 # --- tensors --------------------------------------------------------------------------------------

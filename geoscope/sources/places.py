@@ -4,7 +4,8 @@ The folder itself, then the rows of trainers.py and what verl's manifest names. 
 cache the snapshot of its main branch stands for the folder.
 
 Chosen by kind: an adapter comes first, because a merged output of a LoRA run may equal the base;
-then the shards of a trainer, which are often fp32 masters; then the model folder. An adapter folder
+then the shards of a trainer, which are often fp32 masters; then the model folder; last Megatron's
+shards, which often hold the optimizer alone beside it. An adapter folder
 without factors is not replaced by what lies beside it. Naming the sub-folder overrides the choice.
 """
 
@@ -32,7 +33,7 @@ __all__ = [
     "without_factors",
 ]
 
-_PLACES = ("", *(row.folder for row in FOLDERS if row.is_read))
+_PLACES = ("", *(row.folder for row in FOLDERS))
 _WITH_MANIFEST = frozenset(row.folder for row in FOLDERS if row.has_manifest)
 # How far below a folder weights are looked for that lie in no usual place.
 _DEPTH = 3

@@ -26,6 +26,7 @@ __all__ = [
     "LocalReference",
     "Reference",
     "base_and_adapter",
+    "elsewhere",
     "parse_reference",
 ]
 
@@ -81,9 +82,25 @@ def base_and_adapter(reference: str) -> tuple[str, str] | None:
         return None
     shown = reference if reference.isprintable() else repr(reference)
     raise OptionError(
-        f"{shown}: neither a path nor base+adapter, for on one side of the + stands no folder, "
-        f"file or Hub id; {GRAMMAR}"
+        f"{shown}: neither a path nor base+adapter: one side of the + is not a folder, a file or a "
+        f"Hub id; {GRAMMAR}"
     )
+
+
+def elsewhere(reference: str, commit: str | None = None) -> str:
+    """The same model for another process: a path from the root, a Hub id at its commit.
+
+    Raises what `parse_reference` does.
+    """
+    pair = base_and_adapter(reference)
+    if pair is not None:
+        return "+".join(map(elsewhere, pair))
+    named = parse_reference(reference)
+    if isinstance(named, LocalReference):
+        return str(named.path.absolute())
+    if commit is None:
+        return reference
+    return f"{_HUB}{named.repo}@{commit}" + (f"/{named.folder}" if named.folder else "")
 
 
 def _is_reference(text: str) -> bool:

@@ -18,7 +18,7 @@ from geoscope.sources.run_folder import candidates, run_folder
 from geoscope.sources.steps import Step
 from geoscope.sources.trainers import MANIFEST
 
-__all__ = ["Save", "announced", "is_whole", "saves_of"]
+__all__ = ["Save", "completed_by_trainer", "is_whole", "saves_of"]
 
 _STATE = "trainer_state.json"
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -45,7 +45,7 @@ class Save:
     def is_there(self) -> bool:
         return self.path.is_dir()
 
-    def stands(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether its files are still those that were seen."""
         return _files(self.path) == self.files
 
@@ -85,13 +85,13 @@ def _seen(path: Path) -> Iterator[tuple[str, int, float]]:
 
 def is_whole(save: Save, others: Sequence[Save], *, stand: float) -> bool:
     """Whether its trainer says so; where it says nothing, whether it stood still for `stand` s."""
-    said = announced(save, others)
+    said = completed_by_trainer(save, others)
     if said is None:
         return bool(save.files) and time.time() - save.changed >= stand
     return said
 
 
-def announced(save: Save, others: Sequence[Save]) -> bool | None:
+def completed_by_trainer(save: Save, others: Sequence[Save]) -> bool | None:
     """What the trainer says of it; None where it says nothing."""
     own = save.names()
     said = [name in own for name in _LAST if any(name in one.names() for one in others)]

@@ -350,7 +350,9 @@ def _place(resolved: str) -> str:
 
 def _nothing(skipped: Sequence[Skipped]) -> CheckpointError:
     reasons = first_names([f"{one.name}: {one.reason}" for one in skipped], 2)
-    return CheckpointError(f"no checkpoint of a step among what was given ({reasons})")
+    return CheckpointError(
+        f"none of the given paths is a checkpoint with a step number ({reasons})"
+    )
 
 
 def _one_unit(opened: Sequence[tuple[Candidate, SeriesPoint]]) -> str:

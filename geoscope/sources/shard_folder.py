@@ -2,6 +2,7 @@
 
     model_world_size_<W>_rank_<r>.pt          verl, one file a rank; huggingface/ with config.json
     .metadata, __<r>_<k>.distcp               torch DCP: Accelerate, NeMo-RL, torchtune, own loops
+    the same with common.pt                   Megatron's torch_dist: slime, ms-swift, NeMo-RL, verl
 
 The tensors come whole, under the names of the model, in the dtype stored. A LoRA run has base and
 factors in the same shards: it is not a whole model. `open_shards` gives the
@@ -11,7 +12,7 @@ adapter, and `open_shard_base` the base.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from geoscope.formats.dcp_metadata import METADATA, read_metadata
 from geoscope.formats.disk import Room
 from geoscope.formats.fsdp import FsdpShards, is_rank_file, rank_files
 from geoscope.formats.layout import file_names, parse_object
+from geoscope.formats.pieces import flattened
 from geoscope.formats.shard_names import (
     LoraNames,
     lora_names,
@@ -31,6 +33,7 @@ from geoscope.formats.shard_names import (
     trained_biases,
 )
 from geoscope.models.checkpoint import Checkpoint
+from geoscope.models.megatron import ADAPTER, is_megatron_model, with_model_names
 from geoscope.models.opening import CONFIG, NO_CONFIG, Identity, assemble, parse_config
 from geoscope.outputs.output_folder import travelling_files
 from geoscope.peft.adapter import Adapter, adapter_of
@@ -58,6 +61,9 @@ def open_shards(
     Raises CheckpointError.
     """
     shards = _shards(path, given)
+    adapted = [name for name in shards.megatron or () if ADAPTER.search(name)]
+    if adapted:
+        raise _bridge_refusal(given, adapted[0])
     names = lora_names(shards.container.header.tensors)
     if names is None:
         return _checkpoint(shards, given, shards.container)
@@ -84,6 +90,13 @@ def _lora_refusal(path: Path, given: str) -> UnsupportedFormat:
     )
 
 
+def _bridge_refusal(given: str, name: str) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        f"`{given}`: an adapter of Megatron-Bridge (tensor {name}). geoscope reads the keys of "
+        "PEFT. Export it with Megatron-Bridge, merged or as a PEFT folder, and give that"
+    )
+
+
 def _adapter(shards: _Shards, names: LoraNames, given: str, alpha: float | None) -> Adapter:
     config = _lora_config(shards.path, given)
     own = [*names.adapter, *trained_biases(names, config.get("bias", "none"))]
@@ -106,13 +119,15 @@ def _lora_config(path: Path, given: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Shards:
-    """What was opened. config_folder: where config.json is, None without one."""
+    """What was opened. config_folder: where config.json is, None without one. megatron: the shapes
+    of stacks, where the tensors have Megatron's names."""
 
     path: Path
     container: Container
     config: Mapping[str, Any]
     config_folder: Path | None
     notes: tuple[str, ...]
+    megatron: Mapping[str, tuple[int, ...]] | None = None
 
 
 def _shards(path: Path, given: str) -> _Shards:
@@ -123,23 +138,27 @@ def _shards(path: Path, given: str) -> _Shards:
         where = f"{label}/{below}/{CONFIG}"
         config = parse_config(_text(path / below / CONFIG, where), where)
     names = file_names(path, given)
+    megatron = None
     if any(is_rank_file(name) for name in names):
         files = rank_files(path, names, label)
         source = files[0].replace("rank_0", "rank_*")
         container = FsdpShards.open(path, files, label, source, config)
         note = f"put together from the FSDP shards of {len(files)} ranks"
     else:
-        source = "*.distcp"
-        container, note = _dcp(path, names, label, source)
+        container, note, megatron = _dcp(path, names, label)
     folder = None if below is None else path / below
-    return _Shards(path, container, config, folder, (note,) if folder else (note, NO_CONFIG))
+    notes = (note,) if folder else (note, NO_CONFIG)
+    return _Shards(path, container, config, folder, notes, megatron)
 
 
 def _checkpoint(shards: _Shards, given: str, container: Container) -> Checkpoint:
     files = {info.source: container.header for info in container.header.tensors.values()}
     source = _ShardSource(container, shards.config_folder)
     identity = Identity(given, str(shards.path.resolve()))
-    return assemble(identity, source, shards.config, files, {}, shards.notes)
+    checkpoint = assemble(identity, source, shards.config, files, {}, shards.notes)
+    if shards.megatron is None:
+        return checkpoint
+    return with_model_names(checkpoint, shards.megatron)
 
 
 @dataclass(frozen=True)
@@ -173,7 +192,10 @@ def _text(path: Path, label: str) -> str:
         raise CheckpointError(f"{label}: cannot be read: {reason(error)}") from None
 
 
-def _dcp(path: Path, names: Collection[str], label: str, source: str) -> tuple[Container, str]:
+def _dcp(
+    path: Path, names: Collection[str], label: str
+) -> tuple[Container, str, Mapping[str, tuple[int, ...]] | None]:
+    """The container, a note, and the shapes of Megatron's stacks; None of another writer."""
     if METADATA not in names:
         raise CheckpointError(
             f"`{label}`: .distcp files without {METADATA}, which is written last; still being "
@@ -187,7 +209,12 @@ def _dcp(path: Path, names: Collection[str], label: str, source: str) -> tuple[C
             " all belong to a trainer's state); give the folder of the weights"
         )
     rest = len(tensors) - len(model)
-    note = "read from a DCP checkpoint" + (
-        f"; {rest} entries beside the model are not" if rest else ""
-    )
-    return DcpFolder.open(path, model, label, source), note
+    shapes, called = None, "a DCP checkpoint"
+    if is_megatron_model(model):
+        shapes, called = (
+            {name: one.stored.shape for name, one in model.items()},
+            "Megatron's shards",
+        )
+        model = {name: replace(one, stored=flattened(one.stored)) for name, one in model.items()}
+    note = f"read from {called}" + (f"; {rest} entries beside the model are not" if rest else "")
+    return DcpFolder.open(path, model, label, "*.distcp"), note, shapes

@@ -9,7 +9,7 @@ from geoscope.errors import CheckpointError
 from geoscope.formats.dcp_metadata import is_dcp_file
 from geoscope.formats.fsdp import is_rank_file
 from geoscope.formats.layout import choose_layout
-from geoscope.formats.refused import by_files, is_adapter_file, is_megatron
+from geoscope.formats.refused import by_files, is_adapter_file, is_torch_dist
 from geoscope.models.opening import CONFIG
 from geoscope.peft.config import ADAPTER_CONFIG
 
@@ -28,12 +28,13 @@ class Kind(Enum):
     NO_FACTORS = "adapter folder without factors"
     SHARDS = "shards"
     MODEL = "model folder"
+    MEGATRON = "Megatron's shards"
     UNREAD = "weights that are not read"
     CONFIG = "configuration"
 
 
 # Kinds that are opened as a whole model.
-WEIGHTS = (Kind.SHARDS, Kind.MODEL)
+WEIGHTS = (Kind.SHARDS, Kind.MODEL, Kind.MEGATRON)
 
 
 def kinds_of(folder: str, names: Collection[str]) -> list[Kind]:
@@ -44,7 +45,7 @@ def kinds_of(folder: str, names: Collection[str]) -> list[Kind]:
     elif ADAPTER_CONFIG in names or folder.rpartition("/")[2] == _EMPTY_ADAPTER:
         kinds.append(Kind.NO_FACTORS)
     if holds_shards(names):
-        kinds.append(Kind.SHARDS)
+        kinds.append(Kind.MEGATRON if is_torch_dist(names) else Kind.SHARDS)
     if holds_model(names):
         kinds.append(Kind.MODEL)
     if not kinds and by_files(names) is not None:
@@ -56,7 +57,7 @@ def holds_shards(names: Collection[str]) -> bool:
     """Whether a folder with these files holds shards of a trainer that are read."""
     if any(is_rank_file(name) for name in names):
         return True
-    return any(is_dcp_file(name) for name in names) and not is_megatron(names)
+    return any(is_dcp_file(name) for name in names)
 
 
 def holds_model(names: Collection[str]) -> bool:

@@ -20,14 +20,11 @@ MANIFEST = "ckpt_contents.json"
 
 @dataclass(frozen=True)
 class TrainerFolder:
-    """A sub-folder with weights. is_read: whether geoscope reads them, or refuses them by name.
-
-    has_manifest: whether the trainer writes a manifest two folders above.
-    """
+    """A sub-folder with weights. has_manifest: whether the trainer writes a manifest two folders
+    above."""
 
     folder: str
     trainers: str
-    is_read: bool = True
     has_manifest: bool = False
 
 
@@ -45,12 +42,13 @@ FOLDERS = (
     TrainerFolder("policy/huggingface", "SkyRL"),
     TrainerFolder("policy/weights", "NeMo-RL"),
     TrainerFolder("policy/weights/model", "NeMo-RL"),
+    TrainerFolder("policy/weights/iter_0000000", "NeMo-RL with Megatron"),
     TrainerFolder("trainer", "prime-rl"),
     TrainerFolder("pytorch_model_fsdp_0", "Accelerate"),
-    TrainerFolder("dist_ckpt", "verl Megatron, of the folder actor", is_read=False),
-    TrainerFolder("actor/dist_ckpt", "verl Megatron", is_read=False),
-    TrainerFolder("model/dist_ckpt", "verl Megatron, of the folder actor", is_read=False),
-    TrainerFolder("actor/model/dist_ckpt", "verl Megatron", is_read=False),
+    TrainerFolder("dist_ckpt", "verl Megatron, of the folder actor"),
+    TrainerFolder("actor/dist_ckpt", "verl Megatron"),
+    TrainerFolder("model/dist_ckpt", "verl Megatron, of the folder actor"),
+    TrainerFolder("actor/model/dist_ckpt", "verl Megatron"),
 )
 # Where a manifest may lie below the folder that was named.
 _ROOTS = ("", "actor")

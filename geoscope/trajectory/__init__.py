@@ -3,7 +3,3 @@
 Tensors in, numbers out; no files. Every statistic stands beside its value for a random walk with
 the same step norms (docs/methods.md#increments).
 """
-
-from geoscope.trajectory.increments import Increments
-
-__all__ = ["Increments"]

@@ -8,7 +8,7 @@ there is to know:
     ahead  = ⟨D, Δ_τ − Δ_o⟩,  energy = ‖D‖²    error of damped(λ): held − 2λ·ahead + λ²·energy
 
 λ = 1 is the method itself, and for a linear one this is G_ττ − 2wᵀg_τ + wᵀGw. They are taken from
-H, where nothing cancels. Methods that are not linear in Δ join with their own `Moves`.
+H, where nothing cancels. Methods that are not linear in Δ join with their own `PredictionProducts`.
 
 Everything that is learned (λ, the choice of `auto`) is learned at origin o from targets
 τ ≤ o only, so that the errors are held out for it too.
@@ -28,14 +28,14 @@ from geoscope.errors import OptionError
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS, Weighted
 from geoscope.trajectory.increments import Increments
 
-__all__ = ["Backtest", "Moves", "backtest", "pairs_of", "skill_of"]
+__all__ = ["Backtest", "PredictionProducts", "backtest", "pairs_of", "skill_of"]
 
 # The first origin of the report, and the first that damping and choices may learn from.
 _LEAST_ORIGIN, _LEAST_PAST = 3, 2
 
 
 @dataclass(frozen=True)
-class Moves:
+class PredictionProducts:
     """How one method moves, (M, P) fp64 for M tensors and the P pairs of `pairs_of`.
 
     ahead: ⟨ΔŴ − Δ_o, Δ_τ − Δ_o⟩. energy: ‖ΔŴ − Δ_o‖². Zeros where a method has nothing to say: it
@@ -85,7 +85,7 @@ class Backtest:
     held: Tensor
     size: Tensor
     rounding: Tensor
-    moves: Mapping[str, Moves]
+    moves: Mapping[str, PredictionProducts]
 
     @property
     def count(self) -> int:
@@ -128,7 +128,7 @@ class Backtest:
             size=self.size[:, kept],
             rounding=self.rounding[:, kept],
             moves={
-                name: Moves(one.ahead[:, kept], one.energy[:, kept])
+                name: PredictionProducts(one.ahead[:, kept], one.energy[:, kept])
                 for name, one in self.moves.items()
             },
         )
@@ -228,7 +228,7 @@ class Backtest:
         """What `auto` chooses from: each method, plain and damped."""
         return [name for damped, plain in self._damped.items() for name in (plain, damped)]
 
-    def _moves(self, method: str) -> Moves:
+    def _moves(self, method: str) -> PredictionProducts:
         if method not in self.moves:
             raise OptionError(
                 f"{method!r} was not backtested; there are {', '.join(('hold', *self.moves))}"
@@ -259,7 +259,7 @@ def backtest(
     increments: Mapping[str, Increments],
     methods: Sequence[str] = tuple(EXTRAPOLATORS),
     *,
-    others: Mapping[str, Moves] | None = None,
+    others: Mapping[str, PredictionProducts] | None = None,
 ) -> Backtest:
     """Backtest extrapolators on tensors of one series.
 
@@ -313,7 +313,7 @@ def _held(H: Tensor) -> Tensor:
     return torch.cat(parts, 1) if parts else H.new_zeros(len(H), 0)
 
 
-def _linear_moves(H: Tensor, elapsed: Tensor, method: Weighted) -> Moves:
+def _linear_moves(H: Tensor, elapsed: Tensor, method: Weighted) -> PredictionProducts:
     """Of ΔŴ = Σw_iΔ_i: D = Σ_i d_iδ_i with d_i = Σ_{j≥i}(w − e_o)_j over the observed."""
     T = H.shape[-1]
     ahead, energy = [], []
@@ -331,5 +331,5 @@ def _linear_moves(H: Tensor, elapsed: Tensor, method: Weighted) -> Moves:
         energy.append(((d @ seen) * d).sum(-1).clamp_min(0))
     if not ahead:
         empty = H.new_zeros(len(H), 0)
-        return Moves(empty, empty)
-    return Moves(torch.cat(ahead, 1), torch.cat(energy, 1))
+        return PredictionProducts(empty, empty)
+    return PredictionProducts(torch.cat(ahead, 1), torch.cat(energy, 1))

@@ -19,7 +19,7 @@ from torch import Tensor
 from geoscope.errors import OptionError
 from geoscope.linalg.small import gram_eigen
 from geoscope.trajectory.increments import Increments
-from geoscope.trajectory.prediction import Prediction, Seen
+from geoscope.trajectory.prediction import MethodInput, Prediction
 
 __all__ = ["EXTRAPOLATORS", "Weighted"]
 
@@ -53,7 +53,7 @@ class Weighted:
         ahead = torch.tensor([target - observed.steps[0]], dtype=torch.float64)
         return self.rule(observed.G[None], observed.elapsed, ahead)[0, 0]
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         return Prediction(self.weights(seen.increments, target))
 
 

@@ -12,19 +12,10 @@ from dataclasses import dataclass
 
 from geoscope.linalg.precision import UNRESOLVED_ABOVE
 from geoscope.records import Status
+from geoscope.thresholds import MOTION_THRESHOLDS
 from geoscope.trajectory.statistics import Statistics
 
-__all__ = ["THRESHOLDS", "Motion", "drift_or_diffusion"]
-
-# All ours. Below `few` checkpoints the test cannot reach its level, and φ itself must be large.
-THRESHOLDS: Mapping[str, float] = {
-    "level": 0.01,  # largest p-value of the sign-flip test that is called drift
-    "few": 8,  # checkpoints after the base from which 2^(1−T) is below the level
-    "few_drift": 0.1,  # φ that is called drift with fewer, if no other pattern of signs beats it
-    "least": 3,  # checkpoints after the base below which nothing is said
-    "reversal": -0.1,  # corrected increment cosine at or below which steps undo one another
-}
-
+__all__ = ["Motion", "drift_or_diffusion"]
 
 _LIMIT = f"{UNRESOLVED_ABOVE:g}".removeprefix("0")
 
@@ -38,7 +29,7 @@ class Motion:
 
 
 def drift_or_diffusion(
-    stats: Statistics, *, thresholds: Mapping[str, float] = THRESHOLDS
+    stats: Statistics, *, thresholds: Mapping[str, float] = MOTION_THRESHOLDS
 ) -> Motion:
     """Whether the increments share a direction.
 

@@ -49,8 +49,8 @@ class Increments:
         if T < 1 or tuple(self.H.shape) != (T, T) or len(self.rounding) != T + 1:
             shape = "×".join(map(str, self.H.shape))
             raise NumericsError(
-                f"{len(self.steps)} steps, a {shape} Gram matrix and {len(self.rounding)} rounding "
-                "energies do not belong together; T + 1, T×T and T + 1 do, T ≥ 1"
+                f"got {len(self.steps)} steps, a {shape} Gram matrix and {len(self.rounding)} "
+                "rounding energies; needed are T + 1, T × T and T + 1, with T ≥ 1"
             )
         for before, after in pairwise(self.steps):
             if not before < after:

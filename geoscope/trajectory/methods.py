@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from geoscope.errors import OptionError
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS
-from geoscope.trajectory.prediction import Method, Prediction, Seen, last_of
+from geoscope.trajectory.names import NAMES
+from geoscope.trajectory.prediction import Method, MethodInput, Prediction, last_of
 from geoscope.trajectory.spatial_rank1 import SPATIAL
 
 __all__ = ["METHODS", "PLAIN", "Damped", "Trained"]
@@ -19,7 +20,7 @@ class Trained:
 
     name: str
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         if seen.step is None:
             raise OptionError(f"{self.name}: no networks were trained; forecast first")
         return Prediction(last_of(len(seen.increments)), (seen.step,))
@@ -35,19 +36,20 @@ class Damped:
     def name(self) -> str:
         return f"damped({self.inner.name})"
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         factor = seen.factors.get(self.inner.name)
         if factor is None:
             raise OptionError(f"{self.name}: no damping factor is known; backtest the method first")
         return self.inner.predict(seen, target).damped(factor)
 
 
-_HOLD = EXTRAPOLATORS["hold"]
+_NEXT = Trained("next")
+_KNOWN: Mapping[str, Method] = {**EXTRAPOLATORS, **SPATIAL, _NEXT.name: _NEXT}
+_HOLD, *_OTHERS = (_KNOWN[name] for name in NAMES)
+METHODS: Mapping[str, Method] = {
+    method.name: method for method in (_HOLD, *_OTHERS, *map(Damped, _OTHERS))
+}
 # What a trajectory tries, beside each of it damped: no network trains for it.
 PLAIN: Mapping[str, Method] = {
-    name: method for name, method in {**EXTRAPOLATORS, **SPATIAL}.items() if method is not _HOLD
-}
-_ALL: tuple[Method, ...] = (*PLAIN.values(), Trained("next"))
-METHODS: Mapping[str, Method] = {
-    method.name: method for method in (_HOLD, *_ALL, *map(Damped, _ALL))
+    method.name: method for method in _OTHERS if not isinstance(method, Trained)
 }

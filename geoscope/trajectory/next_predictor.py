@@ -75,8 +75,8 @@ class NextOptions:
     def __post_init__(self) -> None:
         if self.horizon < 1 or self.steps < 1 or not 0 <= self.validation < 1:
             raise OptionError(
-                f"next: horizon {self.horizon}, {self.steps} steps, validation "
-                f"{self.validation:g}; at least 1, at least 1 and from 0 to below 1 are needed"
+                "next: needs horizon ≥ 1, steps ≥ 1 and 0 ≤ validation < 1, but got "
+                f"{self.horizon}, {self.steps} and {self.validation:g}"
             )
         if self.loss not in ("l1", "l2"):
             raise OptionError(f"next: loss {self.loss!r} is neither l1 nor l2")
@@ -226,8 +226,8 @@ def _checked(entries: Sequence[_Entry], steps: Sequence[float], horizon: int) ->
     gaps = [after - before for before, after in pairwise(steps)]
     if max(gaps) - min(gaps) > 1e-6 * max(gaps):
         raise OptionError(
-            f"next: steps are {min(gaps):g} to {max(gaps):g} apart, and its networks know no "
-            "steps; give equally spaced checkpoints (`steps`), or take another method"
+            f"next: the checkpoints are {min(gaps):g} to {max(gaps):g} steps apart, but its "
+            "networks need equal distances; give such checkpoints (`steps`), or another method"
         )
     T = len(gaps)
     for _, name, far, near, target in entries:

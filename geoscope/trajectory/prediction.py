@@ -19,7 +19,7 @@ from geoscope.linalg.product import Product
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.rank1 import Rank1Path
 
-__all__ = ["Method", "Pair", "Prediction", "Seen", "damp", "last_of"]
+__all__ = ["Method", "MethodInput", "Pair", "Prediction", "damp", "last_of"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Seen:
+class MethodInput:
     """What is known of one matrix.
 
     increments: of all its checkpoints.
@@ -87,7 +87,7 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         """ΔŴ at the step `target`. Raises OptionError where too little was seen."""
         ...
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError, OptionError
 from geoscope.profile import stage
-from geoscope.trajectory.backtest import Moves, pairs_of
+from geoscope.trajectory.backtest import PredictionProducts, pairs_of
 from geoscope.trajectory.increments import Increments
-from geoscope.trajectory.prediction import Pair, Prediction, Seen, last_of
+from geoscope.trajectory.prediction import MethodInput, Pair, Prediction, last_of
 from geoscope.trajectory.rank1 import Rank1Path, align_signs
 
 __all__ = [
@@ -137,18 +137,48 @@ def alpha_rank1(path: Rank1Path) -> Pair:
 
 
 @dataclass(frozen=True)
+class _Origin:
+    """One tensor at an origin o with P targets τ; (u, v) is the leading pair of Δ_o, Z(τ) the
+    prediction of `spatial_rank1`.
+
+    size: ‖Δ_o‖².
+    sigma: σ_1 of Δ_o.
+    last: ⟨u·vᵀ, Δ_o⟩.
+    toward: ⟨Δ_o, Δ_τ − Δ_o⟩, (P,).
+    along: ⟨u·vᵀ, Δ_τ − Δ_o⟩, (P,).
+    guess: σ̂ of Z(τ), (P,).
+    seen: ⟨Z(τ), Δ_o⟩, (P,).
+    ahead: ⟨Z(τ), Δ_τ − Δ_o⟩, (P,).
+    overlap: ⟨Z(τ), u·vᵀ⟩, (P,).
+    """
+
+    size: Tensor
+    sigma: Tensor
+    last: Tensor
+    toward: Tensor
+    along: Tensor
+    guess: Tensor
+    seen: Tensor
+    ahead: Tensor
+    overlap: Tensor
+
+
+@dataclass(frozen=True)
 class Spatial:
     """A method that predicts pairs from the leading pairs of the updates.
 
     pairs: of the path, what was observed and a target.
+    moves: the same from inner products alone, for the backtest: (⟨ΔŴ − Δ_o, Δ_τ − Δ_o⟩,
+    ‖ΔŴ − Δ_o‖²), (P,) each.
     is_pinned: whether the rest of the last checkpoint stays.
     """
 
     name: str
     pairs: Callable[[Rank1Path, Increments, float], tuple[Pair, ...]]
+    moves: Callable[[_Origin], tuple[Tensor, Tensor]]
     is_pinned: bool = False
 
-    def predict(self, seen: Seen, target: float) -> Prediction:
+    def predict(self, seen: MethodInput, target: float) -> Prediction:
         if seen.path is None:
             raise OptionError(f"{self.name}: leading pairs are needed; take `directions`")
         last = last_of(len(seen.increments))
@@ -162,15 +192,37 @@ def _in_place_of_the_last(path: Rank1Path, seen: Increments, target: float) -> t
     return spatial_rank1(path, seen, target), last * -1
 
 
+def _path_moves(at: _Origin) -> tuple[Tensor, Tensor]:
+    """W0 + Z(t*)."""
+    return at.ahead - at.toward, at.guess.square() - 2 * at.seen + at.size
+
+
+def _pinned_moves(at: _Origin) -> tuple[Tensor, Tensor]:
+    """W_T + Z(t*) − Z_T, as relex_pinned does."""
+    energy = at.guess.square() - 2 * at.sigma * at.overlap + at.sigma.square()
+    return at.ahead - at.sigma * at.along, energy
+
+
+def _alpha_moves(at: _Origin) -> tuple[Tensor, Tensor]:
+    """W0 + ‖Δ_T‖·u1·v1ᵀ."""
+    norm = at.size.sqrt()
+    return norm * at.along - at.toward, (2 * at.size - 2 * norm * at.last).expand(len(at.along))
+
+
+def _path_pair(path: Rank1Path, seen: Increments, target: float) -> tuple[Pair, ...]:
+    return (spatial_rank1(path, seen, target),)
+
+
+def _alpha_pair(path: Rank1Path, seen: Increments, target: float) -> tuple[Pair, ...]:
+    return (alpha_rank1(path),)
+
+
 SPATIAL: Mapping[str, Spatial] = {
     method.name: method
     for method in (
-        # W0 + Z(t*)
-        Spatial("spatial_rank1", lambda path, seen, at: (spatial_rank1(path, seen, at),)),
-        # W_T + Z(t*) − Z_T, as relex_pinned does
-        Spatial("spatial_rank1_pinned", _in_place_of_the_last, is_pinned=True),
-        # W0 + ‖Δ_T‖·u1·v1ᵀ
-        Spatial("alpha_rank1", lambda path, seen, at: (alpha_rank1(path),)),
+        Spatial("spatial_rank1", _path_pair, _path_moves),
+        Spatial("spatial_rank1_pinned", _in_place_of_the_last, _pinned_moves, is_pinned=True),
+        Spatial("alpha_rank1", _alpha_pair, _alpha_moves),
     )
 }
 
@@ -192,7 +244,7 @@ def spatial_moves(
     paths: Mapping[str, Rank1Path],
     increments: Mapping[str, Increments],
     products: Mapping[str, Tensor],
-) -> dict[str, Moves]:
+) -> dict[str, PredictionProducts]:
     """The moves of SPATIAL on all tensors, in the order of `increments`, for `backtest(others=)`.
 
     products: `pair_products` of each path's u and v with the updates, (T, T, T). A tensor whose
@@ -204,68 +256,69 @@ def spatial_moves(
             raise OptionError(
                 f"{name}: no rank-1 path and pair products; give those of all tensors"
             )
-        found = _tensor_moves(paths[name], inc, products[name])
+        moves = _tensor_moves(paths[name], inc, products[name])
         for method in SPATIAL:
-            rows[method].append(found[method])
-    return {method: _stacked(found) for method, found in rows.items()}
+            rows[method].append(moves[method])
+    return {method: _stacked(own) for method, own in rows.items()}
 
 
-def _stacked(rows: list[tuple[Tensor, Tensor]]) -> Moves:
-    return Moves(torch.stack([a for a, _ in rows]), torch.stack([e for _, e in rows]))
+def _stacked(rows: list[tuple[Tensor, Tensor]]) -> PredictionProducts:
+    return PredictionProducts(torch.stack([a for a, _ in rows]), torch.stack([e for _, e in rows]))
 
 
 def _tensor_moves(
     path: Rank1Path, inc: Increments, products: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """method → (ahead (P,), energy (P,)) of one tensor."""
-    T, t, G = len(inc), inc.elapsed, inc.G
+    T, nothing = len(inc), inc.elapsed.new_zeros
     if tuple(products.shape) != (T, T, T):
         raise NumericsError(
             f"pair products of shape {tuple(products.shape)}; {(T, T, T)} is needed"
         )
     aligned = _checked(path, inc)
     # The products were taken with the signs as they came.
-    left, right = ((one * two).sum(1).sign() for one, two in
-                   ((path.u, aligned.u), (path.v, aligned.v)))  # fmt: skip
+    left, right = (
+        (raw * turned).sum(1).sign() for raw, turned in ((path.u, aligned.u), (path.v, aligned.v))
+    )
     C = products * left[:, None] * right
-    by_left, by_right = aligned.u @ aligned.u.T, aligned.v @ aligned.v.T
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in SPATIAL}
+    grams = aligned.u @ aligned.u.T, aligned.v @ aligned.v.T
+    rows = {name: [(nothing(0), nothing(0))] for name in SPATIAL}
     for o in range(2, T):
-        here, nothing = o - 1, t.new_zeros(T - o)
-        if not (float(path.sigma[here]) > 0):
-            for rows in found.values():
-                rows.append((nothing, nothing))
-            continue
-        size = G[here, here].clamp_min(0)
-        toward = G[here, o:] - size  # ⟨Δ_o, Δ_τ − Δ_o⟩
-        guess = _predict(path.sigma[:o], by_left[:o, :o], by_right[:o, :o], t[:o], t[o:])
-        weighted = guess.sigma[:, None] * guess.left
-        seen = torch.einsum("ki,ij,kj->k", weighted, C[here, :o, :o], guess.right)
-        later = torch.einsum("ki,kij,kj->k", weighted, C[o:, :o, :o], guess.right)
-        energy = guess.sigma.square()
-        found["spatial_rank1"].append((later - seen - toward, energy - 2 * seen + size))
-        # Z_o = σ·u·vᵀ of the last checkpoint seen.
-        sigma, last = path.sigma[here], C[:, here, here]
-        overlap = (weighted @ by_left[:o, here]) * (guess.right @ by_right[:o, here])
-        found["spatial_rank1_pinned"].append(
-            (
-                later - seen - sigma * (last[o:] - last[here]),
-                energy - 2 * sigma * overlap + sigma.square(),
-            )
-        )
-        norm = size.sqrt()
-        found["alpha_rank1"].append(
-            (
-                norm * (last[o:] - last[here]) - toward,
-                (2 * size - 2 * norm * last[here]).expand(T - o),
-            )
-        )
-    if T < 3:
-        return {name: (t.new_zeros(0), t.new_zeros(0)) for name in SPATIAL}
+        moved = float(path.sigma[o - 1]) > 0
+        origin = _origin(o, path.sigma, grams, inc, C) if moved else None
+        for name, method in SPATIAL.items():
+            still = nothing(T - o), nothing(T - o)
+            rows[name].append(still if origin is None else method.moves(origin))
     return {
-        name: (torch.cat([a for a, _ in rows]), torch.cat([e for _, e in rows]).clamp_min(0))
-        for name, rows in found.items()
+        name: (torch.cat([a for a, _ in own]), torch.cat([e for _, e in own]).clamp_min(0))
+        for name, own in rows.items()
     }
+
+
+def _origin(
+    o: int, sigma: Tensor, grams: tuple[Tensor, Tensor], inc: Increments, C: Tensor
+) -> _Origin:
+    """Checkpoints 1 … o are known, and o + 1 … T are the targets.
+
+    sigma: σ1 of all T. grams: of the aligned u and v, (T, T) each. C: (T, T, T), aligned, too.
+    """
+    here, t, (by_left, by_right) = o - 1, inc.elapsed, grams
+    guess = _predict(sigma[:o], by_left[:o, :o], by_right[:o, :o], t[:o], t[o:])
+    weighted, last = guess.sigma[:, None] * guess.left, C[:, here, here]
+    seen = torch.einsum("ki,ij,kj->k", weighted, C[here, :o, :o], guess.right)
+    later = torch.einsum("ki,kij,kj->k", weighted, C[o:, :o, :o], guess.right)
+    size = inc.G[here, here].clamp_min(0)
+    return _Origin(
+        size=size,
+        sigma=sigma[here],
+        last=last[here],
+        toward=inc.G[here, o:] - size,
+        along=last[o:] - last[here],
+        guess=guess.sigma,
+        seen=seen,
+        ahead=later - seen,
+        overlap=(weighted @ by_left[:o, here]) * (guess.right @ by_right[:o, here]),
+    )
 
 
 def outer_moves(

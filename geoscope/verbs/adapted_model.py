@@ -40,8 +40,8 @@ def started_from(
         if beside.is_dir() and adapter_folder(beside).layout == "residual":
             return read_adapter(beside)
     raise OptionError(
-        f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give the adapter before "
-        "training as `initial_adapter`"
+        f"{adapter.given}: {adapter.initial}. Its update is therefore not s·B·A alone: give the "
+        "adapter as it was before training as `initial_adapter`"
     )
 
 
@@ -84,7 +84,7 @@ def adapted(
         tied_to={name: kept for name, kept in base.tied_to.items() if name not in changes},
         source=base.source,
         views=base.views,
-        scales=base.scales,
+        quantised=base.quantised,
         base=base,
         whole=whole,
         adapter=laid,

@@ -1,4 +1,4 @@
-"""What is kept between runs: results of matrices, and tensors of Hub models."""
+"""What is kept between runs: results of matrices, factors, and tensors of Hub models."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geoscope.engine.cache import ResultCache
+from geoscope.engine.factor_cache import FactorCache
 from geoscope.folders import results_folder
 from geoscope.sources.hub.range_cache import clear_tensors, kept_tensors, tensors_folder
+from geoscope.verbs.pairs.matrices import factors_folder
 
 __all__ = ["Kept", "caches"]
 
@@ -32,9 +34,11 @@ class Kept:
 def caches() -> tuple[Kept, ...]:
     """All that is kept on this machine."""
     results = ResultCache(results_folder())
+    factors = FactorCache(factors_folder(results))
     return (
         Kept(results.folder, "results", _sizes(results.files()), results.clear),
         Kept(tensors_folder(), "tensors of Hub models", _sizes(kept_tensors()), clear_tensors),
+        Kept(factors.folder, "factors of matrices", _sizes(factors.files()), factors.clear),
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
-from geoscope.arguments import path_text, texts
+from geoscope.arguments import path_of, path_text, size, texts
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection, chosen_layers
 
-__all__ = ["Compute", "Rename", "Select", "Start", "chosen", "form"]
+__all__ = ["Compute", "Memory", "Rename", "Resume", "Select", "Start", "chosen", "form"]
 
 _MOST_WORKERS = 1024  # a thread each
 
@@ -113,3 +114,23 @@ class Compute(_Choices):
 
     jobs: int | None = field(default=None, metadata=form(_workers))
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume(_Choices):
+    """Where finished matrices are kept.
+
+    cache: folder in which results are kept and found again; None keeps nothing.
+    """
+
+    cache: Path | None = field(default=None, metadata=form(path_of))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(_Choices):
+    """How much memory the process may take.
+
+    max_memory: such as `8GB`, bytes, or `min` for the least that works.
+    """
+
+    max_memory: str | None = field(default=None, metadata=form(size))

@@ -20,7 +20,15 @@ from geoscope.sources.open import base_in_shards, open_adapter, open_model_or_ad
 from geoscope.sources.reference import base_and_adapter
 from geoscope.verbs.adapted_model import adapted, started_from
 
-__all__ = ["adapter_at", "apart", "apart_over", "in_parts", "open_model", "open_tuned", "over"]
+__all__ = [
+    "adapter_at",
+    "in_parts",
+    "open_model",
+    "open_tuned",
+    "over",
+    "split_tuned",
+    "split_with_notes",
+]
 
 
 def open_model(
@@ -153,9 +161,9 @@ def _difference(base: AdaptedCheckpoint, adapter: Adapter, names: NameMap) -> Ad
     found = adapted(base, base, adapter, base.adapter, names, is_difference=True)
     if not all(change.has_factors for change in (*found.changes.values(), *base.changes.values())):
         raise OptionError(
-            f"{adapter.given}: it and {base.adapter.given} are adapters of one base and do not "
-            "both change it by products alone; give BASE+ADAPTER twice, or merge them and compare "
-            "the merged folders"
+            f"{adapter.given}: this adapter and {base.adapter.given} have the same base, but at "
+            "least one change is not a product of factors, so their difference cannot be taken. "
+            "Give both as BASE+ADAPTER, or merge both and compare the merged folders"
         )
     return found
 
@@ -167,7 +175,9 @@ def in_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     return split(checkpoint, config)
 
 
-def apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, tuple[str, ...]]:
+def split_with_notes(
+    checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint in parts, and the remarks on these."""
     parts = in_parts(checkpoint, config)
     if isinstance(checkpoint, AdaptedCheckpoint):
@@ -176,7 +186,7 @@ def apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint
     return replace(parts, notes=checkpoint.notes), parts.notes[own:]
 
 
-def apart_over(
+def split_tuned(
     tuned: Checkpoint, whole: Checkpoint, base: Checkpoint, config: Mapping[str, Any]
 ) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:
     """The tuned model in parts, the base that it is compared with, and remarks on the parts.
@@ -187,7 +197,7 @@ def apart_over(
     if isinstance(tuned, AdaptedCheckpoint) and tuned.whole is whole:
         laid = over(tuned, base)
         return laid, laid.base, ()
-    parts, notes = apart(tuned, config)
+    parts, notes = split_with_notes(tuned, config)
     return parts, base, notes
 
 

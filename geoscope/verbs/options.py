@@ -6,26 +6,28 @@ Loads no torch: the command line makes its options from these fields, and help m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from geoscope.arguments import numbers, path_of, size
+from geoscope.arguments import numbers
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.records import Report
-from geoscope.verbs.choices import Compute, Rename, Select, Start, form
+from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
 
 if TYPE_CHECKING:
     from geoscope.metrics import Settings
 
 __all__ = ["Interrupted", "Options", "Planned", "Progress"]
 
+# Options that say how fast the numbers come, and what is of one machine alone.
+_LOCAL = ("jobs", "max_memory", "cache", "device", "ray")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute, Rename, Start, Select):
+class Options(Resume, Memory, Compute, Rename, Start, Select):
     """What may be chosen for a comparison; every field is an option of the command line.
 
-    The fields of `Select`, `Start`, `Rename` and `Compute`, and:
+    The fields of `Select`, `Start`, `Rename`, `Compute`, `Memory` and `Resume`, and:
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     budget: parameters of an adapter, for which `capacity` looks for ranks; nothing is recalled
     from the cache then.
@@ -33,12 +35,11 @@ class Options(Compute, Rename, Start, Select):
     device: auto, cpu, cuda (all), cuda:N or mps.
     dtype: of the spectra, float64 or float32.
     solver: `auto`, or `exact` for LAPACK's SVD of every matrix.
-    max_memory: such as `8GB`, or bytes; default 4 × the largest pair in fp32 + 500 MB.
     curves: captured energy over the base's whole basis.
     masks: overlap of changed weights with masks.
     quick: leading triplets only; what needs a whole spectrum is then not applicable.
     limits: thresholds of the verdict, by their names.
-    cache: folder in which results are kept and found again; None keeps nothing.
+    ray: address of a Ray cluster that computes, `auto` or `local`; None for this process.
     """
 
     allow_vocab_resize: bool = False
@@ -47,12 +48,11 @@ class Options(Compute, Rename, Start, Select):
     device: str = "auto"
     dtype: str = "float64"
     solver: str = "auto"
-    max_memory: str | None = field(default=None, metadata=form(size))
     curves: bool = False
     masks: bool = False
     quick: bool = False
     limits: Mapping[str, float] | None = None
-    cache: Path | None = field(default=None, metadata=form(path_of))
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +67,13 @@ class Options(Compute, Rename, Start, Select):
             )
         if self.budget is not None and self.budget < 1:
             raise OptionError(f"`budget` {self.budget}: at least one parameter is needed")
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide the numbers, and not how fast they come, as JSON has them."""
+        every = {name: value for name, value in asdict(self).items() if name not in _LOCAL}
+        every["layers"] = None if self.layers is None else sorted(self.layers)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in every.items()}
 
     @property
     def settings(self) -> Settings:
@@ -86,7 +93,7 @@ class Options(Compute, Rename, Start, Select):
 def _check_limits(limits: Mapping[str, float] | None) -> None:
     """Refuses names of thresholds that do not exist."""
     if limits:
-        from geoscope.metrics.thresholds import limits_in_force
+        from geoscope.thresholds import limits_in_force
 
         limits_in_force(limits)
 

@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from geoscope.adapters import INITIALISATIONS, LoraFactors, geora, lora, milora, olora, pissa
 from geoscope.adapters.blind_start import blind_start
+from geoscope.adapters.factors import LoraFactors
+from geoscope.adapters.geora import geora
+from geoscope.adapters.lora import lora
+from geoscope.adapters.milora import milora
+from geoscope.adapters.olora import olora
+from geoscope.adapters.pissa import pissa
+from geoscope.adapters.table import INITIALISATIONS
 from geoscope.linalg.product import Product
 from tests.helpers.matrices import gaussian, orthonormal, with_spectrum
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from geoscope.adapters import geora
 from geoscope.adapters.facts import FACTS, ILL_CONDITIONED, captured, completed, gap_note
+from geoscope.adapters.geora import geora
 from geoscope.records import Status
 from tests.helpers.matrices import gaussian
 

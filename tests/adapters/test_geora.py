@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from geoscope.adapters import LoraFactors, geora
+from geoscope.adapters.factors import LoraFactors
+from geoscope.adapters.geora import geora
 from geoscope.errors import NumericsError, OptionError
 from geoscope.records import Status
 from tests.helpers.matrices import DTYPES, gaussian, orthonormal, with_spectrum
@@ -90,6 +91,7 @@ def test_agrees_by_the_exact_solver() -> None:
     assert_agrees(exact, W, 8)
 
 
+@pytest.mark.slow
 @given(
     m=st.integers(2, 40), n=st.integers(2, 40), seed=st.integers(0, 10**6),
     dtype=st.sampled_from([*DTYPES.values(), torch.float64]), rho=st.floats(0.02, 0.98),

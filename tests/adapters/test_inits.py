@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geoscope.adapters import INITIALISATIONS, LoraFactors, lora, milora, olora, pissa
+from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.facts import FACTS
+from geoscope.adapters.lora import lora
+from geoscope.adapters.milora import milora
+from geoscope.adapters.olora import olora
+from geoscope.adapters.pissa import pissa
+from geoscope.adapters.table import INITIALISATIONS
 from geoscope.errors import NumericsError, OptionError
 from geoscope.records import Status
 from tests.helpers.matrices import DTYPES, gaussian, with_spectrum

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geoscope.adapters import LoraFactors, rlmo, rlpo
+from geoscope.adapters.factors import LoraFactors
+from geoscope.adapters.rlpo import rlmo, rlpo
 from geoscope.linalg.iid import iid_cut, iid_draws
 from tests.helpers.matrices import DTYPES, gaussian, with_spectrum
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from typer.main import get_command
 
 import geoscope
 from geoscope.cli import app
+from geoscope.cli.help import EXAMPLES
 from tests.helpers.running import process, run
 
 # What help may not wait for: seconds each.
@@ -47,7 +49,7 @@ every_command = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["compare", "--help"], ["cache", "--help"], ["demo", "-h"]],
+    [["--help"], ["--version"], ["compare", "--help"], ["cache", "--help"], ["init-adapter", "-h"]],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
@@ -104,13 +106,20 @@ def test_the_front_page_lists_every_command_and_the_exit_codes() -> None:
     for path in COMMANDS:
         if path:
             assert path[0] in page
-    for meaning in ("0 done", "1 error", "2 usage", "3 a --fail-on", "130 interrupted", "143"):
+    for meaning in (
+        "0 success",
+        "1 error",
+        "2 wrong usage",
+        "3 --fail-on",
+        "130 interrupted",
+        "143",
+    ):
         assert meaning in page
 
 
 @pytest.mark.parametrize("path", [one for one in COMMANDS if one and one[0] != "cache"])
 def test_every_command_tells_the_exit_codes(path: tuple[str, ...]) -> None:
-    assert "Exit codes: 0 done" in run(*path, "--help").out
+    assert "Exit codes: 0 success" in run(*path, "--help").out
 
 
 def test_no_argument_shows_the_front_page() -> None:
@@ -119,9 +128,44 @@ def test_no_argument_shows_the_front_page() -> None:
     assert "Usage:" in done.out + done.err
 
 
-def test_version_is_that_of_the_package() -> None:
-    assert run("--version").out == f"geoscope {geoscope.__version__}\n"
-    assert process("--version").out == f"geoscope {geoscope.__version__}\n"
+def test_version_is_that_of_the_package_and_of_what_it_runs_on() -> None:
+    told = run("--version").out
+    assert told == process("--version").out
+    first, *others = told.splitlines()
+    assert first == f"geoscope {geoscope.__version__}"  # a line for programs
+    text = " ".join(others)
+    for package in ("torch", "numpy", "scipy", "safetensors"):
+        assert f"{package} {version(package)}" in text
+    assert f"Python {sys.version.split()[0]}" in text
+
+
+@pytest.mark.parametrize("path", [each for each in COMMANDS if hasattr(COMMANDS[each], "callback")])
+def test_options_stand_in_groups(path: tuple[str, ...]) -> None:
+    if not path or path == ("cache",):
+        return
+    text = run(*path, "--help").out
+    for parameter in COMMANDS[path].params:
+        if parameter.param_type_name == "option":
+            group = parameter.rich_help_panel
+            assert group, f"{path}: {parameter.opts[0]} is in no group of cli/options.py"
+            block = text.partition(f"\n{group}:\n")[2].partition("\n\n")[0]
+            assert parameter.opts[0] in block
+
+
+@pytest.mark.parametrize("path", [each for each in COMMANDS if each and each != ("cache",)])
+def test_every_command_has_an_example_that_it_takes(path: tuple[str, ...]) -> None:
+    words = EXAMPLES[path[-1]].partition(">")[0].split()
+    assert tuple(words[: len(path)]) == path
+    assert f"geoscope {EXAMPLES[path[-1]]}" in run(*path, "--help").out
+    command, rest = COMMANDS[path], words[len(path) :]
+    context = command.make_context(path[-1], list(rest))  # raises for what it does not take
+    written = " ".join(map(str, context.params.values()))
+    assert all(word.rstrip("/") in written for word in rest if not word.startswith("-"))
+
+
+def test_a_shell_can_complete() -> None:
+    done = process(_GEOSCOPE_COMPLETE="complete_bash", COMP_WORDS="geoscope comp", COMP_CWORD="1")
+    assert done.out.split() == ["compare"]
 
 
 # Options whose object differs with the command; the words of each command say which it is.
@@ -133,6 +177,7 @@ OWN_WORDS = {
     "--rank": "of the initial adapter, or to compress to",
     "--device": "of the spectra, of one matrix at a time, or of a network that trains",
     "--seed": "of what the command draws",
+    "--max-memory": "the default is by pairs, by matrices of a series, or by copies of one matrix",
     "--metrics": "a file of curves, or the numbers of each line",
     "--budget": "parameters of an adapter, or seconds a checkpoint",
 }

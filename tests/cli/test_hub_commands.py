@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from tests.helpers.forked import GEOSCOPE, run_forked
 from tests.helpers.hub_server import HubServer, Repo, commit_of
+from tests.helpers.running import by_rows
 
 with warnings.catch_warnings():  # of packages that peft imports
     warnings.simplefilter("ignore")
@@ -99,7 +100,7 @@ class Shell:
     def report(self, *words: str | Path, **settings: str) -> dict[str, Any]:
         done = self(*words, "--json", **settings)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return by_rows(json.loads(done.stdout))
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_kept_tensors_are_counted_and_cleared(shell: Shell, pair: dict[str, Path
     size = sum(of_layer(folder, 1) for folder in pair.values())
     folder = shell.home / "geoscope" / "hub"
     listed = shell("cache", "list").stdout.splitlines()
-    assert listed[2:] == [str(folder), f"18 tensors of Hub models, {size / 1e6:.1f} MB"]
+    assert listed[2:4] == [str(folder), f"18 tensors of Hub models, {size / 1e6:.1f} MB"]
     cleared = shell("cache", "clear").stdout.splitlines()
     assert cleared[1] == f"removed 18 tensors of Hub models from {folder}"
     assert not folder.exists()
@@ -274,3 +275,21 @@ def test_an_adapter_on_the_hub_lies_over_its_base(
     alone, there = (shell.report("capacity", one) for one in ("org/lora", folder))
     assert alone["layers"] == there["layers"]
     assert alone["summary"]["model"]["nominal_rank"] == 2
+
+
+@pytest.mark.slow
+def test_lineage_fetches_its_sample_alone(
+    hub: HubServer, shell: Shell, pair: dict[str, Path]
+) -> None:
+    found = shell.report("lineage", "org/tuned", "org/base")
+    assert (found["summary"]["verdict"]["code"], found["coverage"]["status"]) == (
+        "DESCENDS",
+        "SAMPLE",
+    )
+    read = found["layers"]
+    wanted = sum(2 * 2 * one["shape"][0] * one["shape"][1] for one in read)  # two models in bf16
+    assert wanted <= transferred(hub)[1] < 1.2 * wanted
+    assert found["summary"]["model"]["equal_embeddings"] is None
+    local = shell.report("lineage", pair["tuned"], pair["base"])
+    assert found["layers"] == local["layers"]
+    assert local["summary"]["model"]["equal_embeddings"] == 0

@@ -12,7 +12,7 @@ from typer.main import get_command
 import geoscope
 from geoscope.cli import app
 from geoscope.cli import options as opt
-from geoscope.cli.command import flat, repeated, taken
+from geoscope.cli.command import as_typer_command, option_fields, repeated
 
 COMMANDS: dict[str, Any] = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 PAIRS = ("inspect", "collapse", "anisotropy", "alignment", "compare", "capacity")
@@ -60,10 +60,12 @@ class Pair:
 def test_a_command_gets_the_object_that_its_options_make() -> None:
     got: list[Any] = []
 
-    def command(first: str, *, pair: Annotated[Pair, taken("layers", "ks")], masks: bool) -> None:
+    def command(
+        first: str, *, pair: Annotated[Pair, option_fields("layers", "ks")], masks: bool
+    ) -> None:
         got.append((first, pair, masks))
 
-    shown = flat(command)
+    shown = as_typer_command(command)
     assert list(inspect.signature(shown).parameters) == ["first", "layers", "ks", "masks"]
     assert inspect.signature(shown).parameters["layers"].default == "0"
     shown(first="a", layers="1-2", ks="4,2", masks=True)
@@ -72,17 +74,19 @@ def test_a_command_gets_the_object_that_its_options_make() -> None:
 
 def test_two_options_of_one_name_are_refused() -> None:
     def command(
-        *, one: Annotated[Pair, taken("layers")], other: Annotated[Pair, taken("layers")]
+        *,
+        one: Annotated[Pair, option_fields("layers")],
+        other: Annotated[Pair, option_fields("layers")],
     ) -> None:
         raise AssertionError(one, other)
 
     with pytest.raises(ValueError, match="duplicate parameter name"):
-        flat(command)
+        as_typer_command(command)
 
 
 def test_a_field_without_words_is_refused() -> None:
     with pytest.raises(AttributeError, match="Unheard"):
-        taken("unheard")
+        option_fields("unheard")
 
 
 def test_a_command_is_repeated_by_what_differs_from_its_defaults() -> None:

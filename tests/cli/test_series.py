@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.running import by_rows
 from tests.helpers.running import run as command
 from tests.helpers.runs import LLAMA, Run, stored
 
@@ -48,7 +49,7 @@ def test_show_needs_no_checkpoints(tmp_path: Path, drifting: Run) -> None:
         done = command("show", path, "--out", tmp_path / f"again{suffix}")
         assert done.code == 0, done.err
         assert (tmp_path / f"again{suffix}").stat().st_size > 500
-    report = json.loads(path.read_text())
+    report = by_rows(json.loads(path.read_text()))
     assert report["kind"] == "trajectory"
     code = report["summary"]["verdict"]["code"]
     for words, status in ((code, 3), ("NOT_A_CODE", 2), ("ON_PRINCIPAL", 2)):
@@ -128,7 +129,7 @@ def test_extrapolate_refuses_beyond_the_horizon(tmp_path: Path, drifting: Run) -
     given = "extrapolate", drifting.folder, "--base", drifting.base, "--to-step", "9000"
     done = command(*given, "-o", tmp_path / "out", "--method", "damped(linear)")
     assert done.code == 2
-    assert "8910 steps ahead: damped(linear) is credible up to" in done.err
+    assert "8910 steps ahead, but damped(linear) is credible only up to" in done.err
     assert "or --force" in done.err
     assert not (tmp_path / "out").exists()
     done = command(*given, "-o", tmp_path / "out", "--method", "two-point", "--force")
@@ -194,7 +195,7 @@ def test_vectors_on_request(tmp_path: Path, drifting: Run) -> None:
 
 def test_verbose_tells_how_pairs_were_found(drifting: Run) -> None:
     done = command("trajectory", drifting.folder, "--base", drifting.base, "--json")
-    for layer in json.loads(done.out)["layers"]:
+    for layer in done.report["layers"]:
         for kind in ("updates", "steps"):
             assert 0 < layer["method"][kind]["bound"] < 1e-9
     words = command("trajectory", drifting.folder, "--base", drifting.base, "--verbose").out

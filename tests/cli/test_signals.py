@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.helpers.matrices import gaussian, save_model
+from tests.helpers.running import by_rows
 
 MATRICES = 60
 
@@ -89,7 +90,7 @@ def test_a_signal_gives_the_finished_part_and_its_exit_code(
     assert "Traceback" not in stderr
     assert "the report is partial" in stderr
 
-    report = json.loads(stdout)
+    report = by_rows(json.loads(stdout))
     assert report["coverage"]["status"] == "PARTIAL"
     done = {one["name"] for one in report["layers"]}
     assert 1 <= len(done) < MATRICES
@@ -99,7 +100,7 @@ def test_a_signal_gives_the_finished_part_and_its_exit_code(
     assert reasons == {"interrupted before it was computed"}
     assert all(one["values"]["relative_update"] > 0 for one in report["layers"])
     assert report["summary"]["verdict"]["code"]
-    assert json.loads(out.read_text()) == report
+    assert by_rows(json.loads(out.read_text())) == report
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.json"]
 
 
@@ -111,7 +112,7 @@ def test_a_rerun_continues_where_it_was_stopped(
     wait_for(lambda: kept_results() >= 2, process)
     process.send_signal(signal.SIGINT)
     stopped, _ = process.communicate(timeout=60)
-    finished = len(json.loads(stopped)["layers"])
+    finished = len(by_rows(json.loads(stopped))["layers"])
     again = started("-m", "geoscope", *few)
     stdout, stderr = again.communicate(timeout=60)
     assert again.returncode == 0
@@ -162,6 +163,7 @@ def test_a_command_in_the_background_can_be_interrupted(
     assert process.wait(timeout=60) == 130
 
 
+@pytest.mark.slow
 def test_the_suite_in_the_background_tests_ctrl_c(
     started: Callable[..., subprocess.Popen[str]],
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,12 +12,18 @@ from geoscope.engine import (
     default_memory,
     device_memory,
     estimate_seconds,
-    least_memory,
-    parse_memory,
     plan,
+    speed,
 )
-from geoscope.engine.plan import BASELINE, room_for_batches, working_bytes
+from geoscope.engine.plan import (
+    BASELINE,
+    asked_memory,
+    least_memory,
+    room_for_batches,
+    working_bytes,
+)
 from geoscope.errors import OptionError
+from geoscope.linalg.choice import rates
 from geoscope.records import TensorInfo, WeightPair
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -210,7 +218,7 @@ def test_the_default_memory_leaves_half_of_what_the_machine_has() -> None:
     ],
 )
 def test_sizes_are_read_in_decimal_units(text: str, expected: int) -> None:
-    assert parse_memory(text) == expected
+    assert asked_memory([], text) == expected
 
 
 @pytest.mark.parametrize(
@@ -219,7 +227,7 @@ def test_sizes_are_read_in_decimal_units(text: str, expected: int) -> None:
 )
 def test_what_is_no_size_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(OptionError) as caught:
-        parse_memory(text)
+        asked_memory([], text)
     message = str(caught.value)
     assert "\n" not in message
     assert f"`max_memory` {text!r}" in message
@@ -240,8 +248,24 @@ def test_the_estimate_grows_with_the_shorter_side_cubed_and_not_with_the_turn() 
         return estimate_seconds([pair("w", (shape[0], shape[1]))], workers=1)
 
     assert seconds(1024, 256) == seconds(256, 1024)
-    assert seconds(1024, 1024) == pytest.approx(8 * seconds(512, 512))
+    assert seconds(16384, 16384) == pytest.approx(8 * seconds(8192, 8192), rel=0.1)
     assert seconds(8192, 256) < 2 * seconds(4096, 256)
+
+
+def test_small_matrices_cost_what_a_matrix_costs_whatever_its_size() -> None:
+    many = estimate_seconds([pair(str(i), (96, 64)) for i in range(100)], workers=1)
+    assert many == pytest.approx(100 * estimate_seconds([pair("w", (32, 16))], workers=1), rel=0.1)
+
+
+def test_a_machine_that_is_slower_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the committed rate, twice the ratio: it is a ratio to that rate."""
+    clock = iter([0.0, 3.0, 0.0, 3.0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    usual = speed.slowness(1)
+    assert usual == pytest.approx(0.93 * rates().gram64 * 1e9 / (2 * 1024**3))
+    half = replace(rates(), gram64=rates().gram64 / 2)
+    monkeypatch.setattr(speed, "rates", lambda: half)
+    assert speed.slowness(1) == pytest.approx(usual / 2)
 
 
 def test_small_pairs_are_stacked_on_the_cpu_and_shared_out_among_the_workers() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geoscope.engine import upload
-from geoscope.engine.upload import Sender, Sent, load
+from geoscope.engine.upload import DeviceCopy, Sender, load
 from geoscope.records import TensorInfo, WeightPair
 
 
@@ -129,7 +129,7 @@ class Stack:
         self.cuda.log.append(f"kept for {stream.name}")
 
 
-def sent(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> Sent:
+def sent(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> DeviceCopy:
     cuda.put_on(monkeypatch)
     stacks: Any = (Stack(cuda), Stack(cuda))
     return Sender(torch.device("cuda", 0)).send(stacks)

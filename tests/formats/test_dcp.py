@@ -153,7 +153,7 @@ def test_a_metadata_pickle_with_code_is_not_run(shards: Path, tmp_path: Path) ->
 
     change(folder, plant)
     line = refusal(folder, UnsupportedFormat)
-    assert f".metadata: needs `{os.system.__module__}.system` to load, which DCP does not" in line
+    assert f".metadata: loading it needs `{os.system.__module__}.system`, which DCP" in line
     assert not victim.exists()
     FileSystemReader(folder).read_metadata()  # torch runs it
     assert victim.exists()
@@ -168,7 +168,7 @@ def test_no_other_name_passes(tmp_path: Path, name: str) -> None:
     raw = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
     raw += b"\x8c" + bytes([len(leaf)]) + leaf.encode() + b"\x93."
     (tmp_path / ".metadata").write_bytes(raw)
-    assert f"needs `{name}` to load" in refusal(tmp_path, UnsupportedFormat)
+    assert f"loading it needs `{name}`" in refusal(tmp_path, UnsupportedFormat)
 
 
 def test_a_piece_with_code_is_not_run(shards: Path, tmp_path: Path) -> None:
@@ -274,11 +274,11 @@ def edits() -> list[Any]:
         pytest.param(flat, "has other dimensions than the tensor", id="flat"),
         pytest.param(lost, f"no file is named for a piece of {UP}", id="lost"),
         pytest.param(before, "has the impossible size (-5, ", id="before"),
-        pytest.param(beyond, "it is cut", id="beyond"),
+        pytest.param(beyond, "file is incomplete", id="beyond"),
         pytest.param(packed, f"{UP} is stored compressed (['zstd'])", id="packed"),
-        pytest.param(listed, "it has not the form that DCP writes", id="listed"),
-        pytest.param(torn, "it has not the form that DCP writes", id="torn"),
-        pytest.param(bare, "it has not the form that DCP writes", id="bare"),
+        pytest.param(listed, "it does not have the format of DCP", id="listed"),
+        pytest.param(torn, "it does not have the format of DCP", id="torn"),
+        pytest.param(bare, "it does not have the format of DCP", id="bare"),
     ]
 
 
@@ -326,7 +326,7 @@ def test_a_piece_that_is_not_what_was_saved(shards: Path, tmp_path: Path) -> Non
 def test_absent_files_are_named(shards: Path, tmp_path: Path) -> None:
     folder = copy(shards / "flat", tmp_path)
     (folder / "__3_0.distcp").unlink()
-    assert "__3_0.distcp of 4 .distcp files not there; still being written" in refusal(folder)
+    assert "__3_0.distcp missing, of 4 .distcp files. The checkpoint is still" in refusal(folder)
     (folder / ".metadata").unlink()
     assert ".distcp files without .metadata, which is written last" in refusal(folder)
 

@@ -24,8 +24,8 @@ def test_folders_of_one_disk_are_added_up(nearly_full: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_room([{one: 60}, {other: 41}])
     assert str(caught.value) == (
-        f"101 bytes are to be fetched and 100 bytes are free at {one}; make room, or set HF_HOME "
-        "and GEOSCOPE_CACHE to folders on another disk"
+        f"101 bytes must be downloaded, but only 100 bytes are free at {one}; free some space, or "
+        "set HF_HOME and GEOSCOPE_CACHE to folders on another disk"
     )
 
 

@@ -101,12 +101,11 @@ def test_plain_parts_need_a_config_that_fits(shards: Path, tmp_path: Path) -> No
     folder = copy(shards / "plain", tmp_path)
     config = folder / "huggingface" / "config.json"
     config.write_text(json.dumps({**CONFIG, "intermediate_size": 13}))
-    assert f"{UP} is a plain tensor that differs between the ranks, 12 rows in all (needs 13)" in (
-        refusal(folder)
-    )
+    words = "with different content on each rank (12 rows in total; "
+    assert f"{UP} is a plain tensor {words}needs 13)" in refusal(folder)
     config.write_text("{}")
-    assert "12 rows in all (config.json does not tell its rows)" in refusal(folder)
-    assert "some.weight is a plain tensor that differs" in refusal(shards / "plain_odd")
+    assert f"{words}config.json does not tell its rows)" in refusal(folder)
+    assert "some.weight is a plain tensor with different" in refusal(shards / "plain_odd")
 
 
 def test_an_older_mesh_is_read_from_its_attributes(shards: Path, tmp_path: Path) -> None:
@@ -258,9 +257,9 @@ def test_the_world_size_is_that_of_fsdp_config(shards: Path, tmp_path: Path) -> 
     config.write_text("{")
     assert "fsdp_config.json: cannot be read" in refusal(folder)
     config.write_text("{}")
-    assert "shards of 4 and 8 ranks side by side" in refusal(folder)
+    assert "holds shards of 2 saves (4 and 8 ranks)" in refusal(folder)
     config.unlink()
-    assert "shards of 4 and 8 ranks side by side" in refusal(folder)
+    assert "holds shards of 2 saves (4 and 8 ranks)" in refusal(folder)
 
 
 def damages() -> list[Any]:
@@ -334,7 +333,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model" / name
     torch.save({UP: whole()[UP], "x": Exploit(target)}, path)
     line = refusal(path if name == "step_1.pt" else path.parent, UnsupportedFormat)
-    assert "file needs arbitrary code to load" in line
+    assert "loading this file would run code stored in it" in line
     assert not target.exists()
     torch.load(path, weights_only=False)
     assert target.exists()  # so it would have been
@@ -353,8 +352,8 @@ def test_one_rank_alone_is_no_file_of_weights(shards: Path, tmp_path: Path, impo
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert done.stdout == (
-        f"{path}: holds one rank's parts of distributed tensors (DTensor), and geoscope reads "
-        "those of all ranks together; give the folder of model_world_size_*_rank_*.pt files\n"
+        f"{path}: holds the parts of one rank only (DTensor). geoscope needs all ranks: give the "
+        "folder of model_world_size_*_rank_*.pt files\n"
     )
 
 

@@ -16,7 +16,8 @@ from geoscope.errors import UnsupportedFormat
 from geoscope.sources.open import open_checkpoint
 from tests.helpers.files import llama, write_config, write_model
 
-READS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8."
+READS = "geoscope reads fp32, fp16, bf16, FP8 with its scales, MXFP4 and bitsandbytes 4-bit."
+ODD = "is not a scale by block, row or tensor"
 SOURCE = "Use the checkpoint it was quantised from."
 BITSANDBYTES = "Merge the adapter into the bf16 base; for QLoRA that is the unquantised base."
 BF16 = "Use a bf16 conversion."
@@ -181,11 +182,23 @@ F32 = torch.zeros(4, 4)
             f"tensor {BLOCK}.weight_scale_2",
             BF16,
         ),
+        (
+            {".weight_packed": U8, ".weight_scale": F8, ".weight_global_scale": F32},
+            "NVFP4",
+            f"tensor {BLOCK}.weight_packed",
+            BF16,
+        ),
+        (
+            {".weight": U8.to(torch.int8), ".weight_scale": F32[:, :1]},
+            "8-bit integers",
+            f"tensor {BLOCK}.weight_scale",
+            SOURCE,
+        ),
         ({".weight": F8, ".weight_scale": F32}, "FP8", f"tensor {BLOCK}.weight_scale", BF16),
         (
             {".weight": F8, ".weight_scale_inv": F32},
             "FP8",
-            f"tensor {BLOCK}.weight_scale_inv: float32, 4 × 4, is not a scale by block",
+            f"tensor {BLOCK}.weight_scale_inv: float32, 4 × 4, {ODD}",
             BF16,
         ),
         (
@@ -271,9 +284,9 @@ MEGATRON = (
             f"{READS} {PARALLEL}",
         ),
         (
-            [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
+            ["common.pt", "metadata.json", "model_optim_rng.pt"],
             "a Megatron checkpoint",
-            "common.pt",
+            "common.pt and 1 more",
             f"{READS} {MEGATRON}",
         ),
     ],

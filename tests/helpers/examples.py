@@ -13,6 +13,7 @@ from typing import Any
 
 from geoscope.records import (
     Coverage,
+    Curve,
     LayerRecord,
     Layers,
     ModelRef,
@@ -44,6 +45,9 @@ _DRIFT = (
 _CAPACITY = (
     *("nominal_rank", "effective_rank_share", "entropy_rank_share", "k90_share", "k99_share"),
     *("tail_ratio", "suggested_rank"),
+)
+_LINEAGE = (
+    *("base_cosine", "lineage_angle", "growth", "equal_embeddings", "merge_weight", "copy_share"),
 )
 _METHODS = ("two_point", "linear", "damped(linear)", "relex", "relex_pinned", "auto")
 _TRAJECTORY_NULLS = {
@@ -256,6 +260,8 @@ def _belongs(key: str, kind: str) -> bool:
     size = key in ("relative_update", "precision_ratio", "update_sparsity")
     if key in _ADAPTER or kind == "init-adapter":
         return key in _ADAPTER and kind == "init-adapter"
+    if key in _LINEAGE or kind == "lineage":
+        return kind == "lineage" and (size or key in _LINEAGE)
     if key in _CAPACITY or kind == "capacity":
         return kind == "capacity" and (size or key in _CAPACITY)
     shown = {
@@ -293,10 +299,21 @@ def _numbers(
     values |= {key: 0.02 * place for place, key in enumerate(_ADAPTER, start=1)}
     used = min(1.0, stable / 4)
     values |= {key: used / place for place, key in enumerate(_CAPACITY[1:-1], start=1)}
+    values |= {
+        "base_cosine": 1 - size**2 / 2,
+        "lineage_angle": 1.2,
+        "growth": 0.9,
+        "equal_embeddings": 0.5,
+        "merge_weight": 0.4,
+        "copy_share": 0.1,
+    }
     values |= {"nominal_rank": 16, "suggested_rank": round(14 * used)}
     nulls = {
         **dict.fromkeys(_CAPACITY[1:-1], 1.0),
         **dict.fromkeys(("captured_energy", "head_energy", "density_intersection"), 0.04),
+        "base_cosine": 0.0,
+        "lineage_angle": math.pi / 2,
+        "growth": 1.0,
         "update_sparsity": min(0.99, 1.6e-3 / size),
         "update.stable_rank": isotropic,
         "update.entropy_rank": 0.7 * q,
@@ -383,7 +400,7 @@ def _rank_verdict(values: dict[str, float | int], k: int) -> dict[str, object]:
 
 def _curves(
     generator: random.Random, m: int, n: int, values: dict[str, float | int], ks: Sequence[int]
-) -> dict[str, tuple[tuple[float, float], ...]]:
+) -> dict[str, Curve]:
     q = min(m, n)
     points = sorted({round(q ** (i / 63)) for i in range(64)})
     scale = float(values["relative_update"]) * math.sqrt(m * n) * 0.02
@@ -405,7 +422,7 @@ def _curves(
             if values.get(f"angle_{side}_mean@{k}") is not None and k < q:
                 mean = float(values[f"angle_{side}_mean@{k}"])
                 curves[f"angles_{side}@{k}"] = [(i, 2 * mean * i / k) for i in range(1, k + 1)]
-    return {key: tuple((float(x), y) for x, y in curve) for key, curve in curves.items()}
+    return {key: Curve.through((float(x), y) for x, y in curve) for key, curve in curves.items()}
 
 
 def _not_finite(layer: LayerRecord) -> LayerRecord:
@@ -471,11 +488,14 @@ def _summary(kind: str, records: Sequence[LayerRecord], runs: int) -> Summary:
         verdict = _verdict(kind, records)
         summary = Summary(*_mean(records), modules, module_nulls, verdict)
         return _with_steps(summary, records) if kind == "trajectory" else summary
+    lineage = {"parents": [1, *[None, *[1] * runs][:runs]], "beside": [None] * (runs + 1)}
+    answer = _verdict(kind, records) if kind == "lineage" else None
     parts = [
         _run(kind, run, [record for record in records if record.tuned == run])
         for run in range(1, runs + 1)
     ]
-    return Summary({}, {}, {}, {}, runs=tuple(parts))
+    told = lineage if kind == "lineage" else None
+    return Summary({}, {}, {}, {}, verdict=answer, runs=tuple(parts), lineage=told)
 
 
 def _with_steps(summary: Summary, records: Sequence[LayerRecord]) -> Summary:
@@ -537,6 +557,9 @@ def _total(key: str, found: Sequence[float]) -> float:
 
 
 def _verdict(kind: str, records: Sequence[LayerRecord]) -> Verdict | None:
+    if kind == "lineage":
+        words = "it is tiny/base, changed by 3.9 %. Behind it, nearest first: tiny/older"
+        return Verdict("DESCENDS", None, {}, (), {}, words, _THRESHOLDS)
     if kind not in ("collapse", "compare", "capacity"):
         return None
     codes = [record.verdict["code"] for record in records if record.verdict]

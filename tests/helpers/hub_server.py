@@ -43,7 +43,7 @@ def commit_of(files: Files) -> str:
     return oid(repr(sorted((name, oid(content)) for name, content in files.items())).encode())
 
 
-class Sent(NamedTuple):
+class DeviceCopy(NamedTuple):
     """A body that went out, and the range that was asked for."""
 
     path: str
@@ -76,7 +76,7 @@ class HubServer:
         self.repos = dict(repos)
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.drop: set[str] = set()
-        self.sent: list[Sent] = []
+        self.sent: list[DeviceCopy] = []
         self.cut: dict[str, list[int]] = {}
         self.fail: dict[str, int] = {}
         self.busy: dict[str, list[int]] = {}
@@ -239,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
                 count += self.wfile.write(body[start : start + (1 << 16)])
         except ConnectionError:  # the client has what it wanted
             self.close_connection = True
-        self.hub.sent.append(Sent(self.path, self.headers.get("Range", ""), count))
+        self.hub.sent.append(DeviceCopy(self.path, self.headers.get("Range", ""), count))
 
 
 def oid(content: bytes) -> str:

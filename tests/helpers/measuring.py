@@ -11,7 +11,7 @@ from geoscope.engine import one_blas_thread
 from geoscope.metrics import (
     METRICS,
     Instance,
-    Judged,
+    MatrixVerdict,
     Measured,
     Settings,
     instances,
@@ -81,7 +81,7 @@ def row(
     return found
 
 
-def judged(base: Tensor, tuned: Tensor) -> tuple[Measured, Judged]:
+def judged(base: Tensor, tuned: Tensor) -> tuple[Measured, MatrixVerdict]:
     """The numbers of one pair at the verdict's own dimension, and the verdict."""
     k = verdict_dimension((base.shape[0], base.shape[1]))
     found = row(base, tuned, ks=(k,))

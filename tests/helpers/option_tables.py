@@ -38,6 +38,7 @@ MORE = {
     "init-adapter --method": "../adapters.md#initialisations",
     "init-adapter --json": "../report.md#init-adapter",
     "init-adapter --report": "../report.md#init-adapter",
+    "lineage --json": "../report.md#lineage",
     "trajectory --json": "../report.md#trajectory",
     **{
         f"{command} --json": "../report.md"

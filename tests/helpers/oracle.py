@@ -125,11 +125,13 @@ def oracle_row(
     curves: bool = False,
     simulate: int = 0,
     seed: int = 0,
+    draws: int = 12,
 ) -> OracleRow:
     """All ids of one pair.   base, tuned: (m, n) fp64 with exactly the stored values.
 
     `storage` is the dtype of `tuned`, `base_storage` of `base` (the same unless given);
-    `simulate` is the number of draws behind `sampled_nulls`, 0 for none.
+    `simulate` is the number of draws behind `sampled_nulls`, 0 for none; `draws` that behind the
+    nulls and floors that hang on the base's spectrum.
     """
     base_storage = base_storage or storage
     base, tuned = np.asarray(base, np.float64), np.asarray(tuned, np.float64)
@@ -154,7 +156,8 @@ def oracle_row(
             sheet.values, sheet.raw, nulls, sheet.status, "UNDETERMINED", k_v, sampled, {}
         )
 
-    pair = _Pair(base, tuned, counted_storage(base, base_storage), counted_storage(tuned, storage))
+    counted = counted_storage(base, base_storage), counted_storage(tuned, storage)
+    pair = _Pair(base, tuned, *counted, draws)
     _put_sizes(sheet, pair)
     for role in ROLES:
         _put_spectrum(sheet, pair, role)
@@ -223,7 +226,10 @@ def eps(storage: str) -> float:
 class _Pair:
     """Both matrices, their difference, the three SVDs and the facts every section asks for."""
 
-    def __init__(self, base: np.ndarray, tuned: np.ndarray, base_storage: str, storage: str):
+    def __init__(
+        self, base: np.ndarray, tuned: np.ndarray, base_storage: str, storage: str, draws: int
+    ):
+        self.draws = draws
         self.W = {"base": base, "tuned": tuned, "update": tuned - base}
         self.storage = {"base": base_storage, "tuned": storage, "update": storage}
         self.m, self.n = base.shape
@@ -253,7 +259,7 @@ class _Pair:
         """Two standard deviations above the mean angle that the rounding of tuned gives."""
         sd = float(self.noise["tuned"] / np.sqrt(self.m * self.n))
         if k not in self.turned:
-            self.turned[k] = simulated_turns(self.S["base"], (self.m, self.n), sd, (k,))
+            self.turned[k] = simulated_turns(self.S["base"], (self.m, self.n), sd, (k,), self.draws)
         drawn = (self.turned[k].left if side == "left" else self.turned[k].right)[k]
         return float(np.mean(drawn) + 2 * np.std(drawn, ddof=1))
 
@@ -383,10 +389,14 @@ def mp_median(beta: float) -> float:
 
 
 def signal_edge(S: np.ndarray, m: int, n: int, noise: float) -> float:
-    """s(√m+√n), s the larger of the rounding noise per entry and the median-based bulk."""
+    """s(√m+√n), s the larger of the rounding noise per entry and the median-based bulk.
+
+    At least what an fp64 solver may leave of a zero.
+    """
     q, M = min(m, n), max(m, n)
     bulk = np.median(S) / np.sqrt(M * mp_median(q / M))
-    return max(noise / np.sqrt(m * n), bulk) * (np.sqrt(m) + np.sqrt(n))
+    edge = max(noise / np.sqrt(m * n), bulk) * (np.sqrt(m) + np.sqrt(n))
+    return max(edge, M * 2.0**-52 * S[0])
 
 
 def _put_spectrum(sheet: _Sheet, pair: _Pair, role: str) -> None:
@@ -646,7 +656,7 @@ def _nulls_of_pair(pair: _Pair, ks: tuple[int, ...]) -> dict[str, tuple[float, f
     if pair.is_zero["base"]:
         return {}
     S, sd = pair.S["base"], float(pair.norm["update"] / np.sqrt(pair.m * pair.n))
-    turns = simulated_turns(S, (pair.m, pair.n), sd, ks)
+    turns = simulated_turns(S, (pair.m, pair.n), sd, ks, pair.draws)
     draws: dict[str, np.ndarray] = {}
     for side, by_k in (("left", turns.left), ("right", turns.right)):
         draws |= {f"angle_{side}_mean@{k}": drawn for k, drawn in by_k.items()}

@@ -109,6 +109,7 @@ def _row(update: np.ndarray, noise: float, rank: int | None, nominal: int | None
     edge = signal_edge(S, m, n, noise)
     if rank is not None:  # stored exactly: no bulk is noise, but what its factors rounded
         edge = noise / np.sqrt(m * n) * (np.sqrt(m) + np.sqrt(n))
+        edge = max(edge, max(m, n) * 2.0**-52 * S[0])
     above = S[edge < S]
     needed = float(least_k(above, 0.9)) if len(above) else 0.0
     found = "OK" if len(above) else "BELOW_RESOLUTION"

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from geoscope.__main__ import main
+from geoscope.records import Report, encode
 from tests.helpers.matrices import gaussian, save_model, updated
 
-__all__ = ["Done", "process", "run", "weights", "write_pair"]
+__all__ = ["Done", "by_rows", "process", "run", "weights", "write_pair"]
 
 Weights = dict[str, Tensor]
+TABLES = ("layers", "vectors", "overlaps")
 SHAPES = {"self_attn.q_proj": (24, 24), "mlp.down_proj": (24, 40)}
 
 
@@ -37,11 +39,21 @@ class Done:
 
     @property
     def report(self) -> dict[str, Any]:
-        return json.loads(self.out)
+        """The document, its matrices row by row."""
+        return by_rows(json.loads(self.out))
 
     def layer(self, name: str) -> dict[str, Any]:
         (found,) = [one for one in self.report["layers"] if one["name"] == name]
         return found
+
+
+def by_rows(document: dict[str, Any]) -> dict[str, Any]:
+    """A report's document with a list of objects where it has a table."""
+    if not str(document.get("schema")).startswith("geoscope.report/"):
+        return document
+    report = Report.from_json(document)
+    rows = {name: [encode(row) for row in getattr(report, name)] for name in TABLES}
+    return document | {name: rows[name] for name in TABLES if name in document}
 
 
 def run(*arguments: str | Path) -> Done:

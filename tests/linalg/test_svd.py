@@ -433,3 +433,16 @@ def test_angles_to_a_basis_that_is_off_show_up() -> None:
     Q = orthonormal(50, 9, seed=37)
     off = math.cos(2e-8) * Q[:, :8] + math.sin(2e-8) * Q[:, 8:].expand(50, 8) / math.sqrt(8)
     assert sine(Q[:, :8], off) > ANGLE
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60)])
+@pytest.mark.parametrize("solver", ["auto", "exact"])
+def test_vectors_of_a_stack_lie_in_memory_as_those_of_one_matrix(
+    shape: tuple[int, int], solver: str
+) -> None:
+    """Else products with them would round in another way, and numbers depend on the stack."""
+    stack = torch.stack([gaussian(*shape, seed=i) for i in range(3)])
+    for height in (1, 3):
+        factors = factorise(Operand(stack[:height]), vectors=4, solver=solver)
+        assert factors.U is not None and factors.Vh is not None
+        assert factors.U.mT.is_contiguous() and factors.Vh.is_contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geoscope.metrics import (
     THRESHOLDS,
-    Judged,
+    MatrixVerdict,
     Measured,
     aggregate,
     distance,
@@ -154,6 +154,7 @@ def test_a_zero_side_is_too_far_and_two_are_no_update() -> None:
     assert code(torch.zeros(48, 48), torch.zeros(48, 48)) == "NO_UPDATE"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (4, 4), (3, 9), (16, 16), (64, 48)])
 @pytest.mark.parametrize("rho", [1e-3, 0.1, 0.3, 0.5, 0.7])
 def test_no_update_of_any_kind_up_to_seven_tenths_is_far(
@@ -176,6 +177,7 @@ def test_rescaled_and_pruned_models_are_no_strangers() -> None:
     assert code(base, torch.where(base.abs() >= cut, base, 0.0)) not in ("UNRELATED", "TOO_FAR")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [1e-3, 1e-2, 0.1, 0.3])
 @pytest.mark.parametrize("kind", ["isotropic", "low rank", "principal"])
 def test_the_base_in_an_ordinary_update_changes_no_verdict(kind: str, rho: float) -> None:
@@ -206,7 +208,7 @@ def test_at_the_limit_the_base_alone_takes_off_principal_away() -> None:
 # --- the model ------------------------------------------------------------------------------------
 
 
-def model(pairs: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Measured], list[Judged]]:
+def model(pairs: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Measured], list[MatrixVerdict]]:
     both = [judged(a.float(), b.float()) for a, b in pairs.values()]
     return [one for one, _ in both], [one for _, one in both]
 

@@ -19,10 +19,13 @@ from torch import Tensor
 from geoscope import Options, Report, compare
 from geoscope.engine import one_blas_thread
 from geoscope.errors import Stopped
-from geoscope.metrics.overlaps import PHI_DIMENSIONS, overlap
+from geoscope.linalg.factor_update import FactorUpdate
+from geoscope.metrics.kept import PHI_DIMENSIONS
+from geoscope.metrics.overlaps import overlap
 from geoscope.verbs.options import Interrupted
 from tests.helpers import oracle
 from tests.helpers.matrices import DTYPES, gaussian, orthonormal, save_model, updated, with_spectrum
+from tests.helpers.running import by_rows
 
 SHAPES = {"square": (40, 40), "tall": (60, 30), "wide": (30, 60)}
 KS = (2, 8, 30)
@@ -53,6 +56,12 @@ def three(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 # --- the definitions ----------------------------------------------------------------------------
 
 
+def leading(X: np.ndarray) -> np.ndarray:
+    """σ₁u₁v₁ᵀ."""
+    U, S, Vh = np.linalg.svd(X, full_matrices=False)
+    return S[0] * np.outer(U[:, 0], Vh[0])
+
+
 def by_definition(base: Tensor, a: Tensor, b: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
     """Every value straight from its definition, dense and in fp64."""
     W, A, B = (one.double().numpy() for one in (base, a, b))
@@ -64,16 +73,25 @@ def by_definition(base: Tensor, a: Tensor, b: Tensor, ks: tuple[int, ...]) -> di
     found["sign_conflict"] = np.sum(joint & (np.sign(X) != np.sign(Y))) / np.sum(joint)
     U0, _, V0h = np.linalg.svd(X, full_matrices=False)
     U1, _, V1h = np.linalg.svd(Y, full_matrices=False)
+    found |= {
+        "changed_shared": np.mean(first & second),
+        "changed_only_a": np.mean(first & ~second),
+        "changed_only_b": np.mean(second & ~first),
+    }
+    heads = [leading(Z) for Z in (X, Y)]
+    rests = [Z - H for Z, H in zip((X, Y), heads, strict=True)]
+    for key, (P, Q) in (("head_cosine", heads), ("residual_cosine", rests)):
+        found[key] = float(np.sum(P * Q) / np.linalg.norm(P) / np.linalg.norm(Q))
     for side, P, Q in (("left", U0, U1), ("right", V0h.T, V1h.T)):
         for i, j in product(PHI_DIMENSIONS, repeat=2):
             energy = np.sum((P[:, :i].T @ Q[:, :j]) ** 2)
-            found[f"phi_{side}@{i},{j}"] = energy / min(i, j)
+            found[f"phi_{side}@{i},{j}"] = float(energy / min(i, j))
         for k in ks:
             if k < len(P):
                 cosines = np.linalg.svd(P[:, :k].T @ Q[:, :k], compute_uv=False)
                 angles = np.arccos(np.clip(cosines, -1, 1))
                 found[f"update_angle_{side}_mean@{k}"] = float(np.mean(angles))
-    return found
+    return {key: float(number) for key, number in found.items()}
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -134,6 +152,9 @@ def masks_of(shape: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(base, a), (base, b)]
 
 
+OF_ONE = {"changed_only_a": "changed_only_b", "changed_only_b": "changed_only_a"}
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_exchanging_the_models_exchanges_the_dimensions_and_no_more(shape) -> None:
     base, a, b = three(shape, torch.bfloat16)
@@ -142,6 +163,7 @@ def test_exchanging_the_models_exchanges_the_dimensions_and_no_more(shape) -> No
         if key.startswith("phi"):
             side, _, text = key.partition("@")
             key = f"{side}@{','.join(reversed(text.split(',')))}"
+        key = OF_ONE.get(key, key)
         if value is None:
             assert other[key] is None
         else:
@@ -223,6 +245,22 @@ def test_a_turn_by_a_known_angle_is_that_angle(degrees: float) -> None:
     assert values["phi_left@1,1"] == pytest.approx(math.cos(theta) ** 2, rel=1e-9)
 
 
+def test_heads_and_rests_of_a_known_split() -> None:
+    """Heads at 60° on one side, rests opposite; of rank 1 nothing is left."""
+    U, V = orthonormal(50, 3, seed=6), orthonormal(30, 2, seed=7)
+    base = torch.zeros(50, 30, dtype=torch.float64)
+    turned = 0.5 * U[:, 0] + 0.75**0.5 * U[:, 2]
+    first, rest = torch.outer(U[:, 0], V[:, 0]), torch.outer(U[:, 1], V[:, 1])
+    second = torch.outer(turned, V[:, 0])
+    values, nulls = overlaps(base, 3 * first + rest, 2 * second - 0.5 * rest, ks=(2,))
+    assert values["head_cosine"] == pytest.approx(0.5, abs=1e-12)
+    assert values["residual_cosine"] == pytest.approx(-1, abs=1e-12)
+    assert nulls["head_cosine"] == nulls["residual_cosine"] == 0
+    alone, _ = overlaps(base, first, 2 * second + rest, ks=(2,))
+    assert alone["head_cosine"] == pytest.approx(0.5, abs=1e-12)
+    assert alone["residual_cosine"] is None
+
+
 # --- what is undefined --------------------------------------------------------------------------
 
 
@@ -233,6 +271,8 @@ def test_a_zero_update_has_no_overlap_and_no_made_up_number(which: str) -> None:
     values, nulls = overlaps(base, a, b)
     assert values["mask_jaccard"] == (None if which == "both" else 0)
     assert values.pop("mask_jaccard") in (None, 0)
+    shares = [values.pop(f"changed_{part}") for part in ("shared", "only_a", "only_b")]
+    assert [bool(share) for share in shares] == [False, which == "second", which == "first"]
     assert set(values.values()) == {None}
     assert nulls["phi_left@8,8"] == 8 / 40
 
@@ -408,7 +448,7 @@ def test_with_one_tuned_model_nothing_is_numbered(tmp_path: Path) -> None:
     assert report.overlaps == ()
     assert report.summary.runs == ()
     assert {one.tuned for one in report.layers} == {None}
-    document = report.to_json()
+    document = by_rows(report.to_json())
     assert "overlaps" not in document
     assert "runs" not in document["summary"]
     assert all("tuned" not in row for row in document["layers"])
@@ -470,3 +510,25 @@ def test_a_signal_during_the_overlaps_keeps_what_was_measured(
     assert caught.value.report is not None
     assert len(caught.value.report.layers) == 4
     assert len(caught.value.report.summary.runs) == 2
+
+
+def test_heads_and_rests_of_factors_are_those_of_the_dense_updates() -> None:
+    """Also of one product beside a whole update."""
+    base = gaussian(60, 40, seed=1)
+    factors = [
+        (
+            gaussian(60, 5, seed=seed)[None],
+            gaussian(5, 40, seed=seed + 1)[None],
+            torch.tensor([2.0]),
+        )
+        for seed in (2, 4)
+    ]
+    products = [FactorUpdate.of(parts) for parts in factors]
+    dense = [base + 2 * B[0] @ A[0] for B, A, _ in factors]
+    expected, _ = overlaps(base, *dense, ks=(2,))
+    for a, b in ((products[0], products[1]), (products[0], dense[1][None])):
+        values, nulls = overlap(base[None], a, b, ks=(2,), in_blocks=True)
+        for key in ("update_cosine", "head_cosine", "residual_cosine"):
+            assert values[key] == pytest.approx(number(expected[key]), abs=1e-9), key
+            assert nulls[key] == 0
+        assert values["changed_shared"] is None

@@ -17,7 +17,7 @@ from geoscope.metrics import (
     CODES,
     THRESHOLDS,
     VERDICT_IDS,
-    Judged,
+    MatrixVerdict,
     Measured,
     judge,
     judge_model,
@@ -518,7 +518,7 @@ def model(*parts: tuple[str, dict[str, float], float], limits: dict[str, float] 
 def verdict(
     found: list[Measured], modules: list[str], limits: dict[str, float] | None = None
 ) -> Verdict:
-    judged_rows: list[Judged] = [judge(one, K, limits) for one in found]
+    judged_rows: list[MatrixVerdict] = [judge(one, K, limits) for one in found]
     names = [f"layers.{i}.{module}" for i, module in enumerate(modules)]
     return judge_model(names, modules, found, judged_rows, limits)
 

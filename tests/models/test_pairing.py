@@ -404,7 +404,9 @@ def test_models_of_another_width_are_an_error_with_the_first_shapes(sides: Sides
 
 def test_models_of_stacked_experts_alone_are_an_error(sides: Sides) -> None:
     tensors = zeros(layers__0__mlp__experts__up=(4, 6, 8))
-    assert "1 weights in scope have no partner that can be read" in nothing(sides, tensors, tensors)
+    assert "for 1 weights in scope, the other model has no readable" in nothing(
+        sides, tensors, tensors
+    )
 
 
 def test_vectors_alone_are_nothing_to_compare_by_default(sides: Sides) -> None:

@@ -19,6 +19,7 @@ from geoscope.outputs.output_folder import OutputFolder, travelling_files, trave
 from geoscope.sources.open import open_checkpoint
 from tests.helpers.files import llama, write_model, write_sharded
 
+LOCK = ".geoscope-lock"
 PLAN = FilePlan({"a": TensorPlan("float32", (4,))})
 SIZES = {"model.safetensors": PLAN.nbytes, "config.json": 2, "README.md": 5}
 
@@ -39,7 +40,7 @@ def test_a_folder_holds_what_was_planned(tmp_path: Path) -> None:
     assert not (tmp_path / "a b").exists()  # checks write nothing
     with out:
         fill(out)
-        assert names(out.path) == {"model.safetensors", "README.md"}  # the rest waits
+        assert names(out.path) == {"model.safetensors", "README.md", LOCK}  # the rest waits
     assert names(out.path) == set(SIZES)
 
 
@@ -108,7 +109,7 @@ def test_force_replaces_what_is_written_and_nothing_else(tmp_path: Path) -> None
 def test_force_does_not_write_beside_foreign_weights(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("")
-    refused(tmp_path / "out", f"{name} would be read with", force=True)
+    refused(tmp_path / "out", f"a loader would read {name} together with", force=True)
 
 
 @pytest.mark.parametrize("part", ["residual", "adapter", "anchor"])
@@ -118,7 +119,7 @@ def test_force_does_not_write_beside_another_layout(tmp_path: Path, part: str) -
     (tmp_path / "out" / part / "README.md").write_text("mine")
     OutputFolder(tmp_path / "out", SIZES, force=True)
     (tmp_path / "out" / part / "adapter_model.safetensors").write_text("")
-    refused(tmp_path / "out", f"{part}/adapter_model.safetensors would be read with", force=True)
+    refused(tmp_path / "out", f"would read {part}/adapter_model.safetensors together", force=True)
 
 
 def test_an_input_is_never_written_to(tmp_path: Path) -> None:
@@ -134,7 +135,9 @@ def test_an_input_is_never_written_to(tmp_path: Path) -> None:
 def test_the_disk_is_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500))
-    refused(tmp_path / "out", r"5\.00 GB are to be written, 1\.50 kB are free", {"a": 5 * 10**9})
+    refused(
+        tmp_path / "out", r"5\.00 GB will be written, but only 1\.50 kB are free", {"a": 5 * 10**9}
+    )
     with OutputFolder(tmp_path / "out", {"a": 1_500}) as out:
         out.write("a", b"as much as there is")
 
@@ -145,7 +148,7 @@ def test_what_lies_on_the_disk_meanwhile_counts(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500))
     OutputFolder(tmp_path / "out", {"a": 1_000}, meanwhile=500)
-    words = r"1\.00 kB are to be written and 501 bytes lie beside them meanwhile, 1\.50 kB are free"
+    words = r"1\.00 kB will be written, plus 501 bytes temporarily, but only 1\.50 kB are free"
     refused(tmp_path / "out", words, {"a": 1_000}, meanwhile=501)
 
 
@@ -235,6 +238,7 @@ print(json.dumps(states))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["new", "again"])
 def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path, before: str) -> None:
     """Killed at every fifth line of code, over nothing and over an older version of itself."""
@@ -309,7 +313,7 @@ def test_small_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", sizes) as out:
         for name in sizes:
             out.copy(name, tmp_path / Path(name).name)
-        assert names(out.path) == {"in/tokenizer.model"}
+        assert names(out.path) == {"in/tokenizer.model", LOCK}
     assert (tmp_path / "out/in/tokenizer.model").read_bytes() == bytes(range(256))
     assert (tmp_path / "out/in/config.json").read_bytes() == b'{"a":\r\n 1}'
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -397,3 +401,22 @@ def test_inputs_stay_as_they_are(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     rewritten(tmp_path / "model", tmp_path / "out", {"lm_head.weight": torch.zeros(32, 8)})
     assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
+    first, second = (OutputFolder(tmp_path / "out", SIZES) for _ in range(2))
+    with first:
+        with pytest.raises(CheckpointError, match="another run writes it"), second:
+            pass
+        fill(first)
+    with pytest.raises(CheckpointError, match="is not empty"), second:  # checked again
+        pass
+    assert names(first.path) == set(SIZES)
+
+
+def test_the_lock_of_a_killed_run_holds_nobody(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).touch()
+    with OutputFolder(tmp_path / "out", SIZES) as out:
+        fill(out)
+    assert names(out.path) == set(SIZES)

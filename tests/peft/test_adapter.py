@@ -101,7 +101,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
     (path / "adapter_model.safetensors").unlink()
     hostile = path / "adapter_model.bin"
     torch.save({**factors(Q), "x": _Exploit(target)}, hostile)
-    refused(path, UnsupportedFormat, "file needs arbitrary code to load; convert it to safetensors")
+    refused(path, UnsupportedFormat, "would run code stored in it; convert it to safetensors")
     assert not target.exists()
     torch.load(hostile, weights_only=False)  # and it would have
     assert target.exists()
@@ -366,7 +366,7 @@ def test_damaged_factors(tmp_path: Path) -> None:
     two = {**factors(Q, adapter=".a"), **factors(V, adapter=".b")}
     refused(folder(tmp_path, two), CheckpointError, r"holds 2 adapters \(a, b\)")
     twice = {**factors(Q), **factors(Q, adapter=".default")}
-    refused(folder(tmp_path, twice), CheckpointError, "stands there twice")
+    refused(folder(tmp_path, twice), CheckpointError, "occurs twice")
 
 
 @pytest.mark.parametrize("alpha", [0, None, "8", True, -1])

@@ -305,7 +305,7 @@ def test_vera_tells_nothing_without_the_base(tmp_path: Path) -> None:
     adapter = read_adapter(tmp_path)
     name, one = next(iter(adapter.modules.items()))
     assert (one.kind, one.shape[1]) == ("base", 0)
-    with pytest.raises(UnsupportedFormat, match=r"does not store how wide .* `base`$"):
+    with pytest.raises(UnsupportedFormat, match=r"does not store the sizes .* `base`$"):
         adapter.factors(name)
     base = infos(made.base)
     del base["model.layers.1.mlp.down_proj"]
@@ -445,10 +445,10 @@ def test_a_place_of_tinylora_is_told_by_its_draw(tmp_path: Path) -> None:
     made = merged(tmp_path, *CASES["tinylora, groups"])
     edit(tmp_path, projection_seed=43)
     adapter = read_adapter(tmp_path)
-    with pytest.raises(CheckpointError, match="is not drawn from projection_seed 43"):
+    with pytest.raises(CheckpointError, match="does not match projection_seed 43"):
         changes(adapter, made.base)
     merged(tmp_path, "llama", of("TinyLoraConfig", r=2, u=3, save_projection=False))
-    with pytest.raises(UnsupportedFormat, match="6 modules lack tinylora_P"):
+    with pytest.raises(UnsupportedFormat, match="6 modules have no tinylora_P"):
         read_adapter(tmp_path)
 
 
@@ -471,7 +471,7 @@ def test_miss_tells_nothing_without_the_base(tmp_path: Path, case: str) -> None:
     adapter = read_adapter(tmp_path)
     name, one = next(iter(adapter.modules.items()))
     assert one.kind == "base"
-    with pytest.raises(UnsupportedFormat, match=r"MiSS does not store how wide .* `base`$"):
+    with pytest.raises(UnsupportedFormat, match=r"MiSS does not store the sizes .* `base`$"):
         adapter.factors(name)
 
 

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import pytest
 
 from geoscope.records import Status, decode, encode
-from geoscope.records.codec import added, spare, unwritten, within
+from geoscope.records.codec import added, not_in_json, omitted_if_default, within
 
 
 @dataclass(frozen=True)
 class Inner:
     name: str
     sizes: tuple[int, ...]
-    seen: bool = unwritten(False)
+    seen: bool = not_in_json(False)
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Outer:
     values: Mapping[str, float | None]
     curves: Mapping[str, tuple[tuple[float, float], ...]]
     free: Mapping[str, Any]
-    note: str | None = spare(None)
-    words: tuple[str, ...] = spare(())
+    note: str | None = omitted_if_default(None)
+    words: tuple[str, ...] = omitted_if_default(())
     later: int = added(7)
     steps: Mapping[str, tuple[float | None, ...]] = within("values")
 

@@ -11,12 +11,12 @@ import pytest
 
 from geoscope.answers import Fact
 from geoscope.kinds import KINDS
-from geoscope.metrics import THRESHOLDS
 from geoscope.records import Report, Status, Verdict
 from geoscope.report import render_headline, render_text
 from geoscope.report.answer import headlines
 from geoscope.report.numbers import number, share
 from geoscope.report.tables import QUANTITIES
+from geoscope.thresholds import MOTION_THRESHOLDS, THRESHOLDS
 from tests.helpers.examples import all_null, example
 
 LIMITS = {name: threshold.value for name, threshold in THRESHOLDS.items()}
@@ -168,19 +168,26 @@ def test_alignment_answers_by_the_limits_of_the_verdict(
     assert headlines(report)[0].partition(":")[0] == words
 
 
-def test_limits_that_stand_in_the_tables_are_those_of_the_verdict() -> None:
-    on, off = (
-        {str(condition.id): condition.limit for condition in outcome.when}
-        for outcome in KINDS["alignment"].answer.outcomes
-        if outcome.first in ("ON PRINCIPAL", "OFF PRINCIPAL")
-    )
-    assert on == {"energy_two_sided@k": LIMITS["on_principal.energy_two_sided"]}
-    assert off == {
-        "energy_two_sided@k": LIMITS["off_principal.energy_two_sided"],
-        "versus_base@k": LIMITS["off_principal.versus_base"],
-    }
-    resolved = next(fact for fact in KINDS["collapse"].answer.facts if fact.id == "precision_ratio")
-    assert resolved.scale[-1] == (LIMITS["undetermined.precision_ratio"], "visible")
+def test_without_a_verdict_the_limits_that_were_set_are_in_force() -> None:
+    report = example("alignment", modules=("q_proj",), ks=(8,), hidden=64)
+    model = {**report.summary.model, "energy_two_sided@8": 0.4, "versus_base@8": 0.9}
+    report = replace(report, summary=replace(report.summary, model=model))
+    assert headlines(report)[0].startswith("PARTLY ON PRINCIPAL")
+    set_to = {**report.provenance.parameters, "limits": {"on_principal.energy_two_sided": 0.3}}
+    report = replace(report, provenance=replace(report.provenance, parameters=set_to))
+    assert headlines(report)[0].startswith("ON PRINCIPAL")
+
+
+def test_the_words_of_a_row_follow_the_limits_in_force() -> None:
+    wide = {"undetermined.precision_ratio": 0.9, "words.few_directions": 0.1}
+    values = {"precision_ratio": 0.7, "update.stable_rank": 0.2}
+    nulls = {"update.stable_rank": 1.0}
+    usual, other = (judged("MIXED", values=values, limits=limits) for limits in ({}, wide))
+    for report, resolved, directions in ((usual, "hidden", "few"), (other, "visible", "noise")):
+        report = replace(report, summary=replace(report.summary, nulls=nulls))
+        text = text_of(report)
+        assert row(text, "resolved").endswith(resolved)
+        assert row(text, "directions").endswith(directions)
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
@@ -195,7 +202,10 @@ def test_what_the_tables_name_exists(name: str) -> None:
     for outcome in answer.outcomes:
         assert own & set(outcome.about) or not outcome.about
     limits = {one for fact in answer.facts for one in (fact.limit, fact.over_null) if one}
-    assert limits <= set(THRESHOLDS) | {"level"}
+    named = [condition.limit for outcome in answer.outcomes for condition in outcome.when]
+    named += [bound for fact in answer.facts for bound, _ in fact.scale]
+    limits |= {limit for limit in named if isinstance(limit, str)}
+    assert limits <= set(THRESHOLDS) | set(MOTION_THRESHOLDS)
 
 
 def test_a_verdicts_own_sentence_is_its_first() -> None:
@@ -212,7 +222,7 @@ def test_quiet_is_the_headline_whatever_its_width() -> None:
 
 def test_several_models_have_a_line_each() -> None:
     first, *others = headlines(example("collapse", runs=3))
-    assert first.endswith(" in 3 of 3 tuned models.")
+    assert first.startswith("3 of 3 tuned models: ")
     assert [line.split(" ")[0] for line in others] == ["1", "2", "3"]
     many = text_of(example("compare", runs=20))
     assert "… " in many
@@ -291,7 +301,7 @@ def test_a_number_of_some_matrices_is_marked() -> None:
     )
     text = text_of(replace(report, layers=layers))
     assert row(text, "directions").split()[4].endswith("*")
-    assert "* of some matrices only" in text
+    assert "* not all matrices have this number" in text
     assert "*" not in row(text_of(report), "directions")
 
 
@@ -327,7 +337,7 @@ def test_what_the_outcome_is_about_stands_alone() -> None:
 
 @pytest.mark.parametrize("fact", KINDS["collapse"].answer.facts, ids=lambda fact: fact.id)
 def test_words_of_a_fact_fit_their_columns(fact: Fact) -> None:
-    assert len(fact.label) <= 14
+    assert len(fact.label) <= 17
     assert len(fact.words) <= 30
 
 

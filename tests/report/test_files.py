@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from geoscope.errors import GeoscopeError, OptionError, ReportError
-from geoscope.records import LayerRecord, Report, Status
+from geoscope.records import Curve, LayerRecord, Report, Status
 from geoscope.report import SUFFIXES, check_output, read, write
 from tests.helpers.examples import all_null, example
 
@@ -33,16 +33,22 @@ def is_pdf(content: bytes) -> bool:
     return content.startswith(b"%PDF-") and content.rstrip().endswith(b"%%EOF")
 
 
+def is_page(content: bytes) -> bool:
+    text = content.decode()
+    return text.lstrip().startswith("<!doctype html>") and text.endswith("</html>\n")
+
+
 def is_text(content: bytes) -> bool:
     return content.decode().endswith("\n") and b"\r" not in content
 
 
 def is_json(content: bytes) -> bool:
-    return is_text(content) and json.loads(content)["schema"] == "geoscope.report/1"
+    return is_text(content) and json.loads(content)["schema"] == "geoscope.report/2"
 
 
 VALID: dict[str, Callable[[bytes], bool]] = {
     ".json": is_json,
+    ".html": is_page,
     ".csv": is_text,
     ".md": is_text,
     ".png": is_png,
@@ -138,7 +144,7 @@ def test_any_layer_reads_back_equal(
         values=values,
         nulls=nulls,
         status=status,
-        curves={"update.S": tuple(curve)},
+        curves={"update.S": Curve.through(curve)},
     )
     report = replace(example(layers=1), layers=(layer,))
     path = tmp_path / "report.json"
@@ -255,8 +261,8 @@ def test_kind_without_a_table_is_written_as_data(tmp_path: Path, suffix: str) ->
         (b"", "not JSON"),
         (b"[1]", "not a report"),
         (b'{"schema": "other/1"}', "schema"),
-        (b'{"schema": "geoscope.report/1"}', "complete"),
-        (b'{"schema": "geoscope.report/1", "kind": NaN}', "not JSON"),
+        (b'{"schema": "geoscope.report/2"}', "complete"),
+        (b'{"schema": "geoscope.report/2", "kind": NaN}', "not JSON"),
         (b"\x89PNG\xff", "not text"),
     ],
 )

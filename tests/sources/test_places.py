@@ -105,7 +105,10 @@ def test_the_order_of_choice(tmp_path: Path) -> None:
     (tmp_path / "hf_model").mkdir()
     (tmp_path / "hf_model" / "model.gguf").touch()
     assert choose(find_places(tmp_path)) is None
+    (tmp_path / "dist_ckpt").mkdir()
+    (tmp_path / "dist_ckpt" / "common.pt").touch()
     order = [
+        (Kind.MEGATRON, lambda: (tmp_path / "dist_ckpt" / ".metadata").touch()),
         (Kind.MODEL, lambda: write_model(tmp_path, llama())),
         (Kind.SHARDS, lambda: (tmp_path / "actor" / "model_world_size_1_rank_0.pt").touch()),
         (Kind.NO_FACTORS, lambda: (tmp_path / "actor" / "lora_adapter").mkdir()),
@@ -197,10 +200,10 @@ def test_commands_read_shards(shards: Path, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", whole(), CONFIG)
     tuned = write_model(tmp_path / "tuned", whole(1), CONFIG)
     asked = ("--json", "--no-resume")
-    same = json.loads(run("collapse", base, shards / "run" / "global_step_0", *asked).out)
+    same = run("collapse", base, shards / "run" / "global_step_0", *asked).report
     assert [one["status"]["energy_left@1"] for one in same["layers"]] == ["ZERO_UPDATE"] * 5
     folders = (tuned, shards / "run" / "global_step_1", shards / "nemo" / "step_1")
-    results = [json.loads(run("collapse", base, one, *asked).out)["layers"] for one in folders]
+    results = [run("collapse", base, one, *asked).report["layers"] for one in folders]
     assert len(results[0]) == 5
     assert results[0] == results[1] == results[2]
     assert results[0] != same["layers"]

@@ -226,7 +226,8 @@ def test_nothing_given_or_nothing_left(tmp_path: Path) -> None:
     assert "give their folders" in fails(OptionError)
     message = fails(CheckpointError, touch(tmp_path / "a.txt"), model(tmp_path / "base"))
     assert message == (
-        f"no checkpoint of a step among what was given ({tmp_path}/a.txt: a file without weights, "
+        f"none of the given paths is a checkpoint with a step number ({tmp_path}/a.txt: a file "
+        "without weights, "
         f"{tmp_path}/base: no step number in its name; set the steps by hand with `steps`)"
     )
 

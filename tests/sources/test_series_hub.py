@@ -173,7 +173,7 @@ def test_the_same_step_in_two_branches(client: Client) -> None:
 
 def test_a_pattern_that_fits_no_branch_lists_them(client: Client) -> None:
     assert client("org/run@checkpoint-*") == {
-        "error": "of the branches of org/run none fits 'checkpoint-*'; there are: draft, "
+        "error": "no branch of org/run matches 'checkpoint-*'; there are: draft, "
         "lora-step-9, main, step_50, step_200, step_300, step_1000",
         "kind": "CheckpointNotFound",
     }
@@ -199,7 +199,8 @@ def test_offline_the_branches_of_the_cache(hub: HubServer, client: Client) -> No
     known = client("org/run@step_*", HF_HUB_OFFLINE="1")
     assert [point[0] for point in known["points"]] == [50]  # by its header alone
     assert client("org/none@step_*", HF_HUB_OFFLINE="1")["error"] == (
-        "offline, and of the branches in the cache of org/none none fits 'step_*'; there are: none"
+        "no branch of org/none matches 'step_*' (offline: only cached branches are known); "
+        "there are: none"
     )
     fetched = client("org/run@step_*0", FETCH="1")
     hub.log.clear()
@@ -216,4 +217,4 @@ def test_a_path_with_that_name_needs_no_network(hub: HubServer, client: Client) 
             (folder / name).write_bytes(content)
     found = client("org/run@step_*")
     assert hub.log == []
-    assert "no checkpoint of a step" in found["error"]  # `run@step_3` tells none
+    assert "is a checkpoint with a step number" in found["error"]  # `run@step_3` tells none

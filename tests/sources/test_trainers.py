@@ -25,7 +25,7 @@ def manifest(folder: Path, model: str = "model/huggingface", **backend: bool) ->
     (folder / "ckpt_contents.json").write_text(json.dumps({**written, "contents": contents}))
 
 
-@pytest.mark.parametrize("folder", [row.folder for row in FOLDERS if row.is_read])
+@pytest.mark.parametrize("folder", [row.folder for row in FOLDERS])
 def test_every_row_of_the_table_is_found(tmp_path: Path, folder: str) -> None:
     write_model(tmp_path / folder, llama(3))
     checkpoint = open_checkpoint(str(tmp_path)) if "lora" not in folder else None
@@ -110,7 +110,8 @@ def test_two_sub_folders_are_named_and_not_guessed(tmp_path: Path) -> None:
         open_series(steps(tmp_path, "value", "mine"))
     first = tmp_path / "step_10"
     assert str(caught.value) == (
-        "every step has weights in mine/, value/; give the sub-folder that is meant, of each step: "
+        "every step has weights in several sub-folders (mine/, value/); choose one and give it "
+        "for each step: "
         f"{first}/mine or {first}/value"
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from geoscope.errors import OptionError
-from geoscope.trajectory.backtest import Moves, backtest, pairs_of, skill_of
+from geoscope.trajectory.backtest import PredictionProducts, backtest, pairs_of, skill_of
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS
 from geoscope.trajectory.increments import Increments, increments_of_weights
 from geoscope.trajectory.prediction import damp
@@ -222,7 +222,7 @@ def test_moves_from_elsewhere_stand_in_the_same_table() -> None:
     assert test.skill("damped(mine)") == own.skill("damped(linear)")
     assert "damped(mine)" in test.methods
     with pytest.raises(OptionError, match="one row per tensor"):
-        backtest(inc, others={"mine": Moves(torch.zeros(1, 1), torch.zeros(1, 1))})
+        backtest(inc, others={"mine": PredictionProducts(torch.zeros(1, 1), torch.zeros(1, 1))})
 
 
 def test_what_is_refused() -> None:

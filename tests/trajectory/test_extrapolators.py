@@ -10,8 +10,10 @@ from geoscope.linalg.product import Product
 from geoscope.trajectory.extrapolators import EXTRAPOLATORS
 from geoscope.trajectory.increments import Increments, increments_of_weights
 from geoscope.trajectory.methods import METHODS, PLAIN, Damped
-from geoscope.trajectory.prediction import Pair, Prediction, Seen, damp
+from geoscope.trajectory.names import NAMES
+from geoscope.trajectory.prediction import MethodInput, Pair, Prediction, damp
 from geoscope.trajectory.rank1 import Rank1Path
+from geoscope.trajectory.spatial_rank1 import SPATIAL
 
 STEPS = (0.0, 3.0, 10.0, 12.0, 25.0, 31.0, 40.0)
 
@@ -86,6 +88,7 @@ def test_no_update_at_all() -> None:
 
 def test_every_method_is_named_as_it_is_listed_and_stands_damped() -> None:
     assert all(method.name == name for name, method in METHODS.items())
+    assert set(NAMES) == {*EXTRAPOLATORS, *SPATIAL, "next"}
     plain = [*PLAIN, "next"]
     assert list(METHODS) == ["hold", *plain, *(f"damped({name})" for name in plain)]
 
@@ -103,14 +106,14 @@ def test_a_damped_prediction_lies_between_the_last_update_and_the_plain_one(name
     torch.testing.assert_close((product.B * product.scale[:, None] @ product.A)[0], dense)
 
 
-def all_seen() -> tuple[Seen, torch.Tensor]:
+def all_seen() -> tuple[MethodInput, torch.Tensor]:
     """A 6×5 matrix with everything that a method may ask for, and its updates (T, 6, 5)."""
     inc, rows = series()
     updates = rows.reshape(-1, 6, 5)
     U, S, Vh = torch.linalg.svd(updates, full_matrices=False)
     path = Rank1Path(S[:, 0], S[:, 1], rows.norm(dim=1), U[:, :, 0], Vh[:, 0])
     step = Pair(0.5, U[-1, :, 2], Vh[-1, 2])
-    return Seen(inc, path, step, dict.fromkeys([*PLAIN, "next"], 0.4)), updates
+    return MethodInput(inc, path, step, dict.fromkeys([*PLAIN, "next"], 0.4)), updates
 
 
 def dense_of(prediction: Prediction, updates: torch.Tensor) -> torch.Tensor:
@@ -146,7 +149,7 @@ def test_nothing_weighed_is_a_zero_product() -> None:
 def test_what_was_not_seen_is_asked_for(name: str, reason: str) -> None:
     inc, _ = series()
     with pytest.raises(OptionError, match=reason):
-        METHODS[name].predict(Seen(inc), 50)
+        METHODS[name].predict(MethodInput(inc), 50)
 
 
 def test_too_few_checkpoints() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from geoscope.errors import OptionError
 from geoscope.trajectory import next_predictor
-from geoscope.trajectory.backtest import Moves, backtest
+from geoscope.trajectory.backtest import PredictionProducts, backtest
 from geoscope.trajectory.increments import increments_of_weights
 from geoscope.trajectory.next_network import Predictor
 from geoscope.trajectory.next_predictor import (
@@ -287,7 +287,7 @@ def test_it_stands_in_the_backtest_and_sees_no_future() -> None:
             for o, g in guesses.items()
         }
         rows.append(outer_moves(inc[name], {o: g[name] for o, g in guesses.items()}, products, H))
-    moves = Moves(torch.stack([a for a, _ in rows]), torch.stack([e for _, e in rows]))
+    moves = PredictionProducts(torch.stack([a for a, _ in rows]), torch.stack([e for _, e in rows]))
     test = backtest(inc, others={"next": moves})
     name, place = "layers.1", test.pairs.index((5, 7))
     predicted = paths[name][5] + guesses[5][name].dense()  # two checkpoints ahead: c = 1

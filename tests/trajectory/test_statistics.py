@@ -12,7 +12,8 @@ import torch
 
 from geoscope.kinds import MOTION
 from geoscope.records import Status
-from geoscope.trajectory.headline import THRESHOLDS, drift_or_diffusion
+from geoscope.thresholds import MOTION_THRESHOLDS
+from geoscope.trajectory.headline import drift_or_diffusion
 from geoscope.trajectory.increments import Increments, increments_of_weights
 from geoscope.trajectory.statistics import STATISTICS, statistics
 from geoscope.trajectory.storage_noise import corrected_gram, with_exact_base
@@ -366,7 +367,7 @@ def test_steps_that_undo_one_another_are_called_so() -> None:
 def test_limits_can_be_set_and_codes_are_known() -> None:
     found = statistics(one(12, 1.0))
     assert drift_or_diffusion(found).code in MOTION.codes
-    strict = {**THRESHOLDS, "level": 1e-9}
+    strict = {**MOTION_THRESHOLDS, "level": 1e-9}
     assert drift_or_diffusion(found, thresholds=strict).code == "NO_DRIFT"
 
 

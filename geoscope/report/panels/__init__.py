@@ -1,4 +1,4 @@
-"""The panels of figures: one function each, which draws a section of a report into an area.
+"""The panels of figures: one function each, which draws sections of a report into an area.
 
 A panel draws what the report holds, says in its title what is missing, and never raises for it.
 """
@@ -18,8 +18,9 @@ from geoscope.report.panels.adapters import (
 )
 from geoscope.report.panels.angles import draw_angles, draw_angles_by_module
 from geoscope.report.panels.capture import draw_capture
-from geoscope.report.panels.lift_map import draw_lift_map
-from geoscope.report.panels.modules import COLUMNS, shown_modules
+from geoscope.report.panels.lift_map import BESIDE, draw_lift_map
+from geoscope.report.panels.lineage import draw_distances
+from geoscope.report.panels.modules import COLUMNS, MODEL_COLOURS, Parts, shown_modules
 from geoscope.report.panels.spectra import draw_spectra, draw_spectra_by_module
 from geoscope.report.panels.trajectory import (
     draw_trajectory_cosines,
@@ -29,41 +30,96 @@ from geoscope.report.panels.trajectory import (
     draw_trajectory_sigma1,
     draw_trajectory_skill,
 )
-from geoscope.report.sections import Section
+from geoscope.report.panels.worst import draw_worst, has_worst, worst_rows
 
 __all__ = ["PANELS", "Panel"]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """How a panel is drawn, how high it wants to be, in inches, and whether there is anything."""
+    """How a panel is drawn, of one tuned model or of several over each other.
 
-    draw: Callable[[SubFigure, Section], None]
-    height: Callable[[Section], float]
-    has_data: Callable[[Section], bool] = lambda _: True
+    height: that it wants, in inches.
+    words: what it shows, for those who do not see it.
+    has_data: whether there is anything.
+    """
+
+    draw: Callable[[SubFigure, Parts], None]
+    height: Callable[[Parts], float]
+    words: str
+    has_data: Callable[[Parts], bool] = lambda _: True
 
 
-def _one(section: Section) -> float:
-    return max(3.9, 1.4 + 0.3 * len(section.modules))
+def _single(parts: Parts) -> float:
+    return max(3.9, 1.4 + 0.3 * max(len(part.modules) for part in parts))
 
 
-def _grid(section: Section) -> float:
-    return 1.2 + 2.2 * -(-max(1, len(shown_modules(section))) // COLUMNS)
+def _maps(parts: Parts) -> float:
+    """Several maps stand in rows."""
+    rows = -(-min(len(parts), len(MODEL_COLOURS)) // BESIDE)
+    return max(_single(parts), rows * (0.9 + 0.22 * max(len(part.modules) for part in parts)))
+
+
+def _rows(parts: Parts) -> float:
+    """Rows of several models grow with their number."""
+    models = min(len(parts), len(MODEL_COLOURS))
+    return max(_single(parts), 1.4 + 0.1 * models * len(shown_modules(parts)))
+
+
+def _grid(parts: Parts) -> float:
+    return 1.2 + 2.2 * -(-max(1, len(shown_modules(parts))) // COLUMNS)
+
+
+def _worst(parts: Parts) -> float:
+    return 1.1 + 2.1 * worst_rows(parts)
 
 
 PANELS = {
-    "lift_map": Panel(draw_lift_map, _one),
-    "capture": Panel(draw_capture, _one),
-    "spectra": Panel(draw_spectra, _one),
-    "angles": Panel(draw_angles, _one),
-    "spectra_by_module": Panel(draw_spectra_by_module, _grid),
-    "angles_by_module": Panel(draw_angles_by_module, _grid),
-    "trajectory_cosines": Panel(draw_trajectory_cosines, _one),
-    "trajectory_norms": Panel(draw_trajectory_norms, _one),
-    "trajectory_pca": Panel(draw_trajectory_pca, _one),
-    "trajectory_rank1": Panel(draw_trajectory_rank1, _one),
-    "trajectory_sigma1": Panel(draw_trajectory_sigma1, _one),
-    "trajectory_skill": Panel(draw_trajectory_skill, _one),
-    "adapter_masks": Panel(draw_adapter_masks, _one, has_adapter_masks),
-    "adapter_energies": Panel(draw_adapter_energies, _one, has_adapter_energies),
+    "distances": Panel(
+        draw_distances, _single, "distance from each candidate by block, a dot for a matrix"
+    ),
+    "lift_map": Panel(draw_lift_map, _maps, "spectral lift of each layer and module kind"),
+    "capture": Panel(
+        draw_capture, _single, "energy within the base's leading k directions, over k, with nulls"
+    ),
+    "spectra": Panel(
+        draw_spectra, _single, "singular values of the update beside those of an isotropic one"
+    ),
+    "angles": Panel(
+        draw_angles, _rows, "mean principal angle of each matrix, by module kind, with nulls"
+    ),
+    "spectra_by_module": Panel(
+        draw_spectra_by_module, _grid, "singular values of the update, a panel for a module kind"
+    ),
+    "angles_by_module": Panel(
+        draw_angles_by_module, _grid, "sorted principal angles, a panel for a module kind"
+    ),
+    "worst": Panel(draw_worst, _worst, "the worst matrices, a small panel each", has_worst),
+    "trajectory_cosines": Panel(
+        draw_trajectory_cosines, _single, "cosines between the increments of all steps"
+    ),
+    "trajectory_norms": Panel(
+        draw_trajectory_norms, _single, "distance from the base by step, beside a random walk"
+    ),
+    "trajectory_pca": Panel(
+        draw_trajectory_pca, _single, "the run in its two leading directions, beside a random walk"
+    ),
+    "trajectory_rank1": Panel(
+        draw_trajectory_rank1, _single, "share of the leading pair by step and module kind"
+    ),
+    "trajectory_sigma1": Panel(
+        draw_trajectory_sigma1, _single, "largest singular value by step and module kind"
+    ),
+    "trajectory_skill": Panel(
+        draw_trajectory_skill, _single, "held-out skill of the extrapolators by distance"
+    ),
+    "adapter_masks": Panel(
+        draw_adapter_masks, _single, "densities of the masks by module kind", has_adapter_masks
+    ),
+    "adapter_energies": Panel(
+        draw_adapter_energies,
+        _single,
+        "energies that the initial adapter holds, by module kind, with nulls",
+        has_adapter_energies,
+    ),
 }

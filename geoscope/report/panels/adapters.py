@@ -13,12 +13,13 @@ from geoscope.report.panels.drawing import (
     INK,
     LEFT,
     RIGHT,
+    key_below,
     log_axis,
     nothing,
     panel_title,
 )
-from geoscope.report.panels.modules import shown_modules, shown_words
-from geoscope.report.sections import Section, Subject
+from geoscope.report.panels.modules import Parts, shown_modules, shown_words, subject_of
+from geoscope.report.sections import Subject
 
 __all__ = [
     "draw_adapter_energies",
@@ -40,55 +41,58 @@ _ENERGIES = (
 )
 
 
-def has_adapter_masks(section: Section) -> bool:
+def has_adapter_masks(parts: Parts) -> bool:
     """Whether a matrix was masked."""
-    return _has(section, _MASKS)
+    return _has(parts, _MASKS)
 
 
-def has_adapter_energies(section: Section) -> bool:
+def has_adapter_energies(parts: Parts) -> bool:
     """Whether there is an initial product at all."""
-    return _has(section, _ENERGIES)
+    return _has(parts, _ENERGIES)
 
 
-def _has(section: Section, ids: Sequence[tuple[str, str, str]]) -> bool:
-    return any(_positive(layer, key) for layer in section.layers for key, _, _ in ids)
+def _has(parts: Parts, ids: Sequence[tuple[str, str, str]]) -> bool:
+    return any(
+        _positive(layer, key) for part in parts for layer in part.layers for key, _, _ in ids
+    )
 
 
-def draw_adapter_masks(area: SubFigure, section: Section) -> None:
+def draw_adapter_masks(area: SubFigure, parts: Parts) -> None:
     """Densities of the masks, a dot for each matrix; independence as a line."""
     axes = area.subplots()
-    if not _draw(axes, section, _MASKS):
+    if not _draw(axes, parts, _MASKS):
         nothing(axes, "this method masks nothing")
         return
-    panel_title(axes, "Density of the masks", f"one dot a matrix{shown_words(section)}")
+    panel_title(axes, "Density of the masks", f"one dot a matrix{shown_words(parts)}")
     axes.set_xlim(0, None)
     axes.set_xlabel("share of the entries")
-    _key(axes)
+    key_below(area, axes)
 
 
-def draw_adapter_energies(area: SubFigure, section: Section) -> None:
+def draw_adapter_energies(area: SubFigure, parts: Parts) -> None:
     """Energies and sizes, a dot for each matrix, the null of each as a stroke."""
     axes = area.subplots()
-    seen = _draw(axes, section, _ENERGIES)
+    seen = _draw(axes, parts, _ENERGIES)
     if not seen:
         nothing(axes, "no energies in this report")
         return
-    below = f"one dot a matrix, its null as a stroke{shown_words(section)}"
+    below = f"one dot a matrix, its null as a stroke{shown_words(parts)}"
     panel_title(axes, "What the initial adapter holds", below)
     log_axis(axes, "x", min(seen) / 1.5, max(seen) * 1.5)
     axes.set_xlabel("share of energy; relative norm")
-    _key(axes)
+    key_below(area, axes)
 
 
-def _draw(axes: Axes, section: Section, ids: Sequence[tuple[str, str, str]]) -> list[float]:
+def _draw(axes: Axes, parts: Parts, ids: Sequence[tuple[str, str, str]]) -> list[float]:
     """Rows of module kinds, dots of their matrices; every positive number that was drawn."""
-    modules = shown_modules(section)
+    modules = shown_modules(parts)
     seen: list[float] = []
-    for row, (_, subject) in enumerate(modules):
+    for row, module in enumerate(modules):
+        subject = subject_of(parts[0], module)
         for place, (key, label, colour) in enumerate(ids):
             y = row + 0.18 * (place - (len(ids) - 1) / 2)
             seen += _dots(axes, subject, key, y, colour, label if row == 0 else "")
-    axes.set_yticks(range(len(modules)), [module for module, _ in modules])
+    axes.set_yticks(range(len(modules)), modules)
     axes.set_ylim(max(1, len(modules)) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     return seen
@@ -109,16 +113,3 @@ def _dots(axes: Axes, subject: Subject, key: str, y: float, colour: str, label: 
 def _positive(layer: LayerRecord, key: str) -> float | None:
     value = layer.values.get(key)
     return float(value) if value is not None and value > 0 else None
-
-
-def _key(axes: Axes) -> None:
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(-0.02, -0.13),
-        ncols=4,
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-        handletextpad=0.1,
-        columnspacing=1.2,
-    )

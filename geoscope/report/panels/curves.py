@@ -27,9 +27,12 @@ class Middle:
 
 def points(layer: LayerRecord, key: str) -> Points | None:
     """x and y of a curve where both are positive (the axes are logarithmic), or None."""
-    table = np.array(layer.curves.get(key, ()), dtype=float).reshape(-1, 2)
-    table = table[(table > 0).all(axis=1)]
-    return (table[:, 0], table[:, 1]) if len(table) else None
+    curve = layer.curves.get(key)
+    if curve is None:
+        return None
+    x, y = np.array(curve.x, dtype=float), np.array(curve.y, dtype=float)
+    shown = (x > 0) & (y > 0)
+    return (x[shown], y[shown]) if shown.any() else None
 
 
 def middle_of(curves: Sequence[Points], ends: Sequence[float] = ()) -> Middle | None:

@@ -6,11 +6,13 @@ MLP is warm. Nothing here touches pyplot or a global setting.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -20,15 +22,18 @@ __all__ = [
     "INK",
     "LEFT",
     "LIGHT",
+    "MANY",
     "RIGHT",
     "EndLabel",
     "area_title",
     "counted",
+    "key_below",
     "label_starts",
     "log_axis",
     "module_colours",
     "nothing",
     "panel_title",
+    "points_of",
 ]
 
 INK, GREY, LIGHT = "#222222", "#6b6b6b", "#d9d9d9"
@@ -36,7 +41,15 @@ RIGHT, LEFT = "#0072B2", "#D55E00"
 _COOL = ("#0072B2", "#56B4E9", "#009E73", "#222222")
 _WARM = ("#D55E00", "#E69F00", "#CC79A7", "#8c510a")
 _MLP = ("gate", "up", "down", "fc", "mlp", "experts", "intermediate", "output.dense")
+MANY = 400  # from so many lines or dots on, a drawing of vectors holds them as pixels
 _LABEL_SIZE = 8.5
+_USUAL_SIZE = 9.0
+_LETTER = 0.56  # mean width of a letter over its size
+
+
+def points_of(size: float) -> float:
+    """A size of letters, in the scale of the style that is drawn in."""
+    return size * rcParams["font.size"] / _USUAL_SIZE
 
 
 def module_colours(modules: Sequence[str]) -> dict[str, str]:
@@ -71,24 +84,55 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def panel_title(axes: Axes, text: str, below: str = "") -> None:
-    """A bold title at the left, and a line in grey below it."""
-    axes.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK, pad=19)
-    line = axes.text(0, 1.015, below, transform=axes.transAxes, fontsize=_LABEL_SIZE, color=GREY)
+    """A bold title at the left, and lines in grey below it, within the panel."""
+    area = axes.figure
+    lines = _within(below, 0.84 * area.bbox.width / area.dpi)
+    style = {"fontsize": points_of(10), "fontweight": "bold", "color": INK}
+    axes.set_title(text, loc="left", pad=points_of(8 + 11 * len(lines)), **style)
+    style = {"fontsize": points_of(_LABEL_SIZE), "color": GREY}
+    line = axes.text(0, 1.015, "\n".join(lines), transform=axes.transAxes, **style)
     line.set_in_layout(False)
+
+
+def _within(words: str, inches: float) -> list[str]:
+    """Lines of small letters, none longer than this."""
+    return textwrap.wrap(words, int(72 * inches / (_LETTER * points_of(_LABEL_SIZE))))
 
 
 def area_title(area: SubFigure, text: str, below: str = "") -> None:
-    """The same over an area of several panels; an empty second line of the title makes room."""
-    area.suptitle(f"{text}\n ", x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
-    y = 1 - 0.29 * area.dpi / area.bbox.height
-    line = area.text(0.01, y, below, va="top", fontsize=_LABEL_SIZE, color=GREY)
+    """The same over an area of several panels; empty lines of the title make room."""
+    lines = _within(below, 0.97 * area.bbox.width / area.dpi)
+    style = {"x": 0.01, "ha": "left", "fontweight": "bold", "color": INK, "linespacing": 1.35}
+    area.suptitle(text + "\n " * max(1, len(lines)), fontsize=points_of(10), **style)
+    y = 1 - points_of(24) / 72 * area.dpi / area.bbox.height
+    style = {"va": "top", "fontsize": points_of(_LABEL_SIZE), "color": GREY}
+    line = area.text(0.01, y, "\n".join(lines), **style)
     line.set_in_layout(False)
+
+
+def key_below(area: SubFigure, axes: Axes) -> None:
+    """The key of the colours under the axes, where nothing is drawn."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(map(len, labels), default=0)
+    inches = (_LETTER * longest + 5) * points_of(8) / 72
+    area.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=max(1, int(area.bbox.width / area.dpi / inches)),
+        frameon=False,
+        fontsize=points_of(8),
+        labelcolor=INK,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
 
 
 def nothing(axes: Axes, why: str) -> None:
     """An empty panel that says why it is empty."""
     axes.set_axis_off()
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", color=GREY, fontsize=9)
+    place = {"transform": axes.transAxes, "ha": "center"}
+    axes.text(0.5, 0.5, why, color=GREY, fontsize=points_of(9), **place)
 
 
 def counted(count: int, total: int) -> str:
@@ -111,7 +155,7 @@ def label_starts(area: SubFigure, axes: Axes, labels: Sequence[EndLabel], x: flo
     Room is made by stretching the logarithmic x axis to the left.
     """
     longest = max(len(label.text) for label in labels)
-    room = min(0.5, (0.25 + 0.07 * longest) * area.dpi / area.bbox.width)
+    room = min(0.5, points_of(0.25 + 0.07 * longest) * area.dpi / area.bbox.width)
     right = axes.get_xlim()[1]
     axes.set_xlim(x * (x / right) ** (room / (1 - room)), right)
     low, high = axes.get_ylim()
@@ -126,7 +170,7 @@ def label_starts(area: SubFigure, axes: Axes, labels: Sequence[EndLabel], x: flo
             textcoords="offset points",
             ha="right",
             va="center",
-            fontsize=_LABEL_SIZE,
+            fontsize=points_of(_LABEL_SIZE),
             color=label.colour,
         )
 

@@ -1,9 +1,12 @@
 """Layer × module map of the spectral lift: where the update changes singular values.
 
 1 is what an isotropic update of the same size does; the colours are centred there, on a log scale.
+Several tuned models have a map each, side by side, with the same colours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,64 +18,94 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from geoscope.records import LayerRecord
-from geoscope.report.numbers import number
-from geoscope.report.panels.drawing import GREY, INK, nothing, panel_title
-from geoscope.report.sections import Section
+from geoscope.report.cells import rows_of, tiles
+from geoscope.report.numbers import number, shorten
+from geoscope.report.panels.drawing import GREY, INK, area_title, nothing, panel_title, points_of
+from geoscope.report.panels.modules import MODEL_COLOURS, Parts
 
-__all__ = ["draw_lift_map"]
+__all__ = ["BESIDE", "draw_lift_map"]
 
+BESIDE = 2  # so many maps in a row
 _ID = "spectral_lift"
+_TITLE = "Spectral lift by layer and module"
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _REACHES = (5, 10, 20, 50, 100)  # round, so that figures of like models compare
-_WRITTEN = 8  # up to so many layers the numbers stand in the cells
+_WRITTEN = 8  # up to so many cells beside each other hold their numbers
+_FINE = 60  # from so many layers on there are no lines between cells
 
 
-def draw_lift_map(area: SubFigure, section: Section) -> None:
+def draw_lift_map(area: SubFigure, parts: Parts) -> None:
     """One cell per layer and module kind, the mean where it holds several matrices."""
-    axes = area.subplots()
-    if not section.layers:
-        nothing(axes, "no matrices")
+    records = [layer for part in parts for layer in part.layers]
+    if not records:
+        nothing(area.subplots(), "no matrices")
         return
-    layers = sorted({layer.layer for layer in section.layers}, key=lambda at: (at is None, at))
-    modules = list(section.modules)
-    lifts, held = _table(section.layers, layers, modules)
-    nulls = np.argwhere(held & np.isnan(lifts))
-    panel_title(axes, "Spectral lift by layer and module", _below(len(nulls)))
-    _set_axes(axes, ["–" if at is None else str(at) for at in layers], modules)
-    for row, column in nulls:
-        cell = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=True, facecolor="#f0f0f0")
-        cell.set(hatch="////", edgecolor="#b5b5b5", linewidth=0)
-        axes.add_patch(cell)
-    if np.isfinite(lifts).any():
-        _paint(area, axes, lifts, is_written=len(layers) <= _WRITTEN)
+    parts = parts[: len(MODEL_COLOURS)]
+    layers, modules = (
+        rows_of(records),
+        list(dict.fromkeys(m for part in parts for m in part.modules)),
+    )
+    tables = [_table(part.layers, layers, modules) for part in parts]
+    columns = min(BESIDE, len(parts))
+    grid = area.subplots(-(-len(parts) // columns), columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(parts) :]:
+        axes.set_axis_off()
+    _name(area, grid.flat[0], parts, any(_nulls(*table).any() for table in tables))
+    reach = _reach([lifts for lifts, _ in tables])
+    meshes: list[QuadMesh] = []
+    for axes, part, (lifts, held) in zip(grid.flat, parts, tables, strict=False):
+        if len(parts) > 1:
+            label = f"{part.tuned} {shorten(part.label, 24)}"
+            axes.set_title(label, loc="left", fontsize=points_of(9), color=INK)
+        _set_axes(axes, layers, modules, _labels(area, columns, layers))
+        _hatch(axes, _nulls(lifts, held))
+        is_written = columns * len(layers) <= _WRITTEN
+        meshes += _paint(axes, lifts, reach, is_written=is_written)
+    if meshes:
+        _colour_bar(area, list(grid.flat), meshes[0], reach)
 
 
-def _below(nulls: int) -> str:
+def _name(area: SubFigure, axes: Axes, parts: Parts, has_gaps: bool) -> None:
     said = "1: as an isotropic update; below 1: singular values kept"
-    return f"{said}; hatched: no number" if nulls else said
+    below = f"{said}; hatched: no number" if has_gaps else said
+    if len(parts) > 1:
+        area_title(area, _TITLE, below)
+    else:
+        panel_title(axes, _TITLE, below)
 
 
 def _table(
-    records: tuple[LayerRecord, ...], layers: list[int | None], modules: list[str]
+    records: Sequence[LayerRecord], layers: list[int | None], modules: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean lift and whether there is a matrix, both (modules, layers)."""
-    total = np.zeros((len(modules), len(layers)))
-    count, held = np.zeros_like(total), np.zeros_like(total, dtype=bool)
-    for record in records:
-        at = modules.index(record.module), layers.index(record.layer)
+    lifts = np.full((len(modules), len(layers)), np.nan)
+    held = np.zeros_like(lifts, dtype=bool)
+    places = {at: column for column, at in enumerate(layers)}
+    for (layer, module), tile in tiles(records, _ID).items():
+        at = modules.index(module), places[layer]
         held[at] = True
-        value = record.values.get(_ID)
-        if value is not None and value > 0:
-            total[at] += value
-            count[at] += 1
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan), held
+        if tile.value is not None and tile.value > 0:
+            lifts[at] = tile.value
+    return lifts, held
 
 
-def _set_axes(axes: Axes, layers: list[str], modules: list[str]) -> None:
-    step = max(1, -(-len(layers) // 18))
-    axes.set_xticks(range(0, len(layers), step), layers[::step])
+def _nulls(lifts: np.ndarray, held: np.ndarray) -> np.ndarray:
+    return held & np.isnan(lifts)
+
+
+def _labels(area: SubFigure, columns: int, layers: Sequence[int | None]) -> int:
+    """How many layers can be named below each map."""
+    longest = max(len(str(at or "")) for at in layers)
+    points = 72 * 0.76 * area.bbox.width / area.dpi / columns
+    return max(2, int(points / points_of(5.5 * longest + 6)))
+
+
+def _set_axes(axes: Axes, layers: Sequence[int | None], modules: Sequence[str], most: int) -> None:
+    names = ["–" if at is None else str(at) for at in layers]
+    step = -(-len(names) // most)
+    axes.set_xticks(range(0, len(names), step), names[::step])
     axes.set_yticks(range(len(modules)), modules)
-    axes.set_xlim(-0.5, max(3, len(layers)) - 0.5)
+    axes.set_xlim(-0.5, max(3, len(names)) - 0.5)
     axes.set_ylim(max(3, len(modules)) - 0.5, -0.5)
     axes.set_xlabel("layer")
     axes.tick_params(length=0)
@@ -80,25 +113,41 @@ def _set_axes(axes: Axes, layers: list[str], modules: list[str]) -> None:
         spine.set_visible(False)
 
 
-def _paint(area: SubFigure, axes: Axes, lifts: np.ndarray, *, is_written: bool) -> None:
-    furthest = float(np.nanmax(np.maximum(lifts, 1 / lifts)))
-    reach = next((reach for reach in _REACHES if reach >= furthest), furthest)
+def _hatch(axes: Axes, nulls: np.ndarray) -> None:
+    for row, column in np.argwhere(nulls):
+        cell = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=True, facecolor="#f0f0f0")
+        cell.set(hatch="////", edgecolor="#b5b5b5", linewidth=0)
+        axes.add_patch(cell)
+
+
+def _reach(tables: Sequence[np.ndarray]) -> float:
+    """How far the colours go on both sides of 1."""
+    known = np.concatenate([lifts[np.isfinite(lifts)] for lifts in tables])
+    furthest = float(np.maximum(known, 1 / known).max()) if known.size else 1.0
+    return next((reach for reach in _REACHES if reach >= furthest), furthest)
+
+
+def _paint(axes: Axes, lifts: np.ndarray, reach: float, *, is_written: bool) -> list[QuadMesh]:
+    """The cells; nothing where none has a number."""
+    if not np.isfinite(lifts).any():
+        return []
+    between = 1 if is_written else 0.4 if lifts.shape[1] <= _FINE else 0
     mesh = axes.pcolormesh(
         np.arange(lifts.shape[1] + 1) - 0.5,
         np.arange(lifts.shape[0] + 1) - 0.5,
         np.ma.masked_invalid(lifts),
         cmap=colormaps["RdBu_r"],
         norm=LogNorm(1 / reach, reach),
-        edgecolor="white",
-        linewidth=1 if is_written else 0.4,
+        edgecolor="white" if between else "face",
+        linewidth=between,
     )
-    _colour_bar(area, axes, mesh, reach)
     if is_written:
         for (row, column), lift in np.ndenumerate(lifts):
             _write(axes, column, row, lift, reach)
+    return [mesh]
 
 
-def _colour_bar(area: SubFigure, axes: Axes, mesh: QuadMesh, reach: float) -> None:
+def _colour_bar(area: SubFigure, axes: Sequence[Axes], mesh: QuadMesh, reach: float) -> None:
     bar = area.colorbar(mesh, ax=axes, aspect=30, pad=0.02)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.yaxis.set_major_locator(FixedLocator([t for t in _TICKS if 1 / reach <= t <= reach]))

@@ -24,8 +24,10 @@ def branches(repo: str, pattern: str) -> list[str]:
     fitting = in_natural_order(name for name in known if fnmatchcase(name, pattern))
     if not fitting:
         listed = first_names(in_natural_order(known), 8) or "none"
-        where = "offline, and of the branches in the cache" if offline else "of the branches"
-        raise CheckpointNotFound(f"{where} of {repo} none fits {pattern!r}; there are: {listed}")
+        where = " (offline: only cached branches are known)" if offline else ""
+        raise CheckpointNotFound(
+            f"no branch of {repo} matches {pattern!r}{where}; there are: {listed}"
+        )
     return fitting
 
 

@@ -126,9 +126,10 @@ class Conversion:
         if chance < _TELLING and abs(kept) <= max(_NOTHING, chance):
             assert self.initial is not None
             raise PairingError(
-                f"{self.trained.given} has {kept:.2g} of the start of {self.initial.given}, where "
-                "an adapter trained from it has about 1: taking that start off would add it to the "
-                "model with a minus; give the initial adapter of this very run, or `force`"
+                f"{self.initial.given} does not seem to be the start of {self.trained.given}: "
+                f"{self.trained.given} contains {kept:.2g} of it, and an adapter trained from it "
+                "contains about 1. Subtracting it would change the model. Give the initial adapter "
+                "of this run, or use `force`"
             )
 
     def _convert(self, module: AdapterModule) -> tuple[Tensor, Tensor, list[ModuleEnergy]]:
@@ -300,9 +301,9 @@ def _refuse_original_as_base(origin: AdapterFolder, end: Adapter) -> None:
     known = (origin.record.get("base") or {}).get("reference")
     if origin.layout == "residual" and known and end.base and _same_model(end.base, known):
         raise PairingError(
-            f"{end.given}: names the original model {known} as its base, and {origin.given} starts "
-            "on the rewritten one, where the initial product is taken out; give the adapter that "
-            "was trained on that, or set base_model_name_or_path where it only lost its name"
+            f"{end.given}: its base is the original model {known}, but an adapter of "
+            f"{origin.given} needs the rewritten base. Give the adapter that was trained on the "
+            "rewritten base. If only the name is wrong, correct base_model_name_or_path"
         )
 
 

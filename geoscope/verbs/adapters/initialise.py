@@ -25,8 +25,13 @@ from geoscope._version import __version__
 from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.layouts import residual, start_error
 from geoscope.adapters.peft_config import max_lora_rank, rank_advice
-from geoscope.arguments import Place, path_of, path_text
-from geoscope.engine import matrix_boundary, one_blas_thread, resolve_devices
+from geoscope.arguments import Place, bytes_of, path_of, path_text
+from geoscope.engine import (
+    matrix_boundary,
+    one_blas_thread,
+    resolve_devices,
+    room_for_batches,
+)
 from geoscope.errors import CheckpointError, NumericsError, OptionError
 from geoscope.foreign import local_path
 from geoscope.formats.container import files_of
@@ -48,6 +53,7 @@ from geoscope.verbs.adapters.output import (
     write_configs,
     write_record,
 )
+from geoscope.verbs.adapters.recall import recalled_or_made
 from geoscope.verbs.adapters.report import adapter_report
 from geoscope.verbs.adapters.targets import Target, Targets, choose_targets
 from geoscope.verbs.fetching import fetch
@@ -58,7 +64,7 @@ __all__ = ["Initialised", "default_output", "initialise", "model_here"]
 # dtypes in which a trainer may hold the base: the start error is measured for each.
 _TRAINER = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # fp32 copies of a matrix that work on it takes, the rewritten matrix among them, and how many of
-# the largest may be in memory in all.
+# the largest may be in memory in all where no bound is given.
 _COPIES_IN_WORK, _COPIES_IN_ALL = 3, 6
 
 
@@ -74,11 +80,15 @@ class Initialised:
 
 @dataclass(frozen=True)
 class _Start:
-    """One matrix: its factors, the rewritten matrix as its file holds it, and the start errors."""
+    """One matrix: its factors, the rewritten matrix as its file holds it, and the start errors.
+
+    is_recalled: whether its factors come from the cache.
+    """
 
     factors: LoraFactors
     residual: Tensor | None
     errors: Mapping[str, float]
+    is_recalled: bool = False
 
 
 # What is made of one weight: a start for each of its matrices.
@@ -164,6 +174,7 @@ def initialise(
         else:
             for name in order:
                 replacement(name)
+        _tell_recalled(kept, progress)
         spool.write(output, files)
         base, revision = _base_of(checkpoint, out, options)
         write_configs(output, files, base, revision, targets, options)
@@ -212,7 +223,7 @@ def _computed(
     """The matrices in this order. Workers compute ahead while what they hold fits."""
     workers = options.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
     entries = {name: math.prod(targets.weights[name].info.shape) for name in order}
-    room = _COPIES_IN_ALL * max(entries.values())
+    room = _room(options, max(entries.values()))
     waiting = deque(order)
     running: deque[tuple[int, Future[_Made]]] = deque()
 
@@ -235,6 +246,18 @@ def _computed(
         finally:
             for _, future in running:
                 future.cancel()
+
+
+def _room(options: InitOptions, largest: int) -> int:
+    """Entries in fp32 that may be in work or waiting; one matrix is always let in.
+
+    Raises OptionError.
+    """
+    if options.max_memory == "min":
+        return 0
+    if options.max_memory is None:
+        return _COPIES_IN_ALL * largest
+    return room_for_batches(bytes_of(options.max_memory, "max_memory", others=", or min")) // 4
 
 
 def _make(
@@ -275,11 +298,11 @@ def _started(W: Tensor, name: str, options: InitOptions, *, is_turned: bool) -> 
         # Each matrix draws its own A; the seed of a null is shared by equal shapes.
         # 32 bits: the CPU's generator looks at no more.
         chosen["seed"] = zlib.crc32(f"{options.seed}:{name}".encode())
-    factors = options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
+    factors, is_recalled = recalled_or_made(W, options, chosen)
     _refuse_overflow(factors.facts.values(), factors.A, factors.B)
     layout = options.chosen_layout
     if not layout:
-        return _Start(factors, None, dict.fromkeys(_TRAINER, 0.0))
+        return _Start(factors, None, dict.fromkeys(_TRAINER, 0.0), is_recalled)
     rewritten, errors = None, {}
     if layout == "residual":
         dtype = getattr(torch, options.residual_dtype or "float32")
@@ -289,7 +312,7 @@ def _started(W: Tensor, name: str, options: InitOptions, *, is_turned: bool) -> 
     for trainer, dtype in _TRAINER.items():
         errors[trainer] = start_error(W, factors, layout, dtype=dtype)
     _refuse_overflow(errors.values())
-    return _Start(factors, rewritten, errors)
+    return _Start(factors, rewritten, errors, is_recalled)
 
 
 def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
@@ -304,7 +327,12 @@ def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
 def _without_tensors(one: _Start) -> _Start:
     """The facts alone, which are small."""
     empty = torch.empty(0)
-    return _Start(replace(one.factors, A=empty, B=empty), None, one.errors)
+    return replace(one, factors=replace(one.factors, A=empty, B=empty), residual=None)
+
+
+def _tell_recalled(kept: Mapping[str, _Start], progress: Progress) -> None:
+    if recalled := sum(start.is_recalled for start in kept.values()):
+        progress.on_recalled(recalled, len(kept))
 
 
 # --- what is told ---------------------------------------------------------------------------------

@@ -61,16 +61,16 @@ def spelling_check(adapter: Adapter) -> Check:
 
 def packing_checks(match: AdapterMatch) -> list[Check]:
     """Of stacked experts, whether the PEFT that the config names reads them as they are packed."""
-    turned = [module.name for module in match.adapter.modules.values() if module.is_turned]
-    if not turned:
+    odd = match.oddly_packed
+    if not odd:
         return []
     version = match.adapter.config.get("peft_version")
     text = (
-        f"{len(turned)} stacks of experts are packed as PEFT up to 0.18 did, factors of the "
-        "transposed update; from 0.19 on PEFT refuses them or, where experts are square, takes "
-        f"them for another update (peft_version is {version!r}): first {turned[0]}"
+        f"{len(odd)} stacks of experts are packed as PEFT up to 0.18 did, by the order of their "
+        "sides; from 0.19 on PEFT refuses them or, where experts are square, takes "
+        f"them for another update (peft_version is {version!r}): first {odd[0]}"
     )
-    return [Check("packing", is_old(version), text, name=turned[0], is_warning=is_old(version))]
+    return [Check("packing", is_old(version), text, name=odd[0], is_warning=is_old(version))]
 
 
 def tied_checks(match: AdapterMatch) -> list[Check]:
@@ -109,7 +109,9 @@ def keys_check(match: AdapterMatch) -> Check:
         text = "; ".join(said) + "; the adapter is of another model, or was cut: write it again"
         return Check("keys", False, text, name=first)
     count = len(match.adapter.modules)
-    return Check("keys", True, f"all {count} modules are in the base, and no targeted one lacks")
+    return Check(
+        "keys", True, f"all {count} modules are in the base, and no targeted one is missing"
+    )
 
 
 def shapes_check(match: AdapterMatch) -> Check:

@@ -17,7 +17,7 @@ from geoscope.names import NameMap, in_natural_order
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.lora import expert_parts, is_targeted
 from geoscope.peft.module import AdapterModule
-from geoscope.peft.packing import Sides
+from geoscope.peft.packing import Sides, is_packed_straight
 from geoscope.records import Rename
 from geoscope.verbs.adapters.names import base_paths, named_as_base
 
@@ -48,7 +48,8 @@ class AdapterMatch:
     pieces: of the modules whose shape fits. adapted: names of the base weights of all modules.
     unmatched: modules that are none of the base's; lacking: modules of the base that PEFT would
     adapt and that have no factors; untargeted: modules that `target_modules` does not name;
-    misshapen: module → (its shape, that of the weight).
+    misshapen: module → (its shape, that of the weight). oddly_packed: stacks of experts whose
+    factors are not packed as PEFT from 0.19 on packs them.
     """
 
     adapter: Adapter
@@ -60,6 +61,7 @@ class AdapterMatch:
     lacking: tuple[str, ...]
     untargeted: tuple[str, ...]
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    oddly_packed: tuple[str, ...]
 
     @classmethod
     def of(cls, adapter: Adapter, base: Checkpoint, paths: Mapping[str, str]) -> AdapterMatch:
@@ -102,7 +104,17 @@ class AdapterMatch:
                 if found[name] and not one.is_stack and not _is_named(adapter, name)
             ),
             misshapen,
+            tuple(
+                name
+                for name, parts in found.items()
+                if parts and _is_oddly_packed(adapter.modules[name], parts[0], base)
+            ),
         )
+
+
+def _is_oddly_packed(module: AdapterModule, piece: Piece, base: Checkpoint) -> bool:
+    straight = is_packed_straight(base.config, is_turned=piece.is_turned)
+    return module.is_stack and module.is_turned is straight
 
 
 def _pieces(

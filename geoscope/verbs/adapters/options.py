@@ -7,27 +7,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from geoscope.adapters.table import INITIALISATIONS, Initialisation
 from geoscope.arguments import texts
 from geoscope.errors import OptionError
-from geoscope.verbs.choices import Compute, Select, form
+from geoscope.verbs.choices import Compute, Memory, Resume, Select, form
 
-if TYPE_CHECKING:
-    from geoscope.adapters.table import Initialisation
-
-__all__ = ["RESIDUAL_DTYPES", "InitOptions"]
+__all__ = ["RESIDUAL_DTYPES", "InitOptions", "methods_in_words", "methods_without_layout"]
 
 RESIDUAL_DTYPES = ("float32", "bfloat16", "float16")
 
 
+def methods_in_words() -> str:
+    """Every name that `method` takes, with what it starts from."""
+    return "; ".join(f"{name}: {each.doc}" for name, each in INITIALISATIONS.items())
+
+
+def methods_without_layout() -> str:
+    """The names of those that leave the base as it is: `rlpo, rlmo and lora`."""
+    *names, last = (name for name, each in INITIALISATIONS.items() if not each.needs_layout)
+    return f"{', '.join(names)} and {last}"
+
+
 @dataclass(frozen=True, kw_only=True)
-class InitOptions(Compute, Select):
+class InitOptions(Resume, Memory, Compute, Select):
     """Every field is an option of `geoscope init-adapter`.
 
-    The fields of `Select` and `Compute`, and:
-    method: geora, pissa, milora, olora, rlpo, rlmo or lora.
+    The fields of `Select`, `Compute`, `Memory` and `Resume`, and:
+    method: a name in INITIALISATIONS (`geoscope.adapters.table`).
     rank: of the adapter, from 1.
     alpha: lora_alpha; default 2·rank.
     rho, spec_rank, scale_convention: of GeoRA alone; None takes its default.
@@ -54,7 +63,6 @@ class InitOptions(Compute, Select):
 
     def __post_init__(self) -> None:
         from geoscope.adapters.geora import SCALE_CONVENTIONS
-        from geoscope.adapters.table import INITIALISATIONS
 
         super().__post_init__()
         if self.method not in INITIALISATIONS:
@@ -68,8 +76,8 @@ class InitOptions(Compute, Select):
             raise OptionError(f"`solver` {self.solver!r} is not one of auto, exact")
         self._check_layout()
         _ = self.selection  # refuses what is not a regular expression
-        for name in ("rho", "spec_rank", "scale_convention", "solver"):
-            if getattr(self, name) is not None and name not in self.initialisation.options:
+        for name in self._set_of_methods():
+            if name not in self.initialisation.options:
                 raise OptionError(f"`{name}` has no effect on `method` {self.method}; leave it out")
         if self.rho is not None and not 0 < self.rho < 1:
             raise OptionError(f"`rho` {self.rho:g}: it lies between 0 and 1, such as 0.2")
@@ -78,6 +86,15 @@ class InitOptions(Compute, Select):
         if self.scale_convention not in (None, *SCALE_CONVENTIONS):
             known = ", ".join(SCALE_CONVENTIONS)
             raise OptionError(f"`scale_convention` {self.scale_convention!r} is not one of {known}")
+
+    def _set_of_methods(self) -> list[str]:
+        """The fields that some method takes as an option and that were set.
+
+        `seed` has a default of its own: it is also that of the sampled nulls.
+        """
+        of_methods = {name for each in INITIALISATIONS.values() for name in each.options}
+        optional = [each.name for each in fields(self) if each.default is None]
+        return [name for name in optional if name in of_methods and getattr(self, name) is not None]
 
     def _check_layout(self) -> None:
         from geoscope.adapters.layouts import LAYOUTS
@@ -99,8 +116,6 @@ class InitOptions(Compute, Select):
 
     @property
     def initialisation(self) -> Initialisation:
-        from geoscope.adapters.table import INITIALISATIONS
-
         return INITIALISATIONS[self.method]
 
     @property

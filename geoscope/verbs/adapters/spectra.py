@@ -40,7 +40,7 @@ def adapter_ranks(adapter: Adapter) -> AdapterRanks:
     skipped: dict[str, str] = {}
     for name, module in adapter.modules.items():
         if module.kind != "factors":
-            skipped[name] = f"the update of {module.called} is not told without the base"
+            skipped[name] = f"the update of {module.called} cannot be computed without the base"
             continue
         B, A = adapter.factors(name)
         if not (bool(torch.isfinite(B).all()) and bool(torch.isfinite(A).all())):

@@ -33,9 +33,9 @@ class SeenStart:
     @property
     def text(self) -> str:
         return (
-            f"the update looks like the start of {self.method} on {self.seen} of {self.of} "
-            "matrices that were looked at: the start is then counted twice; give the adapter "
-            "before training as `initial_adapter`"
+            f"on {self.seen} of {self.of} inspected matrices, the update looks like the initial "
+            f"adapter of {self.method}. That start would then be counted twice; give the adapter "
+            "as it was before training as `initial_adapter`"
         )
 
 

@@ -185,8 +185,8 @@ def _refuse_unknown_stack(info: TensorInfo, checkpoint: Checkpoint) -> None:
         return
     if not is_packed_straight(checkpoint.config, is_turned=parts[0].turned):
         raise CheckpointError(
-            f"{info.name}: its experts lie (in, out), and PEFT takes them for (out, in) in this "
-            "family, so that A and B would change places; leave it out with `exclude`"
+            f"{info.name}: its experts are stored as (in, out), but PEFT reads them as (out, in) "
+            "in this family, so A and B would be swapped; leave it out with `exclude`"
         )
 
 

@@ -38,6 +38,7 @@ from geoscope.peft.folder import (
 )
 from geoscope.profile import stage
 from geoscope.sources.open import open_checkpoint
+from geoscope.thresholds import LOSSY
 from geoscope.verbs.adapters.keys import (
     Check,
     keys_check,
@@ -51,9 +52,6 @@ from geoscope.verbs.adapters.match import AdapterMatch, Piece
 from geoscope.verbs.adapters.peft_logits import LogitDifferences, logit_differences
 
 __all__ = ["Check", "Verification", "verify_adapter"]
-
-# Relative error of a weight, and of the logits in fp32, above which a start is not the model.
-LOSSY = 1e-5
 
 
 @dataclass(frozen=True)

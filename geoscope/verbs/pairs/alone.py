@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from geoscope.adapters.peft_names import expert_name
-from geoscope.engine import plan, resolve_devices, resolve_dtype
+from geoscope.engine import plan
 from geoscope.errors import CheckpointError, OptionError, PairingError
 from geoscope.formats.container import Container
 from geoscope.formats.disk import Room
@@ -18,41 +16,14 @@ from geoscope.models.pairing import pair
 from geoscope.names import NameMap
 from geoscope.peft.adapted import AdaptedCheckpoint, Change
 from geoscope.peft.adapter import Adapter
-from geoscope.records import ModelRef, Report, Skipped, TensorInfo
-from geoscope.sources.memory import Model, Opened, opened
+from geoscope.records import ModelRef, Skipped, TensorInfo
+from geoscope.sources.memory import Opened
 from geoscope.verbs.adapted_model import adapter_notes, started_from
-from geoscope.verbs.choices import chosen
 from geoscope.verbs.models import adapter_at
-from geoscope.verbs.options import Interrupted, Options, Progress
-from geoscope.verbs.pairs.assemble import assemble
-from geoscope.verbs.pairs.prepare import Prepared, planned_memory, workers_of
-from geoscope.verbs.pairs.run import run_one
+from geoscope.verbs.options import Options, Progress
+from geoscope.verbs.pairs.prepare import Prepared, devices_of, planned_memory, workers_of
 
-__all__ = ["measure_adapter", "prepare_alone"]
-
-
-def measure_adapter(
-    reference: Model,
-    kind: str,
-    *,
-    options: Options | None = None,
-    progress: Progress | None = None,
-    argv: Sequence[str] = (),
-    **named: Any,
-) -> Report:
-    """A report of kind `anisotropy` or `capacity` on an adapter alone.
-
-    What takes the base is not applicable. Raises GeoscopeError, Interrupted on Ctrl-C.
-    """
-    options, progress = chosen(Options, options, named), progress or Progress()
-    started = time.perf_counter()
-    prepared = prepare_alone(opened(reference, "reference"), options, progress)
-    progress.on_plan(prepared.planned)
-    run = run_one(prepared, kind, options, progress)
-    report = assemble([run.about], [run], kind, options, argv, time.perf_counter() - started)
-    if run.interrupted is not None:
-        raise Interrupted(report if report.layers else None, run.interrupted)
-    return report
+__all__ = ["prepare_alone"]
 
 
 def prepare_alone(
@@ -60,8 +31,7 @@ def prepare_alone(
 ) -> Prepared:
     """As `prepare`, of the adapter's modules that are products of two factors."""
     progress = progress or Progress()
-    devices = resolve_devices(options.device)
-    resolve_dtype(options.dtype, devices[0])
+    devices = devices_of(options)
     adapter = adapter_at(reference, alpha=options.lora_alpha, on_progress=progress.on_download)
     start = started_from(adapter, options.initial_adapter)
     tuned, skipped = _alone(adapter, start)
@@ -86,6 +56,7 @@ def prepare_alone(
         bytes_to_fetch=0,
         free_disk=None,
         has_base=False,
+        given=(None, reference) if isinstance(reference, str) else None,
     )
 
 
@@ -97,7 +68,7 @@ def _alone(adapter: Adapter, start: Adapter | None) -> tuple[AdaptedCheckpoint, 
         _check_start(adapter, start)
     for name, module in adapter.modules.items():
         if module.kind != "factors":
-            reason = f"the update of {module.called} is not told without the base"
+            reason = f"the update of {module.called} cannot be computed without the base"
             skipped.append(Skipped(name, reason, missing=True))
             continue
         nbytes = sum(one.nbytes for one in module.stored) // module.experts

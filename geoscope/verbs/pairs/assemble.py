@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from geoscope._version import __version__
+from geoscope.kinds import KINDS
 from geoscope.metrics import aggregate
 from geoscope.records import (
     Coverage,
-    LayerRecord,
     Layers,
     Provenance,
     Report,
@@ -21,29 +21,10 @@ from geoscope.records import (
 )
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs.about import About
-from geoscope.verbs.pairs.matrices import Matrix
+from geoscope.verbs.pairs.rows import record_of
 from geoscope.verbs.pairs.run import TunedRun
 
-__all__ = ["anchored", "assemble", "lacking", "record_of"]
-
-
-def record_of(one: Matrix, tuned: int | None) -> LayerRecord:
-    """What the report holds of a matrix."""
-    return LayerRecord(
-        name=one.pair.name,
-        layer=one.pair.layer,
-        module=one.pair.module,
-        shape=one.pair.shape,
-        values=one.row.values,
-        nulls=one.row.nulls,
-        status=one.row.status,
-        raw=one.row.raw,
-        verdict=None if one.judged is None else one.judged.to_json(),
-        method=one.method,
-        curves=one.curves,
-        notes=one.notes,
-        tuned=tuned,
-    )
+__all__ = ["anchored", "assemble", "coverage_without"]
 
 
 def assemble(
@@ -81,6 +62,7 @@ def assemble(
             seed=options.seed,
             parameters={
                 **_parameters(options),
+                **_limits(kind, options),
                 "notes": _notes(sides, runs),
                 "budget": runs[0].budget,
             },
@@ -100,12 +82,13 @@ def _notes(sides: Sequence[About], runs: Sequence[TunedRun]) -> list[str]:
 
 
 def _parameters(options: Options) -> dict[str, Any]:
-    """The options that decide the numbers; how fast they come is left out."""
-    chosen = asdict(options)
-    for name in ("device", "dtype", "seed", "jobs", "max_memory", "limits", "cache"):
-        del chosen[name]
-    chosen["layers"] = None if options.layers is None else sorted(options.layers)
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in chosen.items()}
+    """The options that decide the numbers, but for those with a place of their own."""
+    return {k: v for k, v in options.deciding.items() if k not in ("dtype", "seed", "limits")}
+
+
+def _limits(kind: str, options: Options) -> dict[str, Any]:
+    """The thresholds that were set; a verdict has all that are in force itself."""
+    return {"limits": dict(options.limits)} if options.limits and not KINDS[kind].judge else {}
 
 
 def _coverage(runs: Sequence[TunedRun]) -> Coverage:
@@ -141,7 +124,7 @@ def _coverage(runs: Sequence[TunedRun]) -> Coverage:
     )
 
 
-def lacking(coverage: Coverage, failed: Sequence[Skipped]) -> Coverage:
+def coverage_without(coverage: Coverage, failed: Sequence[Skipped]) -> Coverage:
     """The coverage, without matrices of which something failed that was asked for."""
     names = {one.name for one in failed}
     return replace(

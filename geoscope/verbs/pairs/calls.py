@@ -8,11 +8,10 @@ from torch import Tensor
 
 from geoscope.errors import OptionError
 from geoscope.records import LayerRecord, Report, Survey
-from geoscope.sources.memory import Model, opened
+from geoscope.sources.memory import Model, as_model_or_reference
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.options import Options
-from geoscope.verbs.pairs.alone import measure_adapter
-from geoscope.verbs.pairs.compare import compare
+from geoscope.verbs.pairs.compare import compare, measure_adapter
 from geoscope.verbs.pairs.prepare import prepare, survey
 
 __all__ = ["alignment", "anisotropy", "capacity", "collapse", "inspect", "measure"]
@@ -61,8 +60,8 @@ def inspect(
     model: Model, tuned: Model | None = None, *, options: Options | None = None, **named: Any
 ) -> Survey:
     """Tensors, pairing and plan, from headers alone. Raises GeoscopeError."""
-    first = opened(model, "model")
-    other = first if tuned is None else opened(tuned, "tuned")
+    first = as_model_or_reference(model, "model")
+    other = first if tuned is None else as_model_or_reference(tuned, "tuned")
     prepared = prepare(first, other, chosen(Options, options, named))
     return survey(prepared, paired=tuned is not None)
 

@@ -11,7 +11,7 @@ from geoscope.models.scope import Scope
 from geoscope.models.split import common_config
 from geoscope.names import NameMap
 from geoscope.records import Pairing, Skipped
-from geoscope.verbs.models import apart, apart_over
+from geoscope.verbs.models import split_tuned, split_with_notes
 from geoscope.verbs.options import Options
 
 __all__ = ["match_models"]
@@ -23,8 +23,8 @@ def match_models(
     """Both sides in the parts that are compared, their correspondence, and remarks on it."""
     config = common_config(base, tuned)
     # What both were taken apart into is said once, of the pair.
-    whole, base, told = base, *apart(base, config)
-    tuned, base, more = apart_over(tuned, whole, base, config)
+    whole, base, told = base, *split_with_notes(base, config)
+    tuned, base, more = split_tuned(tuned, whole, base, config)
     told += more
     names = NameMap(options.map_name)
     notes = tuple(dict.fromkeys(told))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from geoscope.engine import Batch
 from geoscope.engine.cache import ResultCache, content_of
+from geoscope.engine.factor_cache import FactorCache
 from geoscope.kinds import KINDS
+from geoscope.linalg import Factors
 from geoscope.linalg.changes import nonfinite_counts
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics import (
     RULES,
-    Judged,
+    MatrixVerdict,
     Measured,
     PairFactors,
+    Recall,
     Rounding,
     measure,
     measure_nothing,
@@ -27,11 +31,23 @@ from geoscope.metrics import (
 )
 from geoscope.metrics.curves import curves
 from geoscope.metrics.spectrum import noise_edge
-from geoscope.records import Curve, Status, WeightPair
+from geoscope.records import Curve, Status, WeightPair, decode, encode
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs.selection import dimensions, selected, verdict_k
 
-__all__ = ["Headers", "Matrix", "failed_matrix", "two_sides", "worker"]
+__all__ = [
+    "Headers",
+    "Matrix",
+    "factors_folder",
+    "failed_matrix",
+    "recall_of",
+    "two_sides",
+    "update_content",
+    "worker",
+]
+
+# Shorter side from which keeping factors pays: a file takes milliseconds.
+_LEAST_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class Matrix:
 
     pair: WeightPair
     row: Measured
-    judged: Judged | None
+    judged: MatrixVerdict | None
     method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -57,13 +73,15 @@ class Matrix:
 class Headers:
     """What is known of pairs beside the stacks that are read of them.
 
-    rounding: what FP8 blocks of a pair rounded away. nominal: the rank that an adapter was asked
+    rounding: what storing a pair as codes rounded away. nominal: the rank that an adapter was asked
     for, None for another update. has_base: whether the base's weight is the first stack.
+    is_one_of_several: overlaps with the updates of other tuned models will be asked for.
     """
 
     rounding: Callable[[WeightPair], Rounding]
     nominal: Callable[[WeightPair], int | None]
     has_base: bool = True
+    is_one_of_several: bool = False
 
 
 def worker(
@@ -78,6 +96,7 @@ def worker(
     def work(batch: Batch, *stacks: Tensor) -> list[Matrix]:
         results: dict[int, Matrix] = {}
         keys: dict[int, str] = {}
+        contents: dict[int, list[str]] = {}
         facts = [(headers.rounding(pair), headers.nominal(pair)) for pair in batch.pairs]
         counts = zip(*(nonfinite_counts(stack) for stack in stacks), strict=True)
         for i, (one, bad) in enumerate(zip(batch.pairs, map(sum, counts), strict=True)):
@@ -85,8 +104,8 @@ def worker(
                 reason = f"{bad} entries are NaN or Inf"
                 results[i] = failed_matrix(one, kind, options, Status.NON_FINITE, reason)
             elif cache is not None:
-                own = [stack[i] for stack in stacks]
-                keys[i] = _key(cache, kind, options, own, facts[i])
+                contents[i] = [content_of(stack[i]) for stack in stacks]
+                keys[i] = _key(cache, kind, options, contents[i], stacks[0].device.type, facts[i])
                 found = _recalled(one, cache.get(keys[i]), kind, options)
                 if found is not None:
                     results[i] = found
@@ -96,7 +115,12 @@ def worker(
             taken = stacks if whole else tuple(one[rest] for one in stacks)
             measured = _measured(
                 [batch.pairs[i] for i in rest],
-                _Read(taken, tuple(facts[i] for i in rest), headers.has_base),
+                _Read(
+                    taken,
+                    tuple(facts[i] for i in rest),
+                    headers.has_base,
+                    _recalls(cache, taken, [contents[i] for i in rest if i in contents], headers),
+                ),
                 kind,
                 options,
             )
@@ -113,18 +137,64 @@ def _key(
     cache: ResultCache,
     kind: str,
     options: Options,
-    stacks: Sequence[Tensor],
+    contents: Sequence[str],
+    device: str,
     facts: tuple[Rounding, int | None],
 ) -> str:
     return cache.key(
         {
-            "stacks": [content_of(stack) for stack in stacks],
+            "stacks": contents,
             "facts": facts,
             "kind": kind,
             "settings": asdict(options.settings),
-            "device": stacks[0].device.type,
+            "device": device,
         }
     )
+
+
+def _recalls(
+    cache: ResultCache | None,
+    stacks: Sequence[Tensor],
+    contents: Sequence[Sequence[str]],
+    headers: Headers,
+) -> dict[str, Recall]:
+    """Where factors of the base, and of an update that has overlaps, are kept."""
+    found = {"base": recall_of(cache, stacks[0], [own[0] for own in contents])}
+    if headers.is_one_of_several and len(stacks) == 2:
+        keys = [update_content(*own) for own in contents]
+        found["update"] = recall_of(cache, stacks[0], keys)
+    return {role: recall for role, recall in found.items() if recall is not None}
+
+
+def update_content(base: str, tuned: str) -> str:
+    """What names the content of an update."""
+    return f"{tuned} of {base}"
+
+
+def recall_of(cache: ResultCache | None, stack: Tensor, contents: Sequence[str]) -> Recall | None:
+    """Where factors of these matrices are kept, beside the results; None for small matrices, and
+    on other devices, where numbers may depend on the stack.
+
+    contents: of each matrix of the stack.
+    """
+    if cache is None or stack.device.type != "cpu" or min(stack.shape[-2:]) < _LEAST_SIDE:
+        return None
+    factors = FactorCache(factors_folder(cache))
+
+    def recall(i: int, facts: Mapping[str, Any], make: Callable[[], Factors]) -> Factors:
+        parts = {"content": contents[i], **facts}
+        kept = factors.get(parts)
+        if kept is None:
+            kept = make()
+            factors.put(parts, kept)
+        return kept
+
+    return recall
+
+
+def factors_folder(cache: ResultCache) -> Path:
+    """Where factors are kept beside results."""
+    return cache.folder / "factors"
 
 
 def _kept(matrix: Matrix) -> dict[str, Any]:
@@ -132,7 +202,7 @@ def _kept(matrix: Matrix) -> dict[str, Any]:
     return {
         "row": {**asdict(matrix.row), "status": {k: v.value for k, v in matrix.row.status.items()}},
         "method": matrix.method,
-        "curves": matrix.curves,
+        "curves": {key: encode(curve) for key, curve in matrix.curves.items()},
         "notes": matrix.notes,
     }
 
@@ -143,7 +213,7 @@ def _recalled(one: WeightPair, kept: Any, kind: str, options: Options) -> Matrix
         status = {key: Status(value) for key, value in kept["row"]["status"].items()}
         row = Measured(**{**kept["row"], "status": status})
         method, notes = kept["method"], tuple(kept["notes"])
-        drawn = {key: tuple((x, y) for x, y in curve) for key, curve in kept["curves"].items()}
+        drawn = {key: decode(Curve, curve) for key, curve in kept["curves"].items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     judged = _judged(row, two_sides(one.shape), kind, options)
@@ -162,11 +232,12 @@ def failed_matrix(
 
 @dataclass(frozen=True)
 class _Read:
-    """Stacks of some pairs, and rounding and nominal rank of each."""
+    """Stacks of some pairs, rounding and nominal rank of each, and where factors are kept."""
 
     stacks: tuple[Tensor, ...]
     facts: tuple[tuple[Rounding, int | None], ...]
     has_base: bool
+    recall: Mapping[str, Recall]
 
     def factors(self, takes: frozenset[str], ks: Sequence[int], options: Options) -> PairFactors:
         """Raises NumericsError."""
@@ -182,6 +253,7 @@ class _Read:
             ks=ks,
             settings=settings,
             rounding=[one for one, _ in self.facts],
+            recall=self.recall,
         )
 
 
@@ -216,7 +288,9 @@ def _above_noise(values: Mapping[str, Tensor], shape: tuple[int, int], i: int) -
     return tuple(S[edge < S].tolist())
 
 
-def _judged(row: Measured, shape: tuple[int, int], kind: str, options: Options) -> Judged | None:
+def _judged(
+    row: Measured, shape: tuple[int, int], kind: str, options: Options
+) -> MatrixVerdict | None:
     judge = KINDS[kind].judge
     if judge is None:
         return None

@@ -13,49 +13,29 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from geoscope._version import __version__
 from geoscope.arguments import Place, path_text
-from geoscope.engine import estimate_seconds
 from geoscope.errors import OptionError, ReportError
 from geoscope.files import replacing
 from geoscope.kinds import KINDS
-from geoscope.metrics import RULES, Judged, Measured
-from geoscope.records import LayerRecord, Report, WeightPair, decode, encode
+from geoscope.records import LayerRecord, Report, decode, encode
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.about import About, about
 from geoscope.verbs.pairs.alone import prepare_alone
-from geoscope.verbs.pairs.assemble import assemble, record_of
-from geoscope.verbs.pairs.matrices import Matrix, two_sides
+from geoscope.verbs.pairs.assemble import assemble
+from geoscope.verbs.pairs.measuring import Work, kept_results, measure_pairs
 from geoscope.verbs.pairs.prepare import prepare, within
-from geoscope.verbs.pairs.run import Work, judged_run, measure_pairs
-from geoscope.verbs.pairs.selection import verdict_k
+from geoscope.verbs.pairs.rows import PartMatrix, matrix_of, part_of
+from geoscope.verbs.pairs.run import judged_run
+from geoscope.verbs.pairs.shares import shares
 
 __all__ = ["SCHEMA", "Part", "compare_part", "join", "read_part", "write_part"]
 
 SCHEMA = "geoscope.part/1"
-# Seconds that a byte takes to be read, beside those of computing: 1 GB/s.
-_SECONDS_A_BYTE = 1e-9
-# Options that say how fast the numbers come, and what is of one machine alone.
-_LOCAL = ("jobs", "max_memory", "cache", "device")
-
-
-@dataclass(frozen=True)
-class PartMatrix:
-    """One matrix of a part.
-
-    record: as in the report.
-    weights, floors: with which it enters the numbers of the model (`Measured`).
-    failure: why it has no numbers.
-    """
-
-    record: LayerRecord
-    weights: Mapping[str, float]
-    floors: Mapping[str, float]
-    failure: str | None
 
 
 @dataclass(frozen=True)
@@ -121,10 +101,11 @@ def compare_part(
         prepared = prepare_alone(text, options, progress)
     else:
         prepared = prepare(path_text(base, "base"), text, options, progress)
-    own = _share(prepared.pairing.matrices, *part)
+    own = shares(prepared.pairing.matrices, part[1])[part[0] - 1]
     vectors = prepared.pairing.vectors if part[0] == 1 else ()
     progress.on_plan(replace(prepared.planned, matrices=len(own)))
-    work = measure_pairs(within(prepared, own, vectors, options), kind, options, progress)
+    narrow = within(prepared, own, vectors, options)
+    work = measure_pairs(narrow, kind, options, progress, kept_results(options))
     if work.interrupted is not None:
         raise Interrupted(None, work.interrupted)
     return Part(
@@ -132,14 +113,9 @@ def compare_part(
         of=part[1],
         tool_version=__version__,
         kind=kind,
-        options=_kept(options),
+        options=options.deciding,
         about=about(prepared),
-        matrices=tuple(
-            PartMatrix(
-                record_of(matrix, None), matrix.row.weights, matrix.row.floors, matrix.failure
-            )
-            for matrix in work.matrices
-        ),
+        matrices=tuple(map(part_of, work.matrices)),
         vectors=work.vectors,
         seconds=time.perf_counter() - started,
     )
@@ -151,34 +127,8 @@ def _check(part: tuple[int, int], kind: str, options: Options) -> None:
         raise OptionError(f"`part` {number}/{of}: write I/N with 1 ≤ I ≤ N, such as 3/8")
     if kind not in KINDS or not KINDS[kind].families:
         raise OptionError(f"kind {kind!r} cannot be computed in parts")
-    if options.budget is not None:
-        raise OptionError("`budget` looks at all matrices together; leave it out with `part`")
-
-
-def _kept(options: Options) -> dict[str, Any]:
-    chosen = {name: value for name, value in asdict(options).items() if name not in _LOCAL}
-    chosen["layers"] = None if options.layers is None else sorted(options.layers)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items()}
-
-
-def _share(pairs: Sequence[WeightPair], number: int, of: int) -> tuple[WeightPair, ...]:
-    """The matrices of a part, in the order of the pairing.
-
-    In the order of the files, cut where the work is even: a machine reads few files.
-    """
-    by_file = sorted(pairs, key=lambda pair: (pair.tuned.source, pair.base.source))
-    costs = [estimate_seconds([pair], workers=1) + _read_seconds(pair) for pair in by_file]
-    total, before, own = sum(costs), 0.0, set[str]()
-    for pair, cost in zip(by_file, costs, strict=True):
-        middle = before + cost / 2
-        if min(int(of * middle / total), of - 1) == number - 1:
-            own.add(pair.name)
-        before += cost
-    return tuple(pair for pair in pairs if pair.name in own)
-
-
-def _read_seconds(pair: WeightPair) -> float:
-    return _SECONDS_A_BYTE * (pair.base.nbytes + pair.tuned.nbytes)
+    if options.ray is not None:
+        raise OptionError("`part` and `ray` both share out the matrices; give one of them")
 
 
 # --- joining --------------------------------------------------------------------------------------
@@ -201,7 +151,7 @@ def join(
     if lacking:
         raise ReportError(f"{len(lacking)} matrices are in no part, first {lacking[0]}")
     matrices = tuple(
-        _matrix(pair, known[pair.name], first.kind, options) for pair in pairing.matrices
+        matrix_of(pair, known[pair.name], first.kind, options) for pair in pairing.matrices
     )
     vectors = tuple(record for part in parts for record in part.vectors)
     devices = dict.fromkeys(part.about.device for part in sorted(parts, key=_number))
@@ -251,33 +201,6 @@ def _foreign(part: Part, first: Part) -> str | None:
 def _options(kept: Mapping[str, Any]) -> Options:
     known = {each.name for each in fields(Options)}
     return Options(**{name: value for name, value in kept.items() if name in known})
-
-
-def _matrix(pair: WeightPair, part: PartMatrix, kind: str, options: Options) -> Matrix:
-    """The matrix as it was before it became a record."""
-    record = part.record
-    row = Measured(
-        values=dict(record.values),
-        nulls=dict(record.nulls),
-        status=dict(record.status),
-        raw=dict(record.raw),
-        floors=dict(part.floors),
-        weights=dict(part.weights),
-    )
-    judge = KINDS[kind].judge
-    judged: Judged | None = None
-    if judge is not None:
-        k = verdict_k(options, two_sides(pair.shape))
-        judged = RULES[judge].matrix(row, k, options.limits)
-    return Matrix(
-        pair=pair,
-        row=row,
-        judged=judged,
-        method=record.method,
-        curves=record.curves,
-        notes=record.notes,
-        failure=part.failure,
-    )
 
 
 def write_part(part: Part, path: Path) -> None:

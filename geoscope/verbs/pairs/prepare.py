@@ -11,16 +11,16 @@ import torch
 
 from geoscope.engine import (
     Batch,
+    asked_memory,
     available_memory,
     default_memory,
     device_memory,
     estimate_seconds,
     free_memory,
-    least_memory,
-    parse_memory,
     plan,
     resolve_devices,
     resolve_dtype,
+    slowness,
 )
 from geoscope.formats.disk import free_bytes
 from geoscope.metrics import Rounding
@@ -36,6 +36,8 @@ __all__ = [
     "Prepared",
     "batches_a_shape",
     "cores",
+    "devices_of",
+    "entry_bytes",
     "planned_memory",
     "prepare",
     "survey",
@@ -44,6 +46,8 @@ __all__ = [
 ]
 
 
+# Seconds until torch is imported and the headers are read, and to write the report.
+_START = 2.5
 # With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
 _MASK_BYTES = 3 * 4
 # With --curves: the longer side's whole basis in fp64, the update seen from it, and what the exact
@@ -55,7 +59,10 @@ _CURVE_BYTES = 4 * 8
 class Prepared:
     """A pair of checkpoints before any heavy work: opened, matched, planned.
 
-    Fused and stacked tensors of both are in parts. notes: remarks on the pair.
+    Fused and stacked tensors of both are in parts.
+    notes: remarks on the pair.
+    given: base and tuned model as they were named, None where one of them is in memory.
+    is_one_of_several: the overlaps with other tuned models are asked for, too.
     """
 
     base: Checkpoint
@@ -69,6 +76,8 @@ class Prepared:
     free_disk: int | None  # where they go; None where nothing is to be fetched
     notes: tuple[str, ...] = ()
     has_base: bool = True
+    given: tuple[str | None, str] | None = None
+    is_one_of_several: bool = False
 
     @property
     def wanted(self) -> tuple[tuple[Checkpoint, list[str]], ...]:
@@ -96,7 +105,7 @@ class Prepared:
         )
 
     def rounding(self, one: WeightPair) -> Rounding:
-        """What FP8 blocks rounded away on both sides of a pair."""
+        """What storing codes rounded away on both sides of a pair."""
         return self.base.rounding(one.base.name), self.tuned.rounding(one.tuned.name)
 
     @property
@@ -110,8 +119,7 @@ def prepare(
 ) -> Prepared:
     """Headers, pairing and plan of one pair of models; decomposes and downloads nothing."""
     progress = progress or Progress()
-    devices = resolve_devices(options.device)
-    resolve_dtype(options.dtype, devices[0])
+    devices = devices_of(options)
     names, alpha = NameMap(options.map_name), options.lora_alpha
     left = open_model(base, alpha=alpha, names=names, on_progress=progress.on_download)
     right = open_tuned(
@@ -136,7 +144,7 @@ def prepare(
             stack=_stacks(devices, right),
             parts=batches_a_shape(devices),
             workers=0 if right.is_adapted else workers,
-            entry_bytes=_entry_bytes(options),
+            entry_bytes=entry_bytes(options),
         ),
         memory=memory,
         workers=workers,
@@ -144,6 +152,7 @@ def prepare(
         notes=notes,
         bytes_to_fetch=sum(nbytes for room in rooms for nbytes in room.values()),
         free_disk=free_bytes(rooms),
+        given=(base, tuned) if isinstance(base, str) and isinstance(tuned, str) else None,
     )
 
 
@@ -160,7 +169,8 @@ def within(
         memory=prepared.memory,
         stack=prepared.stacks,
         parts=batches_a_shape(prepared.devices),
-        entry_bytes=_entry_bytes(options),
+        workers=0 if prepared.tuned.is_adapted else prepared.workers,
+        entry_bytes=entry_bytes(options),
     )
     return replace(prepared, pairing=pairing, batches=batches)
 
@@ -203,8 +213,20 @@ def survey(prepared: Prepared, *, paired: bool) -> Survey:
         memory=prepared.memory,
         workers=prepared.workers,
         device=prepared.device,
-        seconds=estimate_seconds(prepared.pairing.matrices, workers=prepared.workers),
+        seconds=here_seconds(prepared.pairing.matrices, prepared.workers) if paired else 0.0,
     )
+
+
+def devices_of(options: Options) -> tuple[torch.device, ...]:
+    """Where this process computes, in a precision that is there. Raises OptionError."""
+    devices = resolve_devices("cpu" if options.ray is not None else options.device)
+    resolve_dtype(options.dtype, devices[0])
+    return devices
+
+
+def here_seconds(pairs: Sequence[WeightPair], workers: int) -> float:
+    """Rough time of a whole command on this machine, with what else runs on it now."""
+    return slowness(workers) * (_START + estimate_seconds(pairs, workers=workers))
 
 
 def batches_a_shape(devices: Sequence[torch.device]) -> int:
@@ -216,21 +238,19 @@ def planned_memory(
     pairing: Pairing, options: Options, devices: Sequence[torch.device], workers: int
 ) -> int:
     """Bound on the process, or on each of the devices."""
-    if options.max_memory == "min":
-        return least_memory(pairing.matrices)
     if options.max_memory is not None:
-        return parse_memory(options.max_memory)
+        return asked_memory(pairing.matrices, options.max_memory)
     if devices[0].type == "cuda":
         return device_memory(free_memory(one) for one in devices)
     return default_memory(
         pairing.matrices,
         workers=workers,
         available=available_memory(),
-        entry_bytes=_entry_bytes(options),
+        entry_bytes=entry_bytes(options),
     )
 
 
-def _entry_bytes(options: Options) -> int:
+def entry_bytes(options: Options) -> int:
     """What masks and curves hold beside each entry of a matrix."""
     return _MASK_BYTES * options.masks + _CURVE_BYTES * options.curves
 

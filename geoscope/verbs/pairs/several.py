@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from geoscope.engine import Batch, plan, stream
+from geoscope.engine.cache import ResultCache, content_of
 from geoscope.linalg.changes import nonfinite_entries
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics.overlaps import overlap
 from geoscope.records import Overlap, Skipped, Status, WeightPair
 from geoscope.verbs.options import Options
+from geoscope.verbs.pairs.matrices import recall_of, update_content
+from geoscope.verbs.pairs.measuring import kept_results
 from geoscope.verbs.pairs.prepare import Prepared, batches_a_shape
 
 __all__ = ["overlaps_of"]
@@ -42,10 +45,16 @@ def overlaps_of(
         count = first.tuned.parts_of_update(first.base, batch.pairs[0].tuned.name)
         return [
             _overlap(
-                [stack[i : i + 1] for stack in stacks], count, options, in_blocks=in_blocks(pair)
+                [stack[i : i + 1] for stack in stacks],
+                count,
+                options,
+                in_blocks=in_blocks(pair),
+                cache=cache,
             )
             for i, pair in enumerate(batch.pairs)
         ]
+
+    cache = kept_results(options)
 
     def in_blocks(one: WeightPair) -> bool:
         third = second.tuned.rounding(other[one.base.name])
@@ -75,7 +84,12 @@ def overlaps_of(
 
 
 def _overlap(
-    stacks: Sequence[Tensor], count: int, options: Options, *, in_blocks: bool
+    stacks: Sequence[Tensor],
+    count: int,
+    options: Options,
+    *,
+    in_blocks: bool,
+    cache: ResultCache | None,
 ) -> tuple[dict[str, float | int | None], dict[str, float]] | None:
     """One matrix; None where it holds NaN or Inf.
 
@@ -88,4 +102,10 @@ def _overlap(
         part[0] if len(part) == 1 else FactorUpdate.of(part)
         for part in (updates[:count], updates[count:])
     ]
-    return overlap(base, *sides, ks=options.ks, solver=options.solver, in_blocks=in_blocks)
+    recall = None
+    if cache is not None and len(updates) == 2:
+        own = content_of(base)
+        contents = [update_content(own, content_of(update)) for update in updates]
+        recall = recall_of(cache, base, contents)
+    how = {"ks": options.ks, "solver": options.solver, "in_blocks": in_blocks}
+    return overlap(base, *sides, **how, recall=recall)

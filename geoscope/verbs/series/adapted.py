@@ -38,8 +38,8 @@ def as_models(
     called = of_a_base(first)
     if base is None:
         raise OptionError(
-            f"{first.given}: the update of {called} is not told without its base; give that as "
-            "`base`"
+            f"{first.given}: the update of {called} cannot be computed without the base model; "
+            "give that as `base`"
         )
 
     def over(point: SeriesPoint) -> SeriesPoint:

@@ -22,7 +22,7 @@ from geoscope.verbs.series.adapted import as_models, not_predicted, of_a_base
 from geoscope.verbs.series.model_series import model_series
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.start import INITIAL, after_start, equal_adapters, has_no_update
-from geoscope.verbs.series.tensors import AdapterTensor, Followed, SeriesTensor, lost_steps
+from geoscope.verbs.series.tensors import AdapterTensor, MatchedSeries, SeriesTensor, lost_steps
 
 __all__ = ["adapter_series"]
 
@@ -35,7 +35,7 @@ def adapter_series(
     initial: Adapter | None,
     *,
     in_parts: bool,
-) -> Followed:
+) -> MatchedSeries:
     """The series of adapters, by the modules that all of them have with one shape.
 
     whole: the base as stored, None where it is not read.
@@ -64,7 +64,7 @@ def adapter_series(
     notes = [*series.notes, *last.notes]
     if base is None:
         notes.append("the base is not read, so its size is not known: no relative update")
-    return Followed(
+    return MatchedSeries(
         steps=(series.start or 0, *series.steps),
         tensors=_tensors(laid, chosen.names, weights),
         refs=(ModelRef.not_read(last.base) if base is None else base.ref, last.ref),
@@ -176,8 +176,8 @@ def _refuse_unknown_start(adapter: Adapter) -> None:
     """An adapter that did not start at zero, without the one that it started from."""
     if adapter.initial is not None:
         raise OptionError(
-            f"{adapter.given}: {adapter.initial}, so its update is not s·B·A; give "
-            "the adapter before training as `initial_adapter`"
+            f"{adapter.given}: {adapter.initial}. Its update is therefore not s·B·A alone: "
+            "give the adapter as it was before training as `initial_adapter`"
         )
 
 

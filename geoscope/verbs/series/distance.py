@@ -11,7 +11,7 @@ from operator import add
 from geoscope.kinds import FAR
 from geoscope.metrics import far_code, limits_in_force
 from geoscope.trajectory.increments import Increments
-from geoscope.verbs.series.tensors import Followed
+from geoscope.verbs.series.tensors import MatchedSeries
 
 __all__ = ["SeriesDistance", "series_distance"]
 
@@ -27,10 +27,13 @@ class SeriesDistance:
     text: str
 
 
-def series_distance(found: Followed, increments: Mapping[str, Increments]) -> SeriesDistance | None:
+def series_distance(
+    found: MatchedSeries, increments: Mapping[str, Increments]
+) -> SeriesDistance | None:
     """The first checkpoint of which more than half of the matrices are far from the base.
 
-    None where there is none, and for adapters, whose base is part of what they mean.
+    None where there is none, and for adapters, whose base is part of what they mean. The limits are
+    the usual ones: no command on series sets them.
     """
     for i, step in enumerate(found.steps[1:]):
         far = [name for name in increments if _code(found, [name], increments, i) in FAR]
@@ -40,7 +43,7 @@ def series_distance(found: Followed, increments: Mapping[str, Increments]) -> Se
 
 
 def _code(
-    found: Followed, names: Sequence[str], increments: Mapping[str, Increments], i: int
+    found: MatchedSeries, names: Sequence[str], increments: Mapping[str, Increments], i: int
 ) -> str | None:
     cosine = _together(names, increments).base_cosines[i]
     return far_code(cosine, _deviation(found, names), limits_in_force(None))
@@ -50,13 +53,17 @@ def _together(names: Sequence[str], increments: Mapping[str, Increments]) -> Inc
     return reduce(add, (increments[name] for name in names))
 
 
-def _deviation(found: Followed, names: Sequence[str]) -> float:
+def _deviation(found: MatchedSeries, names: Sequence[str]) -> float:
     """1/√N of the entries."""
     return sum(math.prod(found.tensors[name].shape) for name in names) ** -0.5
 
 
 def _told(
-    found: Followed, increments: Mapping[str, Increments], far: Sequence[str], i: int, step: int
+    found: MatchedSeries,
+    increments: Mapping[str, Increments],
+    far: Sequence[str],
+    i: int,
+    step: int,
 ) -> SeriesDistance:
     code = _code(found, far, increments, i) or "TOO_FAR"
     cosine = _together(far, increments).base_cosines[i] or 0.0
@@ -68,6 +75,6 @@ def _told(
         code,
         i == 0,
         f"{code}: step {step:g} {what} the base {base}{where} (cosine {cosine:.2g}, of unrelated "
-        f"weights 0 ± {_deviation(found, far):.1g}), so that −W_0 is part of every update from it "
-        "on; give the model that the series was trained from as `base`",
+        f"weights 0 ± {_deviation(found, far):.1g}). From this step on, every update contains −W_0 "
+        "itself. Give the model that the series was trained from as `base`",
     )

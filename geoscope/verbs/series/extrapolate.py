@@ -28,7 +28,7 @@ from geoscope.records import Status
 from geoscope.trajectory.backtest import Backtest
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.methods import METHODS
-from geoscope.trajectory.prediction import Prediction, Seen
+from geoscope.trajectory.prediction import MethodInput, Prediction
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
 from geoscope.verbs.series.extrapolate_adapter import write_adapter
@@ -38,7 +38,7 @@ from geoscope.verbs.series.next_series import HORIZON_ORIGINS, NEXT, NextForecas
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory, traps_of
-from geoscope.verbs.series.tensors import Followed, ModelTensor
+from geoscope.verbs.series.tensors import MatchedSeries, ModelTensor
 
 __all__ = ["Extrapolation", "extrapolate", "methods"]
 
@@ -122,7 +122,7 @@ def extrapolate(
     made = measure_series(found, options, progress)
     far = series_distance(found, made.increments)
     if far is not None and not force:
-        raise OptionError(f"{far.text}, or `force` to go on")
+        raise OptionError(f"{far.text}, or use `force`")
     forecast, vectors = None, {}
     if is_next:
         if whole_model:
@@ -170,7 +170,7 @@ def _method_named(name: str) -> str:
 
 
 def _refuse_series(
-    found: Followed, options: FollowOptions, target: int, *, is_next: bool, rank: int | None
+    found: MatchedSeries, options: FollowOptions, target: int, *, is_next: bool, rank: int | None
 ) -> None:
     """Raises for a series that the method or the target does not fit, or that cannot be written."""
     of_adapters = found.series.kind == "adapter"
@@ -178,10 +178,11 @@ def _refuse_series(
         raise OptionError("`method` next reads whole models; of adapters take another")
     if of_adapters and options.initial_adapter is not None and options.base is None:
         raise OptionError(
-            "`initial_adapter`: the prediction lies on the original model; give it as `base`"
+            "with `initial_adapter`, the predicted adapter needs the original model; give that as "
+            "`base`"
         )
     if rank is not None and not of_adapters:
-        raise OptionError("`rank` is of a predicted adapter; these are whole models")
+        raise OptionError("`rank` applies to adapters only; this series has whole models")
     for point in found.series.points:
         if point.checkpoint is not None:
             refuse_unwritable(point.checkpoint, "extrapolate")
@@ -192,7 +193,7 @@ def _refuse_series(
 
 
 def _planned(
-    found: Followed, test: Backtest, method: str, target: int, *, seed: int, force: bool
+    found: MatchedSeries, test: Backtest, method: str, target: int, *, seed: int, force: bool
 ) -> Extrapolation:
     """Skill and horizon of the method. Raises OptionError for a target beyond the horizon."""
     last = found.steps[-1]
@@ -204,7 +205,7 @@ def _planned(
 
 
 def _write_family(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     result: Extrapolation,
@@ -236,10 +237,10 @@ def _refuse_of_next(
     given = {"extend": bool(extend), "origins": origins is not None, "whole_model": whole_model}
     if not is_next and any(given.values()):
         name = next(name for name, is_given in given.items() if is_given)
-        raise OptionError(f"`{name}` is of `method` next; leave it out")
+        raise OptionError(f"`{name}` works only with `method` next; leave it out")
 
 
-def _tried(found: Followed, forecast: NextForecast) -> str:
+def _tried(found: MatchedSeries, forecast: NextForecast) -> str:
     count = len(forecast.origins)
     at = ", ".join(f"{found.steps[origin]:g}" for origin in forecast.origins)
     where = f"step {at}" if count == 1 else f"steps {at}"
@@ -255,10 +256,10 @@ def _tried(found: Followed, forecast: NextForecast) -> str:
 
 def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str:
     known = "unknown" if skill is None else f"{skill:.2f}"
-    credible = f"up to {horizon:g} steps" if horizon else "at no distance"
+    credible = f"only up to {horizon:g} steps" if horizon else "at no distance"
     return (
-        f"{ahead} steps ahead: {method} is credible {credible} ahead (held-out skill {known}); "
-        "give a nearer `target`, or `force`"
+        f"`target` is {ahead} steps ahead, but {method} is credible {credible} (held-out skill "
+        f"{known}); choose a nearer `target`, or use `force`"
     )
 
 
@@ -266,7 +267,7 @@ def _beyond(method: str, ahead: int, horizon: float, skill: float | None) -> str
 
 
 def _write(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     result: Extrapolation,
@@ -329,7 +330,7 @@ def _with_held(result: Extrapolation, held: Mapping[str, str]) -> Extrapolation:
 
 
 def _write_adapter(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     result: Extrapolation,
@@ -342,7 +343,7 @@ def _write_adapter(
         method, inc = result.chosen.get(name, "hold"), made.increments.get(name)
         if method == "hold" or inc is None:
             return updates[-1]
-        seen = Seen(inc, made.paths.get(name), factors=test.factors)
+        seen = MethodInput(inc, made.paths.get(name), factors=test.factors)
         return METHODS[method].predict(seen, result.target).of(updates)
 
     record = _record(found, test, result, None)
@@ -358,17 +359,17 @@ def _write_adapter(
     return replace(_with_held(result, held), rank=rank, discarded=discarded)
 
 
-def _models(found: Followed) -> tuple[tuple[Checkpoint, str], ...]:
+def _models(found: MatchedSeries) -> tuple[tuple[Checkpoint, str], ...]:
     return _model_tensor(found, next(iter(found.tensors))).places
 
 
-def _model_tensor(found: Followed, name: str) -> ModelTensor:
+def _model_tensor(found: MatchedSeries, name: str) -> ModelTensor:
     tensor = found.tensors[name]
     assert isinstance(tensor, ModelTensor)  # adapters were refused
     return tensor
 
 
-def _stored(found: Followed, name: str) -> str:
+def _stored(found: MatchedSeries, name: str) -> str:
     """The name of a tensor in the last checkpoint."""
     return _model_tensor(found, name).places[-1][1]
 
@@ -390,7 +391,7 @@ def _predicted_or_held(
 
 
 def _predicted(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     name: str,
@@ -399,7 +400,7 @@ def _predicted(
 ) -> Tensor:
     """The weight at the target step, as the last checkpoint's file would hold it."""
     step = None if forecast is None else forecast.pairs[name] * forecast.scale
-    seen = Seen(made.increments[name], made.paths.get(name), step, test.factors)
+    seen = MethodInput(made.increments[name], made.paths.get(name), step, test.factors)
     prediction = METHODS[result.chosen[name]].predict(seen, result.target)
     return _written(_model_tensor(found, name), prediction)
 
@@ -448,7 +449,7 @@ def _combination(tensor: ModelTensor, weights: Tensor, start: int, stop: int) ->
     return total
 
 
-def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
+def _not_followed(found: MatchedSeries, made: Trajectory) -> tuple[str, ...]:
     """Notes on the matrices that the output has as the last checkpoint has them."""
     failed = tuple(f"{one.name}: {one.reason}; copied" for one in made.failed)
     if not found.missing:
@@ -458,7 +459,7 @@ def _not_followed(found: Followed, made: Trajectory) -> tuple[str, ...]:
 
 
 def _record(
-    found: Followed, test: Backtest, result: Extrapolation, scale: float | None
+    found: MatchedSeries, test: Backtest, result: Extrapolation, scale: float | None
 ) -> dict[str, Any]:
     return {
         "schema": EXTRAPOLATION,

@@ -32,7 +32,7 @@ from geoscope.peft.folder import RECORD, RECORD_SCHEMA
 from geoscope.peft.lora import unstacked
 from geoscope.records import Status
 from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan, scaling_of_all
-from geoscope.verbs.series.tensors import AdapterTensor, Followed
+from geoscope.verbs.series.tensors import AdapterTensor, MatchedSeries
 
 __all__ = ["Predict", "write_adapter"]
 
@@ -47,7 +47,7 @@ class _Written:
 
 
 def write_adapter(
-    found: Followed,
+    found: MatchedSeries,
     predict: Predict,
     out: Path,
     record: Mapping[str, Any],
@@ -98,7 +98,7 @@ def write_adapter(
     return rank, discarded, held
 
 
-def _checked_base(found: Followed, last: Adapter, base: str | None) -> str:
+def _checked_base(found: MatchedSeries, last: Adapter, base: str | None) -> str:
     """The reference of the base. Raises for an adapter that cannot be written as a plain one."""
     last.refuse_more_than_plain("extrapolate")
     reference = base or _named_base(last)
@@ -122,14 +122,14 @@ def _rank_of(last: Adapter, rank: int | None) -> int:
     return chosen
 
 
-def _inputs(found: Followed) -> list[Path]:
+def _inputs(found: MatchedSeries) -> list[Path]:
     """Files and folders that the output must not be written over."""
     given = [local_path(point) for point in (found.refs[0].given, *found.points)]
     return [path for path in (*given, *(point.parent for point in given[1:])) if path.exists()]
 
 
 def _write_factors(
-    found: Followed,
+    found: MatchedSeries,
     last: Adapter,
     predict: Predict,
     rank: int,
@@ -175,7 +175,7 @@ def _compressed(
         return compressed(updates[-1], rank, scaling)
 
 
-def _tensors(found: Followed) -> list[AdapterTensor]:
+def _tensors(found: MatchedSeries) -> list[AdapterTensor]:
     """The matrices of the adapters, experts of a stack in their order."""
     return [tensor for tensor in found.tensors.values() if isinstance(tensor, AdapterTensor)]
 

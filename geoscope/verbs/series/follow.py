@@ -13,21 +13,23 @@ from typing import Any
 import torch
 
 from geoscope.arguments import Place, path_of
-from geoscope.engine import one_blas_thread
+from geoscope.engine import Gate, one_blas_thread
 from geoscope.errors import NonFiniteError, NumericsError
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.records import Report, Skipped, Status
-from geoscope.sources.memory import Model, opened, opened_all
+from geoscope.sources.memory import Model, as_model_or_reference, as_models_or_references
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.models import open_model
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
+from geoscope.verbs.series.memory import room_for_tensors, working_bytes
 from geoscope.verbs.series.metric import metric_curve
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
-from geoscope.verbs.series.passes import Kept, measured
+from geoscope.verbs.series.passes import Kept
+from geoscope.verbs.series.recall import recalled_or_measured
 from geoscope.verbs.series.report import Trajectory, trajectory_report
-from geoscope.verbs.series.tensors import Followed
+from geoscope.verbs.series.tensors import MatchedSeries, SeriesTensor
 from geoscope.verbs.series.vectors import write_vectors
 
 __all__ = ["follow", "measure_series"]
@@ -58,7 +60,9 @@ def follow(
     started = time.perf_counter()
     progress = progress or Progress()
     file = None if vectors is None else path_of(vectors, "vectors")
-    found = open_followed(opened_all(references, "references"), options, progress, start=start)
+    found = open_followed(
+        as_models_or_references(references, "references"), options, progress, start=start
+    )
     curve, notes = metric_curve(found.series, options)
     found = replace(found, notes=(*found.notes, *notes))
     made = measure_series(found, options, progress)
@@ -79,36 +83,46 @@ def _with_base(
     options: FollowOptions, base: Model | None
 ) -> tuple[FollowOptions, Checkpoint | None]:
     """The options that name the base, and the base itself where it is open."""
-    model = None if base is None else opened(base, "base")
+    model = None if base is None else as_model_or_reference(base, "base")
     if model is None or isinstance(model, str):
         return options if model is None else replace(options, base=model), None
     whole = open_model(model)
     return replace(options, base=whole.ref.given), whole
 
 
-def measure_series(found: Followed, options: FollowOptions, progress: Progress) -> Trajectory:
-    """Increments and rank-1 paths of every tensor; those that fail are named with the reason."""
+def measure_series(found: MatchedSeries, options: FollowOptions, progress: Progress) -> Trajectory:
+    """Increments and rank-1 paths of every tensor; those that fail are named with the reason.
+
+    With a cache what an earlier run finished is recalled. Tensors are let in as memory allows.
+    """
+    recalled = 0
     kept: dict[str, Kept] = {}
     failed: list[Skipped] = []
     workers = options.jobs or torch.get_num_threads()
+    gate = Gate(room_for_tensors(found, options, workers))
+
+    def job_of(one: SeriesTensor) -> tuple[Kept, bool]:
+        with gate.let_in(working_bytes(one)):
+            return recalled_or_measured(one, found.steps, options)
+
     with one_blas_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
         # The largest first: the last to finish is then a small one.
         order = sorted(found.tensors.values(), key=lambda one: -math.prod(one.shape))
-        jobs = {
-            pool.submit(copy_context().run, measured, one, found.steps, options): one
-            for one in order
-        }
+        jobs = {pool.submit(copy_context().run, job_of, one): one for one in order}
         try:
             for number, job in enumerate(as_completed(jobs), start=1):
                 one = jobs[job]
                 try:
-                    kept[one.name] = job.result()
+                    kept[one.name], is_recalled = job.result()
+                    recalled += is_recalled
                 except NumericsError as error:
                     failed.append(Skipped(one.name, _told(error), missing=True))
                 progress.on_pair(number, len(jobs), one.name)
         finally:
             for job in jobs:
                 job.cancel()
+    if recalled:
+        progress.on_recalled(recalled, len(jobs))
     if not kept:
         first = f"{failed[0].name}: {failed[0].reason}"
         raise NumericsError(f"no tensor of the series could be followed; {first}")

@@ -16,7 +16,7 @@ from geoscope.verbs.options import Progress
 from geoscope.verbs.series.adapted import is_made_of
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.start import BASE, after_start, equal_models
-from geoscope.verbs.series.tensors import Followed, ModelTensor, SeriesTensor, lost_steps
+from geoscope.verbs.series.tensors import MatchedSeries, ModelTensor, SeriesTensor, lost_steps
 
 __all__ = ["model_series"]
 
@@ -28,7 +28,7 @@ def model_series(
     start: Checkpoint | None,
     *,
     in_parts: bool,
-) -> Followed:
+) -> MatchedSeries:
     rules = NameMap(options.map_name)
     series, base, checkpoints = _from_base(series, start, rules)
     steps = series.steps if start is None else (series.start or 0, *series.steps)
@@ -70,7 +70,7 @@ def model_series(
         for one in (base, *checkpoints)
     )
     fetch(wanted, progress)
-    return Followed(
+    return MatchedSeries(
         steps=steps,
         tensors=tensors,
         refs=(base.ref, checkpoints[-1].ref),

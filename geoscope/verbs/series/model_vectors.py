@@ -15,7 +15,7 @@ from geoscope.trajectory.next_predictor import VectorExample
 from geoscope.verbs.fetching import fetch
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.options import FollowOptions
-from geoscope.verbs.series.tensors import Followed, ModelTensor
+from geoscope.verbs.series.tensors import MatchedSeries, ModelTensor
 
 __all__ = ["ModelVector", "model_vectors"]
 
@@ -39,7 +39,7 @@ class ModelVector:
 
 
 def model_vectors(
-    found: Followed, options: FollowOptions, progress: Progress
+    found: MatchedSeries, options: FollowOptions, progress: Progress
 ) -> Mapping[str, ModelVector]:
     """Of a series of whole models the vectors that all have with one length, by name."""
     tensor = next(iter(found.tensors.values()))

@@ -21,7 +21,7 @@ from torch import Tensor
 from geoscope.engine import one_blas_thread
 from geoscope.errors import OptionError
 from geoscope.linalg import Factors, Operand, factorise_leading
-from geoscope.trajectory.backtest import Moves
+from geoscope.trajectory.backtest import PredictionProducts
 from geoscope.trajectory.next_predictor import (
     Example,
     NextModel,
@@ -38,7 +38,7 @@ from geoscope.trajectory.spatial_rank1 import Pair, outer_moves
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.model_vectors import ModelVector
 from geoscope.verbs.series.report import Trajectory
-from geoscope.verbs.series.tensors import Followed, ModelTensor
+from geoscope.verbs.series.tensors import MatchedSeries, ModelTensor
 
 __all__ = ["HORIZON_ORIGINS", "NEXT", "NextForecast", "next_forecast", "origins_of"]
 
@@ -58,12 +58,12 @@ class NextForecast:
     scale: float
     pairs: Mapping[str, Pair]
     vectors: Mapping[str, Tensor]
-    moves: Moves
+    moves: PredictionProducts
     origins: tuple[int, ...]
 
 
 def next_forecast(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     target: int,
     *,
@@ -100,7 +100,7 @@ def next_forecast(
         guesses = {origin: predict(models[origin], known[origin][0]) for origin in tried}
         pairs, steps = predict(models[T], examples), predict_vectors(models[T], norms)
         rows = [_moves(found, made, name, guesses, horizon) for name in made.increments]
-    moves = Moves(*(torch.stack([row[i] for row in rows]) for i in range(2)))
+    moves = PredictionProducts(*(torch.stack([row[i] for row in rows]) for i in range(2)))
     scale = (target - found.steps[-1]) / (horizon * gap)
     return NextForecast(horizon, scale, pairs, steps, moves, tried)
 
@@ -109,18 +109,21 @@ def origins_of(T: int, horizon: int, count: int = HORIZON_ORIGINS) -> tuple[int,
     """`count` origins at which the networks train again, of those that a backtest reports and that
     have seen a target; fewer where there are fewer.
 
-    The last is the one at two thirds of T: it is the nearest to the prediction that leaves a third
-    to be tried on. Others are spread evenly from the first one up to it, or follow it where there
-    are not so many. Later ones cost as much as the prediction itself.
+    One alone is the first: its networks are the quickest to train, and most of the series is left
+    to try them on. Of several the last is the one at two thirds of T, the nearest to the prediction
+    that leaves a third to be tried on; others are spread evenly from the first one up to it, or
+    follow it where there are not so many.
     """
     first = max(3, math.ceil(T / 3), horizon + 1)
+    if count == 1:
+        return (min(first, T - 1),)
     last = min(T - 1, max(first + count - 1, 2 * T // 3))
     count = min(count, last - first + 1)
     return tuple(last - (last - first) * i // max(count - 1, 1) for i in reversed(range(count)))
 
 
 def _examples(
-    found: Followed, made: Trajectory, horizon: int, seed: int, pool: ThreadPoolExecutor
+    found: MatchedSeries, made: Trajectory, horizon: int, seed: int, pool: ThreadPoolExecutor
 ) -> dict[str, Example]:
     tensors = {
         name: tensor
@@ -192,7 +195,7 @@ def _side(vectors: Tensor | None) -> Tensor:
 
 
 def _moves(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     name: str,
     guesses: Mapping[int, Mapping[str, Pair]],

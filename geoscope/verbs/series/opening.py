@@ -17,7 +17,7 @@ from geoscope.verbs.series.adapter_series import adapter_series
 from geoscope.verbs.series.model_series import model_series
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.start import BASE, INITIAL
-from geoscope.verbs.series.tensors import Followed
+from geoscope.verbs.series.tensors import MatchedSeries
 
 __all__ = ["open_followed"]
 
@@ -29,7 +29,7 @@ def open_followed(
     *,
     start: Checkpoint | None = None,
     in_parts: bool = True,
-) -> Followed:
+) -> MatchedSeries:
     """The series and its base, matched tensor by tensor; data of the Hub is fetched.
 
     start: the base, where it is open already and not a reference in the options.
@@ -66,7 +66,9 @@ def _series(
     places = [reference for reference in references if isinstance(reference, str)]
     in_memory = [reference for reference in references if not isinstance(reference, str)]
     if places and in_memory:
-        raise OptionError("references: paths and models in memory make no one series; open all")
+        raise OptionError(
+            "references: give either paths or models in memory, not both; open the paths first"
+        )
     if in_memory:
         return series_in_memory(in_memory, steps)
     return open_series(

@@ -6,17 +6,28 @@ from dataclasses import dataclass, field
 
 from geoscope.arguments import joined, path_text
 from geoscope.errors import OptionError
-from geoscope.verbs.choices import Compute, Rename, Select, Start, form
+from geoscope.trajectory.names import NAMES
+from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
 
-__all__ = ["FollowOptions"]
+__all__ = ["FollowOptions", "methods_in_words"]
+
+
+def methods_in_words() -> str:
+    """Every name that `method` of `extrapolate` takes, with its remark."""
+    known = [
+        name.replace("_", "-") + (f" ({remark})" if remark else "")
+        for name, remark in NAMES.items()
+    ]
+    own = "auto (each matrix its best held-out method)"
+    return f"{own}, {', '.join(known)}, damped (of linear), or damped(…) of one."
 
 
 @dataclass(frozen=True, kw_only=True)
-class FollowOptions(Compute, Rename, Select, Start):
+class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
     """Every field is an option of `geoscope trajectory`.
 
-    The fields of `Start`, `Select`, `Rename` and `Compute`, and (paths are strings or
-    `os.PathLike`):
+    The fields of `Start`, `Select`, `Rename`, `Compute`, `Memory` and `Resume`, and (paths are
+    strings or `os.PathLike`):
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     steps: such as "10,20,50", or numbers, one for each checkpoint, in place of those in the names.
     directions: also the leading pair of every update and of every step.

@@ -32,8 +32,9 @@ from geoscope.records import (
     Summary,
     Verdict,
 )
-from geoscope.trajectory.backtest import Backtest, Moves, backtest
-from geoscope.trajectory.headline import THRESHOLDS, drift_or_diffusion
+from geoscope.thresholds import MOTION_THRESHOLDS
+from geoscope.trajectory.backtest import Backtest, PredictionProducts, backtest
+from geoscope.trajectory.headline import drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.methods import PLAIN
@@ -47,7 +48,7 @@ from geoscope.trajectory.walk import walk
 from geoscope.verbs.series.distance import SeriesDistance
 from geoscope.verbs.series.metric import MetricCurve, MetricLink, metric_link
 from geoscope.verbs.series.options import FollowOptions
-from geoscope.verbs.series.tensors import Followed
+from geoscope.verbs.series.tensors import MatchedSeries
 from geoscope.verbs.series.traps import series_traps
 
 __all__ = ["IDS", "KIND", "Trajectory", "trajectory_report", "traps_of"]
@@ -91,9 +92,9 @@ class Trajectory:
     methods: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     scalar_r2: Mapping[str, ScalarR2Counts] = field(default_factory=dict)
 
-    def backtest(self, others: Mapping[str, Moves] | None = None) -> Backtest:
+    def backtest(self, others: Mapping[str, PredictionProducts] | None = None) -> Backtest:
         """Of linear methods, of rank-1 predictions where pairs were taken, and of others."""
-        spatial: dict[str, Moves] = {}
+        spatial: dict[str, PredictionProducts] = {}
         if self.paths:
             spatial = spatial_moves(self.paths, self.increments, self.products)
         return backtest(self.increments, others={**spatial, **(others or {})})
@@ -111,7 +112,7 @@ class _Numbers(Collected):
 
 
 def trajectory_report(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     options: FollowOptions,
     *,
@@ -165,7 +166,7 @@ def trajectory_report(
 
 def _record(
     name: str,
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     skills: Mapping[str, Mapping[str, float | None]],
     link: MetricLink | None,
@@ -210,7 +211,7 @@ def _grid_notes(inc: Increments) -> tuple[str, ...]:
     )
 
 
-def _failed(one: Skipped, found: Followed, ids: Sequence[str]) -> LayerRecord:
+def _failed(one: Skipped, found: MatchedSeries, ids: Sequence[str]) -> LayerRecord:
     """The row of a matrix without numbers, which says why."""
     status, _, reason = one.reason.partition(": ")
     return LayerRecord(
@@ -260,7 +261,7 @@ def _add_rank1(
 
 
 def _summary(
-    found: Followed,
+    found: MatchedSeries,
     made: Trajectory,
     test: Backtest,
     options: FollowOptions,
@@ -319,7 +320,7 @@ def _summary(
             flagged=(),
             counts={},
             text=". ".join([*first, motion.text, _foretold(test, best, numbers.values["horizon"])]),
-            thresholds=dict(THRESHOLDS),
+            thresholds=dict(MOTION_THRESHOLDS),
         ),
         steps=found.steps,
         series=numbers.series,
@@ -428,13 +429,15 @@ def _paths_of(total: Increments) -> dict[str, _Series]:
     return found
 
 
-def traps_of(found: Followed, made: Trajectory, *, base_exact: bool) -> tuple[str, ...]:
+def traps_of(found: MatchedSeries, made: Trajectory, *, base_exact: bool) -> tuple[str, ...]:
     """Signs that the series is not what it seems, one line each."""
     adapters = found.series.kind == "adapter"
     return series_traps(made.total, adapters=adapters, base_exact=base_exact)
 
 
-def _parameters(found: Followed, options: FollowOptions, traps: Sequence[str]) -> dict[str, Any]:
+def _parameters(
+    found: MatchedSeries, options: FollowOptions, traps: Sequence[str]
+) -> dict[str, Any]:
     return {
         "base": options.base,
         "initial_adapter": options.initial_adapter,

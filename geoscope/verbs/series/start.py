@@ -43,9 +43,9 @@ def after_start(series: Series, is_start: Callable[[SeriesPoint], bool], start: 
     if before:
         unit = series.unit
         raise OptionError(
-            f"{before[0].given}: {unit} {before[0].step} is not after {start}, which is {unit} "
-            f"{begin}, and holds other weights; leave one of them out, or set the steps by hand "
-            "with `steps`"
+            f"{before[0].given}: {unit} {before[0].step} must come after the start of the series "
+            f"({start}, {unit} {begin}), and its weights are not those of the start. Leave one of "
+            "the two out, or set all steps with `steps`"
         )
     return series
 

@@ -25,7 +25,7 @@ from geoscope.trajectory.increments import (
 )
 from geoscope.trajectory.scalar_r2 import ScalarR2, ScalarR2Counts
 
-__all__ = ["AdapterTensor", "Change", "Followed", "ModelTensor", "SeriesTensor", "lost_steps"]
+__all__ = ["AdapterTensor", "Change", "MatchedSeries", "ModelTensor", "SeriesTensor", "lost_steps"]
 
 Change = Operand | Product
 
@@ -54,7 +54,7 @@ class SeriesTensor(Protocol):
 
 
 @dataclass(frozen=True)
-class Followed:
+class MatchedSeries:
     """A series that can be followed. steps: t_0 of the base, then of every checkpoint. tensors:
     name → tensor, in natural order. refs: of the base and of the last checkpoint.
     """
@@ -190,10 +190,10 @@ class AdapterTensor:
 
 
 def _grid(checkpoint: Checkpoint, name: str) -> Grid | None:
-    """The grid that a weight lies on; FP8 blocks do not show in the entries, read as fp32."""
+    """The grid that a weight lies on; codes are known from their file."""
     known = checkpoint.rounding(name)
     if known is not None:
-        return Grid("FP8 grid in blocks", known**2)
+        return Grid(f"{known.name} grid", known.size**2)
     return grid_of(checkpoint.read(name))
 
 

@@ -24,11 +24,10 @@ from geoscope.names import in_natural_order
 from geoscope.peft.adapter import Adapter
 from geoscope.records import LayerRecord, Report
 from geoscope.sources.open import open_model_or_adapter
-from geoscope.sources.saves import Save, announced, is_whole, saves_of
+from geoscope.sources.saves import Save, completed_by_trainer, is_whole, saves_of
 from geoscope.verbs.models import open_model, open_tuned
 from geoscope.verbs.options import Options
-from geoscope.verbs.pairs.alone import measure_adapter
-from geoscope.verbs.pairs.compare import compare
+from geoscope.verbs.pairs.compare import compare, measure_adapter
 from geoscope.verbs.pairs.prepare import Prepared, prepare
 from geoscope.verbs.series.watch_options import WatchOptions
 
@@ -97,9 +96,9 @@ class _Watcher:
         for save in saves:
             if save.step.number % self.options.every or save.step.number in self.lines.steps():
                 continue
-            if not is_whole(save, saves, stand=self.interval) or not save.stands():
+            if not is_whole(save, saves, stand=self.interval) or not save.is_unchanged():
                 continue
-            is_said = announced(save, saves) is True
+            is_said = completed_by_trainer(save, saves) is True
             found = self._measured(save, self._before(save, saves), is_said=is_said)
             if found is not None:
                 self.lines.add(found.record)
@@ -123,10 +122,10 @@ class _Watcher:
                 raise
             if not save.is_there:
                 return Observation(_line(save, GONE, reason="deleted while it was read"))
-            if not save.stands() or not (is_said or not isinstance(error, CheckpointError)):
+            if not save.is_unchanged() or not (is_said or not isinstance(error, CheckpointError)):
                 return None
             return Observation(_line(save, FAILED, reason=str(error)))
-        if save.stands():
+        if save.is_unchanged():
             return found
         gone = _line(save, GONE, reason="deleted while it was read")
         return None if save.is_there else Observation(gone)

@@ -108,11 +108,11 @@ def test_an_etag_that_is_no_name_never_reaches_the_cache(
 
     from geoscope.sources.hub import cache
 
-    class Told:
+    class TextAnswer:
         pass
 
-    Told.etag = etag  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: Told)
+    TextAnswer.etag = etag  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: TextAnswer)
     monkeypatch.setattr(cache, "in_cache", lambda *_: None)
     monkeypatch.setattr(cache, "quiet_download", lambda *_: pytest.fail("it was fetched"))
     with pytest.raises(CheckpointError, match="is no name of a file"):

@@ -301,7 +301,9 @@ def test_a_small_file_on_the_hub_itself_is_read_with_the_login(
 def test_a_full_disk_is_said_before_the_first_byte(hub: HubServer, client: Client) -> None:
     found = client("org/sharded", ONE, "full disk")
     wanted = nbytes(chosen(layered())) / 1e3
-    assert found["error"].startswith(f"{wanted:.2f} kB are to be fetched and 5 bytes are free at ")
+    assert found["error"].startswith(
+        f"{wanted:.2f} kB must be downloaded, but only 5 bytes are free at "
+    )
     assert ranges(hub) == []
 
 

@@ -192,8 +192,8 @@ def test_formats_are_refused_before_anything_large_is_fetched(
     hub.repos["org/gptq"] = Repo({**single({**llama(), **codes}), **quantised})
     assert client("org/gptq")["error"] == (
         "`org/gptq`: weights are GPTQ (quant_method 'gptq' in config.json, tensor a.codes is "
-        "int32). geoscope reads fp32, fp16, bf16 and block-scaled FP8. Use the checkpoint it was "
-        "quantised from."
+        "int32). geoscope reads fp32, fp16, bf16, FP8 with its scales, MXFP4 and "
+        "bitsandbytes 4-bit. Use the checkpoint it was quantised from."
     )
     hub.repos["org/lora"] = Repo({"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
     assert "weights are a PEFT adapter" in client("org/lora")["error"]

@@ -340,9 +340,9 @@ def test_an_adapter_of_the_original_is_refused_for_a_residual(
     other = Path(shutil.copytree(trained, tmp_path / "other"))
     for name in (str(base), f"{base}/"):
         edit(other, base_model_name_or_path=name)
-        with pytest.raises(PairingError, match=r"names the original model .* as its base"):
+        with pytest.raises(PairingError, match=r"its base is the original model .*, but"):
             convert_adapter(str(out), str(other))
-        with pytest.raises(PairingError, match="names the original model"):
+        with pytest.raises(PairingError, match="its base is the original model"):
             convert_adapter(str(out), str(other), base=str(base))
 
 
@@ -359,7 +359,9 @@ def test_more_than_plain_lora_is_refused_by_name(
 ) -> None:
     base = tiny_models.llama(tmp_path / "original")
     trained = saved(adapted(base, **settings), tmp_path / "trained")
-    with pytest.raises(UnsupportedFormat, match=rf"{called}; convert-adapter takes plain LoRA\. M"):
+    with pytest.raises(
+        UnsupportedFormat, match=rf"convert-adapter reads plain LoRA only.*{called}"
+    ):
         convert_adapter(str(trained), str(trained), base=str(base))
     assert verify_adapter(str(trained), base=str(base)).ok
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from geoscope import report as reports
+from geoscope.adapters.table import INITIALISATIONS
 from geoscope.cli import app
 from geoscope.errors import CheckpointError, GeoscopeError, NumericsError, OptionError
 from geoscope.verbs.adapters.initialise import default_output, initialise
@@ -75,7 +76,7 @@ def test_the_output_is_the_model_and_verifies(
     assert (bfloat16 > 1e-4) == (layout == "residual")
 
 
-@pytest.mark.parametrize("method", ["pissa", "milora", "olora", "rlpo", "rlmo", "lora"])
+@pytest.mark.parametrize("method", [name for name in INITIALISATIONS if name != "geora"])
 def test_every_method_starts_at_the_model(
     models: dict[str, Path], tmp_path: Path, method: str
 ) -> None:
@@ -361,6 +362,7 @@ def _loadable(folder: Path) -> list[Path]:
     return [*found, *folder.rglob("*.index.json")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_a_killed_process_leaves_no_loadable_folder(tmp_path: Path) -> None:
     tensors = {

@@ -21,6 +21,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_model_on_the_hub_gets_every_layout(tmp_path: Path, choice: str) -> None:
     source = tiny_models.llama(tmp_path / "source")

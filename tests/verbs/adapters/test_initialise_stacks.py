@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from geoscope.adapters import geora
+from geoscope.adapters.geora import geora
 from geoscope.errors import CheckpointError, OptionError
 from geoscope.peft.adapter import read_adapter
 from geoscope.peft.folder import adapter_folder
@@ -155,5 +155,5 @@ def test_a_family_that_peft_packs_otherwise_is_refused(
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama4_text"}))
-    with pytest.raises(CheckpointError, match=r"lie \(in, out\), and PEFT takes them for"):
+    with pytest.raises(CheckpointError, match=r"stored as \(in, out\), but PEFT reads"):
         initialise(folder, tmp_path / "out", InitOptions(rank=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,41 @@ def test_experts_of_the_old_packing_are_turned_and_said(tmp_path: Path, width: i
     sound = verify_adapter(str(case.adapter), base=str(case.base))
     assert sound.ok
     assert "packing" not in {one.id for one in sound.checks}
+
+
+def llama4(folder: Path, **sides: Any) -> Path:
+    """Experts stored (in, out), in a class that does not call itself transposed."""
+    settings = {
+        "hidden_size": 16, "intermediate_size_mlp": 16, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
+        "interleave_moe_layer_step": 1, "vocab_size": 32, "tie_word_embeddings": False,
+        "pad_token_id": 0, **sides,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = tiny_models.transformers.Llama4ForCausalLM(
+        tiny_models.transformers.Llama4TextConfig(**settings)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.double().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("width", [8, 12])  # gate_up is square, and is not
+def test_experts_of_llama_4_are_packed_the_other_way_round(tmp_path: Path, width: int) -> None:
+    """PEFT from 0.19 on packs the transpose, which is sound; up to 0.18 it packed the update."""
+    names = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    config = lora(target_parameters=names, target_modules=["q_proj"])
+    case = made(tmp_path, partial(llama4, intermediate_size=width), config)
+    old = old_packing(case.adapter, tmp_path / "old")
+    expected = tuned_weights(case.base, case.merged)
+    for adapter, is_sound in ((case.adapter, True), (old, False)):
+        assert_same(tuned_weights(case.base, adapter), expected)
+        modules = read_adapter(adapter).modules.values()
+        assert {one.is_turned for one in modules if one.is_stack} == {is_sound}
+        checks = {one.id: one for one in verify_adapter(str(adapter), base=str(case.base)).checks}
+        assert ("packing" not in checks) is is_sound
+        assert checks["shapes"].ok
 
 
 def test_a_square_stack_alone_goes_by_the_version_or_not_at_all(tmp_path: Path) -> None:

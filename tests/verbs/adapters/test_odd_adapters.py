@@ -86,7 +86,7 @@ def test_an_adapter_that_was_called_lora_is_named(plain: tuple[Path, Path], tmp_
     odd = changed(plain[1], tmp_path / "odd", lambda key: key.replace(".lora_", "_"), same)
     done = run("verify-adapter", odd, "--base", plain[0])
     assert done.code == 1
-    assert "_A.weight lack a part of lora_A" in done.err
+    assert "_A.weight and damaged lora_A" in done.err
 
 
 def test_keys_that_peft_has_no_module_for_fail(plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def pissa(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def test_a_start_is_of_one_adapter(pissa: Made) -> None:
     given = ("--initial-adapter", pissa.start)
     for models, words in (
-        ((pissa.adapter, pissa.adapter), "2 of the tuned models"),
+        ((pissa.adapter, pissa.adapter), "2 tuned models are adapters"),
         ((pissa.merged,), "none is one"),
     ):
         done = run("compare", pissa.base, *models, *given)

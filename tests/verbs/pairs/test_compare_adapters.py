@@ -216,7 +216,7 @@ def test_what_needs_the_base_is_named(tmp_path: Path) -> None:
     for one in ("anisotropy", "--no-base"), ("capacity",):
         done = run(one[0], case.adapter, *one[1:])
         assert done.code == 1
-        assert "the update of IA3 is not told without the base; give BASE" in done.err
+        assert "the update of IA3 cannot be computed without the base; give BASE" in done.err
 
 
 def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:

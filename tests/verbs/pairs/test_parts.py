@@ -108,7 +108,7 @@ def test_parts_and_join_on_the_command_line(models: tuple[Path, Path], tmp_path:
         (["--part", "1"], "write I/N"),
         (["--part", "1/2"], "give -o FILE.json"),
         (["--part", "1/2", "-o", tmp_path / "x.csv"], "give -o FILE.json"),
-        (["--part", "1/2", "-o", tmp_path / "x.json", "--strict"], "has no verdict"),
+        (["--part", "1/2", "-o", tmp_path / "x.json", "--strict"], "gives no verdict"),
     ):
         done = run(*words, *bad)
         assert done.code in (1, 2)

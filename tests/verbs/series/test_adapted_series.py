@@ -79,6 +79,7 @@ def values(report: Report) -> dict[str, dict[str, Any]]:
     return {one.name.removesuffix(".weight"): dict(one.values) for one in report.layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_series_of_adapters_is_that_of_the_merged_models(tmp_path: Path, case: str) -> None:
     base, adapters, models = made(tmp_path, case)
@@ -108,7 +109,7 @@ def test_matrices_that_are_not_adapted_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["dora", "miss"])
 def test_without_the_base_one_line_asks_for_it(tmp_path: Path, case: str) -> None:
     base, adapters, _ = made(tmp_path, case)
-    with pytest.raises(OptionError, match=r"is not told without its base; give that as `base`$"):
+    with pytest.raises(OptionError, match=r"cannot be computed without .* give that as `base`$"):
         follow(adapters)
     if case == "dora":
         with pytest.raises(UnsupportedFormat, match="DoRA is not predicted by its factors alone"):

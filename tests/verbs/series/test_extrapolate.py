@@ -270,7 +270,7 @@ def test_a_walk_is_credible_at_no_distance(tmp_path: Path) -> None:
 
 def test_few_checkpoints_are_never_credible(tmp_path: Path) -> None:
     run = Run.write(tmp_path, (0, 10, 20), drift=1.0, rho=1e-2)
-    with pytest.raises(OptionError, match=r"at no distance ahead \(held-out skill unknown\)"):
+    with pytest.raises(OptionError, match=r"at no distance \(held-out skill unknown\)"):
         predicted(run, tmp_path / "out", "auto", force=False)
 
 

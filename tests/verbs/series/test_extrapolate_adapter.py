@@ -161,7 +161,7 @@ def test_what_cannot_be_written_is_refused(
             options=FollowOptions(base=str(models.base)),
         )  # fmt: skip
     if initial is not None:
-        with pytest.raises(OptionError, match="give it as `base`"):
+        with pytest.raises(OptionError, match="give that as `base`"):
             extrapolate(
                 [str(series)], tmp_path / "out", 100, force=True,
                 options=FollowOptions(initial_adapter=start),

@@ -183,7 +183,7 @@ def test_updates_that_need_the_base_ask_for_it(tmp_path: Path) -> None:
         save_file(tensors, weights)
         config = path / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
-    with pytest.raises(OptionError, match=r"of DoRA is not told without its base; .* `base`$"):
+    with pytest.raises(OptionError, match=r"of DoRA cannot be computed without .* `base`$"):
         follow([str(folder)])
 
 

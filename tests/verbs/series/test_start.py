@@ -82,7 +82,7 @@ def test_a_copy_of_the_base_at_step_0_is_known_by_its_weights(run: Run) -> None:
 def test_other_weights_at_step_0_are_refused_with_the_way_out(run: Run) -> None:
     path = run.points[0].with_name("checkpoint-0") / "model-00001-of-00002.safetensors"
     save_file({k: 1.01 * v for k, v in load_file(path).items()}, path)
-    with pytest.raises(OptionError, match=r"checkpoint-0: step 0 is not after .*`steps`$"):
+    with pytest.raises(OptionError, match=r"checkpoint-0: step 0 must come after .*`steps`$"):
         followed([run.folder], base=str(run.base))
 
 
@@ -90,7 +90,7 @@ def test_a_base_at_a_later_step_keeps_it(run: Run) -> None:
     later = [str(point) for point in run.points]
     found = followed(later, base=later[0])
     assert found.summary.steps == STEPS[1:]
-    with pytest.raises(OptionError, match=r"checkpoint-10: step 10 is not after .* is step 20"):
+    with pytest.raises(OptionError, match=r"checkpoint-10: step 10 must come after .*, step 20\)"):
         followed(later, base=later[1])
 
 
@@ -120,7 +120,7 @@ def test_the_adapter_before_training_among_the_checkpoints(tmp_path: Path, from_
     if from_zero:
         same_numbers(followed([str(adapters)]), alone, rel=1e-12)
     else:
-        with pytest.raises(OptionError, match="step 0 is not after the base"):
+        with pytest.raises(OptionError, match=r"step 0 must come after .*the base"):
             followed([str(adapters)])
 
 

@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geoscope.errors import UnsupportedFormat
-from geoscope.formats.block_fp8 import spacings
 from geoscope.formats.disk import Room
-from geoscope.linalg.storage import FP8
+from geoscope.formats.fp8 import spacings
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.pairing import pair
 from geoscope.models.split import split
@@ -114,8 +113,7 @@ def test_the_storage_dtype_is_fp8_and_the_scale_no_tensor_of_its_own(
     assert checkpoint.ref.storage_dtype == "mixed: float32 1, float8_e4m3fn 1"
     pairing = pair(checkpoint, checkpoint, Selection())
     assert [one.name for one in pairing.matrices] == [UP]
-    reasons = {one.name: one.reason for one in pairing.skipped}
-    assert reasons == {f"{UP}_scale_inv": "scale of FP8 blocks: read with its weight"}
+    assert pairing.skipped == () and f"{UP}_scale_inv" not in checkpoint.tensors
 
 
 def test_blocks_are_128_by_128_where_the_config_is_silent(tmp_path: Path) -> None:
@@ -147,6 +145,12 @@ def test_the_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
     assert asked == [{file: [name] for name, file in placed.items()}]
 
 
+def size(checkpoint: Checkpoint, name: str) -> float:
+    known = checkpoint.rounding(name)
+    assert known is not None
+    return known.size
+
+
 def spacing(number: float, every: Tensor) -> float:
     """Distance from |q| to the next larger FP8 number, by the list of all."""
     larger = every[every > abs(number)]
@@ -159,7 +163,7 @@ def test_what_was_rounded_away_is_the_spacing_times_the_scale(
     checkpoint, _ = case
     stored = checkpoint.source.open("model.safetensors")
     q, s = (stored.read(name, None).float() for name in (UP, f"{UP}_scale_inv"))
-    block = checkpoint.scales[UP].block
+    block = checkpoint.quantised[UP].layout.block
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = codes[codes.isfinite()].abs().unique()
     squares = sum(
@@ -167,7 +171,7 @@ def test_what_was_rounded_away_is_the_spacing_times_the_scale(
         for i in range(q.shape[0])
         for j in range(q.shape[1])
     )
-    assert checkpoint.rounding(UP) == pytest.approx((squares / 12) ** 0.5, rel=1e-6)
+    assert size(checkpoint, UP) == pytest.approx((squares / 12) ** 0.5, rel=1e-6)
     assert checkpoint.rounding("model.norm.weight") is None
 
 
@@ -178,11 +182,10 @@ def test_it_is_about_the_error_that_quantising_makes(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tmp_path))
     error = float((checkpoint.read(UP).double() - W.double()).norm())
     # With 3 bits the spacing above a power of two is often taken for that below: 6 % too much.
-    assert checkpoint.rounding(UP) == pytest.approx(error, rel=0.1)
+    assert size(checkpoint, UP) == pytest.approx(error, rel=0.1)
     # The share that the note about FP8 tells, but for the outlier.
-    assert error / float(W[1:].norm()) == pytest.approx(
-        1.6617e-3 * 2 ** (7 - FP8.fraction_bits), rel=0.1
-    )
+    share = checkpoint.quantised[UP].kind.error
+    assert error / float(W[1:].norm()) == pytest.approx(share, rel=0.1)
 
 
 def test_one_expert_of_an_fp8_stack(tmp_path: Path) -> None:
@@ -203,29 +206,31 @@ def test_one_expert_of_an_fp8_stack(tmp_path: Path) -> None:
         name = f"{prefix}.2.{module}.weight"
         assert_equal_bits(model.read(name), whole[rows])
         assert_equal_bits(model.read_part(name, 3, 17), whole[rows].reshape(-1)[3:17])
-    parts = [model.rounding(f"{prefix}.2.{module}.weight") for module in ("gate_proj", "up_proj")]
+    parts = [size(model, f"{prefix}.2.{module}.weight") for module in ("gate_proj", "up_proj")]
     alone = tmp_path / "alone"
     write_model(alone, {UP: pairs[2][0], f"{UP}_scale_inv": pairs[2][1]}, config_of(block))
-    together = open_checkpoint(str(alone)).rounding(UP)
-    assert sum(one**2 for one in parts if one) == pytest.approx((together or 0) ** 2, rel=1e-6)
+    together = size(open_checkpoint(str(alone)), UP)
+    assert sum(part**2 for part in parts) == pytest.approx(together**2, rel=1e-6)
 
 
-READS = "geoscope reads fp32, fp16, bf16 and block-scaled FP8. Use a bf16 conversion."
+READS = (
+    "geoscope reads fp32, fp16, bf16, FP8 with its scales, MXFP4 and bitsandbytes 4-bit. "
+    "Use a bf16 conversion."
+)
+ODD = "is not a scale by block, row or tensor"
 
 
 @pytest.mark.parametrize(
     ("scale", "evidence"),
     [
         (None, f"tensor {UP} is float8_e4m3fn without {UP}_scale_inv"),
-        (torch.ones(()), f"tensor {UP}_scale_inv: float32, one number, is not a scale by block"),
-        (torch.ones(2, 1), f"tensor {UP}_scale_inv: float32, 2 × 1, is not a scale by block"),
-        (
-            torch.ones(2, 2, dtype=torch.int32),
-            f"tensor {UP}_scale_inv: int32, 2 × 2, is not a scale by block",
-        ),
+        (torch.ones(2, 1), f"tensor {UP}_scale_inv: float32, 2 × 1, {ODD}"),
+        (torch.ones(200), f"tensor {UP}_scale_inv: float32, 200, {ODD}"),
+        (torch.ones(2, 2, dtype=torch.int32), f"tensor {UP}_scale_inv: int32, 2 × 2, {ODD}"),
+        (torch.ones((), dtype=torch.uint8), f"tensor {UP}_scale_inv: uint8, one number, {ODD}"),
     ],
 )
-def test_fp8_without_a_scale_for_each_block_is_refused(
+def test_fp8_without_a_scale_that_fits_is_refused(
     tmp_path: Path, scale: Tensor | None, evidence: str
 ) -> None:
     tensors = {UP: torch.zeros(130, 200, dtype=torch.float8_e4m3fn)}

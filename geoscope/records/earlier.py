@@ -1,0 +1,26 @@
+"""Reports of earlier schemas, in the words of this one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["FIRST", "upgraded"]
+
+FIRST = "geoscope.report/1"
+
+
+def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 1, whose curves are lists of [x, y]; its rows are read as they are.
+
+    Raises KeyError, TypeError or ValueError where it is not one.
+    """
+    return data | {"layers": [_with_curves(row) for row in data["layers"]]}
+
+
+def _with_curves(row: dict[str, Any]) -> dict[str, Any]:
+    curves = row.get("curves", {})
+    return row | {"curves": {key: _curve(points) for key, points in curves.items()}}
+
+
+def _curve(points: list[list[float]]) -> dict[str, Any]:
+    return {"x": [x for x, _ in points], "y": [y for _, y in points]}
