@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study.design import LEVELS
 from benchmarks.study.outcomes import EARLY, END, OUTCOMES
+from benchmarks.study.resampling import Estimate
 from benchmarks.study.tables import Results
 
 __all__ = ["FIGURES", "write_figures"]
@@ -40,24 +41,23 @@ def _outcomes(results: Results) -> Figure:
 
 
 def _aucs(results: Results) -> Figure:
-    """AUC at the early checkpoint of the statistics that tell most, with intervals."""
+    """AUC at both checkpoints of the statistics that tell most at the early one."""
     known = [line for line in results.lines[EARLY] if line.auc.value is not None]
     known.sort(key=lambda line: abs((line.auc.value or 0.5) - 0.5), reverse=True)
     figure = Figure(figsize=(7, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     shown = known[:_SHOWN]
     _forest(left, [line.auc for line in shown], results.bars[EARLY], f"step {EARLY}, all runs")
-    risk = [results.at_risk[line.name].auc for line in shown if line.name in results.at_risk]
-    if len(risk) == len(shown):
-        _forest(right, risk, results.risk_bar, f"step {EARLY}, not failed yet")
+    ends = {line.name: line.auc for line in results.lines[END]}
+    _forest(right, [ends[line.name] for line in shown], results.bars[END], f"step {END}, all runs")
     left.set_yticks(range(len(shown)), [line.name for line in shown], fontsize=6)
     left.invert_yaxis()
     return figure
 
 
-def _forest(axes: Axes, estimates: list, bar: float, title: str) -> None:
+def _forest(axes: Axes, estimates: list[Estimate], bar: float, title: str) -> None:
     for place, each in enumerate(estimates):
-        if each.value is not None:
+        if each.value is not None and each.low is not None and each.high is not None:
             axes.plot([each.low, each.high], [place, place], color="#555555", lw=1)
             axes.plot(each.value, place, "o", color="#2166ac", ms=4)
     axes.axvspan(0.5 - bar, 0.5 + bar, color="#eeeeee", zorder=0)

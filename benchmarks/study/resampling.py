@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,14 +56,18 @@ def ranks(values: Floats) -> Floats:
     return scores
 
 
-def resamples(groups: Sequence[object], draws: int = DRAWS, seed: int = 0) -> Floats:
+def resamples(groups: Iterable[object], draws: int = DRAWS, seed: int = 0) -> Floats:
     """(draws, n): how often each run is in each resample, where groups are drawn whole."""
-    names, members = np.unique([str(group) for group in groups], return_inverse=True)
-    generator = np.random.default_rng(seed)
-    counts = np.zeros((draws, len(names)))
-    for row in counts:
-        np.add.at(row, generator.integers(0, len(names), len(names)), 1)
-    return counts[:, members]
+    return _resamples(tuple(map(str, groups)), draws, seed)
+
+
+@lru_cache(maxsize=64)
+def _resamples(groups: tuple[str, ...], draws: int, seed: int) -> Floats:
+    """The same array for the same groups, so that differences are of the same resamples."""
+    names, members = np.unique(groups, return_inverse=True)
+    generator, count = np.random.default_rng(seed), len(names)
+    drawn = (generator.integers(0, count, count) for _ in range(draws))
+    return np.array([np.bincount(row, minlength=count) for row in drawn], dtype=float)[:, members]
 
 
 def _order(scores: Floats, failed: NDArray[np.bool_]) -> Floats:

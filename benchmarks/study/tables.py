@@ -55,7 +55,6 @@ class Results:
         self.at_risk = {x.name: x for x in lines(self.risk_study, EARLY, adds=False)}
         self.learned = {x.name: x for x in lines(study, EARLY, "learned", adds=False)}
         self.bars = {step: chance_bar(study, step) for step in (EARLY, END)}
-        self.risk_bar = chance_bar(self.risk_study, EARLY)
         self.tests = claims(study)
         self.standings = standings(study)
 
