@@ -204,7 +204,7 @@ def test_a_failed_overlap_makes_the_coverage_partial(
 
 
 def extrapolated(made: dict[str, Path], out: Path, series: str, method: str) -> Done:
-    words = ("--to-step", "6", "--method", method, "--force", "-o", out, "--json")
+    words = ("--to-step", "6", "--method", method, "--force", "-o", out, "--json", "--no-resume")
     return run("extrapolate", made[series], "--base", made["base"], *words)
 
 
