@@ -217,7 +217,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("geoscope.verbs.pairs.compare", compare)
+    monkeypatch.setattr("geoscope.verbs.pairs.compare.compare", compare)
 
 
 def refuse(done: Done, code: int, words: str) -> None:
