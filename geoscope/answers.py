@@ -116,6 +116,7 @@ class Answer:
     is_joint: several models have one answer together, and a row each below it.
     arrow: between the first model and the others, in the title.
     others: what these are.
+    tells_merging: whether a sentence says how several updates would merge.
     roles: code → word of each of several models in the table of a joint answer.
     """
 
@@ -128,6 +129,7 @@ class Answer:
     is_joint: bool = False
     arrow: str = "→"
     others: str = "tuned models"
+    tells_merging: bool = False
     roles: tuple[tuple[str, str], ...] = ()
 
 
@@ -334,6 +336,7 @@ COMPARED = Answer(
     by_block=True,
 )
 ALIGNMENT = Answer(
+    tells_merging=True,
     outcomes=(
         *_FAR,
         Outcome(

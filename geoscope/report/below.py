@@ -36,7 +36,7 @@ def tail(
     pairs = _pairs(report, parts[0]) if kind.overlaps and len(parts) > 1 else ""
     lines = [
         pairs,
-        _merging(report),
+        _merging(report) if said.tells_merging else "",
         *anchor_block(report, kind, parts[0]).lines,
         " ".join(filter(None, (complete, _noise(said, body, is_alone=len(parts) == 1)))),
         _marks(body),
@@ -57,10 +57,9 @@ def _pairs(report: Report, section: Section) -> str:
 
 
 def _merging(report: Report) -> str:
-    """Of several tuned models how their updates would merge, in a sentence; `compare` has no room
-    for it."""
+    """Of several tuned models how their updates would merge, in a sentence."""
     outlook = report.summary.merging
-    if outlook is None or report.kind != "alignment":
+    if outlook is None:
         return ""
     values, nulls = outlook["values"], outlook["nulls"]
     told = [

@@ -75,10 +75,10 @@ def test_files_are_written_though_standard_output_is_full(folder: Path) -> None:
     command = ("collapse", "base", "tuned", "-o", "kept.json", "--force", "-q")
     code, _, said = shell(folder, command, f"> {FULL}")
     assert code == 1 and said.startswith("geoscope: standard output cannot be written")
-    assert '"geoscope.report/1"' in (folder / "kept.json").read_text()
+    assert '"geoscope.report/2"' in (folder / "kept.json").read_text()
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", pytest.param(f"2> {FULL}", marks=needs_full)])
 def test_talk_that_nobody_takes_costs_no_data(folder: Path, redirection: str) -> None:
     code, out, _ = shell(folder, HEAVY[0], redirection)
-    assert code == 0 and '"geoscope.report/1"' in out
+    assert code == 0 and '"geoscope.report/2"' in out
