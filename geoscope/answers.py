@@ -335,18 +335,19 @@ COMPARED = Answer(
     next="which rank: geoscope capacity",
     by_block=True,
 )
+
+
+def _unresolved(key: str) -> Outcome:
+    """Where no matrix has a number for the id."""
+    words = "no matrix has a resolved update."
+    return Outcome((), "CANNOT TELL", words, "open", "", (Condition(key, "–"),))
+
+
 ALIGNMENT = Answer(
     tells_merging=True,
     outcomes=(
         *_FAR,
-        Outcome(
-            (),
-            "CANNOT TELL",
-            "no matrix has a resolved update.",
-            "open",
-            "",
-            (Condition(_ON, "–"),),
-        ),
+        _unresolved(_ON),
         Outcome(
             (),
             "ON PRINCIPAL",
@@ -422,14 +423,7 @@ ALIGNMENT = Answer(
 ANISOTROPY = Answer(
     outcomes=(
         *_FAR,
-        Outcome(
-            (),
-            "CANNOT TELL",
-            "no matrix has a resolved update.",
-            "open",
-            "",
-            (Condition("update.stable_rank", "–"),),
-        ),
+        _unresolved("update.stable_rank"),
         Outcome(
             (),
             "FEW DIRECTIONS",
