@@ -42,13 +42,13 @@ def main() -> None:
 
 def _run() -> None:
     """The command line, with a line and an exit code for whatever goes wrong in it."""
-    from geoscope.cli import app, told
+    from geoscope.cli import command_line, told
     from geoscope.cli.output import take_streams, write_error
 
     try:
         take_streams()
         _check_working_folder()
-        app(prog_name="geoscope")
+        command_line()(prog_name="geoscope")
     except GeoscopeError as error:
         _tell_whole()
         write_error(told(error))

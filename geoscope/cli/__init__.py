@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import cache as once
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from geoscope._version import __version__
 from geoscope.cli import adapters, cache, demo, lineage, output, pairs, reading, series, watch
@@ -14,7 +16,7 @@ from geoscope.cli.versions import versions
 from geoscope.cli.wording import with_option_names
 from geoscope.errors import GeoscopeError
 
-__all__ = ["app", "told"]
+__all__ = ["app", "command_line", "told"]
 
 _EPILOG = (
     "Exit codes: 0 success, whatever was found; 1 error, nothing compared, or not everything "
@@ -71,6 +73,12 @@ for _command in (
 ):
     app.command(cls=GroupedCommand, epilog=_EPILOG)(as_typer_command(_command))
 app.add_typer(cache.app, name="cache")
+
+
+@once
+def command_line() -> Any:
+    """The commands and their options, read from the functions of `app` once a process."""
+    return get_command(app)
 
 
 def told(error: GeoscopeError) -> str:

@@ -38,8 +38,6 @@ def with_option_names(text: str) -> str:
 
 @cache
 def _names() -> dict[str, str]:
-    import typer
+    from geoscope.cli import command_line  # which is made of what uses this
 
-    from geoscope.cli import app  # which is made of what uses this
-
-    return option_names(typer.main.get_command(app))
+    return option_names(command_line())

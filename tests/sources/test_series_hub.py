@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save
 
 from tests.helpers.files import CONFIG, llama
+from tests.helpers.forked import run_forked
 from tests.helpers.hub_server import HubServer, Repo, commit_of
 
 SCRIPT = """
@@ -91,10 +91,7 @@ class Client:
             "HF_HUB_DISABLE_XET": "1",
             **settings,
         }
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *references],
-            capture_output=True, text=True, timeout=60, env=environment, cwd=self.home,
-        )  # fmt: skip
+        done = run_forked(SCRIPT, ["", *references], env=environment, cwd=self.home)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

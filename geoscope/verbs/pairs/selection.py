@@ -30,29 +30,38 @@ def verdict_k(options: Options, shape: tuple[int, int]) -> int:
 
 def selected(kind: str, options: Options, shape: tuple[int, int]) -> list[Instance]:
     """The instances of METRICS that a report of this kind holds for one shape."""
+    return _selected(kind, options, dimensions(options, shape))
+
+
+def _selected(kind: str, options: Options, ks: Iterable[int]) -> list[Instance]:
+    """The same with the dimensions `ks`."""
     judge = KINDS[kind].judge
     with_verdict = () if judge is None else RULES[judge].ids
-    found = []
-    for metric in METRICS:
-        if metric.option is not None and not getattr(options, metric.option):
-            continue
-        for instance in instances(metric, dimensions(options, shape)):
-            template = (
-                instance.id if instance.k is None else instance.id.replace(f"@{instance.k}", "@k")
-            )
-            if metric.family in KINDS[kind].families or template in with_verdict:
-                found.append(instance)
-    return found
+    return [
+        instance
+        for metric in METRICS
+        if metric.option is None or getattr(options, metric.option)
+        for instance in instances(metric, ks)
+        if metric.family in KINDS[kind].families or _template(instance) in with_verdict
+    ]
+
+
+def _template(instance: Instance) -> str:
+    """The id with @k in place of its dimension."""
+    return instance.id if instance.k is None else instance.id.replace(f"@{instance.k}", "@k")
 
 
 def all_selected(
     kind: str, options: Options, shapes: Iterable[tuple[int, int]]
 ) -> tuple[Instance, ...]:
-    found = {one.id: one for shape in sorted(shapes) for one in selected(kind, options, shape)}
+    # many shapes have the same dimensions
+    every = dict.fromkeys(dimensions(options, shape) for shape in sorted(shapes))
+    found = {one.id: one for ks in every for one in _selected(kind, options, ks)}
     return tuple(found.values())
 
 
 def ids_of(kind: str, options: Options) -> tuple[str, ...]:
     """Every id that a report of this kind can hold; dimensions of the verdict stand as @k too."""
     shapes = [(8 * k, 8 * k) for k in range(1, 65)]  # every k_v that a shape can have
-    return tuple(one.id for one in all_selected(kind, options, shapes))
+    every = sorted({k for shape in shapes for k in dimensions(options, shape)})
+    return tuple(instance.id for instance in _selected(kind, options, every))
