@@ -31,9 +31,10 @@ from torch import Tensor
 
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.follow import follow, measure_series
+from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory
-from geoscope.verbs.series.tensors import MatchedSeries, open_followed
+from geoscope.verbs.series.tensors import MatchedSeries
 
 # Matrices of one layer that are followed, by family, and drift of size RHO·‖W_0‖ a step. Two of
 # each shape, so that two workers are busy, as they are on a whole model. Full SVDs of the MLP of an
