@@ -335,8 +335,9 @@ def grpo_loss(
 
 def grpo(base: Path, out: Path, settings: Settings, problems: Problems) -> None:
     """GRPO on all weights from the base; each rollout serves `reuse` optimiser steps."""
+    rate = settings.grpo_lr
     model = load_model(base)
-    optimizer = torch.optim.AdamW(model.parameters(), settings.grpo_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
     generator = seeded(settings, 5)
     history: list[dict[str, float]] = []
     recent: list[dict[str, float]] = []
@@ -350,7 +351,7 @@ def grpo(base: Path, out: Path, settings: Settings, problems: Problems) -> None:
             recent.append(figures)
             if step % settings.logging_steps == 0:
                 means = {key: sum(row[key] for row in recent) / len(recent) for key in figures}
-                history.append({"step": step, "learning_rate": settings.grpo_lr} | means)
+                history.append({"step": step, "learning_rate": rate} | means)
                 recent = []
             if step % settings.save_steps == 0:
                 folder = out / f"checkpoint-{step}"
