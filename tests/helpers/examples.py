@@ -518,6 +518,7 @@ def _with_steps(summary: Summary, records: Sequence[LayerRecord]) -> Summary:
     series |= {f"{walk}component{i}": tuple(t / (10 * i) for t in range(1, T + 1))
                for walk in ("", "walk_") for i in (1, 2)}  # fmt: skip
     series["distance"] = (10.0, 30.0)
+    series["changed_share_by_step"] = (0.2,) * T
     blocks = sorted({one.layer for one in records if one.layer is not None})
     series["depth_centre_by_step"] = (sum(blocks) / max(1, len(blocks)),) * T
     series |= {f"depth_share@{block}_by_step": (1 / len(blocks),) * T for block in blocks}

@@ -33,6 +33,7 @@ from geoscope.report.panels.trajectory import (
     draw_trajectory_ranks,
     draw_trajectory_sigma1,
     draw_trajectory_skill,
+    has_changes,
     has_spectra,
 )
 from geoscope.report.panels.worst import draw_worst, has_worst, worst_rows
@@ -116,6 +117,7 @@ PANELS = {
         draw_trajectory_changed,
         _single,
         "share of stored entries that change in a step, by module kind, with nulls",
+        has_changes,
     ),
     "trajectory_depth": Panel(
         draw_trajectory_depth, _single, "energy of the update by block and step, and its centre"

@@ -38,6 +38,7 @@ __all__ = [
     "draw_trajectory_ranks",
     "draw_trajectory_sigma1",
     "draw_trajectory_skill",
+    "has_changes",
     "has_spectra",
 ]
 
@@ -50,6 +51,7 @@ _SHOWN_SKILLS = (
     ("auto", "auto", "#009E73"),
 )
 
+_AROUND = 1.2  # room above and below the lines of a logarithmic axis
 # Ids by step, each over its null; of an adapter effective rank over r as it is.
 _OF_RANKS = (
     ("update.stable_rank", "stable rank", INK),
@@ -63,6 +65,11 @@ _OF_ALIGNMENT = (
     ("angle_left_mean@{k}", "mean angle left", LEFT),
     ("angle_right_mean@{k}", "mean angle right", "#CC79A7"),
 )
+
+
+def has_changes(parts: Parts) -> bool:
+    """Whether entries are stored step by step; an adapter is sent whole."""
+    return "changed_share_by_step" in parts[0].series
 
 
 def has_spectra(parts: Parts) -> bool:
@@ -106,7 +113,7 @@ def _finish_over_nulls(area: SubFigure, axes: Axes, title: str) -> None:
     axes.axhline(1, color=GREY, lw=0.8)
     drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
     above = drawn[drawn > 0]
-    log_axis(axes, "y", float(above.min()), float(above.max()))
+    log_axis(axes, "y", float(above.min()) / _AROUND, float(above.max()) * _AROUND)
     panel_title(axes, title, "over the isotropic value; 1: as an isotropic update")
     key_below(area, axes)
 
@@ -170,7 +177,7 @@ def draw_trajectory_changed(area: SubFigure, parts: Parts) -> None:
                 axes, section, share, colours[module], label, dashes
             )
     if not drawn:
-        nothing(axes, "no stored entries in this report: adapters are sent whole")
+        nothing(axes, "not every matrix has stored entries")
         return
     below = f"by module kind{shown_words(parts)}; dashed: isotropic; dotted: sync equals a copy"
     panel_title(axes, "Entries rewritten in a step", below)

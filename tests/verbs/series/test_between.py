@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from geoscope.records import Report, Status
 from geoscope.verbs.pairs.compare import compare, measure_adapter
@@ -96,6 +97,10 @@ def test_an_adapter_is_itself_what_a_sync_sends(tmp_path: Path) -> None:
             assert one.values[key] is None and one.status[key] is Status.NOT_APPLICABLE
         assert "changed_share_by_step" not in one.series
     assert found.summary.model["changed_share"] is None
+    stored = load_file(folder / "checkpoint-40/adapter_model.safetensors")
+    size = sum(one.nbytes for one in stored.values())
+    (note,) = [one for one in found.provenance.parameters["notes"] if "weight sync" in one]
+    assert f"the adapter itself, {size} bytes" in note
 
 
 def test_a_pair_tells_what_a_sync_sends(run: Run) -> None:
