@@ -73,7 +73,7 @@ class Fact:
     words: what it is.
     id: of the number.
     unit: share (in percent), angle, or nothing.
-    limit: the name of the threshold that stands on the row.
+    limit: the name of the threshold, or the id of the number, that stands on the row.
     sign: on which side of the limit the number is beyond it.
     beyond: the word for that.
     over_null: the name of a threshold times the null, where that is the larger limit.
@@ -564,8 +564,16 @@ MOVED = Answer(
         ),
         Fact("neighbours", "cosine of two steps", "increment_cosine_corrected"),
         Fact("straightness", "distance/length of path", "straightness"),
-        Fact("on a line", "R² of a line in the step", "linear_r2"),
+        Fact("on a line", "R² of a line in the step", "linear_r2", is_aside=True),
         Fact("largest direction", "share of the last update", "rank1_share_last", "share"),
+        Fact(
+            "rewritten",
+            "stored entries, a step",
+            "changed_share",
+            "share",
+            limit="sync_break_even",
+            beyond="no gain",
+        ),
         Fact(
             "predicted",
             "error cut, to standing still",

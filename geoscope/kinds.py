@@ -420,6 +420,31 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                         "linear_r2_origin",
                     ),
                 ),
+                (
+                    "between checkpoints",
+                    (
+                        "changed_share",
+                        "sync_share",
+                        "sync_share_gaps",
+                        "sync_break_even",
+                        "sync_bytes",
+                    ),
+                ),
+                ("along the depth", ("depth_centre",)),
+                (
+                    "spectrum of the last update",
+                    (
+                        "update.stable_rank",
+                        "update.effective_rank",
+                        "effective_rank_share",
+                        "update.top_share@1",
+                        "spectral_share",
+                        "rank_ratio",
+                        "energy_two_sided@k",
+                        "angle_left_mean@k",
+                        "angle_right_mean@k",
+                    ),
+                ),
                 ("single entries", ("scalar_r2_median", "scalar_r2_share", "scalar_r2_kept")),
                 ("spatial rank 1", ("rank1_share_last", "norm_fraction")),
                 (
@@ -461,6 +486,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "relative_update",
                 "drift_fraction",
                 "increment_cosine",
+                "changed_share",
                 "temporal_pc1",
                 "linear_r2",
                 "rank1_share_last",
@@ -473,6 +499,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             panels=(
                 ("trajectory_norms", "trajectory_cosines"),
                 ("trajectory_rank1", "trajectory_sigma1"),
+                ("trajectory_changed", "trajectory_depth"),
+                ("trajectory_ranks", "trajectory_alignment"),
                 ("trajectory_pca", "trajectory_skill"),
             ),
             null=(

@@ -202,6 +202,9 @@ Directions = Annotated[bool, following("--directions/--no-directions",
 ScalarR2 = Annotated[str | None, following("--scalar-r2 all|published",
     "R² of every single entry on a line in t, as RLVR-Linearity reports it: of `all` entries, or "
     "by the `published` filter. One more pass over whole models; not for adapters.")]
+Spectra = Annotated[bool, following("--spectra",
+    "Spectra of every update and how it lies in the base, by step: the numbers of compare. Costs a "
+    "comparison a checkpoint.")]
 Metrics = Annotated[str | None, following("--metrics FILE",
     "Metric curves: trainer_state.json, or .csv or .jsonl with a step column. Default: the "
     "trainer_state.json of the last checkpoint.")]

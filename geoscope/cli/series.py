@@ -34,7 +34,7 @@ Points = Annotated[
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
 _COMPUTE = ("max_memory", "jobs", "seed", "cache")
-_TRAJECTORY = ("directions", "metrics", "metric", "scalar_r2")
+_TRAJECTORY = ("directions", "spectra", "metrics", "metric", "scalar_r2")
 _SHOW = (
     "as_json",
     "out",
@@ -62,10 +62,16 @@ def trajectory(
     show: Annotated[Show, option_fields(*_SHOW)],
 ) -> None:
     """Drift or diffusion? How far ahead is a run predictable?"""
+    from geoscope.verbs.options import Options
+    from geoscope.verbs.pairs.selection import ids_of
     from geoscope.verbs.series.follow import follow
+    from geoscope.verbs.series.ranks import RANKS, is_of
     from geoscope.verbs.series.report import IDS
 
-    conditions = check_outputs_and_conditions(show, kind="trajectory", ids=IDS)
+    ids = (*IDS, *(key for key in ids_of("compare", Options()) if is_of(key, RANKS)))
+    conditions = check_outputs_and_conditions(
+        show, kind="trajectory", ids=ids if options.spectra else IDS
+    )
     if vectors is not None:
         if not options.directions:
             raise OptionError(

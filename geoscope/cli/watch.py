@@ -98,6 +98,9 @@ def _changed(record: Mapping[str, Any]) -> list[str]:
     if same is not None:
         isotropic = "" if chance is None else f" ({_percent(1 - chance)})"
         words.append(f"{_percent(1 - same)}{isotropic} of entries changed")
+    if sync := record["changed"]["sync"]:
+        even = _percent(sync["break_even"])
+        words.append(f"a sync sends {_percent(sync['share'])} of a copy (equal at {even})")
     return [", ".join(words)]
 
 

@@ -213,7 +213,7 @@ def _limit(fact: Fact, section: Section, null: float | None) -> float | None:
     limits = _limits(section)
     if fact.from_steps and len(section.steps) <= limits.get(fact.from_steps, 0):
         return None
-    limit = limits.get(fact.limit)
+    limit = limits.get(fact.limit, section.whole.values.get(fact.limit))
     over = limits.get(fact.over_null)
     if limit is None or over is None or null is None:
         return limit

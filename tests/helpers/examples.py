@@ -52,6 +52,8 @@ _LINEAGE = (
 _METHODS = ("two_point", "linear", "damped(linear)", "relex", "relex_pinned", "auto")
 _TRAJECTORY_NULLS = {
     "relative_update": 0.009,
+    "changed_share": 0.22,
+    "sync_share": 0.66,
     "drift_fraction": 0.0,
     "drift_fraction_corrected": 0.0,
     "increment_cosine": 0.0,
@@ -217,6 +219,8 @@ def _followed(
             "rank1_share": share,
             "sigma1": tuple(one * part**0.5 for one, part in zip(norms, share, strict=True)),
             "direction_cosine": tuple(generator.uniform(0.5, 1) for _ in norms[1:]),
+            "changed_share_by_step": tuple(0.2 for _ in norms),
+            "changed_share_null": tuple(0.22 for _ in norms),
         },
         gram=gram,
         tuned=tuned,
@@ -231,6 +235,11 @@ def _trajectory_numbers(generator: random.Random, size: float) -> dict[str, floa
     return {
         "relative_update": size,
         "path_length": 1.6 * size,
+        "changed_share": 0.2,
+        "sync_share": 0.6,
+        "sync_share_gaps": 0.4,
+        "sync_break_even": 1 / 3,
+        "sync_bytes": 44237.0,
         "step_precision_ratio": 1.66e-3 / size,
         **{key: generator.uniform(0.3, 0.6) for key in _DRIFT},
         "temporal_pc1": 0.98,
@@ -509,6 +518,10 @@ def _with_steps(summary: Summary, records: Sequence[LayerRecord]) -> Summary:
     series |= {f"{walk}component{i}": tuple(t / (10 * i) for t in range(1, T + 1))
                for walk in ("", "walk_") for i in (1, 2)}  # fmt: skip
     series["distance"] = (10.0, 30.0)
+    series["changed_share_by_step"] = (0.2,) * T
+    blocks = sorted({one.layer for one in records if one.layer is not None})
+    series["depth_centre_by_step"] = (sum(blocks) / max(1, len(blocks)),) * T
+    series |= {f"depth_share@{block}_by_step": (1 / len(blocks),) * T for block in blocks}
     series |= {f"skill_by_distance@{method}": (0.5, None) for method in _METHODS}
     verdict = Verdict(
         code="DRIFT",

@@ -31,6 +31,7 @@ MORE = {
     "trajectory --metrics": "../trajectories.md#a-metric-beside-the-weights",
     "--quick": "../numerics.md#methods-and-bounds",
     "--resume": "cache.md",
+    "--spectra": "../trajectories.md#spectra-by-step",
     "--scalar-r2": "../trajectories.md#two-things-are-called-rank-1",
     "convert-adapter --force": "../methods-notes.md#the-base-inside-the-update",
     "extrapolate --force": "../verdict.md#too-far-from-the-base",

@@ -205,7 +205,7 @@ def test_what_the_tables_name_exists(name: str) -> None:
     named = [condition.limit for outcome in answer.outcomes for condition in outcome.when]
     named += [bound for fact in answer.facts for bound, _ in fact.scale]
     limits |= {limit for limit in named if isinstance(limit, str)}
-    assert limits <= set(THRESHOLDS) | set(MOTION_THRESHOLDS)
+    assert limits <= set(THRESHOLDS) | set(MOTION_THRESHOLDS) | set(QUANTITIES)
 
 
 def test_a_verdicts_own_sentence_is_its_first() -> None:

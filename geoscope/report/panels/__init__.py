@@ -23,12 +23,18 @@ from geoscope.report.panels.lineage import draw_distances
 from geoscope.report.panels.modules import COLUMNS, MODEL_COLOURS, Parts, shown_modules
 from geoscope.report.panels.spectra import draw_spectra, draw_spectra_by_module
 from geoscope.report.panels.trajectory import (
+    draw_trajectory_alignment,
+    draw_trajectory_changed,
     draw_trajectory_cosines,
+    draw_trajectory_depth,
     draw_trajectory_norms,
     draw_trajectory_pca,
     draw_trajectory_rank1,
+    draw_trajectory_ranks,
     draw_trajectory_sigma1,
     draw_trajectory_skill,
+    has_changes,
+    has_spectra,
 )
 from geoscope.report.panels.worst import draw_worst, has_worst, worst_rows
 
@@ -97,6 +103,24 @@ PANELS = {
     "worst": Panel(draw_worst, _worst, "the worst matrices, a small panel each", has_worst),
     "trajectory_cosines": Panel(
         draw_trajectory_cosines, _single, "cosines between the increments of all steps"
+    ),
+    "trajectory_ranks": Panel(
+        draw_trajectory_ranks, _single, "ranks of the update by step, over nulls", has_spectra
+    ),
+    "trajectory_alignment": Panel(
+        draw_trajectory_alignment,
+        _single,
+        "how the update lies in the base by step, over nulls",
+        has_spectra,
+    ),
+    "trajectory_changed": Panel(
+        draw_trajectory_changed,
+        _single,
+        "share of stored entries that change in a step, by module kind, with nulls",
+        has_changes,
+    ),
+    "trajectory_depth": Panel(
+        draw_trajectory_depth, _single, "energy of the update by block and step, and its centre"
     ),
     "trajectory_norms": Panel(
         draw_trajectory_norms, _single, "distance from the base by step, beside a random walk"

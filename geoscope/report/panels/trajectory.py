@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from geoscope.records import LayerRecord, Steps
 from geoscope.report.numbers import number
@@ -18,6 +19,7 @@ from geoscope.report.panels.drawing import (
     LIGHT,
     RIGHT,
     key_below,
+    log_axis,
     module_colours,
     nothing,
     panel_title,
@@ -26,12 +28,18 @@ from geoscope.report.panels.modules import Parts, shown_modules, shown_words, su
 from geoscope.report.sections import Section, Subject
 
 __all__ = [
+    "draw_trajectory_alignment",
+    "draw_trajectory_changed",
     "draw_trajectory_cosines",
+    "draw_trajectory_depth",
     "draw_trajectory_norms",
     "draw_trajectory_pca",
     "draw_trajectory_rank1",
+    "draw_trajectory_ranks",
     "draw_trajectory_sigma1",
     "draw_trajectory_skill",
+    "has_changes",
+    "has_spectra",
 ]
 
 _SHOWN_SKILLS = (
@@ -42,6 +50,72 @@ _SHOWN_SKILLS = (
     ("relex_pinned", "RELEX, pinned", "#CC79A7"),
     ("auto", "auto", "#009E73"),
 )
+
+_AROUND = 1.2  # room above and below the lines of a logarithmic axis
+# Ids by step, each over its null; of an adapter effective rank over r as it is.
+_OF_RANKS = (
+    ("update.stable_rank", "stable rank", INK),
+    ("update.effective_rank", "effective rank", RIGHT),
+    ("update.top_share@1", "top share", LEFT),
+    ("rank_ratio", "effective rank, tuned", "#009E73"),
+)
+_OF_ALIGNMENT = (
+    ("spectral_share", "NSS/ρ", INK),
+    ("energy_two_sided@{k}", "C_LR({k})", RIGHT),
+    ("angle_left_mean@{k}", "mean angle left", LEFT),
+    ("angle_right_mean@{k}", "mean angle right", "#CC79A7"),
+)
+
+
+def has_changes(parts: Parts) -> bool:
+    """Whether entries are stored step by step; an adapter is sent whole."""
+    return "changed_share_by_step" in parts[0].series
+
+
+def has_spectra(parts: Parts) -> bool:
+    """Whether spectra by step were asked for."""
+    return "update.stable_rank_by_step" in parts[0].series
+
+
+def draw_trajectory_ranks(area: SubFigure, parts: Parts) -> None:
+    """Ranks of the update by step, over those of an isotropic one."""
+    section, axes = parts[0], area.subplots()
+    _over_nulls(axes, section, _OF_RANKS)
+    shares = section.series.get("effective_rank_share_by_step", ())
+    _draw(axes, section, shares, "#E69F00", "effective rank, over r_max", "s:")
+    _finish_over_nulls(area, axes, "Spectrum of the update by step")
+
+
+def draw_trajectory_alignment(area: SubFigure, parts: Parts) -> None:
+    """How the update lies in the base by step, over an isotropic one."""
+    section, axes = parts[0], area.subplots()
+    k = section.whole.k
+    rows = [(key.format(k=k), label.format(k=k), colour) for key, label, colour in _OF_ALIGNMENT]
+    _over_nulls(axes, section, rows)
+    _finish_over_nulls(area, axes, "Alignment with the base by step")
+
+
+def _over_nulls(axes: Axes, section: Section, rows: Sequence[tuple[str, str, str]]) -> None:
+    for key, label, colour in rows:
+        values = section.series.get(f"{key}_by_step", ())
+        nulls = section.series.get(f"{key}_null", ())
+        ratios = tuple(
+            one / null if one is not None and null else None
+            for one, null in zip(values, nulls, strict=False)
+        )
+        _draw(axes, section, ratios, colour, label)
+
+
+def _finish_over_nulls(area: SubFigure, axes: Axes, title: str) -> None:
+    if not axes.lines:
+        nothing(axes, "no resolved number by step")
+        return
+    axes.axhline(1, color=GREY, lw=0.8)
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+    above = drawn[drawn > 0]
+    log_axis(axes, "y", float(above.min()) / _AROUND, float(above.max()) * _AROUND)
+    panel_title(axes, title, "over the isotropic value; 1: as an isotropic update")
+    key_below(area, axes)
 
 
 def draw_trajectory_norms(area: SubFigure, parts: Parts) -> None:
@@ -84,6 +158,85 @@ def draw_trajectory_cosines(area: SubFigure, parts: Parts) -> None:
     bar = area.colorbar(mesh, ax=axes, aspect=30, pad=0.02)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(length=0, colors=GREY)
+
+
+def draw_trajectory_changed(area: SubFigure, parts: Parts) -> None:
+    """Share of stored entries that changed in a step, by module kind; dashed the isotropic null."""
+    section = parts[0]
+    axes = area.subplots()
+    drawn = 0
+    colours = module_colours(shown_modules(parts))
+    for module in shown_modules(parts):
+        subject = subject_of(section, module)
+        for key, label, dashes in (
+            ("changed_share_by_step", module, "o-"),
+            ("changed_share_null", "", "--"),
+        ):
+            share = _of_entries(subject, key)
+            drawn += share is not None and _draw(
+                axes, section, share, colours[module], label, dashes
+            )
+    if not drawn:
+        nothing(axes, "not every matrix has stored entries")
+        return
+    below = f"by module kind{shown_words(parts)}; dashed: isotropic; dotted: sync equals a copy"
+    panel_title(axes, "Entries rewritten in a step", below)
+    even = section.whole.values.get("sync_break_even")
+    if even is not None:
+        axes.axhline(float(even), color=GREY, ls=":", lw=1.2)
+    axes.set_ylim(0, None)
+    key_below(area, axes)
+
+
+def draw_trajectory_depth(area: SubFigure, parts: Parts) -> None:
+    """Share of the update's energy by block and step, and its centre beside that of the entries."""
+    section = parts[0]
+    axes = area.subplots()
+    rows, centre = _depth_rows(section), section.series.get("depth_centre_by_step", ())
+    if not rows or not _known(centre):
+        nothing(axes, "no energy by block in this report")
+        return
+    first, last = min(rows), max(rows)
+    absent: Steps = (None,) * len(centre)
+    table = [rows.get(block, absent) for block in range(first, last + 1)]
+    edges = np.arange(first - 0.5, last + 1)
+    steps = np.array(section.steps, dtype=float)
+    mesh = axes.pcolormesh(steps, edges, np.array(table, dtype=float), cmap="Blues", vmin=0)
+    axes.plot(*zip(*_points(section.steps[1:], centre), strict=True), "o-", ms=3, color=LEFT)
+    if (null := section.whole.nulls.get("depth_centre")) is not None:
+        axes.axhline(null, color=GREY, ls=":", lw=1.2)
+    below = "share of each block; line: the centre, dotted: that of the entries"
+    panel_title(axes, "Energy of the update by block", below)
+    axes.set(xlabel="step", ylabel="block")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = area.colorbar(mesh, ax=axes, aspect=30, pad=0.02)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    bar.ax.tick_params(length=0, colors=GREY)
+
+
+def _depth_rows(section: Section) -> dict[int, Steps]:
+    """Block → its share of the update's energy, step by step."""
+    prefix, suffix = "depth_share@", "_by_step"
+    return {
+        int(key.removeprefix(prefix).removesuffix(suffix)): row
+        for key, row in section.series.items()
+        if key.startswith(prefix) and key.endswith(suffix)
+    }
+
+
+def _of_entries(subject: Subject, key: str) -> Steps | None:
+    """A series of shares of the matrices of a kind, weighted by their entries."""
+    known = [layer for layer in subject.layers if _is_whole(layer.series.get(key, ()))]
+    if not known or len(known) < len(subject.layers):
+        return None
+    rows = np.array([layer.series[key] for layer in known], dtype=float)
+    weights = [math.prod(layer.shape) for layer in known]
+    return tuple(np.average(rows, axis=0, weights=weights).tolist())
+
+
+def _is_whole(series: Steps) -> bool:
+    """Whether there is a number at every step."""
+    return bool(series) and None not in series
 
 
 def draw_trajectory_rank1(area: SubFigure, parts: Parts) -> None:

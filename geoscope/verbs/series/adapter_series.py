@@ -61,7 +61,11 @@ def adapter_series(
         names = [name for rows in weights.values() for row in rows for name in row]
         fetch([(laid.base, names)], progress)
     last, base = laid.adapters[-1], laid.base
+    sent = sum(info.nbytes for one in last.modules.values() for info in one.stored)
     notes = [*series.notes, *last.notes]
+    notes.append(
+        f"a weight sync sends the adapter itself, {sent} bytes: no share of changed entries"
+    )
     if base is None:
         notes.append("the base is not read, so its size is not known: no relative update")
     return MatchedSeries(

@@ -27,6 +27,7 @@ from geoscope.verbs.series.metric import metric_curve
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept
+from geoscope.verbs.series.ranks import step_reports, with_ranks
 from geoscope.verbs.series.recall import recalled_or_measured
 from geoscope.verbs.series.report import Trajectory, trajectory_report
 from geoscope.verbs.series.tensors import MatchedSeries, SeriesTensor
@@ -68,7 +69,8 @@ def follow(
     made = measure_series(found, options, progress)
     if file is not None:
         write_vectors(file, made, found.steps)
-    return trajectory_report(
+    spectra = step_reports(found, options, progress, start=start) if options.spectra else []
+    report = trajectory_report(
         found,
         made,
         options,
@@ -77,6 +79,7 @@ def follow(
         argv=tuple(argv),
         seconds=time.perf_counter() - started,
     )
+    return with_ranks(report, spectra) if spectra else report
 
 
 def _with_base(
@@ -134,6 +137,7 @@ def measure_series(found: MatchedSeries, options: FollowOptions, progress: Progr
         products={name: one for name in names if (one := kept[name].products) is not None},
         methods={name: one for name in names if (one := kept[name].method) is not None},
         scalar_r2={name: one for name in names if (one := kept[name].scalar_r2) is not None},
+        changed={name: one for name in names if (one := kept[name].changed) is not None},
         failed=tuple(failed),
     )
 

@@ -33,6 +33,7 @@ class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
     directions: also the leading pair of every update and of every step.
     scalar_r2: R² of every single entry on a line in t, of "all" entries or by the "published"
     filter; None leaves it out.
+    spectra: also the spectra of every update and how it lies in the base, as `compare` gives them.
     metrics: a file of metric curves; default is trainer_state.json of the last checkpoint.
     metric: the curve in it; default the only one.
     """
@@ -41,6 +42,7 @@ class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
     steps: str | None = field(default=None, metadata=form(joined))
     directions: bool = True
     scalar_r2: str | None = None
+    spectra: bool = False
     metrics: str | None = field(default=None, metadata=form(path_text))
     metric: str | None = None
 

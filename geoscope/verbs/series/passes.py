@@ -11,6 +11,7 @@ import torch
 from geoscope.engine import matrix_boundary
 from geoscope.linalg import Factors, Operand, factorise_leading
 from geoscope.linalg.product import factorise_product
+from geoscope.trajectory.changed import ChangedEntries
 from geoscope.trajectory.factor_series import FactorSeries
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.rank1 import Rank1Path
@@ -26,7 +27,9 @@ Methods = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one tensor. path, local: pairs of Δ_i, of δ_i. products: u_iᵀ·Δ_τ·v_j, (T, T, T)."""
+    """Of one tensor. path, local: pairs of Δ_i, of δ_i. products: u_iᵀ·Δ_τ·v_j, (T, T, T).
+    changed: stored entries from step to step; None of adapters.
+    """
 
     increments: Increments
     path: Rank1Path | None = None
@@ -34,6 +37,7 @@ class Kept:
     products: torch.Tensor | None = None
     method: Methods | None = None
     scalar_r2: ScalarR2Counts | None = None
+    changed: ChangedEntries | None = None
 
 
 def measured(tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions) -> Kept:
@@ -65,18 +69,26 @@ def _through_grams(
 
 def _through_changes(tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions) -> Kept:
     """From every Δ_i and δ_i, one after the other."""
-    increments = tensor.increments(steps)
+    increments, changed = _increments(tensor, steps)
     counts = None
     if options.scalar_r2 is not None and isinstance(tensor, ModelTensor) and len(steps) > 3:
         counts = tensor.scalar_r2(steps, published_filter=options.scalar_r2 == "published")
     if not options.directions:
-        return Kept(increments, scalar_r2=counts)
+        return Kept(increments, scalar_r2=counts, changed=changed)
     path, local, method = _paths(tensor, increments, options.seed)
     # of all τ, i, j: what backtests of rank-1 predictions take
     products = torch.stack(
         [path.u @ whole.right(path.v[None])[0].T for whole, _ in tensor.changes()]
     )
-    return Kept(increments, path, local, products, method, counts)
+    return Kept(increments, path, local, products, method, counts, changed)
+
+
+def _increments(
+    tensor: SeriesTensor, steps: Sequence[float]
+) -> tuple[Increments, ChangedEntries | None]:
+    if isinstance(tensor, ModelTensor):
+        return tensor.increments_and_changes(steps)
+    return tensor.increments(steps), None
 
 
 def _paths(

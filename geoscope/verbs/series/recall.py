@@ -9,6 +9,7 @@ from typing import Any
 from geoscope.engine import matrix_boundary
 from geoscope.engine.cache import ResultCache, content_of, packed, unpacked
 from geoscope.models.checkpoint import Checkpoint
+from geoscope.trajectory.changed import ChangedEntries
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.rank1 import Rank1Path
 from geoscope.trajectory.scalar_r2 import ScalarR2Counts
@@ -96,6 +97,7 @@ def _entry(kept: Kept) -> dict[str, Any]:
         "products": packed(kept.products),
         "method": kept.method,
         "scalar_r2": None if counts is None else [packed(counts.counts), counts.entries],
+        "changed": None if kept.changed is None else asdict(kept.changed),
     }
 
 
@@ -116,9 +118,17 @@ def _recalled(entry: Any) -> Kept | None:
             unpacked(entry["products"]),
             entry["method"],
             None if counts is None else ScalarR2Counts(unpacked(counts[0]), counts[1]),
+            _changed(entry["changed"]),
         )
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return None
+
+
+def _changed(entry: Any) -> ChangedEntries | None:
+    if entry is None:
+        return None
+    rows = {key: tuple(row) for key, row in entry.items() if key != "entries"}
+    return ChangedEntries(entry["entries"], **rows)
 
 
 def _path(entry: Any) -> Rank1Path | None:

@@ -21,7 +21,6 @@ from geoscope._version import __version__
 from geoscope.linalg.small import gram_eigen
 from geoscope.names import layer_index, module_kind
 from geoscope.records import (
-    Collected,
     Coverage,
     LayerRecord,
     Layers,
@@ -34,6 +33,7 @@ from geoscope.records import (
 )
 from geoscope.thresholds import MOTION_THRESHOLDS
 from geoscope.trajectory.backtest import Backtest, PredictionProducts, backtest
+from geoscope.trajectory.changed import ChangedEntries
 from geoscope.trajectory.headline import drift_or_diffusion
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.increments import Increments
@@ -45,8 +45,11 @@ from geoscope.trajectory.spatial_rank1 import spatial_moves
 from geoscope.trajectory.statistics import STATISTICS, Statistics, statistics
 from geoscope.trajectory.storage_noise import noise_state
 from geoscope.trajectory.walk import walk
+from geoscope.verbs.series.between import CHANGES, add_changes
+from geoscope.verbs.series.depth import add_depth
 from geoscope.verbs.series.distance import SeriesDistance
 from geoscope.verbs.series.metric import MetricCurve, MetricLink, metric_link
+from geoscope.verbs.series.numbers import SeriesNumbers, Steps
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.tensors import MatchedSeries
 from geoscope.verbs.series.traps import series_traps
@@ -59,6 +62,8 @@ _SKILLS = ("hold", *PLAIN, *(f"damped({name})" for name in PLAIN), "auto")
 IDS = (
     *STATISTICS,
     "base_cosine",
+    *CHANGES,
+    "depth_centre",
     "rank1_share_last",
     "norm_fraction",
     "scalar_r2_median",
@@ -75,13 +80,12 @@ _LAST = {"rank1_share": "rank1_share_last", "gap21": "gap21_last"}
 _MEAN = {"direction_cosine": "direction_cosine_mean"}
 # Entries of the simulated walk behind the null of R²: good to .006, and quick beside the pass.
 _NULL_ENTRIES = 1 << 14
-_Series = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """What the pass over a series keeps: name → increments, leading pairs of Δ_i and of δ_i,
-    u_iᵀΔ_τv_j, how the pairs were found, and entries by R².
+    u_iᵀΔ_τv_j, how the pairs were found, entries by R², and stored entries that changed.
     """
 
     increments: Mapping[str, Increments]
@@ -91,6 +95,7 @@ class Trajectory:
     failed: tuple[Skipped, ...]
     methods: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     scalar_r2: Mapping[str, ScalarR2Counts] = field(default_factory=dict)
+    changed: Mapping[str, ChangedEntries] = field(default_factory=dict)
 
     def backtest(self, others: Mapping[str, PredictionProducts] | None = None) -> Backtest:
         """Of linear methods, of rank-1 predictions where pairs were taken, and of others."""
@@ -103,12 +108,10 @@ class Trajectory:
     def total(self) -> Increments:
         return reduce(add, self.increments.values())
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Numbers(Collected):
-    """Values of one subject with all that stands beside them."""
-
-    series: dict[str, _Series] = field(default_factory=dict)
+    def changes(self, names: Sequence[str]) -> ChangedEntries | None:
+        """Of these matrices together; None where one has none."""
+        known = [self.changed[name] for name in names if name in self.changed]
+        return reduce(add, known) if known and len(known) == len(names) else None
 
 
 def trajectory_report(
@@ -176,6 +179,7 @@ def _record(
     inc = made.increments[name]
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
     _add_cosine(numbers, inc)
+    add_changes(numbers, made.changes([name]))
     if name in made.paths:
         _add_rank1(numbers, name, inc, made, base_exact=base_exact)
     for one, skill in skills.items():
@@ -225,8 +229,8 @@ def _failed(one: Skipped, found: MatchedSeries, ids: Sequence[str]) -> LayerReco
     )
 
 
-def _of_statistics(found: Statistics) -> _Numbers:
-    numbers = _Numbers(
+def _of_statistics(found: Statistics) -> SeriesNumbers:
+    numbers = SeriesNumbers(
         series={
             f"{key}_by_step" if key in found.values else key: value
             for key, value in found.series.items()
@@ -236,7 +240,7 @@ def _of_statistics(found: Statistics) -> _Numbers:
     return numbers
 
 
-def _add_cosine(numbers: _Numbers, inc: Increments) -> None:
+def _add_cosine(numbers: SeriesNumbers, inc: Increments) -> None:
     """Cosine of the base and each checkpoint, where both were read."""
     if inc.along is not None:
         numbers.series["base_cosine_by_step"] = inc.base_cosines
@@ -245,7 +249,7 @@ def _add_cosine(numbers: _Numbers, inc: Increments) -> None:
 
 
 def _add_rank1(
-    numbers: _Numbers, name: str, inc: Increments, made: Trajectory, *, base_exact: bool
+    numbers: SeriesNumbers, name: str, inc: Increments, made: Trajectory, *, base_exact: bool
 ) -> None:
     found = rank1_statistics(
         made.paths[name], inc, local=made.local.get(name), base_exact=base_exact
@@ -276,6 +280,9 @@ def _summary(
     whole = statistics(total, base_exact=base_exact)
     numbers = _of_statistics(whole)
     _add_cosine(numbers, total)
+    add_changes(numbers, made.changes([*made.increments]))
+    sizes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    add_depth(numbers, made.increments, sizes)
     if made.paths:
         _add_totals(numbers, [*made.paths.values()], total, base_exact=base_exact)
     _add_scalar_r2(numbers, made, [*made.increments], base_exact=base_exact)
@@ -348,10 +355,11 @@ def _farthest(test: Backtest) -> float:
 
 def _module(
     names: Sequence[str], made: Trajectory, link: MetricLink | None, *, base_exact: bool
-) -> _Numbers:
+) -> SeriesNumbers:
     inc = reduce(add, (made.increments[name] for name in names))
     numbers = _of_statistics(statistics(inc, base_exact=base_exact))
     _add_cosine(numbers, inc)
+    add_changes(numbers, made.changes(names))
     if paths := [made.paths[name] for name in names if name in made.paths]:
         _add_totals(numbers, paths, inc, base_exact=base_exact)
     _add_scalar_r2(numbers, made, names, base_exact=base_exact)
@@ -359,14 +367,14 @@ def _module(
     return numbers
 
 
-def _add_relation(numbers: _Numbers, link: MetricLink | None, names: Sequence[str]) -> None:
+def _add_relation(numbers: SeriesNumbers, link: MetricLink | None, names: Sequence[str]) -> None:
     """How these matrices go with the metric, where there is one."""
     if link is None:
         return
     numbers.add(link.of(names))
 
 
-def _add_means(numbers: _Numbers, layers: Sequence[LayerRecord]) -> None:
+def _add_means(numbers: SeriesNumbers, layers: Sequence[LayerRecord]) -> None:
     """AlphaRL's average over matrices, of the fit in sample and held out."""
     for key in ("pls_r2", "pls_skill"):
         values = [one for layer in layers if (one := layer.values[key]) is not None]
@@ -376,7 +384,7 @@ def _add_means(numbers: _Numbers, layers: Sequence[LayerRecord]) -> None:
 
 
 def _add_totals(
-    numbers: _Numbers, paths: Sequence[Rank1Path], inc: Increments, *, base_exact: bool
+    numbers: SeriesNumbers, paths: Sequence[Rank1Path], inc: Increments, *, base_exact: bool
 ) -> None:
     """Shares of several tensors together; inc: of all of them."""
     totals = rank1_totals(paths)
@@ -395,7 +403,7 @@ def _add_totals(
 
 
 def _add_scalar_r2(
-    numbers: _Numbers, made: Trajectory, names: Sequence[str], *, base_exact: bool
+    numbers: SeriesNumbers, made: Trajectory, names: Sequence[str], *, base_exact: bool
 ) -> None:
     """RLVR-Linearity over the entries of these matrices, where it was asked for."""
     counts = [made.scalar_r2[name] for name in names if name in made.scalar_r2]
@@ -416,9 +424,9 @@ def _add_scalar_r2(
             numbers.nulls[key] = expected
 
 
-def _paths_of(total: Increments) -> dict[str, _Series]:
+def _paths_of(total: Increments) -> dict[str, Steps]:
     """The run in its own two leading temporal directions, and a walk in its own."""
-    found: dict[str, _Series] = {}
+    found: dict[str, Steps] = {}
     for prefix, inc in (("", total), ("walk_", walk(total))):
         values, vectors = gram_eigen(inc.G)
         coordinates = (vectors * values.sqrt()).T
@@ -447,6 +455,7 @@ def _parameters(
         "unit": found.series.unit,
         "directions": options.directions,
         "scalar_r2": options.scalar_r2,
+        "spectra": options.spectra,
         "include": list(options.include),
         "exclude": list(options.exclude),
         "layers": None if options.layers is None else sorted(options.layers),

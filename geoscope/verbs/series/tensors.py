@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -11,12 +12,19 @@ from typing import Protocol
 import torch
 
 from geoscope.linalg import Operand, Product
+from geoscope.linalg.changes import Side, side
 from geoscope.linalg.factor_update import squared_noise
 from geoscope.linalg.grids import Grid, grid_of
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.peft.adapter import Adapter
-from geoscope.records import ModelRef, Skipped
+from geoscope.records import ModelRef, Quantisation, Skipped
 from geoscope.sources.series import Series
+from geoscope.trajectory.changed import (
+    ChangedEntries,
+    StepChange,
+    changed_step,
+    expected_change,
+)
 from geoscope.trajectory.factor_series import Factor, FactorSeries
 from geoscope.trajectory.increments import (
     Increments,
@@ -84,6 +92,46 @@ class ModelTensor:
     is_made: bool = False
 
     def increments(self, steps: Sequence[float]) -> Increments:
+        return self.increments_and_changes(steps)[0]
+
+    def increments_and_changes(
+        self, steps: Sequence[float]
+    ) -> tuple[Increments, ChangedEntries | None]:
+        """H, and what changed from step to step; None of weights that no file stores."""
+        found = self._increments(steps)
+        if self.is_made:
+            return replace(found, grids=("",) * len(self.places)), None
+        stored, steps_changed = self._stored()
+        found = replace(
+            found,
+            rounding=tuple(
+                _rounding_of(noise, one.grid)
+                for noise, one in zip(found.rounding, stored, strict=True)
+            ),
+            grids=tuple("" if one.grid is None else one.grid.name for one in stored),
+        )
+        sizes = (found.H.diagonal() / (self.shape[0] * self.shape[1])).sqrt().tolist()
+        expected = [
+            expected_change(before.side, after.side, rms)
+            for before, after, rms in zip(stored, stored[1:], sizes, strict=False)
+        ]
+        entries, sent = math.prod(self.shape), [one.value_bytes for one in stored[1:]]
+        return found, ChangedEntries.of(entries, steps_changed, expected, sent)
+
+    def _stored(self) -> tuple[list[_Stored], list[StepChange]]:
+        """Every checkpoint as its file holds it, and the changes between neighbours."""
+        stored: list[_Stored] = []
+        changes: list[StepChange] = []
+        before: torch.Tensor | None = None
+        for checkpoint, name in self.places:
+            weight = checkpoint.read(name)
+            stored.append(_Stored.of(weight, checkpoint.rounding(name)))
+            if before is not None:
+                changes.append(changed_step(before, weight))
+            before = weight
+        return stored, changes
+
+    def _increments(self, steps: Sequence[float]) -> Increments:
         entries = self.shape[0] * self.shape[1]
         room = _MADE_BYTES if self.is_made else _BLOCK_BYTES  # a part costs the whole to make
         width = max(1, room // (8 * len(self.places)))
@@ -91,13 +139,7 @@ class ModelTensor:
             increments_of_weights(steps, self._part(start, min(start + width, entries)))
             for start in range(0, entries, width)
         )
-        found = reduce(add, parts)
-        grids = [None if self.is_made else _grid(one, name) for one, name in self.places]
-        return replace(
-            found,
-            rounding=tuple(map(_rounding_of, found.rounding, grids)),
-            grids=tuple("" if grid is None else grid.name for grid in grids),
-        )
+        return reduce(add, parts)
 
     def _part(self, start: int, end: int) -> list[torch.Tensor]:
         parts = [checkpoint.read_part(name, start, end) for checkpoint, name in self.places]
@@ -189,12 +231,25 @@ class AdapterTensor:
         return B[self.expert], A[self.expert], adapter.modules[self.module].scaling
 
 
-def _grid(checkpoint: Checkpoint, name: str) -> Grid | None:
-    """The grid that a weight lies on; codes are known from their file."""
-    known = checkpoint.rounding(name)
-    if known is not None:
-        return Grid(f"{known.name} grid", known.size**2)
-    return grid_of(checkpoint.read(name))
+@dataclass(frozen=True)
+class _Stored:
+    """A weight as a file stores it.
+
+    grid: on which it lies; codes are known from their file.
+    value_bytes: of an entry; None of codes.
+    """
+
+    side: Side
+    grid: Grid | None
+    value_bytes: int | None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, known: Quantisation | None) -> _Stored:
+        if known is not None:
+            grid = Grid(f"{known.name} grid", known.size**2)
+            return cls(replace(side(weight), quantisation=known), grid, None)
+        grid = grid_of(weight)
+        return cls(replace(side(weight), grid=grid), grid, weight.dtype.itemsize)
 
 
 def _rounding_of(storage: float, grid: Grid | None) -> float:

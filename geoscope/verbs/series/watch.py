@@ -29,6 +29,9 @@ from geoscope.verbs.models import open_model, open_tuned
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs.compare import compare, measure_adapter
 from geoscope.verbs.pairs.prepare import Prepared, prepare
+from geoscope.verbs.series import depth
+from geoscope.verbs.series.between import changes_between
+from geoscope.verbs.series.ranks import is_of
 from geoscope.verbs.series.watch_options import WatchOptions
 
 __all__ = ["LOG", "Observation", "recorded", "scalars", "watch"]
@@ -37,7 +40,7 @@ LOG = "geoscope.jsonl"
 _SCHEMA = "geoscope.watch/1"
 MEASURED, FAILED, GONE = "MEASURED", "FAILED", "GONE"
 # Kept beside the columns of compare.
-_RANKS = ("effective_rank", "top_share", "update_sparsity_exact")
+_RANKS = ("effective_rank", "top_share", "lift", "update_sparsity_exact")
 # Of what changed since the checkpoint before.
 _BETWEEN = ("relative_update", "update_sparsity_exact", "update.stable_rank")
 
@@ -176,6 +179,7 @@ class _Watcher:
             "before": before.step.number,
             "change": {key: one.value for key, one in numbers.items()},
             "change_nulls": {key: one.null for key, one in numbers.items() if one.null is not None},
+            "changed": changes_between(report),
         }
 
     def _record(self, save: Save, report: Report) -> dict[str, Any]:
@@ -185,7 +189,7 @@ class _Watcher:
 def recorded(report: Report, only: Sequence[str] = ()) -> dict[str, Any]:
     """What a line holds of a report; only: as in `WatchOptions`."""
     model, nulls, verdict = report.summary.model, report.summary.nulls, report.summary.verdict
-    kept = [key for key in model if _is_wanted(key, only or (*KINDS["compare"].columns, *_RANKS))]
+    kept = [key for key in model if is_of(key, only or (*KINDS["compare"].columns, *_RANKS))]
     return {
         "verdict": None if verdict is None else verdict.code,
         "matrices": len(report.coverage.matched),
@@ -193,11 +197,11 @@ def recorded(report: Report, only: Sequence[str] = ()) -> dict[str, Any]:
         "values": {key: model[key] for key in kept},
         "nulls": {key: nulls[key] for key in kept if key in nulls},
         "layers": _by_layer(report.layers, kept),
-        "depth": _depth(report.layers),
+        "depth": _depth_profile(report.layers),
     }
 
 
-def _depth(layers: Sequence[LayerRecord]) -> dict[str, Any]:
+def _depth_profile(layers: Sequence[LayerRecord]) -> dict[str, Any]:
     """Block → its share of Σ‖ΔW‖², and Σ i·share; with the shares of the parameters as nulls."""
     energies: dict[int, float] = {}
     parameters: dict[int, float] = {}
@@ -206,27 +210,13 @@ def _depth(layers: Sequence[LayerRecord]) -> dict[str, Any]:
         if one.layer is not None and norm is not None:
             energies[one.layer] = energies.get(one.layer, 0.0) + norm**2
             parameters[one.layer] = parameters.get(one.layer, 0.0) + math.prod(one.shape)
-    shares, nulls = _shares(energies), _shares(parameters)
+    shares, nulls = depth.shares(energies), depth.shares(parameters)
     return {
         "shares": {str(block): share for block, share in shares.items()},
         "nulls": {str(block): share for block, share in nulls.items()},
-        "centre": _centre(shares),
-        "centre_null": _centre(nulls),
+        "centre": depth.centre(shares),
+        "centre_null": depth.centre(nulls),
     }
-
-
-def _shares(parts: Mapping[int, float]) -> dict[int, float]:
-    whole = math.fsum(parts.values())
-    return {block: parts[block] / whole for block in sorted(parts)} if whole > 0 else {}
-
-
-def _centre(shares: Mapping[int, float]) -> float | None:
-    return math.fsum(block * share for block, share in shares.items()) if shares else None
-
-
-def _is_wanted(key: str, wanted: Sequence[str]) -> bool:
-    bare = key.partition("@")[0]
-    return any(bare in (one.partition("@")[0], f"update.{one}") for one in wanted)
 
 
 def _line(save: Save, status: str, **facts: Any) -> dict[str, Any]:
@@ -323,9 +313,13 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line: geoscope/<metric>, geoscope/layer_<i>/<metric>, and the like."""
     found = {f"geoscope/{key}": value for key, value in record.get("values", {}).items()}
     found |= {f"geoscope/change/{key}": v for key, v in record.get("change", {}).items()}
-    depth = record.get("depth", {})
-    found["geoscope/depth/centre"] = depth.get("centre")
-    found |= {f"geoscope/layer_{b}/energy_share": v for b, v in depth.get("shares", {}).items()}
+    profile = record.get("depth", {})
+    found["geoscope/depth/centre"] = profile.get("centre")
+    found |= {f"geoscope/layer_{b}/energy_share": v for b, v in profile.get("shares", {}).items()}
+    changed = record.get("changed", {})
+    found |= {f"geoscope/sync/{key}": value for key, value in (changed.get("sync") or {}).items()}
+    for block, own in changed.get("layers", {}).items():
+        found[f"geoscope/layer_{block}/changed_share"] = own["changed"]
     for block, own in record.get("layers", {}).items():
         found |= {f"geoscope/layer_{block}/{key}": value for key, value in own.items()}
     return {key: float(value) for key, value in found.items() if value is not None}

@@ -21,7 +21,8 @@ def notes(*given: str | Path, **options: str | None) -> list[str]:
     found = follow([str(one) for one in given], options=FollowOptions(jobs=1, **options))  # pyright: ignore[reportArgumentType]
     lines = found.provenance.parameters["notes"]
     assert all("\n" not in line for line in lines)
-    return [line for line in lines if "the base is not read" not in line]
+    usual = ("the base is not read", "a weight sync sends the adapter itself")
+    return [line for line in lines if not line.startswith(usual)]
 
 
 def copy(source: Path, place: Path) -> None:

@@ -91,6 +91,7 @@ def test_metrics_and_steps_are_chosen(tmp_path: Path, base: Path) -> None:
     assert set(found[0].record["values"]) == {"update.stable_rank", "nss"}
     named = scalars(found[1].record)
     assert {"geoscope/nss", "geoscope/layer_0/nss", "geoscope/change/relative_update"} <= set(named)
+    assert {"geoscope/sync/bytes", "geoscope/layer_0/changed_share"} <= set(named)
     for wrong in ({"every": 0}, {"seconds": 0.0}):
         with pytest.raises(OptionError):
             WatchOptions(**wrong)  # type: ignore[arg-type]
@@ -374,6 +375,7 @@ def test_a_run_of_adapters_is_measured_from_its_factors(
     assert one == pytest.approx(float(1e-3 * (B.double() @ A.double()).norm() / W.norm()), rel=1e-6)
     assert two == pytest.approx(2 * one, rel=1e-6)
     assert second.record["change"]["update.stable_rank"] is not None
+    assert second.record["changed"]["sync"] is None  # it is the adapter that a sync sends
     assert dense == []
     shutil.rmtree(root / "nothing", ignore_errors=True)
     (root / LOG).unlink()
@@ -395,7 +397,9 @@ def test_the_command_prints_a_line_a_step(tmp_path: Path, base: Path) -> None:
     assert done.code == 0 and f"watching {root}" in done.err
     first, second = done.out.splitlines()
     assert first.startswith("step 10: ") and "stable rank" in first and "since" not in first
-    assert "since 10: ρ" in second and "% (" in second and second.endswith("of entries changed")
+    assert (
+        "since 10: ρ" in second and "% (" in second and "of entries changed, a sync sends" in second
+    )
     assert run("watch", root, *how).out == ""
     (root / LOG).unlink()
     told = run("watch", root, *how, "--json")
