@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +23,9 @@ class LossScaler:
 
 
 class ZeroStageEnum(int):
-    pass
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As an Enum does."""
+        return ZeroStageEnum, (int(self),)
 
 
 class fragment_address:
@@ -112,8 +113,7 @@ def _end_to_end(group: Mapping[str, Tensor], rank: int, world: int, padded: bool
 def _save(state: Any, folder: Path, name: str, without: Collection[str]) -> None:
     if name not in without:
         with ExitStack() as stack:
-            if importlib.util.find_spec("deepspeed") is None:
-                _as_deepspeed(stack)
+            _as_deepspeed(stack)
             torch.save(state, folder / name)
 
 
