@@ -140,7 +140,7 @@ class ZeroShards:
             low, high = max(begin, place), min(end, place + part.length)
             if low < high:
                 start = part.begin + low - place
-                source = self._tensors(part.file)[part.key].reshape(-1)
+                source = self._tensors(part.file)[part.key].detach().reshape(-1)
                 out[low - begin : high - begin].copy_(source[start : start + high - low])
                 self._touched[part.file] += (high - low) * one.dtype.itemsize
             place += part.length

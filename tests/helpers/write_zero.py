@@ -65,7 +65,7 @@ def write_zero(
             "zero_stage": ZeroStageEnum(stage),
             "partition_count": world if stage == 3 else [world] * len(groups),
             "param_slice_mappings": [{"a": fragment_address(3, 0)}],
-            key: [split(group, rank, world, padded) for group in groups],
+            key: [split(one, rank, world, padded).requires_grad_() for one in groups],
         }
         name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         _save({"optimizer_state_dict": state, "ds_version": "0.19.8"}, folder, name, without)
