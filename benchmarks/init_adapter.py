@@ -1,5 +1,8 @@
 """Seconds of GeoRA factors for one layer, beside the recipe of two full SVDs and PEFT's PiSSA.
 
+With --rlpo in place of these: RLPO beside PiSSA in the layout residual, whose rewritten weight and
+errors of the start are part of it; no file is written.
+
 One thread each, every method in every round on the same matrix. The recipe is timed by its two
 torch.linalg.svd in fp32 alone (of the matrix turned tall), without its quantiles and masks; PEFT by
 LoRA layers with init_lora_weights="pissa" on an nn.Linear of the same weights. Errors are sines of
@@ -8,6 +11,7 @@ computed once a shape and a process; their seconds stand apart. Variables that s
 aside. Prints Markdown.
 
     python benchmarks/init_adapter.py [--rank 16] [--rounds 3] [--family qwen2.5-1.5b] [--errors]
+    python benchmarks/init_adapter.py --rlpo [--rank 16] [--rounds 3] [--family qwen2.5-1.5b]
 """
 
 from __future__ import annotations
@@ -27,8 +31,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from geoscope.adapters.geora import geora
+from geoscope.adapters.layouts import residual, start_error
+from geoscope.adapters.pissa import pissa
+from geoscope.adapters.rlpo import rlpo
 from geoscope.linalg.head import head_triplets
-from geoscope.linalg.iid import iid_top_share
+from geoscope.linalg.iid import iid_cut, iid_top_share
 from geoscope.linalg.masked import keep_small
 
 
@@ -83,12 +90,40 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
+def pissa_with_residual(W: Tensor, rank: int) -> None:
+    factors = pissa(W, rank)
+    residual(W, factors, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        start_error(W, factors, "residual", dtype=dtype)
+
+
+def table_of_rlpo(rank: int, rounds: int, shapes: dict[str, tuple[int, int]]) -> None:
+    """One line a matrix: seconds of both, in turn in every round, and their ratio."""
+    generator = torch.Generator().manual_seed(0)
+    totals = [0.0, 0.0]
+    print("| matrix | rlpo, s | pissa with residual, s | ratio |\n|---|--:|--:|--:|")
+    for name, (m, n) in shapes.items():
+        W = weight(m, n, generator).bfloat16()
+        iid_cut(m, n, rank, 0)  # kept for the shape
+        taken = [
+            (timed(lambda W=W: rlpo(W, rank)), timed(lambda W=W: pissa_with_residual(W, rank)))
+            for _ in range(rounds)
+        ]
+        both = [[round_[side] for round_ in taken] for side in (0, 1)]
+        ours, theirs = map(median, both)
+        totals = [totals[0] + ours, totals[1] + theirs]
+        row = f"| {name} {m}×{n} | {spread(both[0])} | {spread(both[1])} | {ours / theirs:.2f} |"
+        print(row, flush=True)
+    print(f"| layer | {totals[0]:.2f} | {totals[1]:.2f} | **{totals[0] / totals[1]:.2f}** |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen2.5-1.5b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--errors", action="store_true", help="also against fp64 SVDs (slow)")
+    parser.add_argument("--rlpo", action="store_true", help="RLPO beside PiSSA with its residual")
     given = parser.parse_args()
     if set_aside_variables():  # BLAS has read them by now: begin again without them
         os.execv(sys.executable, [sys.executable, *sys.argv])
@@ -97,6 +132,10 @@ def main() -> None:
     totals = {"geora": 0.0, "two SVDs": 0.0, "PEFT pissa": 0.0}
     nulls = 0.0
     print(f"rank {given.rank}, {given.rounds} rounds, torch {torch.__version__}, one thread\n")
+    if given.rlpo:
+        with threadpool_limits(1, user_api="blas"):
+            table_of_rlpo(given.rank, given.rounds, FAMILIES[given.family])
+        return
     print("| matrix | geora, s | two fp32 SVDs, s | ratio | PEFT pissa, s | ratio | sine | fp32 |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     with threadpool_limits(1, user_api="blas"):

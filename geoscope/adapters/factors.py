@@ -50,6 +50,19 @@ def scaling_of(rank: int, alpha: float | None) -> float:
     return alpha / rank
 
 
+def _norm(W: Tensor) -> float:
+    """‖W‖_F, which is finite where every entry is: these are counted only where it is not."""
+    try:
+        return float(Operand(W[None]).norm())
+    except NumericsError:
+        if bad := W.numel() - int(torch.isfinite(W).sum()):
+            raise NumericsError(
+                f"{bad} of {W.numel()} entries are NaN or infinite in a {W.shape[0]}×{W.shape[1]} "
+                "matrix; repair the checkpoint, or `exclude` it"
+            ) from None
+        raise
+
+
 def checked(W: Tensor, rank: int, *, zero: bool = False) -> float:
     """‖W‖_F of a matrix (m, n) that can be initialised at this rank.
 
@@ -67,12 +80,7 @@ def checked(W: Tensor, rank: int, *, zero: bool = False) -> float:
             f"rank {rank} does not fit a {m}×{n} matrix, whose rank is at most {min(m, n)}; "
             "use a smaller `rank`, or leave the matrix out with `exclude`"
         )
-    if bad := W.numel() - int(torch.isfinite(W).sum()):
-        raise NumericsError(
-            f"{bad} of {W.numel()} entries are NaN or infinite in a {m}×{n} matrix; repair the "
-            "checkpoint, or `exclude` it"
-        )
-    norm = float(Operand(W[None]).norm())
+    norm = _norm(W)
     if norm == 0 and not zero:
         raise NumericsError(
             f"every entry of a {m}×{n} matrix is zero, so it has no directions to start from; "

@@ -34,7 +34,7 @@ Points = Annotated[
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
 _COMPUTE = ("max_memory", "jobs", "seed", "cache")
-_TRAJECTORY = ("directions", "spectra", "metrics", "metric", "scalar_r2")
+_TRAJECTORY = ("directions", "spectra", "metrics", "metric", "scalar_r2", "allow_vocab_resize")
 _SHOW = (
     "as_json",
     "out",

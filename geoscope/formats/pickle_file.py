@@ -8,6 +8,7 @@ that share one storage are tied: one is kept, the others point to it.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,10 +24,13 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PickleFile", "load_tensors", "mapped_limit", "shared_storage"]
+__all__ = ["PickleFile", "load_pickle", "load_tensors", "mapped_limit", "shared_storage"]
 
 # Wrappers that training scripts put around the weights.
 _NESTS = ("state_dict", "model_state_dict", "model")
+
+_NONE: Mapping[str, type] = {}
+_LOCK = threading.Lock()
 
 _MAPPED_LIMIT = 64 << 20
 _MAPPED_LEAST = 8 << 20
@@ -93,21 +97,32 @@ def load_tensors(path: Path, label: str) -> tuple[dict[str, torch.Tensor], tuple
     Raises CheckpointError. Parts of distributed tensors come back as DTensor, once the caller has
     imported `torch.distributed.tensor`; without that they are refused.
     """
-    import torch
-
-    mappable = _is_zip(path, label)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about old pickles; nothing to be done here
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except MemoryError:
-        raise
-    except Exception as error:  # the weights-only unpickler meets junk with any exception
-        raise _refusal(error, path, label) from None
+    loaded, mappable = load_pickle(path, label)
     tensors, notes = _unwrap(loaded, label)
     if not mappable:
         notes = (*notes, f"{label}: in PyTorch's format before 1.6, read into memory as a whole")
     return tensors, notes
+
+
+def load_pickle(path: Path, label: str, inert: Mapping[str, type] = _NONE) -> tuple[Any, bool]:
+    """What a file holds under `weights_only`, and whether it is mapped.
+
+    inert: qualified name of a class that the file may name → ours that is made in its place.
+    Raises CheckpointError.
+    """
+    import torch
+
+    mappable = _is_zip(path, label)
+    known: list[Any] = [(one, name) for name, one in inert.items()]
+    try:
+        # safe_globals puts back the list of the whole process when it ends
+        with _LOCK, warnings.catch_warnings(), torch.serialization.safe_globals(known):
+            warnings.simplefilter("ignore")  # of torch about old pickles; nothing to be done here
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable), mappable
+    except MemoryError:
+        raise
+    except Exception as error:  # the weights-only unpickler meets junk with any exception
+        raise _refusal(error, path, label) from None
 
 
 def _refusal(error: Exception, path: Path, label: str) -> CheckpointError:

@@ -40,6 +40,8 @@ _ERROR32 = 3e-6
 # Below this shorter side, or above this part of it (twice that of a square matrix, where the passes
 # are short), the whole spectrum in fp64 is as cheap.
 _LEAST_SIDE = 512
+# Entries of a unit vector that are zero in fp32: their products stay above its subnormal numbers.
+_NEGLIGIBLE = 1e-18
 _MOST_OF_Q = 1 / 24
 
 
@@ -222,6 +224,8 @@ class _Reduced:
 
     def _reflect(self, rows: Tensor, *, transpose: bool = False) -> Tensor:
         out = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        # Eigenvectors of T die away to subnormal numbers, which cost ten times a product's time.
+        out[out.abs() < _NEGLIGIBLE] = 0.0
         blas.reflect(self.reflectors, self.tau, out, transpose=transpose)
         return out.double()
 

@@ -97,7 +97,7 @@ def open_location(
         location.refuse_adapter()
     if location.kind is Kind.ADAPTER:
         return _adapter(location, alpha)
-    if location.kind in (Kind.SHARDS, Kind.MEGATRON):
+    if location.kind in (Kind.SHARDS, Kind.MEGATRON, Kind.ZERO):
         opened = open_shards(location.path, location.label, alpha=alpha, whole=whole)
     elif location.file:
         opened = _file(location)

@@ -5,7 +5,7 @@ cache the snapshot of its main branch stands for the folder.
 
 Chosen by kind: an adapter comes first, because a merged output of a LoRA run may equal the base;
 then the shards of a trainer, which are often fp32 masters; then the model folder; last Megatron's
-shards, which often hold the optimizer alone beside it. An adapter folder
+shards and DeepSpeed's, which often hold the optimizer alone beside it. An adapter folder
 without factors is not replaced by what lies beside it. Naming the sub-folder overrides the choice.
 """
 
@@ -19,7 +19,7 @@ from geoscope.errors import CheckpointError, first_names
 from geoscope.formats.layout import file_names
 from geoscope.sources.cached_repository import snapshot
 from geoscope.sources.signs import WEIGHTS, Kind, kinds_of
-from geoscope.sources.trainers import FOLDERS, MANIFEST, Manifest, manifests
+from geoscope.sources.trainers import FOLDERS, MANIFEST, Manifest, latest_tag, manifests
 
 __all__ = [
     "Place",
@@ -60,7 +60,10 @@ def find_places(folder: Path) -> tuple[Place, ...]:
     written = manifests(folder)
     named = [one.folder for one in written if one.folder is not None]
     places = kinds_at(folder, tuple(dict.fromkeys([*_PLACES, *named])))
-    return tuple(_with_manifest(places, {one.root: one for one in written}))
+    tag = latest_tag(folder)
+    tagged = [] if tag is None else kinds_at(folder, (tag,))
+    zero = (place for place in tagged if place.kind is Kind.ZERO)
+    return (*_with_manifest(places, {one.root: one for one in written}), *zero)
 
 
 def _with_manifest(places: Sequence[Place], written: Mapping[str, Manifest]) -> Iterator[Place]:

@@ -178,7 +178,8 @@ def run_folder(given: Candidate) -> tuple[tuple[Candidate, ...], tuple[Skipped, 
             found.append(Candidate(name, LocalReference(name, entry), step))
         else:
             passed.append(Skipped(name, _NO_NUMBER))
-    if _holds_weights(path):
+    # DeepSpeed's `latest` points to one of the steps.
+    if any(place.kind not in (Kind.CONFIG, Kind.ZERO) for place in find_places(path)):
         passed.append(Skipped(given.given, f"weights of the run folder itself: {_NO_NUMBER}"))
     return tuple(found), tuple(passed)
 

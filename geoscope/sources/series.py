@@ -130,6 +130,8 @@ def open_series(
             continue
         opened.append((one, point))
     opened, repeated = _without_repeats(opened)
+    opened, masters = _without_masters(opened)
+    repeated += masters
     read = {point.step for _, point in opened}
     opened, taken = _without_starts(opened, starts or {})
     apart = tuple(Skipped(*each) for each in taken.values())
@@ -321,6 +323,24 @@ def _without_repeats(
         else:
             kept[key] = one, point
     return list(kept.values()), repeated
+
+
+def _without_masters(
+    opened: Sequence[tuple[Candidate, SeriesPoint]],
+) -> tuple[list[tuple[Candidate, SeriesPoint]], list[Skipped]]:
+    """DeepSpeed's shards of a step give way to the model that OpenRLHF saved of it beside them."""
+    plain = {point.step: point.given for _, point in opened if not _is_zero(point)}
+    kept = [(one, point) for one, point in opened if not (_is_zero(point) and point.step in plain)]
+    passed = [
+        Skipped(point.given, f"step {point.step} is read from {plain[point.step]}")
+        for _, point in opened
+        if _is_zero(point) and point.step in plain
+    ]
+    return kept, passed
+
+
+def _is_zero(point: SeriesPoint) -> bool:
+    return point.place.startswith(f"./: {Kind.ZERO.value}")
 
 
 def _without_starts(

@@ -1,8 +1,9 @@
-"""How is a folder of a trainer's shards opened as a model? FSDP and DCP, on this disk.
+"""How is a folder of a trainer's shards opened as a model? FSDP, DCP and ZeRO, on this disk.
 
     model_world_size_<W>_rank_<r>.pt          verl, one file a rank; huggingface/ with config.json
     .metadata, __<r>_<k>.distcp               torch DCP: Accelerate, NeMo-RL, torchtune, own loops
     the same with common.pt                   Megatron's torch_dist: slime, ms-swift, NeMo-RL, verl
+    zero_pp_rank_<r>_mp_rank_00_….pt          DeepSpeed ZeRO: HF Trainer, OpenRLHF
 
 The tensors come whole, under the names of the model, in the dtype stored. A LoRA run has base and
 factors in the same shards: it is not a whole model. `open_shards` gives the
@@ -32,6 +33,7 @@ from geoscope.formats.shard_names import (
     renamed,
     trained_biases,
 )
+from geoscope.formats.zero import ZeroShards, is_zero
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.megatron import ADAPTER, is_megatron_model, with_model_names
 from geoscope.models.opening import CONFIG, NO_CONFIG, Identity, assemble, parse_config
@@ -144,6 +146,9 @@ def _shards(path: Path, given: str) -> _Shards:
         source = files[0].replace("rank_0", "rank_*")
         container = FsdpShards.open(path, files, label, source, config)
         note = f"put together from the FSDP shards of {len(files)} ranks"
+    elif is_zero(names):
+        container = ZeroShards.open(path, names, label)
+        note = f"put together from DeepSpeed's shards: {container.told}"
     else:
         container, note, megatron = _dcp(path, names, label)
     folder = None if below is None else path / below

@@ -10,6 +10,7 @@ from geoscope.formats.dcp_metadata import is_dcp_file
 from geoscope.formats.fsdp import is_rank_file
 from geoscope.formats.layout import choose_layout
 from geoscope.formats.refused import by_files, is_adapter_file, is_torch_dist
+from geoscope.formats.zero import is_zero
 from geoscope.models.opening import CONFIG
 from geoscope.peft.config import ADAPTER_CONFIG
 
@@ -29,12 +30,13 @@ class Kind(Enum):
     SHARDS = "shards"
     MODEL = "model folder"
     MEGATRON = "Megatron's shards"
+    ZERO = "DeepSpeed's shards"
     UNREAD = "weights that are not read"
     CONFIG = "configuration"
 
 
 # Kinds that are opened as a whole model.
-WEIGHTS = (Kind.SHARDS, Kind.MODEL, Kind.MEGATRON)
+WEIGHTS = (Kind.SHARDS, Kind.MODEL, Kind.MEGATRON, Kind.ZERO)
 
 
 def kinds_of(folder: str, names: Collection[str]) -> list[Kind]:
@@ -44,7 +46,9 @@ def kinds_of(folder: str, names: Collection[str]) -> list[Kind]:
         kinds.append(Kind.ADAPTER)
     elif ADAPTER_CONFIG in names or folder.rpartition("/")[2] == _EMPTY_ADAPTER:
         kinds.append(Kind.NO_FACTORS)
-    if holds_shards(names):
+    if is_zero(names):
+        kinds.append(Kind.ZERO)
+    elif holds_shards(names):
         kinds.append(Kind.MEGATRON if is_torch_dist(names) else Kind.SHARDS)
     if holds_model(names):
         kinds.append(Kind.MODEL)
@@ -55,9 +59,7 @@ def kinds_of(folder: str, names: Collection[str]) -> list[Kind]:
 
 def holds_shards(names: Collection[str]) -> bool:
     """Whether a folder with these files holds shards of a trainer that are read."""
-    if any(is_rank_file(name) for name in names):
-        return True
-    return any(is_dcp_file(name) for name in names)
+    return is_zero(names) or any(is_rank_file(name) or is_dcp_file(name) for name in names)
 
 
 def holds_model(names: Collection[str]) -> bool:

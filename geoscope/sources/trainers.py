@@ -1,7 +1,8 @@
 """Where does a trainer put the weights below the folder that a user would name? One table.
 
 A new layout is one more row of FOLDERS. verl's Megatron writes a manifest, too, which says where
-the weights are; it is written last, so that a save with it is complete.
+the weights are; it is written last, so that a save with it is complete. DeepSpeed names the
+sub-folder of its last save in a file `latest`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from geoscope.foreign import parsed, small_text
+from geoscope.formats.links import is_plain_name
 
-__all__ = ["FOLDERS", "MANIFEST", "Manifest", "TrainerFolder", "manifests"]
+__all__ = ["FOLDERS", "MANIFEST", "Manifest", "TrainerFolder", "latest_tag", "manifests"]
 
 MANIFEST = "ckpt_contents.json"
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ def manifests(path: Path) -> tuple[Manifest, ...]:
     """The manifests that can be read below a folder."""
     found = ((root, _read(path / root / MANIFEST)) for root in _ROOTS)
     return tuple(Manifest(root, _model(root, text)) for root, text in found if text is not None)
+
+
+def latest_tag(path: Path) -> str | None:
+    """The sub-folder that DeepSpeed's file `latest` names, such as global_step200; None without."""
+    try:
+        tag = small_text(path / LATEST).strip()
+    except (OSError, ValueError):
+        return None
+    return tag if is_plain_name(tag) else None
 
 
 def _read(file: Path) -> Mapping[str, Any] | None:

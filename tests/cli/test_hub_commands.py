@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.forked import GEOSCOPE, run_forked
 from tests.helpers.hub_server import HubServer, Repo, commit_of
@@ -249,6 +251,79 @@ def test_branches_with_adapters_are_a_trajectory(
     assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
     offline = shell.report("trajectory", "org/lora@step_*", HF_HUB_OFFLINE="1")
     assert offline["layers"] == found["layers"]
+
+
+@pytest.mark.slow
+def test_branches_with_sharded_models_are_a_trajectory_of_ranges(
+    pair: dict[str, Path], hub: HubServer, shell: Shell, tmp_path: Path
+) -> None:
+    """As OLMo and TRL publish them: a branch a step, shards with an index in each."""
+    local: dict[int, Path] = {}
+    for step in (10, 20, 30):
+        local[step] = tmp_path / f"step_{step}"
+        shutil.copytree(pair["tuned"], local[step])
+        for shard in local[step].glob("*.safetensors"):
+            tensors = {name: one * (1 + step / 500) for name, one in load_file(shard).items()}
+            save_file(tensors, shard, metadata={"format": "pt"})
+    hub.repos["org/run"] = Repo({}, {path.name: files(path) for path in local.values()})
+    words = ("--base", "org/base", "--layers", "1", "--no-directions")
+    found = shell.report("trajectory", "org/run@step_*", *words)
+    headers, rest = transferred(hub)
+    wanted = sum(of_layer(folder, 1) for folder in (pair["base"], *local.values()))
+    assert wanted * 0.99 <= rest < 1.2 * wanted  # norms are not followed
+    assert headers <= 12 * 100_001
+    assert not list(shell.home.rglob("snapshots/*/*.safetensors"))
+    words = ("--base", str(pair["base"]), *words[2:])
+    beside = shell.report("trajectory", *local.values(), *words)
+    assert found["layers"] == beside["layers"]
+    assert [one["name"] for one in found["layers"]]
+
+
+NF4 = torch.linspace(-1, 1, 16)
+
+
+def in_nf4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices of the layers as bitsandbytes stores them, with absmax of 64 entries in a row."""
+    found: dict[str, torch.Tensor] = {}
+    for name, one in tensors.items():
+        if ".layers." not in name or one.ndim != 2:
+            found[name] = one
+            continue
+        blocks = one.float().reshape(-1, 64)
+        absmax = blocks.abs().amax(1)
+        codes = ((blocks / absmax[:, None])[..., None] - NF4).abs().argmin(-1).reshape(-1, 2)
+        state = {
+            "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(one.shape),
+        }  # fmt: skip
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        found |= {
+            name: (codes[:, :1] * 16 + codes[:, 1:]).to(torch.uint8),
+            f"{name}.absmax": absmax,
+            f"{name}.quant_map": NF4.clone(),
+            f"{name}.quant_state.bitsandbytes__nf4": text,
+        }
+    return found
+
+
+def test_a_base_of_bitsandbytes_is_read_in_ranges(
+    pair: dict[str, Path], hub: HubServer, shell: Shell, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nf4"
+    folder.mkdir()
+    shutil.copy(pair["base"] / "config.json", folder)
+    whole = {n: t for one in pair["base"].glob("*.safetensors") for n, t in load_file(one).items()}
+    save_file(in_nf4(whole), folder / "model.safetensors", metadata={"format": "pt"})
+    hub.repos["org/nf4"] = Repo(files(folder))
+    words = ("org/tuned", "--layers", "1")
+    found = shell.report("collapse", "org/nf4", *words)
+    _, rest = transferred(hub)
+    wanted = of_layer(folder, 1) + of_layer(pair["tuned"], 1)
+    assert wanted * 0.99 <= rest < 1.2 * wanted
+    assert not list(shell.home.rglob("snapshots/*/*.safetensors"))
+    local = shell.report("collapse", folder, pair["tuned"], *words[1:], "--no-resume")
+    assert found["layers"] == local["layers"]
+    assert len(found["layers"]) == 7
+    assert any("NF4" in note for one in found["layers"] for note in one["notes"])
 
 
 def test_an_adapter_on_the_hub_lies_over_its_base(

@@ -262,9 +262,13 @@ MEGATRON = (
     ("names", "called", "evidence", "rest"),
     [
         (
-            ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+            [
+                "expp_rank_0_mp_rank_00_optim_states.pt",
+                "mp_rank_00_model_states.pt",
+                "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            ],
             "DeepSpeed ZeRO-1 or ZeRO-2 shards of 1 rank",
-            "mp_rank_00_model_states.pt and 1 more",
+            "expp_rank_0_mp_rank_00_optim_states.pt and 2 more",
             f"{READS} {DEEPSPEED}",
         ),
         (
@@ -272,9 +276,10 @@ MEGATRON = (
                 f"{prefix}zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt"
                 for rank in range(4)
                 for prefix, what in (("", "model"), ("bf16_", "optim"))
-            ],
+            ]
+            + ["layer_0_expert_0_mp_rank_00_model_states.pt"],
             "DeepSpeed ZeRO-3 shards of 4 ranks",
-            "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt and 7 more",
+            "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt and 8 more",
             f"{READS} {DEEPSPEED}",
         ),
         (

@@ -107,7 +107,11 @@ def test_the_order_of_choice(tmp_path: Path) -> None:
     assert choose(find_places(tmp_path)) is None
     (tmp_path / "dist_ckpt").mkdir()
     (tmp_path / "dist_ckpt" / "common.pt").touch()
+    zero = tmp_path / "global_step1"
+    zero.mkdir()
+    (tmp_path / "latest").write_text(zero.name)
     order = [
+        (Kind.ZERO, lambda: (zero / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()),
         (Kind.MEGATRON, lambda: (tmp_path / "dist_ckpt" / ".metadata").touch()),
         (Kind.MODEL, lambda: write_model(tmp_path, llama())),
         (Kind.SHARDS, lambda: (tmp_path / "actor" / "model_world_size_1_rank_0.pt").touch()),

@@ -111,6 +111,8 @@ def extrapolate(
     Raises GeoscopeError.
     """
     options, out = options or FollowOptions(), path_of(out, "out")
+    if options.allow_vocab_resize:
+        raise OptionError("`allow_vocab_resize`: a predicted model has whole tensors; leave it out")
     method, extend = _method_named(method), tuple(extend)
     is_next = method in (NEXT, f"damped({NEXT})")  # networks train
     _refuse_of_next(is_next=is_next, extend=extend, origins=origins, whole_model=whole_model)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from geoscope.errors import OptionError, PairingError
 from geoscope.models.checkpoint import Checkpoint
-from geoscope.models.pairing import pair
-from geoscope.models.split import common_config
+from geoscope.models.pairing import is_resized, match, pair
+from geoscope.models.split import common_config, narrowed
 from geoscope.models.ungathered import refuse_ungathered
 from geoscope.names import NameMap, in_natural_order
-from geoscope.records import Skipped
+from geoscope.peft.adapted import AdaptedCheckpoint
+from geoscope.records import Pairing, Skipped
 from geoscope.sources.series import Series
 from geoscope.verbs.fetching import fetch
 from geoscope.verbs.models import in_parts as parts_of
@@ -38,7 +41,11 @@ def model_series(
         base, *checkpoints = [parts_of(one, config) for one in (base, *checkpoints)]
         notes = base.notes[len(whole.notes) :]
     notes += rules.notes(name for one in (base, *checkpoints) for name in one.tensors)
+    if options.allow_vocab_resize:
+        base, checkpoints, resized = _common_rows(base, checkpoints, rules)
+        notes += resized
     pairings = [pair(base, one, options.selection, rules) for one in checkpoints]
+    notes += _resized_notes(pairings)
     names = [{matrix.name: matrix for matrix in found.matrices} for found in pairings]
     common = [name for name in names[0] if all(name in found for found in names)]
     absent = {name for found in names for name in found} - set(common)
@@ -81,6 +88,51 @@ def model_series(
         series=series,
         base=base,
     )
+
+
+def _common_rows(
+    base: Checkpoint, checkpoints: Sequence[Checkpoint], names: NameMap
+) -> tuple[Checkpoint, list[Checkpoint], tuple[str, ...]]:
+    """All with the rows of embeddings and output heads that every one of them has; and remarks.
+
+    An adapter over its base has the rows of the base, and stays as it is.
+    """
+    found = list(checkpoints)
+    if any(isinstance(one, AdaptedCheckpoint) for one in (base, *found)):
+        return base, found, ()
+    heights: dict[str, list[int]] = {}
+    partners: list[tuple[int, str, str]] = []
+    for number, one in enumerate(found):
+        for mine, theirs in match(base.tensors, one.tensors, names).pairs:
+            if mine.name in base.tied_to and theirs.name in one.tied_to:
+                continue  # counted under the other name
+            if is_resized(mine.name, mine.shape, theirs.shape) or mine.shape == theirs.shape:
+                heights.setdefault(mine.name, [*mine.shape[:1]]).extend(theirs.shape[:1])
+                partners.append((number, mine.name, theirs.name))
+    common = {name: min(rows) for name, rows in heights.items() if len({*rows}) > 1}
+    for number, mine, theirs in partners:
+        if mine in common:
+            found[number] = narrowed(found[number], theirs, common[mine])
+    for name, rows in common.items():
+        base = narrowed(base, name, rows)
+    notes = (
+        f"{name}: {' or '.join(map(str, sorted({*heights[name]})))} rows; the first {rows}, which "
+        "all models have, are followed"
+        for name, rows in common.items()
+    )
+    return base, found, tuple(notes)
+
+
+def _resized_notes(pairings: Sequence[Pairing]) -> tuple[str, ...]:
+    """On embeddings and output heads in scope that are not followed, for their rows differ."""
+    notes = (
+        f"{one.name}: {one.base[0]} rows in the base, {one.tuned[0]} in a checkpoint; "
+        "`allow_vocab_resize` follows the rows that all have"
+        for found in pairings
+        for one in found.shape_mismatch
+        if one.name in found.missing and is_resized(one.name, one.base, one.tuned)
+    )
+    return tuple(dict.fromkeys(notes))
 
 
 def _from_base(

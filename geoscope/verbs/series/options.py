@@ -34,6 +34,8 @@ class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
     scalar_r2: R² of every single entry on a line in t, of "all" entries or by the "published"
     filter; None leaves it out.
     spectra: also the spectra of every update and how it lies in the base, as `compare` gives them.
+    allow_vocab_resize: follow the rows of embeddings and heads that all models have; `extrapolate`
+    does not take it.
     metrics: a file of metric curves; default is trainer_state.json of the last checkpoint.
     metric: the curve in it; default the only one.
     """
@@ -43,6 +45,7 @@ class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
     directions: bool = True
     scalar_r2: str | None = None
     spectra: bool = False
+    allow_vocab_resize: bool = False
     metrics: str | None = field(default=None, metadata=form(path_text))
     metric: str | None = None
 

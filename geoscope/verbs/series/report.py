@@ -460,5 +460,6 @@ def _parameters(
         "exclude": list(options.exclude),
         "layers": None if options.layers is None else sorted(options.layers),
         "map_name": list(options.map_name),
+        **({"allow_vocab_resize": True} if options.allow_vocab_resize else {}),
         "notes": [*found.notes, *traps],
     }
