@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -62,10 +62,10 @@ class Need:
 class Task:
     """One call of the function on a node.
 
-    argument: its second argument; the job is the first.
+    argument: makes its second argument, when it is sent; the job is the first.
     """
 
-    argument: Any
+    argument: Callable[[], Any]
     need: Need
 
 
@@ -92,7 +92,7 @@ class Cluster:
 
     def results(
         self, function: Callable[[Any, Any], T], job: Any, tasks: Sequence[Task]
-    ) -> Iterator[tuple[int, T]]:
+    ) -> Generator[tuple[int, T], None, None]:
         """Number and result of every task, as they finish; what is left when it is closed is
         cancelled.
 
@@ -132,7 +132,7 @@ class Cluster:
         waiting = {
             remote.options(
                 num_cpus=task.need.cores, num_gpus=task.need.gpus, memory=task.need.memory
-            ).remote(where, mine, shared, pickle.dumps(task.argument)): number
+            ).remote(where, mine, shared, pickle.dumps(task.argument())): number
             for number, task in enumerate(tasks)
         }
         while waiting and not stop.is_set():
