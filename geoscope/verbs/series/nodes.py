@@ -94,6 +94,7 @@ def measure_on_nodes(found: MatchedSeries, options: FollowOptions, progress: Pro
     def needs(cores: int) -> list[Need]:
         return [Need(cores, memory_of_share(part, found.steps, options, cores)) for part in parts]
 
+    places = {"references": list(job.references), "series": job.series}
     spread(
         options,
         measure_share,
@@ -101,7 +102,7 @@ def measure_on_nodes(found: MatchedSeries, options: FollowOptions, progress: Pro
         needs,
         on_share,
         kept=None if options.cache is None else ResultCache(options.cache),
-        facts={"series": job.series, "kind": "trajectory", "options": job.options.deciding},
+        facts={**places, "kind": "trajectory", "options": job.options.deciding},
     )
     return replace(passed, recalled=recalled)
 
