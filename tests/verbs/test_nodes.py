@@ -310,8 +310,12 @@ def test_a_stop_keeps_what_is_finished(
 
 @pytest.mark.slow
 def test_a_cluster_of_which_nodes_die_gives_the_same(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And Ray writes nothing of it where a report may be read."""
     pytest.importorskip("ray")
     in_shares(monkeypatch, 2 * BLOCKS)
     whole = geoscope.follow(str(root / "run"), base=str(root / "base"))
@@ -331,6 +335,7 @@ def test_a_cluster_of_which_nodes_die_gives_the_same(
         made = geoscope.init_adapter(root / "base", tmp_path / "out", rank=2, force=True, **how)
         assert content(tmp_path / "out") == files
         assert told(made.report) == told(alone.report)
+        assert capsys.readouterr().out == ""
         monkeypatch.setattr(adapter_nodes, "elsewhere", lambda given, _: f"/nowhere{given}")
         words = ("init-adapter", root / "base", "-r", "2", "-o", tmp_path / "new", "-q")
         done = run(*words, "--ray", cluster.address, "--no-resume")

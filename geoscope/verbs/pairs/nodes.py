@@ -125,7 +125,7 @@ def spread_survey(prepared: Prepared, options: Options, *, paired: bool) -> Surv
     parts = shares(prepared.pairing.matrices, len(needs))
     return replace(
         survey(prepared, paired=paired),
-        memory=max((need.memory for need in needs), default=0),
+        memory=max((need.declared for need in needs), default=0),
         workers=cores,
         seconds=max(estimate_seconds(part, workers=cores) for part in parts),
         tasks=len(needs),
