@@ -33,6 +33,7 @@ __all__ = [
     "parameter_keys",
     "stack_experts",
     "stack_findings",
+    "unstack_experts",
     "whole_key",
 ]
 
@@ -292,3 +293,9 @@ def stack_experts(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Ten
     """
     stacked = torch.stack(list(B), dim=-1)  # (out, r, E)
     return torch.cat(list(A)), stacked.flatten(1).contiguous()
+
+
+def unstack_experts(A: Tensor, B: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each expert, contiguous: the inverse of `stack_experts`."""
+    columns = B.unflatten(1, (-1, experts)).unbind(-1)
+    return [(a, b.contiguous()) for a, b in zip(A.chunk(experts), columns, strict=True)]

@@ -52,6 +52,7 @@ def init_adapter(
             "jobs",
             "seed",
             "cache",
+            "ray",
             force=opt.ForceInit,
             device=opt.InitDevice,
             max_memory=opt.InitMemory,

@@ -33,7 +33,7 @@ Points = Annotated[
 ]
 _SELECT = ("include", "exclude", "layers", "map_name")
 _RUN = ("base", "initial_adapter", "lora_alpha", "steps")
-_COMPUTE = ("max_memory", "jobs", "seed", "cache")
+_COMPUTE = ("max_memory", "jobs", "seed", "cache", "ray")
 _TRAJECTORY = ("directions", "spectra", "metrics", "metric", "scalar_r2", "allow_vocab_resize")
 _SHOW = (
     "as_json",

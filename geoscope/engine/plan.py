@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
+from typing import Protocol
 
 from geoscope.arguments import bytes_of
 from geoscope.linalg.choice import rates
@@ -13,6 +14,7 @@ from geoscope.records import WeightPair
 __all__ = [
     "BASELINE",
     "Batch",
+    "Shaped",
     "asked_memory",
     "default_memory",
     "device_memory",
@@ -46,6 +48,13 @@ _ANY = 1 << 60  # more than any machine has
 _A_MATRIX = 0.02
 _AN_ENTRY = 7e-8
 _BESIDE = 1.4
+
+
+class Shaped(Protocol):
+    """A matrix, or two of one shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def estimate_seconds(pairs: Iterable[WeightPair], *, workers: int) -> float:
+def estimate_seconds(pairs: Iterable[Shaped], *, workers: int) -> float:
     """Rough time on the CPU of the committed rates: what a matrix costs whatever its size, passes
     over its entries, and a Gram matrix and its eigenvalues for each of three roles."""
     table, seconds = rates(), 0.0

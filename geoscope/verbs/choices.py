@@ -6,7 +6,7 @@ Loads no torch: the command line makes its options from these fields, and help m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +15,11 @@ from geoscope.arguments import path_of, path_text, size, texts
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection, chosen_layers
 
-__all__ = ["Compute", "Memory", "Rename", "Resume", "Select", "Start", "chosen", "form"]
+__all__ = ["Compute", "Memory", "Nodes", "Rename", "Resume", "Select", "Start", "chosen", "form"]
 
 _MOST_WORKERS = 1024  # a thread each
+# Options that say how fast the numbers come, and what is of one machine alone.
+_LOCAL = ("jobs", "max_memory", "cache", "device", "force", "ray")
 
 
 def form(rule: Callable[[Any, str], Any]) -> dict[str, Any]:
@@ -134,3 +136,30 @@ class Memory(_Choices):
     """
 
     max_memory: str | None = field(default=None, metadata=form(size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes(Compute):
+    """The fields of `Compute`, and on which machines it is computed.
+
+    ray: address of a Ray cluster that computes, `auto` or `local`; None for this process.
+    """
+
+    ray: str | None = None
+
+    @property
+    def device_asked(self) -> str:
+        """The device that was chosen, where one can be."""
+        return str(getattr(self, "device", "cpu"))
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Options that decide the numbers, and not how fast they come, as JSON has them."""
+        every = {name: value for name, value in asdict(self).items() if name not in _LOCAL}
+        return {name: _listed(value) for name, value in every.items()}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -6,28 +6,25 @@ Loads no torch: the command line makes its options from these fields, and help m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from geoscope.arguments import numbers
 from geoscope.errors import GeoscopeError, OptionError
 from geoscope.records import Report
-from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
+from geoscope.verbs.choices import Memory, Nodes, Rename, Resume, Select, Start, form
 
 if TYPE_CHECKING:
     from geoscope.metrics import Settings
 
 __all__ = ["Interrupted", "Options", "Planned", "Progress"]
 
-# Options that say how fast the numbers come, and what is of one machine alone.
-_LOCAL = ("jobs", "max_memory", "cache", "device", "ray")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Resume, Memory, Compute, Rename, Start, Select):
+class Options(Resume, Memory, Nodes, Rename, Start, Select):
     """What may be chosen for a comparison; every field is an option of the command line.
 
-    The fields of `Select`, `Start`, `Rename`, `Compute`, `Memory` and `Resume`, and:
+    The fields of `Select`, `Start`, `Rename`, `Nodes`, `Memory` and `Resume`, and:
     allow_vocab_resize: compare the common rows of embeddings and heads of different height.
     budget: parameters of an adapter, for which `capacity` looks for ranks; nothing is recalled
     from the cache then.
@@ -39,7 +36,6 @@ class Options(Resume, Memory, Compute, Rename, Start, Select):
     masks: overlap of changed weights with masks.
     quick: leading triplets only; what needs a whole spectrum is then not applicable.
     limits: thresholds of the verdict, by their names.
-    ray: address of a Ray cluster that computes, `auto` or `local`; None for this process.
     """
 
     allow_vocab_resize: bool = False
@@ -52,7 +48,6 @@ class Options(Resume, Memory, Compute, Rename, Start, Select):
     masks: bool = False
     quick: bool = False
     limits: Mapping[str, float] | None = None
-    ray: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,13 +62,6 @@ class Options(Resume, Memory, Compute, Rename, Start, Select):
             )
         if self.budget is not None and self.budget < 1:
             raise OptionError(f"`budget` {self.budget}: at least one parameter is needed")
-
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """Those that decide the numbers, and not how fast they come, as JSON has them."""
-        every = {name: value for name, value in asdict(self).items() if name not in _LOCAL}
-        every["layers"] = None if self.layers is None else sorted(self.layers)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in every.items()}
 
     @property
     def settings(self) -> Settings:

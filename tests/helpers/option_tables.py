@@ -29,6 +29,7 @@ MORE = {
     "--map-name": "../formats.md#names",
     "--max-memory": "../numerics.md#memory",
     "trajectory --metrics": "../trajectories.md#a-metric-beside-the-weights",
+    "--ray": "../scale.md#a-ray-cluster",
     "--quick": "../numerics.md#methods-and-bounds",
     "--resume": "cache.md",
     "--spectra": "../trajectories.md#spectra-by-step",

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +18,24 @@ import torch
 from torch import Tensor
 
 from geoscope._version import __version__
-from geoscope.adapters.factors import LoraFactors
-from geoscope.adapters.layouts import residual, start_error
 from geoscope.adapters.peft_config import max_lora_rank, rank_advice
 from geoscope.arguments import Place, bytes_of, path_of, path_text
-from geoscope.engine import (
-    matrix_boundary,
-    one_blas_thread,
-    resolve_devices,
-    room_for_batches,
-)
-from geoscope.errors import CheckpointError, NumericsError, OptionError
+from geoscope.engine import one_blas_thread, resolve_devices, room_for_batches
+from geoscope.engine.cache import ResultCache
+from geoscope.errors import CheckpointError, OptionError
 from geoscope.foreign import local_path
 from geoscope.formats.container import files_of
 from geoscope.formats.hashes import file_sha256
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.opening import storage_dtype
 from geoscope.models.writable import refuse_unwritable
-from geoscope.outputs.model_folder import write_model
+from geoscope.outputs.model_folder import ModelPlan, write_model
 from geoscope.outputs.output_folder import OutputFolder
 from geoscope.peft.folder import RECORD_SCHEMA, refuse_as_base
 from geoscope.records import ModelRef, Report
 from geoscope.records.card import AdapterCard, adapter_card
 from geoscope.sources.open import open_checkpoint
+from geoscope.verbs.adapters.nodes import begin_on_nodes
 from geoscope.verbs.adapters.options import InitOptions
 from geoscope.verbs.adapters.output import (
     AdapterFiles,
@@ -53,19 +44,17 @@ from geoscope.verbs.adapters.output import (
     write_configs,
     write_record,
 )
-from geoscope.verbs.adapters.recall import recalled_or_made
 from geoscope.verbs.adapters.report import adapter_report
+from geoscope.verbs.adapters.starts import TRAINER, Made, Making, Start, computed
 from geoscope.verbs.adapters.targets import Target, Targets, choose_targets
+from geoscope.verbs.choices import chosen
 from geoscope.verbs.fetching import fetch
 from geoscope.verbs.options import Progress
 
 __all__ = ["Initialised", "default_output", "initialise", "model_here"]
 
-# dtypes in which a trainer may hold the base: the start error is measured for each.
-_TRAINER = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# fp32 copies of a matrix that work on it takes, the rewritten matrix among them, and how many of
-# the largest may be in memory in all where no bound is given.
-_COPIES_IN_WORK, _COPIES_IN_ALL = 3, 6
+# fp32 copies of the largest matrix that may be in memory in all where no bound is given.
+_COPIES_IN_ALL = 6
 
 
 @dataclass(frozen=True)
@@ -76,23 +65,6 @@ class Initialised:
     out: Path
     card: AdapterCard
     readme: Path
-
-
-@dataclass(frozen=True)
-class _Start:
-    """One matrix: its factors, the rewritten matrix as its file holds it, and the start errors.
-
-    is_recalled: whether its factors come from the cache.
-    """
-
-    factors: LoraFactors
-    residual: Tensor | None
-    errors: Mapping[str, float]
-    is_recalled: bool = False
-
-
-# What is made of one weight: a start for each of its matrices.
-_Made = tuple[_Start, ...]
 
 
 def model_here() -> str:
@@ -123,17 +95,19 @@ def initialise(
     argv: Sequence[str] = (),
     progress: Progress | None = None,
     on_start: Callable[[int], None] | None = None,
+    **named: Any,
 ) -> Initialised:
     """Writes the initial adapter of a model into the folder `out`, and reports on it.
 
     model: folder or Hub id. command: the words to repeat it with, for the card. argv: those of
-    this call, for the report. on_start(matrices) is called once everything is checked. Raises
-    GeoscopeError; then nothing loadable is left in `out`.
+    this call, for the report. on_start(matrices) is called once everything is checked. named:
+    fields of `InitOptions`, in place of those in `options`. Raises GeoscopeError; then nothing
+    loadable is left in `out`.
     """
-    model, out, options = path_text(model, "model"), path_of(out, "out"), options or InitOptions()
-    progress = progress or Progress()
+    model, out = path_text(model, "model"), path_of(out, "out")
+    options, progress = chosen(InitOptions, options, named), progress or Progress()
     started = time.perf_counter()
-    device = resolve_devices(options.device)[0]
+    device = resolve_devices("cpu" if options.ray is not None else options.device)[0]
     refuse_as_base(model)
     checkpoint = open_checkpoint(model, on_progress=progress.on_download)
     refuse_unwritable(checkpoint, "init-adapter")
@@ -149,31 +123,13 @@ def initialise(
     if on_start is not None:
         on_start(len(targets.shapes))
     fetch([(checkpoint, _read_names(checkpoint, files, targets))], progress)
-    order = _order(files, targets)
     with ExitStack() as stack:
         output = stack.enter_context(folder)
         spool = stack.enter_context(Spool(out, options.chosen_layout))
         stack.enter_context(one_blas_thread())
-        made = _computed(checkpoint, targets, order, options, device)
-        kept: dict[str, _Start] = {}
-        hashes: dict[str, dict[str, str]] = {}
-
-        def replacement(name: str) -> Tensor | None:
-            if name not in targets.weights:
-                return None
-            target, starts = targets.weights[name], next(made)
-            hashes[name] = spool.keep(target, [start.factors for start in starts])
-            kept.update(zip(target.names, map(_without_tensors, starts), strict=True))
-            progress.on_pair(len(kept), len(targets.shapes), name)
-            return _rewritten(target, starts)
-
-        if files.model is not None:
-            write_model(output, "residual", checkpoint, files.model, replacement)
-            for name, path in files.travelling.items():
-                output.copy(f"residual/{name}", path)
-        else:
-            for name in order:
-                replacement(name)
+        work = _Work(checkpoint, targets, files, options, spool, progress)
+        used = work.write(output, device)
+        kept = work.in_order()
         _tell_recalled(kept, progress)
         spool.write(output, files)
         base, revision = _base_of(checkpoint, out, options)
@@ -181,17 +137,100 @@ def initialise(
         notes = (*targets.notes, *files.notes, *_advice(options))
         card = _card(checkpoint, out, options, kept, command, notes)
         output.write(files.card, adapter_card(card).encode())
-        write_record(output, _record(checkpoint, options, kept, hashes, card))
+        write_record(output, _record(checkpoint, options, kept, work.hashes, card))
     report = adapter_report(
         checkpoint.ref, _written(out, files), targets, options,
         {name: (one.factors, one.errors) for name, one in kept.items()},
-        device=str(device), notes=notes, argv=tuple(argv),
+        device=used, notes=notes, argv=tuple(argv),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
     return Initialised(report, out, card, out / files.card)
 
 
-def _rewritten(target: Target, starts: Sequence[_Start]) -> Tensor | None:
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The weights on their way from the base's files to the output.
+
+    kept: name of each matrix → its start, without tensors.
+    hashes: name of each weight → those of its factors.
+    """
+
+    checkpoint: Checkpoint
+    targets: Targets
+    files: AdapterFiles
+    options: InitOptions
+    spool: Spool
+    progress: Progress
+    kept: dict[str, Start] = field(default_factory=dict[str, Start])
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+
+    def write(self, output: OutputFolder, device: torch.device) -> str:
+        """Factors into the spool, and the rewritten base into the output; where it was computed."""
+        options, used = self.options, str(device)
+        cache = None if options.cache is None else ResultCache(options.cache)
+        making = Making(self.checkpoint, options, device, cache)
+        if options.ray is not None:
+            used = begin_on_nodes(self.checkpoint, self.targets, options, self._keep)
+            making = replace(making, begun=self._begun)
+        if self.files.model is not None:
+            self._write_model(output, self.files.model, self._computed(making))
+        elif making.begun is None:
+            for target, made in self._computed(making):
+                self._keep(target, made)
+        return used
+
+    def in_order(self) -> dict[str, Start]:
+        """The starts in the order of the output, whoever made them."""
+        names = [name for target in self._order() for name in target.names]
+        return {name: self.kept[name] for name in names}
+
+    def _order(self) -> list[Target]:
+        """The targets in the order in which they are written."""
+        weights, model = self.targets.weights, self.files.model
+        names = model.order if model is not None else weights
+        return [weights[name] for name in names if name in weights]
+
+    def _computed(self, making: Making) -> Iterator[tuple[Target, Made]]:
+        order, device = self._order(), making.device
+        workers = self.options.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
+        room = _room(self.options, max(math.prod(target.info.shape) for target in order))
+        return zip(order, computed(making, order, workers=workers, room=room), strict=True)
+
+    def _write_model(
+        self, output: OutputFolder, model: ModelPlan, starts: Iterator[tuple[Target, Made]]
+    ) -> None:
+        def replacement(name: str) -> Tensor | None:
+            if name not in self.targets.weights:
+                return None
+            target, made = next(starts)
+            if name in self.hashes:  # nodes began it
+                self._tell(target, made)
+            else:
+                self._keep(target, made)
+            return _rewritten(target, made)
+
+        write_model(output, "residual", self.checkpoint, model, replacement)
+        for name, path in self.files.travelling.items():
+            output.copy(f"residual/{name}", path)
+
+    def _keep(self, target: Target, made: Made) -> None:
+        self.hashes[target.info.name] = self.spool.keep(target, [start.factors for start in made])
+        self._tell(target, made)
+        self.progress.on_pair(len(self.kept), len(self.targets.shapes), target.info.name)
+
+    def _tell(self, target: Target, made: Made) -> None:
+        told = [start.without_tensors for start in made]
+        self.kept.update(zip(target.names, told, strict=True))
+
+    def _begun(self, target: Target) -> Made:
+        """What nodes made of a weight, with its factors."""
+        return tuple(
+            replace(self.kept[name], factors=replace(self.kept[name].factors, A=A, B=B))
+            for name, (A, B) in zip(target.names, self.spool.factors(target), strict=True)
+        )
+
+
+def _rewritten(target: Target, starts: Sequence[Start]) -> Tensor | None:
     """The residual that takes a weight's place, of a stack of experts a stack; None without one."""
     residuals = [start.residual for start in starts if start.residual is not None]
     if target.experts is None or not residuals:
@@ -204,55 +243,8 @@ def _read_names(checkpoint: Checkpoint, files: AdapterFiles, targets: Targets) -
     return [*checkpoint.tensors] if files.model is not None else [*targets.weights]
 
 
-def _order(files: AdapterFiles, targets: Targets) -> list[str]:
-    """The targets in the order in which they are written."""
-    names = files.model.order if files.model is not None else [*targets.weights]
-    return [name for name in names if name in targets.weights]
-
-
-# --- the matrices, computed ahead -----------------------------------------------------------------
-
-
-def _computed(
-    checkpoint: Checkpoint,
-    targets: Targets,
-    order: Sequence[str],
-    options: InitOptions,
-    device: torch.device,
-) -> Iterator[_Made]:
-    """The matrices in this order. Workers compute ahead while what they hold fits."""
-    workers = options.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
-    entries = {name: math.prod(targets.weights[name].info.shape) for name in order}
-    room = _room(options, max(entries.values()))
-    waiting = deque(order)
-    running: deque[tuple[int, Future[_Made]]] = deque()
-
-    def job(name: str) -> Callable[[], _Made]:
-        context = copy_context()
-        target = targets.weights[name]
-        return lambda: context.run(_make, checkpoint, target, options, device)
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        try:
-            while waiting or running:
-                used = sum(cost for cost, _ in running)
-                while waiting and len(running) <= workers:
-                    cost = _COPIES_IN_WORK * entries[waiting[0]]
-                    if running and used + cost > room:
-                        break
-                    running.append((cost, pool.submit(job(waiting.popleft()))))
-                    used += cost
-                yield running.popleft()[1].result()
-        finally:
-            for _, future in running:
-                future.cancel()
-
-
 def _room(options: InitOptions, largest: int) -> int:
-    """Entries in fp32 that may be in work or waiting; one matrix is always let in.
-
-    Raises OptionError.
-    """
+    """Entries in fp32 that may be in work or waiting. Raises OptionError."""
     if options.max_memory == "min":
         return 0
     if options.max_memory is None:
@@ -260,77 +252,7 @@ def _room(options: InitOptions, largest: int) -> int:
     return room_for_batches(bytes_of(options.max_memory, "max_memory", others=", or min")) // 4
 
 
-def _make(
-    checkpoint: Checkpoint, target: Target, options: InitOptions, device: torch.device
-) -> _Made:
-    """The starts of the matrices of one weight.
-
-    A matrix without a start ends the whole: a start that leaves modules out is another training.
-    """
-    stored = checkpoint.read(target.info.name)
-    matrices = [stored] if target.experts is None else [*stored]
-    turned = target.info.transposed or target.is_turned
-    return tuple(
-        _make_one(W.T if target.is_turned else W, name, turned, target, options, device)
-        for name, W in zip(target.names, matrices, strict=True)
-    )
-
-
-def _make_one(
-    W: Tensor, name: str, turned: bool, target: Target, options: InitOptions, device: torch.device
-) -> _Start:
-    try:
-        with matrix_boundary(name):
-            return _started(W.to(device), name, options, is_turned=turned)
-    except OptionError as error:
-        raise OptionError(f"{name}: {error}") from None
-    except NumericsError as error:
-        if "`exclude`" in str(error):
-            raise
-        way_out = f"leave it out with `exclude` '{target.info.name}'"
-        raise NumericsError(f"{error}; nothing is written, {way_out}") from error
-
-
-def _started(W: Tensor, name: str, options: InitOptions, *, is_turned: bool) -> _Start:
-    """The start of W (out, in), whose file holds it (in, out) where it `is_turned`."""
-    chosen = options.method_options
-    if options.initialisation.is_drawn:
-        # Each matrix draws its own A; the seed of a null is shared by equal shapes.
-        # 32 bits: the CPU's generator looks at no more.
-        chosen["seed"] = zlib.crc32(f"{options.seed}:{name}".encode())
-    factors, is_recalled = recalled_or_made(W, options, chosen)
-    _refuse_overflow(factors.facts.values(), factors.A, factors.B)
-    layout = options.chosen_layout
-    if not layout:
-        return _Start(factors, None, dict.fromkeys(_TRAINER, 0.0), is_recalled)
-    rewritten, errors = None, {}
-    if layout == "residual":
-        dtype = getattr(torch, options.residual_dtype or "float32")
-        written = residual(W, factors, dtype=dtype, transposed=is_turned)
-        rewritten, errors = written.weight.cpu(), {"written": written.error}
-        _refuse_overflow((), rewritten)
-    for trainer, dtype in _TRAINER.items():
-        errors[trainer] = start_error(W, factors, layout, dtype=dtype)
-    _refuse_overflow(errors.values())
-    return _Start(factors, rewritten, errors, is_recalled)
-
-
-def _refuse_overflow(numbers: Iterable[float | None], *tensors: Tensor) -> None:
-    """Raises NumericsError for what is written and is not finite."""
-    finite = all(number is None or math.isfinite(number) for number in numbers)
-    if not (finite and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)):
-        raise NumericsError(
-            "the weights are too large or too small for factors in float32, or for the residual"
-        )
-
-
-def _without_tensors(one: _Start) -> _Start:
-    """The facts alone, which are small."""
-    empty = torch.empty(0)
-    return replace(one, factors=replace(one.factors, A=empty, B=empty), residual=None)
-
-
-def _tell_recalled(kept: Mapping[str, _Start], progress: Progress) -> None:
+def _tell_recalled(kept: Mapping[str, Start], progress: Progress) -> None:
     if recalled := sum(start.is_recalled for start in kept.values()):
         progress.on_recalled(recalled, len(kept))
 
@@ -362,7 +284,7 @@ def _card(
     checkpoint: Checkpoint,
     out: Path,
     options: InitOptions,
-    kept: Mapping[str, _Start],
+    kept: Mapping[str, Start],
     command: Sequence[str],
     notes: tuple[str, ...],
 ) -> AdapterCard:
@@ -378,7 +300,7 @@ def _card(
         command=" ".join(command) or "(called as a library)",
         version=__version__,
         matrices=len(kept),
-        start_errors={dtype: max(one.errors[dtype] for one in kept.values()) for dtype in _TRAINER},
+        start_errors={dtype: max(one.errors[dtype] for one in kept.values()) for dtype in TRAINER},
         notes=notes,
     )
 
@@ -386,12 +308,12 @@ def _card(
 def _record(
     checkpoint: Checkpoint,
     options: InitOptions,
-    kept: Mapping[str, _Start],
+    kept: Mapping[str, Start],
     hashes: Mapping[str, Mapping[str, str]],
     card: AdapterCard,
 ) -> dict[str, Any]:
     """geoscope.json: enough to make the folder again, and to tell whether it was changed."""
-    chosen = options.method_options
+    own = options.method_options
     return {
         "schema": RECORD_SCHEMA,
         "geoscope_version": __version__,
@@ -399,9 +321,9 @@ def _record(
         "layout": options.chosen_layout or None,
         "rank": options.rank,
         "alpha": options.chosen_alpha,
-        "rho": chosen.get("rho"),
-        "spec_rank": chosen.get("spec_rank") or (options.rank if "spec_rank" in chosen else None),
-        "scale_convention": chosen.get("scale_convention"),
+        "rho": own.get("rho"),
+        "spec_rank": own.get("spec_rank") or (options.rank if "spec_rank" in own else None),
+        "scale_convention": own.get("scale_convention"),
         "residual_dtype": (options.residual_dtype or "float32")
         if options.chosen_layout == "residual"
         else None,
@@ -429,7 +351,7 @@ def _record(
                 "max": card.start_errors[dtype],
                 "mean": sum(one.errors[dtype] for one in kept.values()) / len(kept),
             }
-            for dtype in _TRAINER
+            for dtype in TRAINER
         },
         "command": card.command,
     }

@@ -13,7 +13,7 @@ from typing import Any
 from geoscope.adapters.table import INITIALISATIONS, Initialisation
 from geoscope.arguments import texts
 from geoscope.errors import OptionError
-from geoscope.verbs.choices import Compute, Memory, Resume, Select, form
+from geoscope.verbs.choices import Memory, Nodes, Resume, Select, form
 
 __all__ = ["RESIDUAL_DTYPES", "InitOptions", "methods_in_words", "methods_without_layout"]
 
@@ -32,10 +32,10 @@ def methods_without_layout() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions(Resume, Memory, Compute, Select):
+class InitOptions(Resume, Memory, Nodes, Select):
     """Every field is an option of `geoscope init-adapter`.
 
-    The fields of `Select`, `Compute`, `Memory` and `Resume`, and:
+    The fields of `Select`, `Nodes`, `Memory` and `Resume`, and:
     method: a name in INITIALISATIONS (`geoscope.adapters.table`).
     rank: of the adapter, from 1.
     alpha: lora_alpha; default 2·rank.

@@ -7,6 +7,7 @@ in a nameless file on the same disk; a model of any size then costs one matrix o
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from geoscope.adapters.peft_config import (
     max_lora_rank,
     vllm_findings,
 )
-from geoscope.adapters.peft_names import lora_keys, stack_experts
+from geoscope.adapters.peft_names import lora_keys, stack_experts, unstack_experts
 from geoscope.files import SMALL, record_bytes, record_size
 from geoscope.formats.hashes import tensor_sha256
 from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
@@ -117,6 +118,7 @@ class Spool:
     def __init__(self, folder: Path, layout: str) -> None:
         self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)
         self._layout = layout
+        self._reading = threading.Lock()
         self._places: dict[tuple[int, str], tuple[int, tuple[int, ...]]] = {}
 
     def __enter__(self) -> Spool:
@@ -146,6 +148,15 @@ class Spool:
                 self._file.write(tensor.contiguous().numpy().tobytes())
         A, B = pairs[0]
         return {"sha256_A": tensor_sha256(A), "sha256_B": tensor_sha256(B)}
+
+    def factors(self, target: Target) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each matrix of a weight, as they were kept for the layout residual.
+
+        Threads may call it.
+        """
+        with self._reading:
+            A, B = (self._read(0, key) for key in target.keys)
+        return [(A, B)] if target.experts is None else unstack_experts(A, B, target.experts)
 
     def write(self, out: OutputFolder, files: AdapterFiles) -> None:
         """The weight file of every adapter."""

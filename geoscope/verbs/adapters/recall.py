@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,19 +13,30 @@ from geoscope.engine.cache import ResultCache, content_of, packed, unpacked
 from geoscope.records import Status
 from geoscope.verbs.adapters.options import InitOptions
 
-__all__ = ["recalled_or_made"]
+__all__ = ["Recalled", "entry_of", "recalled_or_made"]
+
+
+class Recalled(NamedTuple):
+    """Initial factors.
+
+    key: under which the cache holds them, None where it does not.
+    is_recalled: whether they come from there.
+    """
+
+    factors: LoraFactors
+    key: str | None
+    is_recalled: bool
 
 
 def recalled_or_made(
-    W: Tensor, options: InitOptions, chosen: Mapping[str, Any]
-) -> tuple[LoraFactors, bool]:
-    """The initial factors of W (out, in), and whether they came from the cache.
+    W: Tensor, options: InitOptions, chosen: Mapping[str, Any], cache: ResultCache | None
+) -> Recalled:
+    """The initial factors of W (out, in), from the cache where it holds them.
 
     chosen: what the initialisation takes beside rank and alpha. Raises NumericsError, OptionError.
     """
-    if options.cache is None:
-        return _made(W, options, chosen), False
-    cache = ResultCache(options.cache)
+    if cache is None:
+        return Recalled(_made(W, options, chosen), None, False)
     key = cache.key(
         {
             "weight": content_of(W),
@@ -36,10 +47,15 @@ def recalled_or_made(
     )
     found = _recalled(cache.get(key), W)
     if found is not None:
-        return found, True
+        return Recalled(found, key, True)
     made = _made(W, options, chosen)
-    cache.put(key, {**asdict(made), "A": packed(made.A), "B": packed(made.B)})
-    return made, False
+    cache.put(key, entry_of(made))
+    return Recalled(made, key, False)
+
+
+def entry_of(factors: LoraFactors) -> dict[str, Any]:
+    """Factors as the cache holds them."""
+    return {**asdict(factors), "A": packed(factors.A), "B": packed(factors.B)}
 
 
 def _made(W: Tensor, options: InitOptions, chosen: Mapping[str, Any]) -> LoraFactors:

@@ -1,28 +1,35 @@
 """The matrices of one tuned model beside its base, measured on the nodes of a Ray cluster.
 
 A task is a share of the matrices (`shares.py`). Its node opens the models by their names, reads
-what it needs, and sends rows, as parts have them. What a node computed is kept here, too, under
-its content, so that a rerun goes on wherever its tasks then run.
+what it needs, and sends rows, as parts have them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from geoscope.engine import asked_memory, estimate_seconds, needed_memory
 from geoscope.engine.cache import ResultCache
-from geoscope.engine.cluster import CORES, Need, Task, cluster
-from geoscope.errors import OptionError, PairingError, Stopped
-from geoscope.folders import results_folder
+from geoscope.engine.cluster import CORES, Need
+from geoscope.errors import PairingError, Stopped
 from geoscope.records import LayerRecord, ModelRef, Survey, WeightPair
 from geoscope.sources.reference import elsewhere
+from geoscope.verbs.nodes import (
+    CarriedCache,
+    Share,
+    cache_here,
+    cache_there,
+    device_there,
+    digest,
+    gpus_of,
+    in_memory,
+    spread,
+)
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.alone import prepare_alone
 from geoscope.verbs.pairs.measuring import Work, measure_pairs
@@ -51,16 +58,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Share:
-    """One share: its number, bytes that its node may use, and results that may be known of it."""
-
-    number: int
-    memory: int
-    cores: int
-    known: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Measured:
     """What comes back. results: for the cache, those that were recalled among them."""
 
@@ -69,24 +66,6 @@ class Measured:
     device: str
     results: Mapping[str, Any]
     recalled: int
-
-
-@dataclass(frozen=True)
-class CarriedCache(ResultCache):
-    """A cache that also knows what was sent along, and collects what was taken or kept."""
-
-    known: Mapping[str, Any] = field(default_factory=dict)
-    used: dict[str, Any] = field(default_factory=dict)
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        result = self.known.get(key) or super().get(key)
-        if result is not None:
-            self.used[key] = result
-        return result
-
-    def put(self, key: str, result: Mapping[str, Any]) -> None:
-        self.used[key] = result
-        super().put(key, result)
 
 
 # --- here -----------------------------------------------------------------------------------------
@@ -103,24 +82,26 @@ def measure_on_nodes(
     job = _job(prepared, kind, options)
     parts = shares(prepared.pairing.matrices, job.of)
     done: list[Measured] = []
-    interrupted, count, whole = None, 0, len(prepared.pairing.matrices)
+    whole = len(prepared.pairing.matrices)
+
+    def on_share(number: int, share: Measured) -> None:
+        done.append(share)
+        last = parts[number][-1].name if parts[number] else ""
+        progress.on_pair(sum(len(each.matrices) for each in done), whole, last)
+
+    models = {"base": job.base, "tuned": job.tuned, "pairing": job.pairing}
+    facts = {**models, "kind": kind, "options": job.options.deciding}
+    interrupted = None
     try:
-        with cluster(str(options.ray)) as nodes:
-            gpus = int(options.device.startswith("cuda"))
-            cores = options.jobs or nodes.cores(gpus=gpus)
-            needs = _needs(prepared, options, cores=cores)
-            keys = [_share_key(kept, job, number) for number in range(job.of)]
-            tasks = [
-                Task(Share(number, need.memory, cores, _known(kept, keys[number])), need)
-                for number, need in enumerate(needs)
-            ]
-            for number, share in nodes.results(measure_share, job, tasks):
-                done.append(share)
-                count += len(share.matrices)
-                if kept is not None:
-                    kept.put(keys[number], share.results)
-                last = parts[number][-1].name if parts[number] else ""
-                progress.on_pair(count, whole, last)
+        spread(
+            options,
+            measure_share,
+            job,
+            lambda cores: _needs(prepared, options, cores=cores),
+            on_share,
+            kept=kept,
+            facts=facts,
+        )
     except (KeyboardInterrupt, Stopped) as stop:
         interrupted = getattr(stop, "signum", int(signal.SIGINT))
     if recalled := sum(share.recalled for share in done):
@@ -131,9 +112,9 @@ def measure_on_nodes(
 def _needs(prepared: Prepared, options: Options, *, cores: int) -> list[Need]:
     """What each task asks of its node. cores: of a task."""
     pairs = prepared.pairing.matrices
-    gpus = int(options.device.startswith("cuda"))
     return [
-        Need(cores, _memory(share, options, cores), gpus) for share in shares(pairs, fitting(pairs))
+        Need(cores, _memory(share, options, cores), gpus_of(options))
+        for share in shares(pairs, fitting(pairs))
     ]
 
 
@@ -144,7 +125,7 @@ def spread_survey(prepared: Prepared, options: Options, *, paired: bool) -> Surv
     parts = shares(prepared.pairing.matrices, len(needs))
     return replace(
         survey(prepared, paired=paired),
-        memory=max((need.memory for need in needs), default=0),
+        memory=max((need.declared for need in needs), default=0),
         workers=cores,
         seconds=max(estimate_seconds(part, workers=cores) for part in parts),
         tasks=len(needs),
@@ -159,7 +140,7 @@ def _memory(share: Sequence[WeightPair], options: Options, cores: int) -> int:
 
 def _job(prepared: Prepared, kind: str, options: Options) -> Job:
     if prepared.given is None:
-        raise OptionError("`ray` takes models by their paths or Hub ids, not tensors in memory")
+        raise in_memory()
     base, tuned = prepared.given
     start = options.initial_adapter
     return Job(
@@ -169,20 +150,13 @@ def _job(prepared: Prepared, kind: str, options: Options) -> Job:
         options=replace(
             options,
             ray=None,
-            device="cuda" if options.device.startswith("cuda") else "cpu",
+            device=device_there(options),
             initial_adapter=None if start is None else elsewhere(start),
-            cache=_cache_there(options.cache),
+            cache=cache_there(options.cache),
         ),
         of=fitting(prepared.pairing.matrices),
         pairing=_digest(prepared),
     )
-
-
-def _cache_there(cache: Path | None) -> Path | None:
-    """The results folder of each node where it is that of this machine."""
-    if cache is None:
-        return None
-    return Path() if cache == results_folder() else cache.absolute()
 
 
 def _digest(prepared: Prepared) -> str:
@@ -190,20 +164,7 @@ def _digest(prepared: Prepared) -> str:
     sides = [prepared.base.ref.commit, prepared.tuned.ref.commit]
     pairs = (*prepared.pairing.matrices, *prepared.pairing.vectors)
     told = [(pair.name, pair.shape, pair.base.dtype, pair.tuned.dtype) for pair in pairs]
-    return hashlib.sha256(repr((sides, told)).encode()).hexdigest()
-
-
-def _share_key(kept: ResultCache | None, job: Job, number: int) -> str:
-    """Under which the results of a share are kept: each of them is found by its content there."""
-    if kept is None:
-        return ""
-    models = {"base": job.base, "tuned": job.tuned, "pairing": job.pairing}
-    facts = {**models, "kind": job.kind, "options": job.options.deciding}
-    return kept.key({**facts, "share": [number, job.of]})
-
-
-def _known(kept: ResultCache | None, key: str) -> Mapping[str, Any]:
-    return (kept.get(key) if kept is not None else None) or {}
+    return digest(sides, told)
 
 
 def _joined(
@@ -233,15 +194,14 @@ def _joined(
 def measure_share(job: Job, share: Share) -> Measured:
     """The matrices of one share; norms and biases come with the first. Raises GeoscopeError."""
     prepared = _opened(pickle.dumps(replace(job, of=0)))
-    options = _options_here(job, share)
+    cache = cache_here(job.options.cache)
+    options = replace(job.options, cache=cache, jobs=share.cores)
     own = shares(prepared.pairing.matrices, job.of)[share.number]
     vectors = prepared.pairing.vectors if share.number == 0 else ()
     sized = replace(prepared, workers=share.cores, memory=share.memory)
     if prepared.devices[0].type != "cpu":
         sized = replace(prepared, workers=len(prepared.devices))
-    carried = None
-    if options.cache is not None and options.budget is None:
-        carried = CarriedCache(options.cache, share.known)
+    carried = CarriedCache.of(cache, share) if options.budget is None else None
     narrow = within(sized, own, vectors, options)
     work = measure_pairs(narrow, job.kind, options, Progress(), carried)
     if work.interrupted is not None:
@@ -253,11 +213,6 @@ def measure_share(job: Job, share: Share) -> Measured:
         results={} if carried is None else dict(carried.used),
         recalled=sum(matrix.recalled for matrix in work.matrices),
     )
-
-
-def _options_here(job: Job, share: Share) -> Options:
-    cache = results_folder() if job.options.cache == Path() else job.options.cache
-    return replace(job.options, cache=cache, jobs=share.cores)
 
 
 @lru_cache(maxsize=1)

@@ -16,8 +16,6 @@ from geoscope.records import ModelRef, Skipped
 from geoscope.sources.series import Series, SeriesPoint
 from geoscope.verbs.adapters.changes import changes_of
 from geoscope.verbs.adapters.names import BasePaths, base_paths, named_as_base
-from geoscope.verbs.fetching import fetch
-from geoscope.verbs.options import Progress
 from geoscope.verbs.series.adapted import as_models, not_predicted, of_a_base
 from geoscope.verbs.series.model_series import model_series
 from geoscope.verbs.series.options import FollowOptions
@@ -30,7 +28,6 @@ __all__ = ["adapter_series"]
 def adapter_series(
     series: Series,
     options: FollowOptions,
-    progress: Progress,
     whole: Checkpoint | None,
     initial: Adapter | None,
     *,
@@ -50,16 +47,13 @@ def adapter_series(
         if not in_parts:
             raise not_predicted(adapters[0])
         made = as_models(series, whole, laid.initial, names)
-        return model_series(made, options, progress, whole, in_parts=True)
+        return model_series(made, options, whole, in_parts=True)
     series = _from_start(series, laid.adapters, laid.initial)
     laid = replace(laid, adapters=laid.adapters[-len(series.points) :])
     chosen = _chosen_modules(laid.every, options.selection)
     if not chosen.names:
         raise PairingError(_no_common_module(laid.adapters, chosen))
     weights = laid.weights(chosen.names)
-    if laid.base is not None:
-        names = [name for rows in weights.values() for row in rows for name in row]
-        fetch([(laid.base, names)], progress)
     last, base = laid.adapters[-1], laid.base
     sent = sum(info.nbytes for one in last.modules.values() for info in one.stored)
     notes = [*series.notes, *last.notes]
@@ -78,6 +72,7 @@ def adapter_series(
         notes=tuple(notes),
         series=series,
         base=base,
+        in_parts=in_parts,
     )
 
 

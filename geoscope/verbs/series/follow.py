@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from geoscope.arguments import Place, path_of
-from geoscope.engine import Gate, one_blas_thread
-from geoscope.errors import NonFiniteError, NumericsError
+from geoscope.engine.cache import ResultCache
+from geoscope.errors import NumericsError
 from geoscope.models.checkpoint import Checkpoint
-from geoscope.records import Report, Skipped, Status
+from geoscope.records import Report, Skipped
 from geoscope.sources.memory import Model, as_model_or_reference, as_models_or_references
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.models import open_model
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
-from geoscope.verbs.series.memory import room_for_tensors, working_bytes
+from geoscope.verbs.series.measuring import Passed, measure_tensors
+from geoscope.verbs.series.memory import room_for_tensors
 from geoscope.verbs.series.metric import metric_curve
+from geoscope.verbs.series.nodes import measure_on_nodes
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
-from geoscope.verbs.series.passes import Kept
 from geoscope.verbs.series.ranks import step_reports, with_ranks
-from geoscope.verbs.series.recall import recalled_or_measured
 from geoscope.verbs.series.report import Trajectory, trajectory_report
-from geoscope.verbs.series.tensors import MatchedSeries, SeriesTensor
+from geoscope.verbs.series.tensors import MatchedSeries
 from geoscope.verbs.series.vectors import write_vectors
 
 __all__ = ["follow", "measure_series"]
@@ -98,52 +95,39 @@ def measure_series(found: MatchedSeries, options: FollowOptions, progress: Progr
 
     With a cache what an earlier run finished is recalled. Tensors are let in as memory allows.
     """
-    recalled = 0
-    kept: dict[str, Kept] = {}
-    failed: list[Skipped] = []
-    workers = options.jobs or torch.get_num_threads()
-    gate = Gate(room_for_tensors(found, options, workers))
-
-    def job_of(one: SeriesTensor) -> tuple[Kept, bool]:
-        with gate.let_in(working_bytes(one)):
-            return recalled_or_measured(one, found.steps, options)
-
-    with one_blas_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
-        # The largest first: the last to finish is then a small one.
-        order = sorted(found.tensors.values(), key=lambda one: -math.prod(one.shape))
-        jobs = {pool.submit(copy_context().run, job_of, one): one for one in order}
-        try:
-            for number, job in enumerate(as_completed(jobs), start=1):
-                one = jobs[job]
-                try:
-                    kept[one.name], is_recalled = job.result()
-                    recalled += is_recalled
-                except NumericsError as error:
-                    failed.append(Skipped(one.name, _told(error), missing=True))
-                progress.on_pair(number, len(jobs), one.name)
-        finally:
-            for job in jobs:
-                job.cancel()
-    if recalled:
-        progress.on_recalled(recalled, len(jobs))
-    if not kept:
+    measure = _measured_here if options.ray is None else measure_on_nodes
+    passed = measure(found, options, progress)
+    if passed.recalled:
+        progress.on_recalled(passed.recalled, len(found.tensors))
+    failed = [
+        Skipped(name, passed.failed[name], missing=True)
+        for name in found.tensors
+        if name in passed.failed
+    ]
+    if not passed.kept:
         first = f"{failed[0].name}: {failed[0].reason}"
         raise NumericsError(f"no tensor of the series could be followed; {first}")
-    names = [name for name in found.tensors if name in kept]
+    kept = {name: passed.kept[name] for name in found.tensors if name in passed.kept}
     return Trajectory(
-        increments={name: kept[name].increments for name in names},
-        paths={name: path for name in names if (path := kept[name].path) is not None},
-        local={name: path for name in names if (path := kept[name].local) is not None},
-        products={name: one for name in names if (one := kept[name].products) is not None},
-        methods={name: one for name in names if (one := kept[name].method) is not None},
-        scalar_r2={name: one for name in names if (one := kept[name].scalar_r2) is not None},
-        changed={name: one for name in names if (one := kept[name].changed) is not None},
+        increments={name: one.increments for name, one in kept.items()},
+        paths={name: one.path for name, one in kept.items() if one.path is not None},
+        local={name: one.local for name, one in kept.items() if one.local is not None},
+        products={name: one.products for name, one in kept.items() if one.products is not None},
+        methods={name: one.method for name, one in kept.items() if one.method is not None},
+        scalar_r2={name: one.scalar_r2 for name, one in kept.items() if one.scalar_r2 is not None},
+        changed={name: one.changed for name, one in kept.items() if one.changed is not None},
         failed=tuple(failed),
     )
 
 
-def _told(error: NumericsError) -> str:
-    """Status and reason, as of a matrix that is not compared."""
-    is_broken = isinstance(error, NonFiniteError)
-    status = Status.NON_FINITE if is_broken else Status.NOT_CONVERGED
-    return f"{status.value}: {error}"
+def _measured_here(found: MatchedSeries, options: FollowOptions, progress: Progress) -> Passed:
+    workers = options.jobs or torch.get_num_threads()
+    return measure_tensors(
+        found.tensors.values(),
+        found.steps,
+        options,
+        progress,
+        None if options.cache is None else ResultCache(options.cache),
+        workers=workers,
+        room=room_for_tensors(found, options, workers),
+    )

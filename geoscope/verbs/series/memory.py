@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Sequence
 from heapq import nlargest
 
 from geoscope.arguments import bytes_of
@@ -10,7 +11,7 @@ from geoscope.engine import BASELINE, available_memory, room_for_batches
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.tensors import AdapterTensor, MatchedSeries, ModelTensor, SeriesTensor
 
-__all__ = ["room_for_tensors", "working_bytes"]
+__all__ = ["memory_of_share", "room_for_tensors", "room_of_share", "working_bytes"]
 
 # Blocks of all checkpoints, as read and in fp64, their differences, and what is small.
 _BLOCKS = 128 << 20
@@ -18,6 +19,8 @@ _BLOCKS = 128 << 20
 _MADE = 2 << 30
 # Of two pairs of vectors a step and matrix, in fp64.
 _PAIR_BYTES = 2 * 8
+# What is kept lies on a node as it is, as JSON for the cache, and as it is sent.
+_SENT = 4
 
 
 def working_bytes(tensor: SeriesTensor) -> int:
@@ -29,12 +32,8 @@ def working_bytes(tensor: SeriesTensor) -> int:
         made = min(_MADE, 32 * entries * len(tensor.places)) if tensor.is_made else 0
         return 3 * stored + 8 * entries + min(_BLOCKS, 32 * entries * len(tensor.places)) + made
     assert isinstance(tensor, AdapterTensor)
-    factors = sum(
-        math.prod(info.shape)
-        for adapter in tensor.adapters
-        for info in adapter.modules[tensor.module].stored
-    )
-    base = sum(checkpoint.tensors[name].memory_bytes for checkpoint, name in tensor.base)
+    factors = sum(math.prod(info.shape) for info in tensor.factors)
+    base = sum(checkpoint.tensors[name].memory_bytes for checkpoint, name in tensor.places)
     return 32 * factors + base
 
 
@@ -47,7 +46,7 @@ def room_for_tensors(found: MatchedSeries, options: FollowOptions, workers: int)
     """
     if options.max_memory == "min":
         return 0
-    kept = _kept_bytes(found) if options.directions else 0
+    kept = _kept_bytes(found.tensors.values(), found.steps, options)
     if options.max_memory is not None:
         return max(
             0,
@@ -57,6 +56,31 @@ def room_for_tensors(found: MatchedSeries, options: FollowOptions, workers: int)
     return min(wanted, max(0, available_memory() // 2 - BASELINE - kept))
 
 
-def _kept_bytes(found: MatchedSeries) -> int:
-    sides = sum(sum(tensor.shape) for tensor in found.tensors.values())
-    return _PAIR_BYTES * (len(found.steps) - 1) * sides
+def memory_of_share(
+    tensors: Collection[SeriesTensor], steps: Sequence[float], options: FollowOptions, workers: int
+) -> int:
+    """Bytes that a task of a cluster asks for: under `max_memory` that, or the least that works."""
+    least = BASELINE + _SENT * _kept_bytes(tensors, steps, options)
+    working = list(map(working_bytes, tensors))
+    if options.max_memory == "min":
+        return least + max(working, default=0)
+    if options.max_memory is not None:
+        return bytes_of(options.max_memory, "max_memory", others=", or min")
+    return least + sum(nlargest(workers, working))
+
+
+def room_of_share(
+    tensors: Collection[SeriesTensor], steps: Sequence[float], options: FollowOptions, memory: int
+) -> int:
+    """What of that is for the tensors in work."""
+    return max(0, memory - BASELINE - _SENT * _kept_bytes(tensors, steps, options))
+
+
+def _kept_bytes(
+    tensors: Iterable[SeriesTensor], steps: Sequence[float], options: FollowOptions
+) -> int:
+    """Leading pairs, and of all steps their products with each other's updates."""
+    if not options.directions:
+        return 0
+    count = len(steps) - 1
+    return sum(_PAIR_BYTES * count * sum(tensor.shape) + 8 * count**3 for tensor in tensors)

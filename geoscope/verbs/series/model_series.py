@@ -13,9 +13,7 @@ from geoscope.names import NameMap, in_natural_order
 from geoscope.peft.adapted import AdaptedCheckpoint
 from geoscope.records import Pairing, Skipped
 from geoscope.sources.series import Series
-from geoscope.verbs.fetching import fetch
 from geoscope.verbs.models import in_parts as parts_of
-from geoscope.verbs.options import Progress
 from geoscope.verbs.series.adapted import is_made_of
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.start import BASE, after_start, equal_models
@@ -27,7 +25,6 @@ __all__ = ["model_series"]
 def model_series(
     series: Series,
     options: FollowOptions,
-    progress: Progress,
     start: Checkpoint | None,
     *,
     in_parts: bool,
@@ -72,11 +69,6 @@ def model_series(
             left.append(Skipped(name, "not adapted"))
             continue
         tensors[name] = ModelTensor(name, (m, n), places, is_made)
-    wanted = (
-        (one, [stored for tensor in tensors.values() for c, stored in _places(tensor) if c is one])
-        for one in (base, *checkpoints)
-    )
-    fetch(wanted, progress)
     return MatchedSeries(
         steps=steps,
         tensors=tensors,
@@ -87,6 +79,7 @@ def model_series(
         notes=(*series.notes, *notes),
         series=series,
         base=base,
+        in_parts=in_parts,
     )
 
 
@@ -155,8 +148,3 @@ def _from_base(
         given = [point.given for point in series.points] or [one.name for one in series.passed_over]
         raise OptionError(f"{given[-1]}: one checkpoint makes no series; give more, or `base`")
     return series, base, found
-
-
-def _places(tensor: SeriesTensor) -> tuple[tuple[Checkpoint, str], ...]:
-    assert isinstance(tensor, ModelTensor)
-    return tensor.places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from geoscope.errors import OptionError
 from geoscope.models.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ def open_followed(
     start: Checkpoint | None = None,
     in_parts: bool = True,
 ) -> MatchedSeries:
-    """The series and its base, matched tensor by tensor; data of the Hub is fetched.
+    """The series and its base, matched tensor by tensor, from headers.
 
     start: the base, where it is open already and not a reference in the options.
     in_parts: fused and stacked tensors of models in parts; without it as they are stored.
@@ -47,12 +48,17 @@ def open_followed(
         )
     series = _series(references, steps, options, _starts(base, initial), progress)
     if series.kind == "adapter":
-        return adapter_series(series, options, progress, base, initial, in_parts=in_parts)
+        return _named(adapter_series(series, options, base, initial, in_parts=in_parts), start)
     if options.initial_adapter is not None:
         raise OptionError("`initial_adapter` is for series of adapters; these are whole models")
     if options.lora_alpha is not None:
         raise OptionError("`lora_alpha` is for series of adapters; these are whole models")
-    return model_series(series, options, progress, base, in_parts=in_parts)
+    return _named(model_series(series, options, base, in_parts=in_parts), start)
+
+
+def _named(found: MatchedSeries, start: Checkpoint | None) -> MatchedSeries:
+    """A base that was open already is not one that its reference opens again."""
+    return replace(found, is_named=start is None)
 
 
 def _series(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from geoscope.arguments import joined, path_text
 from geoscope.errors import OptionError
 from geoscope.trajectory.names import NAMES
-from geoscope.verbs.choices import Compute, Memory, Rename, Resume, Select, Start, form
+from geoscope.verbs.choices import Memory, Nodes, Rename, Resume, Select, Start, form
 
 __all__ = ["FollowOptions", "methods_in_words"]
 
@@ -23,10 +23,10 @@ def methods_in_words() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FollowOptions(Resume, Memory, Compute, Rename, Select, Start):
+class FollowOptions(Resume, Memory, Nodes, Rename, Select, Start):
     """Every field is an option of `geoscope trajectory`.
 
-    The fields of `Start`, `Select`, `Rename`, `Compute`, `Memory` and `Resume`, and (paths are
+    The fields of `Start`, `Select`, `Rename`, `Nodes`, `Memory` and `Resume`, and (paths are
     strings or `os.PathLike`):
     base: the model at step 0; without one the first checkpoint of a series of models is the base.
     steps: such as "10,20,50", or numbers, one for each checkpoint, in place of those in the names.

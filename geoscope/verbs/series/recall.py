@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from geoscope.engine import matrix_boundary
 from geoscope.engine.cache import ResultCache, content_of, packed, unpacked
@@ -17,27 +17,38 @@ from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept, measured
 from geoscope.verbs.series.tensors import AdapterTensor, ModelTensor, SeriesTensor
 
-__all__ = ["recalled_or_measured"]
+__all__ = ["Recalled", "entry_of", "recalled_or_measured"]
+
+
+class Recalled(NamedTuple):
+    """What the pass keeps of a tensor.
+
+    key: under which the cache holds it, None where it does not.
+    is_recalled: whether it came from there.
+    """
+
+    kept: Kept
+    key: str | None
+    is_recalled: bool
 
 
 def recalled_or_measured(
-    tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions
-) -> tuple[Kept, bool]:
-    """What the pass keeps of a tensor, and whether it came from the cache.
+    tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions, cache: ResultCache | None
+) -> Recalled:
+    """What an earlier run kept of a tensor, or what the pass over it gives.
 
     Raises NumericsError, which is not kept.
     """
     with matrix_boundary():
-        return _through_cache(tensor, steps, options)
+        return _through_cache(tensor, steps, options, cache)
 
 
 def _through_cache(
-    tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions
-) -> tuple[Kept, bool]:
+    tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions, cache: ResultCache | None
+) -> Recalled:
     weights = _weights(tensor)
-    if options.cache is None or weights is None:
-        return measured(tensor, steps, options), False
-    cache = ResultCache(options.cache)
+    if cache is None or weights is None:
+        return Recalled(measured(tensor, steps, options), None, False)
     key = cache.key(
         {
             "weights": [content_of(weight()) for weight in weights],
@@ -49,10 +60,10 @@ def _through_cache(
     )
     found = _recalled(cache.get(key))
     if found is not None:
-        return found, True
+        return Recalled(found, key, True)
     made = measured(tensor, steps, options)
-    cache.put(key, _entry(made))
-    return made, False
+    cache.put(key, entry_of(made))
+    return Recalled(made, key, False)
 
 
 def _weights(tensor: SeriesTensor) -> list[Callable[[], Any]] | None:
@@ -68,7 +79,7 @@ def _weights(tensor: SeriesTensor) -> list[Callable[[], Any]] | None:
         for adapter in adapters
         for side in (0, 1)
     ]
-    return [*factors, *(_reader(*place) for place in tensor.base)]
+    return [*factors, *(_reader(*place) for place in tensor.places)]
 
 
 def _reader(checkpoint: Checkpoint, name: str) -> Callable[[], Any]:
@@ -84,7 +95,8 @@ def _facts(tensor: SeriesTensor) -> list[Any]:
     return [None if one is None else one.modules[tensor.module].scaling for one in adapters]
 
 
-def _entry(kept: Kept) -> dict[str, Any]:
+def entry_of(kept: Kept) -> dict[str, Any]:
+    """What is kept of a tensor as the cache holds it."""
     inc, counts = kept.increments, kept.scalar_r2
     return {
         "increments": {
@@ -106,7 +118,7 @@ def _packed_path(path: Rank1Path | None) -> dict[str, Any] | None:
 
 
 def _recalled(entry: Any) -> Kept | None:
-    """What `_entry` gave; None for anything else."""
+    """What `entry_of` gave; None for anything else."""
     try:
         inc, counts = entry["increments"], entry["scalar_r2"]
         lists = {key: tuple(inc[key]) for key in ("steps", "rounding", "grids")}

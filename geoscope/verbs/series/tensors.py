@@ -17,7 +17,7 @@ from geoscope.linalg.factor_update import squared_noise
 from geoscope.linalg.grids import Grid, grid_of
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.peft.adapter import Adapter
-from geoscope.records import ModelRef, Quantisation, Skipped
+from geoscope.records import ModelRef, Quantisation, Skipped, TensorInfo
 from geoscope.sources.series import Series
 from geoscope.trajectory.changed import (
     ChangedEntries,
@@ -52,6 +52,16 @@ class SeriesTensor(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    @property
+    def places(self) -> tuple[tuple[Checkpoint, str], ...]:
+        """What is read of checkpoints."""
+        ...
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Every stored part as headers tell it: its shape and dtype."""
+        ...
+
     def increments(self, steps: Sequence[float]) -> Increments:
         """H and what belongs to it, in one pass over the files."""
         ...
@@ -63,8 +73,13 @@ class SeriesTensor(Protocol):
 
 @dataclass(frozen=True)
 class MatchedSeries:
-    """A series that can be followed. steps: t_0 of the base, then of every checkpoint. tensors:
-    name → tensor, in natural order. refs: of the base and of the last checkpoint.
+    """A series that can be followed.
+
+    steps: t_0 of the base, then of every checkpoint.
+    tensors: name → tensor, in natural order.
+    refs: of the base and of the last checkpoint.
+    in_parts: whether fused and stacked tensors of models are in parts.
+    is_named: whether the base is one that its reference opens again.
     """
 
     steps: tuple[int, ...]
@@ -76,6 +91,8 @@ class MatchedSeries:
     notes: tuple[str, ...]
     series: Series
     base: Checkpoint | None
+    in_parts: bool = True
+    is_named: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,10 @@ class ModelTensor:
     shape: tuple[int, int]
     places: tuple[tuple[Checkpoint, str], ...]
     is_made: bool = False
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return tuple(_told(checkpoint.tensors[name]) for checkpoint, name in self.places)
 
     def increments(self, steps: Sequence[float]) -> Increments:
         return self.increments_and_changes(steps)[0]
@@ -183,7 +204,7 @@ class ModelTensor:
 class AdapterTensor:
     """Updates from factors; nothing is made dense.
 
-    module: of the adapters. expert: which matrix of it, of stacked experts. base: parts of the
+    module: of the adapters. expert: which matrix of it, of stacked experts. places: parts of the
     weight in the base, whose squares add up.
     """
 
@@ -193,7 +214,18 @@ class AdapterTensor:
     expert: int
     adapters: tuple[Adapter, ...]
     initial: Adapter | None
-    base: tuple[tuple[Checkpoint, str], ...]
+    places: tuple[tuple[Checkpoint, str], ...]
+
+    @property
+    def factors(self) -> tuple[TensorInfo, ...]:
+        """Headers of the factors, all experts of a stack together."""
+        every = self.adapters if self.initial is None else (self.initial, *self.adapters)
+        return tuple(info for one in every for info in one.modules[self.module].stored)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        weights = [checkpoint.tensors[name] for checkpoint, name in self.places]
+        return tuple(map(_told, (*self.factors, *weights)))
 
     def increments(self, steps: Sequence[float]) -> Increments:
         return increments_of_products(
@@ -207,7 +239,7 @@ class AdapterTensor:
 
     def base_energy(self) -> float:
         """‖W_0‖², 0 where the base is not known."""
-        return sum(float(Operand(one.read(name)[None]).norm()) ** 2 for one, name in self.base)
+        return sum(float(Operand(one.read(name)[None]).norm()) ** 2 for one, name in self.places)
 
     def grams(self) -> FactorSeries | None:
         """All updates through the Gram matrices of their factors; None where ranks differ."""
@@ -250,6 +282,10 @@ class _Stored:
             return cls(replace(side(weight), quantisation=known), grid, None)
         grid = grid_of(weight)
         return cls(replace(side(weight), grid=grid), grid, weight.dtype.itemsize)
+
+
+def _told(info: TensorInfo) -> str:
+    return f"{info.dtype} {info.shape}"
 
 
 def _rounding_of(storage: float, grid: Grid | None) -> float:

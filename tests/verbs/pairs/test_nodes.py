@@ -112,7 +112,7 @@ def test_a_stop_keeps_what_is_finished_and_a_rerun_continues(
     """With caches of nodes that are lost: what this machine keeps is enough."""
     pytest.importorskip("ray")
     monkeypatch.setattr(nodes, "fitting", lambda _: 6)
-    monkeypatch.setattr(nodes, "_cache_there", lambda _: tmp_path / f"node-{time.time_ns()}")
+    monkeypatch.setattr(nodes, "cache_there", lambda _: tmp_path / f"node-{time.time_ns()}")
     recalled: list[tuple[int, int]] = []
 
     def stop(done: int, total: int, name: str) -> None:
