@@ -19,7 +19,7 @@ from geoscope.cli import app
 from geoscope.cli.wording import in_options, option_names
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection
-from geoscope.verbs.adapters.convert import convert_adapter
+from geoscope.verbs.adapters.converted import convert_adapter
 from geoscope.verbs.series.extrapolate import extrapolate
 from tests.helpers.matrices import save_model
 from tests.helpers.running import run, write_pair
@@ -133,7 +133,7 @@ def test_every_function_takes_every_spelling_of_a_path(
     made = geoscope.initialise(base, spell(tmp_path / "out"), chosen)
     assert geoscope.verify_adapter(spell(made.out), base=base).ok
     predicted = extrapolate(
-        spell(series), spell(tmp_path / "far"), 5, method="linear", options=options(base=base),
+        spell(series), 5, spell(tmp_path / "far"), method="linear", options=options(base=base),
         force=True,
     )  # fmt: skip
     assert predicted.out == tmp_path / "far"

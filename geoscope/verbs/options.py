@@ -6,7 +6,7 @@ Loads no torch: the command line makes its options from these fields, and help m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from geoscope.arguments import numbers
@@ -71,7 +71,9 @@ class Options(Resume, Memory, Compute, Rename, Start, Select):
     @property
     def deciding(self) -> dict[str, Any]:
         """Those that decide the numbers, and not how fast they come, as JSON has them."""
-        every = {name: value for name, value in asdict(self).items() if name not in _LOCAL}
+        named = [each.name for each in fields(self) if each.name not in _LOCAL]
+        every = {name: getattr(self, name) for name in named}
+        every["initial_adapter"] = self.start_name
         every["layers"] = None if self.layers is None else sorted(self.layers)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in every.items()}
 
