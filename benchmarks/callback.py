@@ -1,6 +1,6 @@
 """What GeoscopeCallback costs a step of training with a LoRA, on this machine, in this process.
 
-Seconds of the clock, and of all cores of this process, which other work on the machine leaves alone.
+Seconds of the clock, and of all cores of this process, which other work leaves as they are.
 A model of the shapes of Qwen2.5-0.5B with drawn weights and a LoRA on every linear layer; steps of
 `transformers.Trainer`, each measured by the callback. Prints one line of JSON.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
@@ -59,7 +60,13 @@ def series(tmp_path_factory: pytest.TempPathFactory, pair: tuple[Path, Path]) ->
 
 # --- one text is one pattern --------------------------------------------------------------------
 
-OPTIONS = (geoscope.Options, geoscope.FollowOptions, geoscope.InitOptions, Selection)
+OPTIONS = (
+    geoscope.Options,
+    geoscope.FollowOptions,
+    geoscope.InitOptions,
+    geoscope.LineageOptions,
+    Selection,
+)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -100,6 +107,33 @@ def test_numbers_and_sizes() -> None:
     for name, wrong in (("ks", "8"), ("ks", True), ("ks", [8.0]), ("max_memory", 1.5)):
         with pytest.raises(OptionError, match=f"^`{name}` "):
             some(**{name: wrong})
+
+
+SCALARS: list[tuple[Callable[..., Any], str, Any]] = [
+    (geoscope.Options, "seed", 1.5),
+    (geoscope.Options, "jobs", "2"),
+    (geoscope.Options, "dtype", 64),
+    (geoscope.Options, "curves", 1),
+    (geoscope.Options, "lora_alpha", "8"),
+    (geoscope.FollowOptions, "directions", None),
+    (geoscope.InitOptions, "rank", True),
+    (geoscope.InitOptions, "alpha", "16"),
+    (geoscope.LineageOptions, "seed", "x" * 200),
+]
+
+
+@pytest.mark.parametrize(("options", "name", "wrong"), SCALARS)
+def test_a_value_of_another_type_is_refused_by_name(
+    options: Callable[..., Any], name: str, wrong: Any
+) -> None:
+    with pytest.raises(OptionError, match=rf"^`{name}` .* is needed$") as caught:
+        options(**{name: wrong})
+    assert len(str(caught.value)) < 100
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    options = geoscope.InitOptions(rank=np.int64(4), alpha=np.float32(8), seed=np.int32(3))
+    assert [type(one) for one in (options.rank, options.alpha, options.seed)] == [int, float, int]
 
 
 def test_a_pattern_chooses_what_the_command_line_chooses(pair: tuple[Path, Path]) -> None:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from geoscope.errors import CheckpointError, OptionError
-from geoscope.verbs.series.extrapolate import extrapolate
-from geoscope.verbs.series.extrapolation import Extrapolation, methods
+from geoscope.verbs.series.extrapolate import extrapolate, methods
+from geoscope.verbs.series.extrapolation import Extrapolation
 from geoscope.verbs.series.options import FollowOptions
 from tests.helpers.runs import GPT2, LLAMA, Run, stored
 
