@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from geoscope.records import LayerRecord, Report, Status
     from geoscope.report import read as read_report
     from geoscope.report import write as write_report
-    from geoscope.sources.open import open_checkpoint
-    from geoscope.verbs.adapters.convert import convert_adapter
+    from geoscope.sources.open import open_adapter, open_checkpoint
+    from geoscope.verbs.adapters.converted import convert_adapter
     from geoscope.verbs.adapters.initialise import initialise
     from geoscope.verbs.adapters.initialise import initialise as init_adapter
     from geoscope.verbs.adapters.options import InitOptions
@@ -75,6 +75,7 @@ __all__ = [
     "inspect",
     "lineage",
     "measure",
+    "open_adapter",
     "open_checkpoint",
     "read_report",
     "verify_adapter",
@@ -100,7 +101,7 @@ _HOMES = {
     "capacity": ("geoscope.verbs.pairs.calls", "capacity"),
     "collapse": ("geoscope.verbs.pairs.calls", "collapse"),
     "compare": ("geoscope.verbs.pairs.compare", "compare"),
-    "convert_adapter": ("geoscope.verbs.adapters.convert", "convert_adapter"),
+    "convert_adapter": ("geoscope.verbs.adapters.converted", "convert_adapter"),
     "extrapolate": ("geoscope.verbs.series.extrapolate", "extrapolate"),
     "follow": ("geoscope.verbs.series.follow", "follow"),
     "geora": ("geoscope.adapters.geora", "geora"),
@@ -109,6 +110,7 @@ _HOMES = {
     "inspect": ("geoscope.verbs.pairs.calls", "inspect"),
     "lineage": ("geoscope.verbs.lineage.lineage", "lineage"),
     "measure": ("geoscope.verbs.pairs.calls", "measure"),
+    "open_adapter": ("geoscope.sources.open", "open_adapter"),
     "open_checkpoint": ("geoscope.sources.open", "open_checkpoint"),
     "read_report": ("geoscope.report", "read"),
     "verify_adapter": ("geoscope.verbs.adapters.verify", "verify_adapter"),

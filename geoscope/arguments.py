@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,20 @@ __all__ = [
     "path_of",
     "path_text",
     "paths_of",
+    "scalar",
     "size",
     "texts",
 ]
 
 Place = str | os.PathLike[str]
+_LONGEST = 80
+# Annotation of a field → what it takes, in words, and the type that is kept.
+_SCALARS: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "bool": (bool, "True or False", bool),
+    "int": (Integral, "a whole number", int),
+    "float": (Real, "a number", float),
+    "str": (str, "a text", str),
+}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -35,8 +44,24 @@ def path_text(value: Any, name: str) -> str:
     """A path, or a reference such as a Hub id: a string or `os.PathLike`, not empty."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text:
-        raise OptionError(f"`{name}` {value!r}: a path is a string or os.PathLike, and not empty")
+        raise OptionError(
+            f"`{name}` {_brief(value)}: a path is a string or os.PathLike, and not empty"
+        )
     return text
+
+
+def _brief(value: Any) -> str:
+    """The value in an error; of a long one its type."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST and "\n" not in text else type(value).__name__
+
+
+def scalar(value: Any, name: str, kind: str) -> Any:
+    """A value of a kind in `_SCALARS`, as Python's own type. Raises OptionError for another."""
+    form, words, plain = _SCALARS[kind]
+    if not isinstance(value, form) or (isinstance(value, bool) and kind != "bool"):
+        raise OptionError(f"`{name}` {_brief(value)}: {words} is needed")
+    return plain(value)
 
 
 def path_of(value: Any, name: str) -> Path:

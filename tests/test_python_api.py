@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
@@ -19,7 +20,7 @@ from geoscope.cli import app
 from geoscope.cli.wording import in_options, option_names
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection
-from geoscope.verbs.adapters.convert import convert_adapter
+from geoscope.verbs.adapters.converted import convert_adapter
 from geoscope.verbs.series.extrapolate import extrapolate
 from tests.helpers.matrices import save_model
 from tests.helpers.running import run, write_pair
@@ -59,7 +60,13 @@ def series(tmp_path_factory: pytest.TempPathFactory, pair: tuple[Path, Path]) ->
 
 # --- one text is one pattern --------------------------------------------------------------------
 
-OPTIONS = (geoscope.Options, geoscope.FollowOptions, geoscope.InitOptions, Selection)
+OPTIONS = (
+    geoscope.Options,
+    geoscope.FollowOptions,
+    geoscope.InitOptions,
+    geoscope.LineageOptions,
+    Selection,
+)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -102,6 +109,33 @@ def test_numbers_and_sizes() -> None:
             some(**{name: wrong})
 
 
+SCALARS: list[tuple[Callable[..., Any], str, Any]] = [
+    (geoscope.Options, "seed", 1.5),
+    (geoscope.Options, "jobs", "2"),
+    (geoscope.Options, "dtype", 64),
+    (geoscope.Options, "curves", 1),
+    (geoscope.Options, "lora_alpha", "8"),
+    (geoscope.FollowOptions, "directions", None),
+    (geoscope.InitOptions, "rank", True),
+    (geoscope.InitOptions, "alpha", "16"),
+    (geoscope.LineageOptions, "seed", "x" * 200),
+]
+
+
+@pytest.mark.parametrize(("options", "name", "wrong"), SCALARS)
+def test_a_value_of_another_type_is_refused_by_name(
+    options: Callable[..., Any], name: str, wrong: Any
+) -> None:
+    with pytest.raises(OptionError, match=rf"^`{name}` .* is needed$") as caught:
+        options(**{name: wrong})
+    assert len(str(caught.value)) < 100
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    options = geoscope.InitOptions(rank=np.int64(4), alpha=np.float32(8), seed=np.int32(3))
+    assert [type(one) for one in (options.rank, options.alpha, options.seed)] == [int, float, int]
+
+
 def test_a_pattern_chooses_what_the_command_line_chooses(pair: tuple[Path, Path]) -> None:
     options = geoscope.Options(include="q_proj")
     found = geoscope.compare(*pair, kind="collapse", options=options)
@@ -133,7 +167,7 @@ def test_every_function_takes_every_spelling_of_a_path(
     made = geoscope.initialise(base, spell(tmp_path / "out"), chosen)
     assert geoscope.verify_adapter(spell(made.out), base=base).ok
     predicted = extrapolate(
-        spell(series), spell(tmp_path / "far"), 5, method="linear", options=options(base=base),
+        spell(series), 5, spell(tmp_path / "far"), method="linear", options=options(base=base),
         force=True,
     )  # fmt: skip
     assert predicted.out == tmp_path / "far"

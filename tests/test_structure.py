@@ -359,7 +359,7 @@ def test_what_others_import_is_listed() -> None:
 
 PUBLIC = {
     *("METRICS", "GeoscopeError", "Interrupted", "LayerRecord", "Options", "Progress"),
-    *("Report", "Status", "read_report", "write_report", "open_checkpoint"),
+    *("Report", "Status", "read_report", "write_report", "open_adapter", "open_checkpoint"),
     *("inspect", "collapse", "anisotropy", "alignment", "compare", "capacity", "measure"),
     *("FollowOptions", "follow", "extrapolate"),
     *("LineageOptions", "lineage"),

@@ -92,7 +92,7 @@ def _written(run: Run, root: Path, scratch: Path) -> list[Path]:
 
 def _predicted(run: Run, root: Path, folders: list[Path], out: Path, way: str) -> Weights:
     options = geoscope.FollowOptions(base=str(root / "bases" / run.base), jobs=1)
-    geoscope.extrapolate(folders, out, TARGET, method=way, options=options, force=True)
+    geoscope.extrapolate(folders, TARGET, out, method=way, options=options, force=True)
     return load_file(next(out.rglob("model.safetensors")))
 
 

@@ -33,7 +33,7 @@ _USUAL_RANK = 64
 
 def adapter_config(
     *,
-    base: str,
+    base: str | None,
     rank: int,
     alpha: float,
     targets: Sequence[str],
@@ -43,8 +43,9 @@ def adapter_config(
 ) -> dict[str, Any]:
     """The configuration of a plain LoRA, keys in the order of the alphabet.
 
-    base: the folder or Hub id to load the adapter on; rank and alpha as the files have them (a
-    mirror has rank 2r and the alpha of r). targets: see `target_modules`. parameters:
+    base: the folder or Hub id to load the adapter on, None for one in memory; rank and alpha as the
+    files have them (a mirror has rank 2r and the alpha of r). targets: see `target_modules`.
+    parameters:
     `target_parameters`, for stacked experts; the key is left out where there are none, because PEFT
     before 0.17 does not know it. Beside them `peft_version` tells how their factors are packed.
     """

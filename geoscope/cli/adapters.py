@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,8 +15,8 @@ from geoscope.cli.output import Show, TextAnswer
 from geoscope.verbs.adapters.options import InitOptions
 
 if TYPE_CHECKING:
-    from geoscope.verbs.adapters.convert import Conversion, ModuleEnergy
-    from geoscope.verbs.adapters.initialise import Initialised
+    from geoscope.verbs.adapters.converted import Converted
+    from geoscope.verbs.adapters.initialised import Initialised
     from geoscope.verbs.adapters.verify import Check, Verification
 
 __all__ = ["convert_adapter", "init_adapter", "verify_adapter"]
@@ -184,47 +182,42 @@ def convert_adapter(
     show: Answer,
 ) -> None:
     """A trained adapter as a plain LoRA on its original base."""
-    from geoscope.verbs.adapters.convert import convert_adapter as convert
-    from geoscope.verbs.adapters.output import write_conversion
+    from geoscope.verbs.adapters.converted import convert_adapter as convert
 
-    conversion = convert(initial, trained, rank=rank, base=base, force=force)
     words = repeated(context, (initial, trained, "-o", out.as_posix()), ("rank", "base"))
-    modules = write_conversion(conversion, out, force=force, command=words)
-    output.answer(_facts(conversion, out, modules), _converted(conversion, out, modules), show)
-    for note in () if show.as_json else conversion.notes:
+    made = convert(initial, trained, out, rank=rank, base=base, force=force, command=words)
+    output.answer(_facts(made), _converted(made), show)
+    for note in () if show.as_json else made.notes:
         output.remark(f"note: {note}", quiet=show.quiet)
 
 
-def _facts(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -> dict[str, object]:
-    from geoscope.verbs.adapters.convert import discarded_share
-
-    config = conversion.config
+def _facts(made: Converted) -> dict[str, object]:
+    config = made.config
     return {
-        "out": str(out),
+        "out": str(made.out),
         "rank": config["r"],
         "lora_alpha": config["lora_alpha"],
         "base": config["base_model_name_or_path"],
-        "discarded": discarded_share(modules),
-        "modules": [{**asdict(module), "share": module.share} for module in modules],
-        "notes": list(conversion.notes),
+        "discarded": made.discarded,
+        "modules": [{**asdict(module), "share": module.share} for module in made.modules],
+        "notes": list(made.notes),
     }
 
 
-def _converted(conversion: Conversion, out: Path, modules: Sequence[ModuleEnergy]) -> TextAnswer:
+def _converted(made: Converted) -> TextAnswer:
     """What was written, and what its rank leaves out of the update."""
     from geoscope.report.numbers import number
-    from geoscope.verbs.adapters.convert import discarded_share
 
-    config = conversion.config
+    config = made.config
     what = f"PLAIN LORA OF RANK {config['r']}"
     lines = [
         f"lora_alpha  {config['lora_alpha']:g}",
         f"base        {config['base_model_name_or_path']}",
     ]
-    title = f"Adapter converted: {out}"
-    if not modules:
+    title = f"Adapter converted: {made.out}"
+    if not made.modules:
         return TextAnswer(title, f"{what}: exact.", lines)
-    worst = max(modules, key=lambda module: module.share)
+    worst = max(made.modules, key=lambda module: module.share)
     lines.append(f"worst       {number(worst.share)} left out of {worst.name}")
-    discarded = number(discarded_share(modules))
+    discarded = number(made.discarded)
     return TextAnswer(title, f"{what}: {discarded} of the update's energy is left out.", lines)

@@ -20,7 +20,7 @@ from geoscope.errors import OptionError
 from geoscope.verbs.series.options import FollowOptions
 
 if TYPE_CHECKING:
-    from geoscope.verbs.series.extrapolate import Extrapolation
+    from geoscope.verbs.series.extrapolation import Extrapolation
 
 __all__ = ["extrapolate", "trajectory"]
 
@@ -109,8 +109,8 @@ def extrapolate(
     with resumable(options), output.matrices(quiet=show.quiet) as progress:
         predicted = run(
             points,
-            out,
             target,
+            out,
             method=method,
             options=options,
             extend=opt.read_numbers(extend),

@@ -38,8 +38,9 @@ class Source(Protocol):
         """The file, opened; it is fetched first when it is not here yet."""
         ...
 
-    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
-        """Name → file of the configuration and tokenizer beside the weights, and remarks."""
+    def travelling(self) -> tuple[Mapping[str, Path | bytes], tuple[str, ...]]:
+        """Name → file, or its bytes, of the configuration and tokenizer beside the weights, and
+        remarks."""
         ...
 
 
@@ -66,6 +67,9 @@ class Checkpoint:
     quantised: Mapping[str, Quantised] = field(default_factory=dict[str, Quantised], repr=False)
     uncompared: tuple[tuple[TensorInfo, str], ...] = ()
     renamed: tuple[Rename, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<geoscope.{type(self).__name__} {self.ref.given}: {len(self.tensors)} tensors>"
 
     @property
     def tied(self) -> tuple[str, ...]:

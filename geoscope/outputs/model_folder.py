@@ -20,7 +20,7 @@ from geoscope.formats.readers import SAFETENSORS
 from geoscope.formats.safetensors_file import SafetensorsFile
 from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
 from geoscope.models.checkpoint import Checkpoint
-from geoscope.outputs.output_folder import OutputFolder
+from geoscope.outputs.output import Output
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _notes(sources: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def write_model(
-    out: OutputFolder,
+    out: Output,
     folder: str,
     checkpoint: Checkpoint,
     plan: ModelPlan,

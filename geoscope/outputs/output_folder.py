@@ -169,8 +169,11 @@ class OutputFolder:
         else:
             self._replace(name, data)
 
-    def copy(self, name: str, source: Path) -> None:
-        """A small file, byte for byte."""
+    def copy(self, name: str, source: Path | bytes) -> None:
+        """A small file, byte for byte; of a model in memory its bytes."""
+        if isinstance(source, bytes):
+            self.write(name, source)
+            return
         try:
             if _rank(name):
                 self.write(name, source.read_bytes())

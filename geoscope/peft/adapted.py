@@ -50,7 +50,7 @@ class Change:
         return self.module is not None and self.module.kind == "factors" and self.replaced is None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AdaptedCheckpoint(Checkpoint):
     """A base with an adapter over it.
 

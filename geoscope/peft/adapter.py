@@ -49,7 +49,7 @@ from geoscope.records import ModelRef, TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "adapter_of", "read_adapter"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "adapter_of", "read_adapter", "with_recorded_start"]
 
 # peft_type → its modules, from the config and the header. Another type is one more line.
 _Modules = Callable[[Mapping[str, Any], Mapping[str, TensorInfo], str], Mapping[str, AdapterModule]]
@@ -101,6 +101,10 @@ class Adapter:
     at: str | None = None
     commit: str | None = None
     beside: str | None = None
+
+    def __repr__(self) -> str:
+        kind = self.config["peft_type"]
+        return f"<geoscope.Adapter {self.given}: {kind}, {len(self.modules)} modules>"
 
     @property
     def resolved(self) -> str:
@@ -280,9 +284,7 @@ def read_adapter(folder: Path, given: str | None = None, *, alpha: float | None 
         raise CheckpointNotFound(f"{given}: no such folder; give the folder of an adapter")
     config = read_config(folder, given, _TYPES)
     container = open_adapter_file(folder, given)
-    adapter = adapter_of(given, folder.resolve(), config, container, alpha=alpha)
-    recorded = _recorded_start(folder, config.get("base_model_name_or_path"))
-    return replace(adapter, initial=adapter.initial or recorded)
+    return with_recorded_start(adapter_of(given, folder.resolve(), config, container, alpha=alpha))
 
 
 def adapter_of(
@@ -356,12 +358,16 @@ def base_folder(adapter: Path | None, base: Any) -> Path | None:
     return None
 
 
-def _recorded_start(folder: Path, base: Any) -> str | None:
+def with_recorded_start(adapter: Adapter) -> Adapter:
+    """The same with what our commands wrote of its start, where its config says nothing."""
+    return adapter if adapter.initial else replace(adapter, initial=_recorded_start(adapter))
+
+
+def _recorded_start(adapter: Adapter) -> str | None:
     """Why the product is not zero before training, by what our commands wrote; None where it is."""
-    layout = adapter_folder(folder).layout
-    if layout in ("residual", "anchor"):
-        return f"its layout is {layout}"
-    named = base_folder(folder, base)
+    if adapter.layout in ("residual", "anchor"):
+        return f"its layout is {adapter.layout}"
+    named = adapter.base_folder
     if named is not None and record_beside(str(named)).get("layout") == "residual":
-        return f"its base {base} is a rewritten one"
+        return f"its base {adapter.base} is a rewritten one"
     return None

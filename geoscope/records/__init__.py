@@ -10,6 +10,7 @@ from geoscope.records.report import SCHEMA, Coverage, Provenance, Report, report
 from geoscope.records.survey import Survey
 from geoscope.records.tensors import (
     CODES,
+    IN_MEMORY,
     NOT_READ,
     ModelRef,
     Pairing,
@@ -23,6 +24,7 @@ from geoscope.records.tensors import (
 
 __all__ = [
     "CODES",
+    "IN_MEMORY",
     "NOT_READ",
     "SCHEMA",
     "Collected",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from geoscope.digits import number
 
 __all__ = [
+    "UNNAMED",
     "AdapterCard",
     "ConversionCard",
     "adapter_card",
@@ -21,6 +22,8 @@ __all__ = [
     "layout_words",
 ]
 
+# In place of the reference of a base that is in memory and has none.
+UNNAMED = "(the base, in memory)"
 _LAYOUTS = {
     "residual": "a rewritten base (`residual/`) and an adapter (`adapter/`) that belong together",
     "mirror": "one adapter of twice the rank on the untouched base, whose product is zero at the "

@@ -10,6 +10,7 @@ from geoscope.records.codec import not_in_json
 
 __all__ = [
     "CODES",
+    "IN_MEMORY",
     "NOT_READ",
     "ModelRef",
     "Pairing",
@@ -23,6 +24,8 @@ __all__ = [
 
 # In place of the storage dtype of a model that is named and not looked at.
 NOT_READ = "(base not read)"
+# Head of what is resolved to tensors of this process.
+IN_MEMORY = "in memory: "
 
 # Storage as codes, which are read with their scales as fp32.
 CODES = frozenset({"float8_e4m3fn", "mxfp4", "nf4", "fp4"})
@@ -142,6 +145,11 @@ class ModelRef:
     def not_read(cls, name: str | None) -> ModelRef:
         """A base that an adapter names, if it does, and that is not looked at."""
         return cls(name or NOT_READ, NOT_READ, None, NOT_READ)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it is of tensors in the caller's process."""
+        return self.resolved.startswith(IN_MEMORY)
 
     @property
     def tail(self) -> str:

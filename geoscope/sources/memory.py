@@ -1,6 +1,6 @@
 """What are tensors and modules of this process, to the rest? Checkpoints whose source is memory.
 
-    Mapping[str, Tensor]      a state dict
+    Mapping[str, Tensor]      a state dict; of an adapter with its configuration
     nn.Module                 its state dict, with the config of transformers where it has one
     PeftModel                 the base and the active adapter, apart
 
@@ -11,12 +11,12 @@ are refused with the way out.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +28,23 @@ from geoscope.formats.container import FileHeader, byte_view
 from geoscope.formats.disk import Room
 from geoscope.formats.pickle_file import shared_storage
 from geoscope.models.checkpoint import Checkpoint
-from geoscope.models.opening import NO_CONFIG, Identity, assemble
-from geoscope.peft.adapter import Adapter, adapter_of
-from geoscope.records import TensorInfo
+from geoscope.models.opening import CONFIG, NO_CONFIG, Identity, assemble
+from geoscope.peft.adapter import Adapter, adapter_of, with_recorded_start
+from geoscope.records import IN_MEMORY, TensorInfo
 
-__all__ = ["LiveAdapter", "Model", "Opened", "as_model_or_reference", "as_models_or_references"]
+__all__ = [
+    "LiveAdapter",
+    "Model",
+    "Opened",
+    "adapter_of_tensors",
+    "as_adapter_or_reference",
+    "as_model_or_reference",
+    "as_models_or_references",
+    "model_of_tensors",
+]
 
-_FILE = "memory"
+# As if it were the one file of a model.
+_FILE = "model.safetensors"
 # Modules that hold the model in an attribute: DDP and DeepSpeed, torch.compile.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -61,8 +71,12 @@ class LiveAdapter:
     adapter: Adapter
 
 
-Model = str | os.PathLike[str] | Checkpoint | LiveAdapter | Mapping[str, Tensor] | nn.Module
-Opened = str | Checkpoint | LiveAdapter
+Model = (
+    str | os.PathLike[str] | Checkpoint | Adapter | LiveAdapter | Mapping[str, Tensor] | nn.Module
+)
+Opened = str | Checkpoint | Adapter | LiveAdapter
+# What is open already, whatever it is.
+_OPEN = (Checkpoint, Adapter, LiveAdapter)
 
 
 def as_model_or_reference(model: Model, name: str, label: str | None = None) -> Opened:
@@ -71,19 +85,18 @@ def as_model_or_reference(model: Model, name: str, label: str | None = None) -> 
     name: of the parameter. label: how messages and reports name tensors and modules, by default
     the parameter. Raises OptionError, or UnsupportedFormat for weights that are not all here.
     """
-    if isinstance(model, (Checkpoint, LiveAdapter)):
+    if isinstance(model, _OPEN):
         return model
     if isinstance(model, nn.Module):
         return _of_module(model, label or name)
     if isinstance(model, Mapping):
-        given = f"{label or name} (state dict)"
-        return _checkpoint(_Tensors.of(_whole(model, given)), given, {})
+        return model_of_tensors(model, label or name)
     return path_text(model, name)
 
 
 def as_models_or_references(models: Any, name: str) -> tuple[Opened, ...]:
     """One model or several, each with its number where there are several."""
-    if isinstance(models, (str, os.PathLike, Checkpoint, LiveAdapter, Mapping, nn.Module)):
+    if isinstance(models, (str, os.PathLike, *_OPEN, Mapping, nn.Module)):
         return (as_model_or_reference(models, name),)
     if isinstance(models, (bytes, bytearray)) or not hasattr(models, "__iter__"):
         raise OptionError(f"`{name}` {models!r}: paths or models are needed, one or several")
@@ -92,6 +105,68 @@ def as_models_or_references(models: Any, name: str) -> tuple[Opened, ...]:
     return tuple(
         as_model_or_reference(one, name, label) for one, label in zip(every, numbered, strict=True)
     )
+
+
+def model_of_tensors(
+    tensors: Mapping[str, Tensor], label: str, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """A state dict as an open checkpoint. config: config.json, as far as it is known.
+
+    Raises OptionError or UnsupportedFormat.
+    """
+    given = f"{label} (state dict)"
+    return _checkpoint(_Tensors.of(_whole(tensors, given)), given, config or {})
+
+
+def as_adapter_or_reference(adapter: Any, name: str) -> str | Adapter:
+    """An adapter as options hold it: a reference as its text, anything else opened.
+
+    name: of the parameter. Raises OptionError for what is no adapter.
+    """
+    found = adapter if isinstance(adapter, Mapping) else as_model_or_reference(adapter, name)
+    if isinstance(found, LiveAdapter):
+        return found.adapter
+    if isinstance(found, (str, Adapter)):
+        return found
+    raise OptionError(
+        f"`{name}`: an adapter is needed: its path, a PEFT model, or open_adapter(state, config) "
+        "of a state dict and its configuration"
+    )
+
+
+def adapter_of_tensors(
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    *,
+    label: str = "adapter",
+    alpha: float | None = None,
+) -> Adapter:
+    """An adapter of this process: its state dict, under the names that PEFT saves it with.
+
+    config: the content of adapter_config.json, or a configuration of PEFT. alpha: in place of its
+    lora_alpha. Raises OptionError for what is neither, and as `read_adapter` does.
+    """
+    table = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(table, Mapping):
+        raise OptionError(
+            f"config {type(config).__name__}: an adapter needs its configuration, the content of "
+            "adapter_config.json or a configuration of PEFT"
+        )
+    given = f"{label} (state dict)"
+    plain = {key: _plain(value) for key, value in table.items()}
+    adapter = _opened_adapter(_whole(tensors, given), plain, given, alpha=alpha)
+    return with_recorded_start(adapter)
+
+
+def _opened_adapter(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    given: str,
+    *,
+    alpha: float | None = None,
+) -> Adapter:
+    adapter = adapter_of(given, None, config, _Tensors.of(tensors), alpha=alpha)
+    return replace(adapter, at=IN_MEMORY + given)
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -130,6 +205,7 @@ class _Memory:
     """The source of a checkpoint in memory."""
 
     container: _Tensors
+    config: Mapping[str, Any]
 
     def room(self, wanted: Mapping[str, Collection[str]]) -> Room:
         return {}
@@ -140,8 +216,11 @@ class _Memory:
     def open(self, file: str) -> _Tensors:
         return self.container
 
-    def travelling(self) -> tuple[dict[str, Path], tuple[str, ...]]:
-        return {}, ()
+    def travelling(self) -> tuple[Mapping[str, bytes], tuple[str, ...]]:
+        if not self.config:
+            return {}, ("the model is in memory: put its config.json and tokenizer beside it",)
+        text = json.dumps(self.config, indent=2, sort_keys=True, default=str) + "\n"
+        return {CONFIG: text.encode()}, ("the model is in memory: put its tokenizer beside it",)
 
 
 def _info(name: str, tensor: Tensor) -> TensorInfo:
@@ -152,8 +231,10 @@ def _info(name: str, tensor: Tensor) -> TensorInfo:
 
 def _checkpoint(container: _Tensors, given: str, config: Mapping[str, Any]) -> Checkpoint:
     notes = () if config else (NO_CONFIG,)
-    identity = Identity(given, f"in memory: {given}")
-    return assemble(identity, _Memory(container), config, {_FILE: container.header}, {}, notes)
+    identity = Identity(given, IN_MEMORY + given)
+    return assemble(
+        identity, _Memory(container, config), config, {_FILE: container.header}, {}, notes
+    )
 
 
 def _whole(tensors: Mapping[str, Any], given: str) -> dict[str, Tensor]:
@@ -288,9 +369,7 @@ def _adapter(module: Any, given: str) -> Adapter:
     config = {key: _plain(value) for key, value in module.peft_config[names[0]].to_dict().items()}
     # Embeddings that were saved beside an adapter are those of the base, which is here.
     tensors = get_peft_model_state_dict(module, adapter_name=names[0], save_embedding_layers=False)
-    container = _Tensors.of(_whole(tensors, given))
-    adapter = adapter_of(given, None, config, container)
-    return replace(adapter, at=f"in memory: {given}")
+    return _opened_adapter(_whole(tensors, given), config, given)
 
 
 def _plain(value: Any) -> Any:

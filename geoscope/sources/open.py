@@ -8,8 +8,11 @@ adapter = open_adapter("runs/adapter")            an adapter, before a model in 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from geoscope.arguments import path_text
 from geoscope.errors import OptionError
 from geoscope.formats.layout import Layout, file_names, is_index, shard_count
 from geoscope.formats.readers import open_container
@@ -20,9 +23,13 @@ from geoscope.peft.adapter import Adapter, read_adapter
 from geoscope.sources.hub.progress import OnDownload
 from geoscope.sources.local_folder import LocalFolder
 from geoscope.sources.locate import Location, locate
+from geoscope.sources.memory import adapter_of_tensors
 from geoscope.sources.reference import parse_reference
 from geoscope.sources.shard_folder import open_shard_base, open_shards
 from geoscope.sources.signs import Kind, holds_shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "base_in_shards",
@@ -30,6 +37,7 @@ __all__ = [
     "open_checkpoint",
     "open_location",
     "open_model_or_adapter",
+    "refuse_alpha",
 ]
 
 _NO_CONFIG = (
@@ -64,17 +72,27 @@ def open_model_or_adapter(
 
 
 def open_adapter(
-    reference: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | Adapter | Mapping[str, Tensor],
+    config: Any = None,
     *,
     alpha: float | None = None,
     on_progress: OnDownload | None = None,
 ) -> Adapter:
     """The adapter that `reference` names, from its config and header; no factors are read.
 
+    reference: as of `open_checkpoint`; or a state dict with its `config`, the content of
+    adapter_config.json or a configuration of PEFT; or what is open already.
     alpha: in place of the config's `lora_alpha`, which some tools write as 0.
     Raises OptionError for a model, and as `open_checkpoint` does.
+
+    >>> start = open_adapter(get_peft_model_state_dict(model), config)  # doctest: +SKIP
     """
-    parsed = parse_reference(os.fspath(reference))
+    if isinstance(reference, Mapping):
+        return adapter_of_tensors(reference, config, alpha=alpha)
+    if isinstance(reference, Adapter):
+        refuse_alpha(reference, alpha)
+        return reference
+    parsed = parse_reference(path_text(reference, "reference"))
     location = locate(parsed, adapter_first=True, on_progress=on_progress)
     if location.kind is None:
         return _adapter(location, alpha)  # says what is wrong
@@ -84,6 +102,15 @@ def open_adapter(
             f"{location.given}: a model and not an adapter; give the folder of an adapter"
         )
     return opened
+
+
+def refuse_alpha(adapter: Adapter, alpha: float | None) -> None:
+    """Raises OptionError for an alpha of what is open already."""
+    if alpha is not None:
+        raise OptionError(
+            f"`lora_alpha` {alpha:g}: the configuration of {adapter.given} is in memory; set it "
+            "there"
+        )
 
 
 def open_location(

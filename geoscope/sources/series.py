@@ -151,7 +151,7 @@ def open_series(
 
 
 def series_in_memory(
-    models: Sequence[Checkpoint | LiveAdapter], steps: Sequence[int] | None
+    models: Sequence[Checkpoint | Adapter | LiveAdapter], steps: Sequence[int] | None
 ) -> Series:
     """The series of models that are open, or in memory; each has its step by hand.
 
@@ -171,9 +171,9 @@ def series_in_memory(
     return Series(tuple(points))
 
 
-def _point_in_memory(model: Checkpoint | LiveAdapter, step: int) -> SeriesPoint:
-    if isinstance(model, LiveAdapter):
-        adapter = model.adapter
+def _point_in_memory(model: Checkpoint | Adapter | LiveAdapter, step: int) -> SeriesPoint:
+    if not isinstance(model, Checkpoint):
+        adapter = model.adapter if isinstance(model, LiveAdapter) else model
         return SeriesPoint(int(step), adapter.given, "in memory", "adapter", adapter=adapter)
     return SeriesPoint(int(step), model.ref.given, "in memory", "model", checkpoint=model)
 

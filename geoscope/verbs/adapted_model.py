@@ -22,7 +22,7 @@ __all__ = ["adapted", "adapter_notes", "started_from"]
 
 
 def started_from(
-    adapter: Adapter, given: str | None, *, alpha: float | None = None
+    adapter: Adapter, given: str | Adapter | None, *, alpha: float | None = None
 ) -> Adapter | None:
     """The adapter before training, where the product was not zero then.
 

@@ -6,14 +6,17 @@ Loads no torch: the command line makes its options from these fields, and help m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from geoscope.arguments import path_of, path_text, size, texts
+from geoscope.arguments import path_of, path_text, scalar, size, texts
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection, chosen_layers
+
+if TYPE_CHECKING:
+    from geoscope.peft.adapter import Adapter
 
 __all__ = ["Compute", "Memory", "Nodes", "Rename", "Resume", "Select", "Start", "chosen", "form"]
 
@@ -27,12 +30,20 @@ def form(rule: Callable[[Any, str], Any]) -> dict[str, Any]:
     return {"form": rule}
 
 
+def _plain(annotation: Any) -> Callable[[Any, str], Any] | None:
+    """The rule of a field that holds a number, a text or a switch; None for any other."""
+    kind = str(annotation).removesuffix(" | None")
+    if kind not in ("bool", "int", "float", "str"):
+        return None
+    return lambda value, name: scalar(value, name, kind)
+
+
 class _Choices:
     """Puts every field in its one form when an object is made. Raises OptionError."""
 
     def __post_init__(self) -> None:
         for each in fields(self):  # pyright: ignore[reportArgumentType]
-            value, rule = getattr(self, each.name), each.metadata.get("form")
+            value, rule = getattr(self, each.name), each.metadata.get("form") or _plain(each.type)
             if rule is not None and not (value is None and each.default is None):
                 object.__setattr__(self, each.name, rule(value, each.name))
 
@@ -51,6 +62,8 @@ def chosen(kind: type[Chosen], options: Chosen | None, named: Mapping[str, Any])
             near = get_close_matches(name, known, 1)
             hint = f"; is {near[0]} meant?" if near else f"; they are {', '.join(known)}"
             raise OptionError(f"{name!r} is not an option of this function{hint}")
+    if not isinstance(options, kind | None):
+        raise OptionError(f"`options` {type(options).__name__}: {kind.__name__} is needed")
     made = kind() if options is None else options
     return replace(made, **named)  # pyright: ignore[reportArgumentType]
 
@@ -59,7 +72,8 @@ def _rules(value: Any, _name: str) -> Sequence[str]:
     return NameMap(value or ()).given
 
 
-def _workers(value: int, name: str) -> int:
+def _workers(value: Any, name: str) -> int:
+    value = scalar(value, name, "int")
     if value < 1:
         raise OptionError(f"`{name}` {value}: at least one worker is needed")
     if value > _MOST_WORKERS:
@@ -94,16 +108,31 @@ class Rename(_Choices):
     map_name: Sequence[str] = field(default=(), metadata=form(_rules))
 
 
+def _adapter(value: Any, name: str) -> str | Adapter:
+    if not hasattr(value, "modules") and not isinstance(value, Mapping):  # nor is it of torch
+        return path_text(value, name)
+    from geoscope.sources.memory import as_adapter_or_reference
+
+    return as_adapter_or_reference(value, name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start(_Choices):
     """Where adapters started.
 
-    initial_adapter: the adapter before training, where that does not start at zero.
+    initial_adapter: the adapter before training, where that does not start at zero; a path, a PEFT
+    model, or what `open_adapter` made of a state dict.
     lora_alpha: in place of the one in adapter_config.json.
     """
 
-    initial_adapter: str | None = field(default=None, metadata=form(path_text))
+    initial_adapter: str | Adapter | None = field(default=None, metadata=form(_adapter))
     lora_alpha: float | None = None
+
+    @property
+    def start_name(self) -> str | None:
+        """What reports call the initial adapter."""
+        start = self.initial_adapter
+        return start if start is None or isinstance(start, str) else start.given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +184,11 @@ class Nodes(Compute):
     @property
     def deciding(self) -> dict[str, Any]:
         """Options that decide the numbers, and not how fast they come, as JSON has them."""
-        every = {name: value for name, value in asdict(self).items() if name not in _LOCAL}
-        return {name: _listed(value) for name, value in every.items()}
+        named = [each.name for each in fields(self) if each.name not in _LOCAL]
+        every = {name: _listed(getattr(self, name)) for name in named}
+        if isinstance(self, Start):
+            every["initial_adapter"] = self.start_name
+        return every
 
 
 def _listed(value: Any) -> Any:

@@ -16,7 +16,12 @@ from geoscope.peft.adapter import Adapter
 from geoscope.peft.folder import record_beside
 from geoscope.sources.hub.progress import OnDownload
 from geoscope.sources.memory import LiveAdapter, Opened
-from geoscope.sources.open import base_in_shards, open_adapter, open_model_or_adapter
+from geoscope.sources.open import (
+    base_in_shards,
+    open_adapter,
+    open_model_or_adapter,
+    refuse_alpha,
+)
 from geoscope.sources.reference import base_and_adapter
 from geoscope.verbs.adapted_model import adapted, started_from
 
@@ -34,7 +39,7 @@ __all__ = [
 def open_model(
     reference: Opened,
     *,
-    initial: str | None = None,
+    initial: str | Adapter | None = None,
     alpha: float | None = None,
     names: NameMap = NameMap(),  # noqa: B008 - frozen
     on_progress: OnDownload | None = None,
@@ -46,14 +51,14 @@ def open_model(
     if isinstance(reference, Checkpoint):
         return reference
     if isinstance(reference, LiveAdapter):
-        _refuse_alpha(reference, alpha)
+        refuse_alpha(reference.adapter, alpha)
         return _over_own(reference, names)
-    pair = base_and_adapter(reference)
+    pair = base_and_adapter(reference) if isinstance(reference, str) else None
     if pair is not None:
         base = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
         return _as_model(_over(base, adapter, initial, alpha, names), reference)
-    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    found = _model_or_adapter(reference, alpha, on_progress)
     if isinstance(found, Checkpoint):
         return found
     whole = _over(_base_of(found, on_progress), found, initial, alpha, names)
@@ -64,7 +69,7 @@ def open_tuned(
     reference: Opened,
     base: Checkpoint,
     *,
-    initial: str | None = None,
+    initial: str | Adapter | None = None,
     alpha: float | None = None,
     names: NameMap = NameMap(),  # noqa: B008 - frozen
     on_progress: OnDownload | None = None,
@@ -78,16 +83,16 @@ def open_tuned(
     if isinstance(reference, Checkpoint):
         return reference
     if isinstance(reference, LiveAdapter):
-        _refuse_alpha(reference, alpha)
+        refuse_alpha(reference.adapter, alpha)
         return _live(reference, base, initial, names)
-    pair = base_and_adapter(reference)
+    pair = base_and_adapter(reference) if isinstance(reference, str) else None
     if pair is not None:
         own = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
         over_base = _over(base if same else own, adapter, initial, alpha, names)
         return _as_model(over_base, reference)
-    found = open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
+    found = _model_or_adapter(reference, alpha, on_progress)
     if isinstance(found, Checkpoint):
         return found
     if isinstance(base, AdaptedCheckpoint) and _are_siblings(base.adapter, found):
@@ -95,16 +100,17 @@ def open_tuned(
     return _over(base, found, initial, alpha, names)
 
 
-def _refuse_alpha(live: LiveAdapter, alpha: float | None) -> None:
-    if alpha is not None:
-        raise OptionError(
-            f"`lora_alpha` {alpha:g}: the configuration of {live.adapter.given} is in memory; set "
-            "it there"
-        )
+def _model_or_adapter(
+    reference: str | Adapter, alpha: float | None, on_progress: OnDownload | None
+) -> Checkpoint | Adapter:
+    if isinstance(reference, Adapter):
+        refuse_alpha(reference, alpha)
+        return reference
+    return open_model_or_adapter(reference, alpha=alpha, on_progress=on_progress)
 
 
 def _live(
-    live: LiveAdapter, base: Checkpoint, initial: str | None, names: NameMap
+    live: LiveAdapter, base: Checkpoint, initial: str | Adapter | None, names: NameMap
 ) -> AdaptedCheckpoint:
     """Over the base that is given where this has the weights of its own; else over its own."""
     own = _over_own(live, names)
@@ -217,7 +223,7 @@ def over(checkpoint: AdaptedCheckpoint, base: Checkpoint) -> AdaptedCheckpoint:
 def _over(
     base: Checkpoint,
     adapter: Adapter,
-    initial: str | None,
+    initial: str | Adapter | None,
     alpha: float | None,
     names: NameMap,
 ) -> AdaptedCheckpoint:
@@ -238,11 +244,12 @@ def adapter_at(
     reference: Opened, *, alpha: float | None = None, on_progress: OnDownload | None = None
 ) -> Adapter:
     """The adapter that a reference names. Raises OptionError for a model, alone or below it."""
-    if isinstance(reference, LiveAdapter):
-        _refuse_alpha(reference, alpha)
-        return reference.adapter
     if isinstance(reference, Checkpoint):
         raise OptionError(f"{reference.ref.given}: a model and not an adapter; give its base, too")
+    if isinstance(reference, (Adapter, LiveAdapter)):
+        adapter = reference.adapter if isinstance(reference, LiveAdapter) else reference
+        refuse_alpha(adapter, alpha)
+        return adapter
     if (pair := base_and_adapter(reference)) is not None:
         raise OptionError(
             f"{reference}: base+adapter, where the adapter alone is meant; give {pair[1]}"

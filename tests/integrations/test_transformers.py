@@ -20,6 +20,7 @@ with warnings.catch_warnings():  # of packages that these import
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
+    from geoscope.integrations import loggers
     from geoscope.integrations import transformers as module
     from geoscope.integrations.transformers import GeoscopeCallback
 
@@ -79,6 +80,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
+def saves(run: Path) -> set[str]:
+    return {path.name for path in run.glob("checkpoint-*")}
+
+
 def test_an_adapter_has_the_numbers_of_its_saved_checkpoints(
     tmp_path: Path, recorder: Recorder
 ) -> None:
@@ -109,10 +114,11 @@ def test_it_measures_every_n_steps_without_a_save(tmp_path: Path, recorder: Reco
 def test_checkpoints_that_are_rotated_are_measured_all_the_same(
     tmp_path: Path, recorder: Recorder
 ) -> None:
-    model = adapted(llama(tmp_path / "base"))
-    train(model, tmp_path / "run", GeoscopeCallback(), save_total_limit=1)
-    assert sorted(recorder.logged) == [1, 2, 3, 4]
-    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    base = llama(tmp_path / "base")
+    plain = train(adapted(base), tmp_path / "plain", save_total_limit=2)
+    watched = train(adapted(base), tmp_path / "run", GeoscopeCallback(), save_total_limit=2)
+    assert same(plain, watched) and sorted(recorder.logged) == [1, 2, 3, 4]
+    assert saves(tmp_path / "run") == saves(tmp_path / "plain") == {"checkpoint-3", "checkpoint-4"}
 
 
 class Poison(transformers.TrainerCallback):
@@ -154,6 +160,27 @@ def test_a_full_disk_does_not_end_the_run(
     assert caplog.text.count("No space left on device") == 1
 
 
+def test_a_disk_that_is_full_from_the_start_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unopened(Recorder):
+        def __init__(self, *_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", Unopened)
+    callback, state = GeoscopeCallback(), transformers.TrainerState(is_world_process_zero=True)
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    arguments.report_to = ["tensorboard"]
+    model: Any = adapted(llama(tmp_path / "base"))
+    with caplog.at_level(logging.WARNING, logger=module.__name__):
+        callback.on_train_begin(arguments, state, None, model=model)
+        for step in (1, 2):
+            state.global_step = step
+            callback.on_save(arguments, state, None, model=model)
+        callback.on_train_end(arguments, state, None, model=model)
+    assert caplog.text.count("No space left on device") == 1
+
+
 def test_what_cannot_be_measured_is_said_once(
     tmp_path: Path, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,6 +213,30 @@ def test_a_whole_model_is_measured_beside_the_run(tmp_path: Path, recorder: Reco
         report = geoscope.compare(base, tmp_path / "run" / f"checkpoint-{step}")
         assert values["geoscope/relative_update"] == report["relative_update"].value
     assert callback._watcher is not None and callback._watcher.process.poll() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["nan", "disk", "rotated"])
+def test_a_run_of_a_whole_model_ends_as_it_would(
+    tmp_path: Path, recorder: Recorder, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    base, run = llama(tmp_path / "base"), tmp_path / "run"
+    others = [Poison()] if trouble == "nan" else []
+    how: dict[str, Any] = {"max_steps": 3, "save_total_limit": 2 if trouble == "rotated" else None}
+    if trouble == "disk":
+        (run / "geoscope.jsonl").mkdir(parents=True)  # its own file cannot be written
+    plain = train(live(base), tmp_path / "plain", *others, **how)
+    callback = GeoscopeCallback(base=str(base), metrics=("relative_update",), seconds=60)
+    with caplog.at_level(logging.WARNING, logger=module.__name__):
+        watched = train(live(base), run, *others, callback, **how)
+    assert same(plain, watched) and saves(run) == saves(tmp_path / "plain")
+    assert callback._watcher is not None and callback._watcher.process.poll() is not None
+    values = [value for one in recorder.logged.values() for value in one.values()]
+    assert all(value == value for value in values)
+    if trouble == "disk":
+        assert recorder.logged == {} and "geoscope.jsonl" in caplog.text
+    else:
+        assert 3 in recorder.logged or trouble == "nan"
 
 
 def test_a_base_that_is_not_there_is_said(

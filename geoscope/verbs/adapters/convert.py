@@ -1,4 +1,4 @@
-"""`convert_adapter`: what training made of an initialised adapter, as a plain LoRA on the original.
+"""What training made of an initialised adapter, as a plain LoRA on the original.
 
 The initial and the trained adapter are read, checked to belong together, and combined module by
 module (`geoscope.adapters.conversion`). No model is opened; nothing is written here.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,25 +18,24 @@ from torch import Tensor
 from geoscope.adapters.conversion import compressed, concatenated, fused_experts
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.adapters.table import starts_on_base
-from geoscope.arguments import Place, path_text
+from geoscope.arguments import scalar
 from geoscope.engine import matrix_boundary
 from geoscope.errors import OptionError, PairingError, first_names
 from geoscope.foreign import exists, is_folder, local_path
 from geoscope.formats.safetensors_writer import FilePlan
 from geoscope.linalg import Product
-from geoscope.peft.adapter import Adapter, read_adapter
-from geoscope.peft.folder import (
-    CONVERTED,
-    AdapterFolder,
-    adapter_folder,
-    record_beside,
-)
+from geoscope.peft.adapter import Adapter
+from geoscope.peft.folder import CONVERTED, record_beside
 from geoscope.peft.lora import expert_parts, unstacked
 from geoscope.peft.module import AdapterModule
+from geoscope.sources.memory import Model, Opened, as_model_or_reference
 from geoscope.sources.reference import HubReference, parse_reference
+from geoscope.verbs.adapters.initialised import Initialised
+from geoscope.verbs.adapters.origin import AdapterOrigin, origin_of
 from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan, scaling_of_all
+from geoscope.verbs.models import open_model
 
-__all__ = ["Conversion", "ModuleEnergy", "convert_adapter", "discarded_share"]
+__all__ = ["Conversion", "ModuleEnergy", "conversion_of", "discarded_share"]
 
 # What a trained adapter has of a start that is not its own: nothing, and what chance gives.
 _NOTHING, _DEVIATIONS, _TELLING = 0.05, 3.0, 0.5
@@ -66,11 +66,11 @@ def discarded_share(modules: Sequence[ModuleEnergy]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """A plain LoRA on the original base, to be written. Made by `convert_adapter`.
+    """A plain LoRA on the original base, to be written. Made by `conversion_of`.
 
     config: adapter_config.json. plan: of adapter_model.safetensors; factors are fp32, tensors of
     `modules_to_save` as the trained adapter holds them. notes: one-line remarks for the user.
-    origin: what geoscope.json says of where it comes from.
+    origin: what geoscope.json says of where it comes from. inputs: folders that are read.
     """
 
     config: Mapping[str, Any]
@@ -81,6 +81,7 @@ class Conversion:
     initial: Adapter | None
     parts: Mapping[str, tuple[str, ...]]
     compress_to: int | None
+    inputs: tuple[Path, ...] = ()
 
     def write(self, put: Callable[[str, Tensor], None]) -> tuple[ModuleEnergy, ...]:
         """Hands every tensor to `put(name, tensor)` in the order of the plan, module by module.
@@ -171,40 +172,26 @@ def _fused(initial: Adapter, parts: tuple[str, ...], experts: int) -> tuple[Tens
     return torch.cat([B for B, _ in stacks]), torch.cat([A for _, A in stacks])
 
 
-def convert_adapter(
-    initial: Place,
-    trained: Place,
+def conversion_of(
+    initial: Model | Initialised,
+    trained: Model,
     *,
     rank: int | None = None,
-    base: Place | None = None,
+    base: Model | None = None,
     force: bool = False,
 ) -> Conversion:
-    """The trained adapter as a plain LoRA on the model it started from.
-
-    initial: the output folder of `init-adapter`, or an adapter folder saved before training.
-    trained: the adapter after training. rank: compress to it; the exact form has twice the rank.
-    base: reference of the original model, where neither folder tells it. force: also where the
-    trained adapter has nothing of the initial one.
-    Raises OptionError, PairingError (the two do not belong together) or CheckpointError.
-
-    >>> conversion = convert_adapter("OUT/", "checkpoint-500/")  # doctest: +SKIP
-    >>> conversion.config["r"]  # doctest: +SKIP
-    64
-    """
-    origin, last = (
-        adapter_folder(path_text(folder, name))
-        for folder, name in ((initial, "initial"), (trained, "trained"))
-    )
-    base = None if base is None else path_text(base, "base")
-    start = read_adapter(origin.adapter, origin.label)
-    end = read_adapter(last.adapter, last.label)
+    """The plan of a conversion, see `convert_adapter`."""
+    rank = None if rank is None else scalar(rank, "rank", "int")
+    origin, last = origin_of(initial, "initial"), origin_of(trained, "trained")
+    named = None if base is None else as_model_or_reference(base, "base")
+    start, end = origin.adapter, last.adapter
     for one in (start, end):
         one.refuse_more_than_plain("convert-adapter")
     parts = _matched(start, end)
     starts_at_zero = origin.layout == "mirror" or _plain_start(origin) is not None
     _refuse_rank(rank, end, starts_at_zero, origin)
     _refuse_original_as_base(origin, end)
-    reference, revision = _original(origin, start, end, starts_at_zero, base)
+    reference, revision = _original(origin, start, end, starts_at_zero, named)
     config = plain_config(end, rank, reference, revision)
     others = carried(end)
     made = Conversion(
@@ -216,6 +203,7 @@ def convert_adapter(
         initial=None if starts_at_zero else start,
         parts=parts,
         compress_to=rank,
+        inputs=tuple(one.folder.adapter for one in (origin, last) if one.folder is not None),
     )
     if not force:
         made.refuse_unrelated()
@@ -269,7 +257,7 @@ def _refuse_difference(
             )
 
 
-def _plain_start(origin: AdapterFolder) -> str | None:
+def _plain_start(origin: AdapterOrigin) -> str | None:
     """What an adapter began as that stands on the original base as it is; None for the others."""
     method = origin.record.get("method")
     if method == CONVERTED:
@@ -278,7 +266,7 @@ def _plain_start(origin: AdapterFolder) -> str | None:
 
 
 def _refuse_rank(
-    rank: int | None, end: Adapter, starts_at_zero: bool, origin: AdapterFolder
+    rank: int | None, end: Adapter, starts_at_zero: bool, origin: AdapterOrigin
 ) -> None:
     largest = max(module.rank for module in end.modules.values()) * (1 if starts_at_zero else 2)
     if rank is None and starts_at_zero:
@@ -296,7 +284,7 @@ def _refuse_rank(
         )
 
 
-def _refuse_original_as_base(origin: AdapterFolder, end: Adapter) -> None:
+def _refuse_original_as_base(origin: AdapterOrigin, end: Adapter) -> None:
     """A residual's adapter counts on the rewritten base; on the original W it was another model."""
     known = (origin.record.get("base") or {}).get("reference")
     if origin.layout == "residual" and known and end.base and _same_model(end.base, known):
@@ -345,13 +333,16 @@ def _is_unchanged(start: Adapter, end: Adapter, name: str, found: tuple[str, ...
 
 
 def _original(
-    origin: AdapterFolder,
+    origin: AdapterOrigin,
     start: Adapter,
     end: Adapter,
     starts_at_zero: bool,
-    base: str | None,
-) -> tuple[str, str | None]:
-    """Reference and revision of the model that the result is an adapter of."""
+    base: Opened | None,
+) -> tuple[str | None, str | None]:
+    """Reference and revision of the model that the result is an adapter of; None for one in
+    memory."""
+    if base is not None and not isinstance(base, str):
+        return _open_reference(base)
     if base is not None:
         parsed = parse_reference(base)
         if isinstance(parsed, HubReference) and not parsed.folder:
@@ -366,20 +357,32 @@ def _original(
         name = end.base or start.base
         if name is not None:
             return name, end.config.get("revision")
+    if origin.folder is None:
+        return None, None
     raise OptionError(
         f"{start.given} does not tell the original model ({end.base} may be the rewritten one), "
         "which the converted adapter names as its base; give it with `base`"
     )
 
 
+def _open_reference(base: Opened) -> tuple[str | None, str | None]:
+    """Of a model that is open its path or Hub id; None for one in memory."""
+    whole = open_model(base)
+    if whole.ref.is_in_memory:
+        return whole.config.get("_name_or_path") or None, None
+    if whole.ref.commit is None:
+        return whole.ref.resolved, None
+    return whole.ref.given.removeprefix("hf://").partition("@")[0], whole.ref.commit
+
+
 def _told(
-    origin: AdapterFolder, last: AdapterFolder, reference: str, revision: str | None
+    origin: AdapterOrigin, last: AdapterOrigin, reference: str | None, revision: str | None
 ) -> dict[str, Any]:
     """The part of geoscope.json that names the base and both adapters."""
     known = origin.record.get("base") or {}
     same = (known.get("reference"), known.get("commit")) == (reference, revision)
-    folders = {"initial": str(origin.adapter), "trained": str(last.adapter)}
-    base = {"reference": _whole(reference), "commit": revision}
+    folders = {"initial": origin.resolved, "trained": last.resolved}
+    base = {"reference": None if reference is None else _whole(reference), "commit": revision}
     return {"base": {**base, "sha256": known.get("sha256", {}) if same else {}}, "from": folders}
 
 

@@ -23,18 +23,21 @@ from geoscope.arguments import Place, bytes_of, path_of, path_text
 from geoscope.engine import one_blas_thread, resolve_devices, room_for_batches
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import CheckpointError, OptionError
-from geoscope.foreign import local_path
+from geoscope.foreign import exists, local_path
 from geoscope.formats.container import files_of
 from geoscope.formats.hashes import file_sha256
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.opening import storage_dtype
 from geoscope.models.writable import refuse_unwritable
 from geoscope.outputs.model_folder import ModelPlan, write_model
-from geoscope.outputs.output_folder import OutputFolder
+from geoscope.outputs.output import Output, output_of
+from geoscope.peft.adapter import Adapter
 from geoscope.peft.folder import RECORD_SCHEMA, refuse_as_base
-from geoscope.records import ModelRef, Report
-from geoscope.records.card import AdapterCard, adapter_card
+from geoscope.records import IN_MEMORY, ModelRef
+from geoscope.records.card import UNNAMED, AdapterCard, adapter_card
+from geoscope.sources.memory import LiveAdapter, Model, Opened, as_model_or_reference
 from geoscope.sources.open import open_checkpoint
+from geoscope.verbs.adapters.initialised import Initialised, parts_in_memory
 from geoscope.verbs.adapters.nodes import begin_on_nodes
 from geoscope.verbs.adapters.options import InitOptions
 from geoscope.verbs.adapters.output import (
@@ -49,22 +52,13 @@ from geoscope.verbs.adapters.starts import TRAINER, Made, Making, Start, compute
 from geoscope.verbs.adapters.targets import Target, Targets, choose_targets
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.fetching import fetch
+from geoscope.verbs.nodes import in_memory
 from geoscope.verbs.options import Progress
 
 __all__ = ["Initialised", "default_output", "initialise", "model_here"]
 
 # fp32 copies of the largest matrix that may be in memory in all where no bound is given.
 _COPIES_IN_ALL = 6
-
-
-@dataclass(frozen=True)
-class Initialised:
-    """The report, the folder, what its card tells, and the card's own file."""
-
-    report: Report
-    out: Path
-    card: AdapterCard
-    readme: Path
 
 
 def model_here() -> str:
@@ -87,8 +81,8 @@ def default_output(model: Place, options: InitOptions) -> Path:
 
 
 def initialise(
-    model: Place,
-    out: Place,
+    model: Model,
+    out: Place | None = None,
     options: InitOptions | None = None,
     *,
     command: Sequence[str] = (),
@@ -97,24 +91,29 @@ def initialise(
     on_start: Callable[[int], None] | None = None,
     **named: Any,
 ) -> Initialised:
-    """Writes the initial adapter of a model into the folder `out`, and reports on it.
+    """The initial adapter of a model, and a report on it.
 
-    model: folder or Hub id. command: the words to repeat it with, for the card. argv: those of
-    this call, for the report. on_start(matrices) is called once everything is checked. named:
+    model: folder or Hub id, open checkpoint, state dict or module. out: a folder to write; without
+    one the tensors stay in memory. command: the words to repeat it with, for the card. argv: those
+    of this call, for the report. on_start(matrices) is called once everything is checked. named:
     fields of `InitOptions`, in place of those in `options`. Raises GeoscopeError; then nothing
     loadable is left in `out`.
+
+    >>> made = initialise(model, method="pissa", rank=8)  # doctest: +SKIP
+    >>> set_peft_model_state_dict(peft_model, dict(made.tensors))  # doctest: +SKIP
     """
-    model, out = path_text(model, "model"), path_of(out, "out")
     options, progress = chosen(InitOptions, options, named), progress or Progress()
+    place = None if out is None else path_of(out, "out")
     started = time.perf_counter()
     device = resolve_devices("cpu" if options.ray is not None else options.device)[0]
-    refuse_as_base(model)
-    checkpoint = open_checkpoint(model, on_progress=progress.on_download)
+    checkpoint = _opened(as_model_or_reference(model, "model"), progress)
+    if options.ray is not None and checkpoint.ref.is_in_memory:
+        raise in_memory()
     refuse_unwritable(checkpoint, "init-adapter")
     targets = choose_targets(checkpoint, options)
     files = plan_files(checkpoint, targets, options)
-    folder = OutputFolder(
-        out,
+    folder = output_of(
+        place,
         files.sizes(len(targets.shapes) + len(targets.weights)),
         force=options.force,
         inputs=_inputs(checkpoint),
@@ -125,26 +124,45 @@ def initialise(
     fetch([(checkpoint, _read_names(checkpoint, files, targets))], progress)
     with ExitStack() as stack:
         output = stack.enter_context(folder)
-        spool = stack.enter_context(Spool(out, options.chosen_layout))
+        spool = stack.enter_context(Spool(place, options.chosen_layout))
         stack.enter_context(one_blas_thread())
         work = _Work(checkpoint, targets, files, options, spool, progress)
         used = work.write(output, device)
         kept = work.in_order()
         _tell_recalled(kept, progress)
         spool.write(output, files)
-        base, revision = _base_of(checkpoint, out, options)
-        write_configs(output, files, base, revision, targets, options)
-        notes = (*targets.notes, *files.notes, *_advice(options))
-        card = _card(checkpoint, out, options, kept, command, notes)
+        base, revision = _base_of(checkpoint, place, options)
+        config = write_configs(output, files, base, revision, targets, options)
+        notes = (*targets.notes, *(files.notes if place else ()), *_advice(options))
+        card = _card(checkpoint, place, options, kept, command, notes)
         output.write(files.card, adapter_card(card).encode())
-        write_record(output, _record(checkpoint, options, kept, work.hashes, card))
+        record = _record(checkpoint, options, kept, work.hashes, card)
+        write_record(output, record)
     report = adapter_report(
-        checkpoint.ref, _written(out, files), targets, options,
+        checkpoint.ref, _written(place, files), targets, options,
         {name: (one.factors, one.errors) for name, one in kept.items()},
         device=used, notes=notes, argv=tuple(argv),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
-    return Initialised(report, out, card, out / files.card)
+    parts = parts_in_memory(output)
+    return Initialised(report, card, config, record, place, place and place / files.card, **parts)
+
+
+def _opened(model: Opened, progress: Progress) -> Checkpoint:
+    """The whole model that an adapter is made for. Raises CheckpointError for any other."""
+    if isinstance(model, str):
+        refuse_as_base(model)
+        return open_checkpoint(model, on_progress=progress.on_download)
+    if isinstance(model, (Adapter, LiveAdapter)) or model.is_adapted:
+        given = model.adapter if isinstance(model, LiveAdapter) else model
+        label = given.given if isinstance(given, Adapter) else given.ref.given
+        raise CheckpointError(
+            f"{label}: has an adapter, but init-adapter needs a whole model; give its base, of a "
+            "PEFT model get_base_model() before it is wrapped"
+        )
+    if not model.ref.is_in_memory and model.ref.commit is None:
+        refuse_as_base(model.ref.resolved)
+    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +182,7 @@ class _Work:
     kept: dict[str, Start] = field(default_factory=dict[str, Start])
     hashes: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
 
-    def write(self, output: OutputFolder, device: torch.device) -> str:
+    def write(self, output: Output, device: torch.device) -> str:
         """Factors into the spool, and the rewritten base into the output; where it was computed."""
         options, used = self.options, str(device)
         cache = None if options.cache is None else ResultCache(options.cache)
@@ -197,7 +215,7 @@ class _Work:
         return zip(order, computed(making, order, workers=workers, room=room), strict=True)
 
     def _write_model(
-        self, output: OutputFolder, model: ModelPlan, starts: Iterator[tuple[Target, Made]]
+        self, output: Output, model: ModelPlan, starts: Iterator[tuple[Target, Made]]
     ) -> None:
         def replacement(name: str) -> Tensor | None:
             if name not in self.targets.weights:
@@ -265,16 +283,22 @@ def _advice(options: InitOptions) -> tuple[str, ...]:
     return () if advice is None else (advice,)
 
 
-def _base_of(checkpoint: Checkpoint, out: Path, options: InitOptions) -> tuple[str, str | None]:
-    """What the adapter is loaded on, and its revision."""
+def _base_of(
+    checkpoint: Checkpoint, out: Path | None, options: InitOptions
+) -> tuple[str | None, str | None]:
+    """What the adapter is loaded on, and its revision; None for a residual in memory."""
     if options.chosen_layout == "residual":
-        return str((out / "residual").resolve()), None
+        return None if out is None else str((out / "residual").resolve()), None
     return _reference(checkpoint), checkpoint.ref.commit
 
 
-def _reference(checkpoint: Checkpoint) -> str:
-    """The base for the files: a folder by its whole path, a Hub id without its revision."""
+def _reference(checkpoint: Checkpoint) -> str | None:
+    """The base for the files: a folder by its whole path, a Hub id without its revision; of a
+    model in memory the name that it was loaded by, None without one."""
     ref = checkpoint.ref
+    if ref.is_in_memory:
+        name = checkpoint.config.get("_name_or_path") or None
+        return str(local_path(name).resolve()) if name and exists(local_path(name)) else name
     if ref.commit is None:
         return str(local_path(ref.given).resolve())
     return ref.given.removeprefix("hf://").partition("@")[0]
@@ -282,15 +306,15 @@ def _reference(checkpoint: Checkpoint) -> str:
 
 def _card(
     checkpoint: Checkpoint,
-    out: Path,
+    out: Path | None,
     options: InitOptions,
     kept: Mapping[str, Start],
     command: Sequence[str],
     notes: tuple[str, ...],
 ) -> AdapterCard:
     return AdapterCard(
-        folder=out.as_posix(),
-        base=_reference(checkpoint),
+        folder=(out or Path()).as_posix(),
+        base=_reference(checkpoint) or UNNAMED,
         commit=checkpoint.ref.commit,
         method=options.method,
         layout=options.chosen_layout,
@@ -365,14 +389,17 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     return sorted({path for container in containers.values() for path in files_of(container)})
 
 
-def _written(out: Path, files: AdapterFiles) -> ModelRef:
+def _written(out: Path | None, files: AdapterFiles) -> ModelRef:
     """The output as a report names it: the rewritten base, or the adapter where there is none."""
     plans = [files.plan] if files.model is None else [*files.model.files.values()]
-    stored = [tensor for plan in plans for tensor in plan.tensors.values()]
-    return ModelRef(str(out), str(out.resolve()), None, storage_dtype(stored))
+    dtype = storage_dtype([tensor for plan in plans for tensor in plan.tensors.values()])
+    if out is None:
+        return ModelRef("adapter", f"{IN_MEMORY}adapter", None, dtype)
+    return ModelRef(str(out), str(out.resolve()), None, dtype)
 
 
 def _inputs(checkpoint: Checkpoint) -> list[Path]:
     """Local folders that hold the base: the output may not be one of them."""
-    given = local_path(checkpoint.ref.given)
-    return [given] if checkpoint.ref.commit is None and given.exists() else []
+    ref, given = checkpoint.ref, local_path(checkpoint.ref.given)
+    is_folder = ref.commit is None and not ref.is_in_memory and given.exists()
+    return [given] if is_folder else []

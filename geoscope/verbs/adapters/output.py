@@ -6,6 +6,7 @@ in a nameless file on the same disk; a model of any size then costs one matrix o
 
 from __future__ import annotations
 
+import io
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,33 +24,29 @@ from geoscope.adapters.layouts import paired
 from geoscope.adapters.peft_config import (
     adapter_config,
     config_bytes,
-    max_lora_rank,
-    vllm_findings,
 )
-from geoscope.adapters.peft_names import lora_keys, stack_experts, unstack_experts
+from geoscope.adapters.peft_names import stack_experts, unstack_experts
 from geoscope.files import SMALL, record_bytes, record_size
 from geoscope.formats.hashes import tensor_sha256
 from geoscope.formats.safetensors_writer import FilePlan, TensorPlan
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.outputs.model_folder import ModelPlan, plan_model
-from geoscope.outputs.output_folder import OutputFolder
+from geoscope.outputs.output import Output, file_size
 from geoscope.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from geoscope.peft.folder import CONVERTED, RECORD, RECORD_SCHEMA
-from geoscope.records.card import ConversionCard, conversion_card
-from geoscope.verbs.adapters.convert import Conversion, ModuleEnergy, discarded_share
+from geoscope.peft.folder import RECORD
 from geoscope.verbs.adapters.options import InitOptions
 from geoscope.verbs.adapters.targets import Target, Targets
 
 __all__ = [
+    "CARD",
     "AdapterFiles",
     "Spool",
     "plan_files",
     "write_configs",
-    "write_conversion",
     "write_record",
 ]
 
-_CARD = "README.md"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class AdapterFiles:
     folders: tuple[str, ...]
     plan: FilePlan
     model: ModelPlan | None
-    travelling: Mapping[str, Path]
+    travelling: Mapping[str, Path | bytes]
     notes: tuple[str, ...]
 
     def sizes(self, matrices: int) -> dict[str, int]:
@@ -73,7 +70,7 @@ class AdapterFiles:
         if self.model is not None:
             sizes |= {f"residual/{name}": size for name, size in self.model.sizes.items()}
             sizes |= {
-                f"residual/{name}": path.stat().st_size for name, path in self.travelling.items()
+                f"residual/{name}": file_size(source) for name, source in self.travelling.items()
             }
         return sizes
 
@@ -84,7 +81,7 @@ class AdapterFiles:
 
     @property
     def card(self) -> str:
-        return ("adapter/" if self.model is not None else "") + _CARD
+        return ("adapter/" if self.model is not None else "") + CARD
 
 
 def plan_files(checkpoint: Checkpoint, targets: Targets, options: InitOptions) -> AdapterFiles:
@@ -113,10 +110,14 @@ def plan_files(checkpoint: Checkpoint, targets: Targets, options: InitOptions) -
 
 
 class Spool:
-    """Factors on their way to the adapter files; use it in a `with` statement."""
+    """Factors on their way to the adapter files; use it in a `with` statement.
 
-    def __init__(self, folder: Path, layout: str) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)
+    folder: where they wait, in a nameless file; None for the memory.
+    """
+
+    def __init__(self, folder: Path | None, layout: str) -> None:
+        is_here = folder is None
+        self._file: BinaryIO = io.BytesIO() if is_here else tempfile.TemporaryFile(dir=folder)
         self._layout = layout
         self._reading = threading.Lock()
         self._places: dict[tuple[int, str], tuple[int, tuple[int, ...]]] = {}
@@ -158,7 +159,7 @@ class Spool:
             A, B = (self._read(0, key) for key in target.keys)
         return [(A, B)] if target.experts is None else unstack_experts(A, B, target.experts)
 
-    def write(self, out: OutputFolder, files: AdapterFiles) -> None:
+    def write(self, out: Output, files: AdapterFiles) -> None:
         """The weight file of every adapter."""
         for number, folder in enumerate(files.folders):
             with out.tensors(folder + ADAPTER_WEIGHTS, files.plan) as writer:
@@ -174,10 +175,10 @@ class Spool:
 
 
 def write_configs(
-    out: OutputFolder, files: AdapterFiles, base: str, revision: str | None, targets: Targets,
+    out: Output, files: AdapterFiles, base: str | None, revision: str | None, targets: Targets,
     options: InitOptions,
-) -> None:  # fmt: skip
-    """adapter_config.json of every adapter."""
+) -> dict[str, Any]:  # fmt: skip
+    """adapter_config.json, the same of every adapter."""
     config = adapter_config(
         base=base,
         revision=revision,
@@ -189,84 +190,9 @@ def write_configs(
     )
     for folder in files.folders:
         out.write(folder + ADAPTER_CONFIG, config_bytes(config))
+    return config
 
 
-def write_record(out: OutputFolder, record: Mapping[str, Any]) -> None:
+def write_record(out: Output, record: Mapping[str, Any]) -> None:
     """geoscope.json."""
     out.write(RECORD, record_bytes(record))
-
-
-def write_conversion(
-    conversion: Conversion,
-    out: Path,
-    *,
-    force: bool = False,
-    command: Sequence[str] = (),
-) -> tuple[ModuleEnergy, ...]:
-    """The converted adapter as a folder; what a compression leaves out of each module.
-
-    command: the words to repeat it with, for the card.
-    """
-    config = config_bytes(conversion.config)
-    modules = conversion.trained.modules
-    sizes = {
-        ADAPTER_WEIGHTS: conversion.plan.nbytes,
-        ADAPTER_CONFIG: len(config),
-        _CARD: SMALL,
-        RECORD: record_size(len(modules)),
-    }
-    inputs = [Path(one) for one in conversion.origin["from"].values()]
-    hashes: dict[str, str] = {}
-    with OutputFolder(out, sizes, force=force, inputs=inputs) as folder:
-        with folder.tensors(ADAPTER_WEIGHTS, conversion.plan) as writer:
-
-            def put(name: str, tensor: Tensor) -> None:
-                hashes[name] = tensor_sha256(tensor)
-                writer.write(name, tensor)
-
-            found = conversion.write(put)
-        card = _conversion_card(conversion, out, found, command)
-        folder.write(_CARD, conversion_card(card).encode())
-        write_record(folder, _conversion_record(conversion, hashes, card))
-        folder.write(ADAPTER_CONFIG, config)
-    return found
-
-
-def _conversion_card(
-    conversion: Conversion, out: Path, found: Sequence[ModuleEnergy], command: Sequence[str]
-) -> ConversionCard:
-    config, base = conversion.config, conversion.origin["base"]
-    return ConversionCard(
-        folder=out.as_posix(),
-        base=base["reference"],
-        commit=base["commit"],
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        served_rank=None if vllm_findings(config) else max_lora_rank(config["r"]),
-        discarded=discarded_share(found) if found else None,
-        command=" ".join(command) or "(called as a library)",
-        version=__version__,
-        notes=conversion.notes,
-    )
-
-
-def _conversion_record(
-    conversion: Conversion, hashes: Mapping[str, str], card: ConversionCard
-) -> dict[str, Any]:
-    """geoscope.json of a conversion: no layout, and where it comes from."""
-    matrices: dict[str, dict[str, str]] = {}
-    for name, one in conversion.trained.modules.items():
-        key_A, key_B = lora_keys(one.path)
-        matrices[name] = {"sha256_A": hashes[key_A], "sha256_B": hashes[key_B]}
-    return {
-        "schema": RECORD_SCHEMA,
-        "geoscope_version": __version__,
-        "method": CONVERTED,
-        "layout": None,
-        "rank": card.rank,
-        "alpha": card.alpha,
-        "discarded": card.discarded,
-        **conversion.origin,
-        "matrices": matrices,
-        "command": card.command,
-    }

@@ -31,7 +31,7 @@ def scaling_of_all(adapter: Adapter) -> float:
 
 
 def plain_config(
-    end: Adapter, rank: int | None, reference: str, revision: str | None
+    end: Adapter, rank: int | None, reference: str | None, revision: str | None
 ) -> dict[str, Any]:
     """adapter_config.json: the keys of a plain LoRA, sorted, none of our own."""
     was = end.config

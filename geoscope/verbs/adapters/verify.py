@@ -20,25 +20,18 @@ from geoscope.adapters.layouts import MIRROR_TOLERANCE, effective_error, largest
 from geoscope.adapters.peft_config import max_lora_rank, vllm_findings
 from geoscope.adapters.peft_names import module_paths
 from geoscope.adapters.table import starts_on_base
-from geoscope.arguments import Place, path_text
 from geoscope.engine import told_failure
 from geoscope.errors import OptionError, first_names
 from geoscope.formats.container import files_of
 from geoscope.formats.hashes import file_sha256, tensor_sha256
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.ungathered import refuse_ungathered
-from geoscope.peft.adapter import Adapter, read_adapter
-from geoscope.peft.folder import (
-    CONVERTED,
-    RECORD,
-    AdapterFolder,
-    adapter_folder,
-    original_of,
-    record_beside,
-)
+from geoscope.peft.adapter import Adapter
+from geoscope.peft.folder import CONVERTED, RECORD
 from geoscope.profile import stage
-from geoscope.sources.open import open_checkpoint
+from geoscope.sources.memory import Model, as_model_or_reference
 from geoscope.thresholds import LOSSY
+from geoscope.verbs.adapters.initialised import Initialised
 from geoscope.verbs.adapters.keys import (
     Check,
     keys_check,
@@ -49,6 +42,7 @@ from geoscope.verbs.adapters.keys import (
     tied_checks,
 )
 from geoscope.verbs.adapters.match import AdapterMatch, Piece
+from geoscope.verbs.adapters.origin import AdapterOrigin, origin_of, original_model
 from geoscope.verbs.adapters.peft_logits import LogitDifferences, logit_differences
 
 __all__ = ["Check", "Verification", "verify_adapter"]
@@ -70,17 +64,18 @@ class Verification:
 
 
 def verify_adapter(
-    folder: Place,
+    folder: Model | Initialised,
     *,
-    base: Place | None = None,
+    base: Model | None = None,
     allow_lossy: bool = False,
     with_peft: bool = False,
     on_module: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Every check that applies to the folder's layout.
 
-    folder: the output of `init-adapter`, or an adapter folder. base: reference of the original
-    model where neither geoscope.json nor the adapter's config tells it. allow_lossy: an error above
+    folder: the output of `init-adapter`, or an adapter folder; a PEFT model, what `open_adapter`
+    made of a state dict, or what `init_adapter` returned. base: the original model, of any form,
+    where neither geoscope.json nor the adapter's config tells it. allow_lossy: an error above
     1e-5 is told and is not a failure. with_peft: load it with transformers and PEFT, too.
     on_module(done, all) is called as matrices are read. Raises OptionError or CheckpointError where
     something cannot be read at all; what can be and is wrong is a check that is not ok.
@@ -88,18 +83,14 @@ def verify_adapter(
     >>> verify_adapter("OUT/").ok  # doctest: +SKIP
     True
     """
-    folder = path_text(folder, "folder")
-    base = None if base is None else path_text(base, "base")
-    origin = adapter_folder(folder)
-    adapter = read_adapter(origin.adapter, origin.label)
+    origin = origin_of(folder, "folder")
+    adapter = origin.adapter
     more = adapter.not_plain
     layout = _layout(origin, adapter) if more is None else origin.layout
-    reference = _reference(origin, adapter, layout, base)
-    original = open_checkpoint(reference)
+    named = None if base is None else as_model_or_reference(base, "base")
+    original = original_model(origin, layout, named)
     refuse_ungathered(original)
-    residual = None
-    if layout == "residual" and origin.residual is not None:
-        residual = open_checkpoint(str(origin.residual))
+    residual = origin.residual(original.config) if layout == "residual" else None
     live = module_paths(list(original.tensors), original.config)
     match = AdapterMatch.of(adapter, original, live.paths)
     tick = _Counter(len(match.pieces), on_module)
@@ -125,32 +116,32 @@ def verify_adapter(
     if layout == "mirror" or (more is None and starts_on_base(origin.record.get("method"))):
         checks.append(_product_check(match, original, tick))
     if layout == "anchor" and origin.anchor is not None:
-        checks.append(_anchor_check(adapter, read_adapter(origin.anchor, f"{folder}/anchor")))
+        checks.append(_anchor_check(adapter, origin.anchor))
     if origin.record and more is None:
         checks.append(_hashes_check(origin.record, match, original))
     if with_peft and checks[0].ok:
-        anchor = origin.anchor if layout == "anchor" else None
-        rewritten = origin.residual if layout == "residual" else None
-        found = logit_differences(original, origin.adapter, residual=rewritten, anchor=anchor)
+        found = _differences(origin, original, layout)
         checks += _peft_checks(found, layout, allow_lossy=allow_lossy)
     notes = (*live.notes, *renamed_notes(match))
-    return Verification(folder, layout, reference, tuple(checks), notes)
+    return Verification(origin.given, layout, original.ref.given, tuple(checks), notes)
 
 
-def _reference(
-    origin: AdapterFolder, adapter: Adapter, layout: str | None, base: str | None
-) -> str:
-    """The original model: as given, as recorded, or the adapter's own base where it is that."""
-    found = base or origin.original
-    if found is None and layout != "residual":
-        own = adapter.base_reference
-        found = original_of(record_beside(own)) or own
-    if found is None:
+def _differences(
+    origin: AdapterOrigin, original: Checkpoint, layout: str | None
+) -> LogitDifferences:
+    """What PEFT says of the folders. Raises OptionError for what is in memory."""
+    folder = origin.folder
+    if folder is None or original.ref.is_in_memory:
         raise OptionError(
-            f"{origin.given}: nothing here tells the original model, which the checks compare "
-            "with; give it with `base`"
+            "`with_peft` loads folders, and the adapter or its base is in memory; write them, and "
+            "give their paths"
         )
-    return found
+    return logit_differences(
+        original,
+        folder.adapter,
+        residual=folder.residual if layout == "residual" else None,
+        anchor=folder.anchor if layout == "anchor" else None,
+    )
 
 
 def _checks_of_another_type(match: AdapterMatch, called: str) -> list[Check]:
@@ -170,7 +161,7 @@ def _checks_of_another_type(match: AdapterMatch, called: str) -> list[Check]:
 # --- the layout ---------------------------------------------------------------------------------
 
 
-def _layout(origin: AdapterFolder, adapter: Adapter) -> str | None:
+def _layout(origin: AdapterOrigin, adapter: Adapter) -> str | None:
     """As recorded or seen in the folders; without either, a mirror is known by its halves."""
     if origin.layout is not None or origin.record:
         return origin.layout
@@ -180,16 +171,16 @@ def _layout(origin: AdapterFolder, adapter: Adapter) -> str | None:
     return "mirror" if pairs and torch.equal(B[..., 0::2], -B[..., 1::2]) else None
 
 
-def _layout_check(origin: AdapterFolder, adapter: Adapter, layout: str | None) -> Check:
+def _layout_check(origin: AdapterOrigin, adapter: Adapter, layout: str | None) -> Check:
     told = f"by {RECORD}" if origin.record else f"by the folders, no {RECORD}"
     count = f"{len(adapter.modules)} modules of rank {_ranks(adapter)}"
     if layout is None:
         origins = "converted, " if origin.record.get("method") == CONVERTED else ""
         return Check("layout", True, f"{origins}plain LoRA on its base, {count}")
-    beside = {"residual": origin.residual, "anchor": origin.anchor, "mirror": origin.adapter}
+    beside = {"residual": origin.has_residual, "anchor": origin.has_anchor, "mirror": True}
     if layout not in beside:
         return Check("layout", False, f"{layout!r} in {RECORD} is not a layout; write it again")
-    if beside[layout] is None:
+    if not beside[layout]:
         return Check(
             "layout", False, f"{layout}, {told}, but {layout}/ is missing; write the folder again"
         )
@@ -221,7 +212,7 @@ def _config_check(adapter: Adapter) -> Check:
     return Check("config", True, "init_lora_weights is true, lora_dropout 0")
 
 
-def _vllm_check(origin: AdapterFolder, adapter: Adapter) -> Check:
+def _vllm_check(origin: AdapterOrigin, adapter: Adapter) -> Check:
     """A failure where vLLM is promised: the card of a start has a recipe for it, but for anchors
     and ranks that it does not serve. Elsewhere what it refuses may never be served by it."""
     found = vllm_findings(adapter.config)

@@ -139,10 +139,10 @@ def _memory(share: Sequence[WeightPair], options: Options, cores: int) -> int:
 
 
 def _job(prepared: Prepared, kind: str, options: Options) -> Job:
-    if prepared.given is None:
+    start = options.initial_adapter
+    if prepared.given is None or not isinstance(start, str | None):
         raise in_memory()
     base, tuned = prepared.given
-    start = options.initial_adapter
     return Job(
         base=None if base is None else elsewhere(base, prepared.base.ref.commit),
         tuned=elsewhere(tuned, prepared.tuned.ref.commit),

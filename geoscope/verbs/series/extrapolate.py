@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,28 @@ import torch
 from torch import Tensor
 
 from geoscope._version import __version__
-from geoscope.arguments import Place, path_of, paths_of
+from geoscope.arguments import Place, path_of, scalar
 from geoscope.engine import matrix_boundary
 from geoscope.errors import NumericsError, OptionError, first_names
 from geoscope.files import record_bytes, record_size
-from geoscope.foreign import local_path
 from geoscope.linalg import Product
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.models.writable import refuse_unwritable
 from geoscope.outputs.model_folder import plan_model, write_model
-from geoscope.outputs.output_folder import OutputFolder
+from geoscope.outputs.output import MemoryFolder, file_size, output_of
 from geoscope.peft.folder import EXTRAPOLATION, RECORD
 from geoscope.records import Status
+from geoscope.sources.memory import Model, as_models_or_references
 from geoscope.trajectory.backtest import Backtest
 from geoscope.trajectory.horizon import credible_horizon
 from geoscope.trajectory.methods import METHODS
 from geoscope.trajectory.prediction import MethodInput, Prediction
+from geoscope.verbs.choices import chosen
 from geoscope.verbs.options import Progress
 from geoscope.verbs.series.distance import series_distance
-from geoscope.verbs.series.extrapolate_adapter import write_adapter
-from geoscope.verbs.series.follow import measure_series
+from geoscope.verbs.series.extrapolate_adapter import input_paths, write_adapter
+from geoscope.verbs.series.extrapolation import Extrapolation
+from geoscope.verbs.series.follow import measure_series, with_base
 from geoscope.verbs.series.model_vectors import ModelVector, model_vectors
 from geoscope.verbs.series.next_series import HORIZON_ORIGINS, NEXT, NextForecast, next_forecast
 from geoscope.verbs.series.opening import open_followed
@@ -40,40 +42,11 @@ from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.report import Trajectory, traps_of
 from geoscope.verbs.series.tensors import MatchedSeries, ModelTensor
 
-__all__ = ["Extrapolation", "extrapolate", "methods"]
+__all__ = ["extrapolate", "methods"]
 
 _ALIASES = {"damped": "damped(linear)"}
 # Entries of a block of all checkpoints.
 _BLOCK = 1 << 22
-
-
-@dataclass(frozen=True)
-class Extrapolation:
-    """What was written. chosen: tensor → method. skill: pooled held-out skill of what was asked
-    for. folders: one model in each. rank, discarded: of a predicted adapter, and the part of the
-    predicted update's energy that this rank leaves out. horizon: credible distance in steps; ahead:
-    the distance that was asked for.
-    """
-
-    out: Path
-    target: int
-    last: int
-    method: str
-    chosen: Mapping[str, str]
-    skill: float | None
-    horizon: float
-    notes: tuple[str, ...]
-    folders: tuple[Path, ...]
-    rank: int | None = None
-    discarded: float | None = None
-
-    @property
-    def ahead(self) -> int:
-        return self.target - self.last
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return dict(Counter(self.chosen.values()).most_common())
 
 
 def methods() -> tuple[str, ...]:
@@ -82,10 +55,11 @@ def methods() -> tuple[str, ...]:
 
 
 def extrapolate(
-    references: Place | Sequence[Place],
-    out: Place,
+    references: Model | Sequence[Model],
     target: int,
+    out: Place | None = None,
     *,
+    base: Model | None = None,
     method: str = "auto",
     options: FollowOptions | None = None,
     extend: Sequence[float] = (),
@@ -96,9 +70,12 @@ def extrapolate(
     rank: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    **named: Any,
 ) -> Extrapolation:
-    """Writes the predicted model of step `target`, or of adapters an adapter, into `out`.
+    """The predicted model of step `target`, or of adapters an adapter.
 
+    references, base: as of `follow`. out: a folder to write; without one the tensors stay in
+    memory. named: fields of `FollowOptions`, in place of those in `options`.
     method: one of `methods`; `auto` takes for each tensor the one with the best held-out skill and
     holds where none has any; it leaves out `next`, whose networks take minutes. extend: of `next`,
     the published family W_T + c·Ẑ, a model in `out`/c… for each c. training: steps of its networks,
@@ -110,16 +87,19 @@ def extrapolate(
     and over an earlier output. Tensors that are not followed are copied from the last checkpoint.
     Raises GeoscopeError.
     """
-    options, out = options or FollowOptions(), path_of(out, "out")
+    options, start = with_base(chosen(FollowOptions, options, named), base)
     if options.allow_vocab_resize:
         raise OptionError("`allow_vocab_resize`: a predicted model has whole tensors; leave it out")
-    method, extend = _method_named(method), tuple(extend)
+    place = None if out is None else path_of(out, "out")
+    target, method, extend = scalar(target, "target", "int"), _method_named(method), tuple(extend)
+    rank = None if rank is None else scalar(rank, "rank", "int")
     is_next = method in (NEXT, f"damped({NEXT})")  # networks train
     _refuse_of_next(is_next=is_next, extend=extend, origins=origins, whole_model=whole_model)
     if whole_model and not options.include:
         options = replace(options, include=(".",))
     progress = progress or Progress()
-    found = open_followed(paths_of(references, "references"), options, progress, in_parts=False)
+    opened = as_models_or_references(references, "references")
+    found = open_followed(opened, options, progress, start=start, in_parts=False)
     _refuse_series(found, options, target, is_next=is_next, rank=rank)
     made = measure_series(found, options, progress)
     far = series_distance(found, made.increments)
@@ -145,22 +125,29 @@ def extrapolate(
     if forecast is not None:
         test = test.at(forecast.origins)
     result = _planned(found, test, method, target, seed=options.seed, force=force)
-    chosen = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
+    methods_of = test.choice() if method == "auto" else dict.fromkeys(made.increments, method)
     traps = traps_of(found, made, base_exact=options.base is not None)
     told = () if far is None else (far.text,)
     tried = () if forecast is None else (_tried(found, forecast),)
     result = replace(
         result,
-        out=out,
-        chosen=chosen | dict.fromkeys(vectors, method),
+        out=place,
+        chosen=methods_of | dict.fromkeys(vectors, method),
         notes=(*told, *found.notes, *traps, *tried, *_not_followed(found, made)),
-        folders=tuple(out / f"c{factor:g}" for factor in extend) or (out,),
+        folders=_folders(place, extend),
     )
     if found.series.kind == "adapter":
         return _write_adapter(found, made, test, result, options, rank=rank, force=force)
     if forecast is None or not extend:
         return _write(found, made, test, result, forecast, vectors, force=force)
     return _write_family(found, made, test, result, forecast, vectors, extend, force=force)
+
+
+def _folders(out: Path | None, extend: Sequence[float]) -> tuple[Path, ...]:
+    """Where models are written: in `out`, or of a family in a folder for each factor."""
+    if out is None:
+        return ()
+    return tuple(out / f"c{factor:g}" for factor in extend) or (out,)
 
 
 def _method_named(name: str) -> str:
@@ -203,7 +190,7 @@ def _planned(
     skill = test.skill(method)
     if method != "hold" and target - last > horizon and not force:
         raise OptionError(_beyond(method, target - last, horizon, skill))
-    return Extrapolation(Path(), target, last, method, {}, skill, horizon, (), ())
+    return Extrapolation(None, target, last, method, {}, skill, horizon, (), ())
 
 
 def _write_family(
@@ -218,12 +205,13 @@ def _write_family(
     force: bool,
 ) -> Extrapolation:
     """A model for each factor c: W_T + c·Δ̂."""
-    for factor, folder in zip(extend, result.folders, strict=True):
-        place = replace(result, out=folder)
+    for factor, folder in zip_longest(extend, result.folders):
+        place = replace(result, out=folder, models=())
         scaled = replace(forecast, scale=factor)
         written = _write(found, made, test, place, scaled, vectors, force=force)
         notes = dict.fromkeys([*result.notes, *written.notes])
-        result = replace(result, chosen=written.chosen, notes=tuple(notes))
+        models = (*result.models, *written.models)
+        result = replace(result, chosen=written.chosen, notes=tuple(notes), models=models)
     return result
 
 
@@ -290,14 +278,11 @@ def _write(
     travelling, _ = last.source.travelling()
     sizes = {
         **plan.sizes,
-        **{name: path.stat().st_size for name, path in travelling.items()},
+        **{name: file_size(source) for name, source in travelling.items()},
         RECORD: record_size(len(stored)),
     }
-    given = [local_path(point) for point in (found.refs[0].given, *found.points)]
-    # the folder of a run is not a place for a model either
-    inputs = [path for path in (*given, *(one.parent for one in given[1:])) if path.exists()]
     held: dict[str, str] = {}
-    with OutputFolder(result.out, sizes, force=force, inputs=inputs) as folder:
+    with output_of(result.out, sizes, force=force, inputs=input_paths(found)) as folder:
 
         def replacement(place: str) -> Tensor | None:
             if place not in replaced:
@@ -315,11 +300,13 @@ def _write(
             return weight
 
         write_model(folder, "", last, plan, replacement)
-        for name, path in travelling.items():
-            folder.copy(name, path)
+        for name, source in travelling.items():
+            folder.copy(name, source)
         scale = None if forecast is None else forecast.scale
         result = _with_held(result, held)
         folder.write(RECORD, record_bytes(_record(found, test, result, scale)))
+    if isinstance(folder, MemoryFolder):
+        return replace(result, models=(folder.tensors_in("."),))
     return result
 
 
@@ -349,7 +336,7 @@ def _write_adapter(
         return METHODS[method].predict(seen, result.target).of(updates)
 
     record = _record(found, test, result, None)
-    rank, discarded, held = write_adapter(
+    written = write_adapter(
         found,
         predict,
         result.out,
@@ -358,7 +345,13 @@ def _write_adapter(
         rank=rank,
         force=force,
     )
-    return replace(_with_held(result, held), rank=rank, discarded=discarded)
+    return replace(
+        _with_held(result, written.held),
+        rank=written.rank,
+        discarded=written.discarded,
+        config=written.config,
+        models=written.models,
+    )
 
 
 def _models(found: MatchedSeries) -> tuple[tuple[Checkpoint, str], ...]:

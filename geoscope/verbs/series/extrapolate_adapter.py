@@ -23,21 +23,35 @@ from geoscope.errors import NumericsError, OptionError, PairingError, first_name
 from geoscope.files import record_bytes, record_size
 from geoscope.foreign import local_path
 from geoscope.formats.hashes import tensor_sha256
-from geoscope.formats.safetensors_writer import FilePlan, TensorWriter
+from geoscope.formats.safetensors_writer import FilePlan
 from geoscope.linalg import Product
-from geoscope.outputs.output_folder import OutputFolder
+from geoscope.outputs.output import MemoryFolder, TensorOutput, output_of
 from geoscope.peft.adapter import Adapter
 from geoscope.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from geoscope.peft.folder import RECORD, RECORD_SCHEMA
 from geoscope.peft.lora import unstacked
-from geoscope.records import Status
+from geoscope.records import IN_MEMORY, Status
 from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan, scaling_of_all
 from geoscope.verbs.series.tensors import AdapterTensor, MatchedSeries
 
-__all__ = ["Predict", "write_adapter"]
+__all__ = ["Predict", "PredictedAdapter", "input_paths", "write_adapter"]
 
 # The update of a module at the target step, from those of all steps.
 Predict = Callable[[str, list[Product]], Product]
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedAdapter:
+    """rank: that of the adapter. discarded: the part of the energy that it leaves out. held:
+    module → why it is as the last adapter has it. config: adapter_config.json. models: its tensors,
+    where no folder was written.
+    """
+
+    rank: int
+    discarded: float
+    held: Mapping[str, str]
+    config: Mapping[str, Any]
+    models: tuple[Mapping[str, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -49,15 +63,14 @@ class _Written:
 def write_adapter(
     found: MatchedSeries,
     predict: Predict,
-    out: Path,
+    out: Path | None,
     record: Mapping[str, Any],
     *,
     base: str | None,
     rank: int | None,
     force: bool,
-) -> tuple[int, float, Mapping[str, str]]:
-    """Writes a PEFT adapter into `out`; its rank, the part of the energy that it leaves out, and
-    modules that are as the last adapter has them because the prediction failed, with why.
+) -> PredictedAdapter:
+    """A PEFT adapter, into `out` or in memory.
 
     base: of the adapter; default what the last one names. rank: default twice that of the last
     adapter. record: goes into geoscope.json. Raises OptionError, CheckpointError, PairingError.
@@ -67,14 +80,15 @@ def write_adapter(
     rank = _rank_of(last, rank)
     plan = plain_plan(last, rank, carried(last))
     revision = last.revision if base is None else None
-    config = config_bytes(plain_config(last, rank, reference, revision))
+    table = plain_config(last, rank, reference, revision)
+    config = config_bytes(table)
     sizes = {
         ADAPTER_WEIGHTS: plan.nbytes,
         ADAPTER_CONFIG: len(config),
         RECORD: record_size(len(last.modules)),
     }
     held: dict[str, str] = {}
-    with OutputFolder(out, sizes, force=force, inputs=_inputs(found)) as folder:
+    with output_of(out, sizes, force=force, inputs=input_paths(found)) as folder:
         with folder.tensors(ADAPTER_WEIGHTS, plan) as writer:
             written, hashes = _write_factors(found, last, predict, rank, plan, writer, held)
         energy = math.fsum(module.energy for module in written)
@@ -95,14 +109,17 @@ def write_adapter(
         }
         folder.write(RECORD, record_bytes(whole))
         folder.write(ADAPTER_CONFIG, config)
-    return rank, discarded, held
+    models = (folder.tensors_in("."),) if isinstance(folder, MemoryFolder) else ()
+    return PredictedAdapter(rank, discarded, held, table, models)
 
 
-def _checked_base(found: MatchedSeries, last: Adapter, base: str | None) -> str:
-    """The reference of the base. Raises for an adapter that cannot be written as a plain one."""
+def _checked_base(found: MatchedSeries, last: Adapter, base: str | None) -> str | None:
+    """The reference of the base, None for one in memory. Raises for an adapter that cannot be
+    written as a plain one."""
     last.refuse_more_than_plain("extrapolate")
-    reference = base or _named_base(last)
-    if reference is None:
+    is_in_memory = found.refs[0].is_in_memory
+    reference = _named_base(last) if is_in_memory or base is None else base
+    if reference is None and not (is_in_memory or last.ref.is_in_memory):
         raise OptionError(f"{last.given}: names no base; give it as `base`")
     followed = {tensor.module for tensor in _tensors(found)}
     if unfollowed := [name for name in last.modules if name not in followed]:
@@ -122,10 +139,12 @@ def _rank_of(last: Adapter, rank: int | None) -> int:
     return chosen
 
 
-def _inputs(found: MatchedSeries) -> list[Path]:
-    """Files and folders that the output must not be written over."""
-    given = [local_path(point) for point in (found.refs[0].given, *found.points)]
-    return [path for path in (*given, *(point.parent for point in given[1:])) if path.exists()]
+def input_paths(found: MatchedSeries) -> list[Path]:
+    """Files and folders that the output must not be written over: the folder of a run, too."""
+    stored = [one for one in found.series.points if not one.resolved.startswith(IN_MEMORY)]
+    points = [local_path(point.given) for point in stored]
+    base = [] if found.refs[0].is_in_memory else [local_path(found.refs[0].given)]
+    return [path for path in (*base, *points, *(one.parent for one in points)) if path.exists()]
 
 
 def _write_factors(
@@ -134,7 +153,7 @@ def _write_factors(
     predict: Predict,
     rank: int,
     plan: FilePlan,
-    writer: TensorWriter,
+    writer: TensorOutput,
     held: dict[str, str],
 ) -> tuple[list[_Written], dict[str, str]]:
     """Factors of every module, and what is carried over; their energies, and hashes by name."""

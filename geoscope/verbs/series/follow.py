@@ -30,7 +30,7 @@ from geoscope.verbs.series.report import Trajectory, trajectory_report
 from geoscope.verbs.series.tensors import MatchedSeries
 from geoscope.verbs.series.vectors import write_vectors
 
-__all__ = ["follow", "measure_series"]
+__all__ = ["follow", "measure_series", "with_base"]
 
 
 def follow(
@@ -54,7 +54,7 @@ def follow(
 
     >>> follow(["runs/grpo"], options=FollowOptions(base="base/"))  # doctest: +SKIP
     """
-    options, start = _with_base(chosen(FollowOptions, options, named), base)
+    options, start = with_base(chosen(FollowOptions, options, named), base)
     started = time.perf_counter()
     progress = progress or Progress()
     file = None if vectors is None else path_of(vectors, "vectors")
@@ -79,7 +79,7 @@ def follow(
     return with_ranks(report, spectra) if spectra else report
 
 
-def _with_base(
+def with_base(
     options: FollowOptions, base: Model | None
 ) -> tuple[FollowOptions, Checkpoint | None]:
     """The options that name the base, and the base itself where it is open."""

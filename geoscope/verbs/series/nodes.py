@@ -124,9 +124,10 @@ def _work(tensor: SeriesTensor, steps: int) -> Work:
 
 def _job(found: MatchedSeries, options: FollowOptions) -> Job:
     points = found.series.points
-    if not found.is_named or any(point.place == "in memory" for point in points):
-        raise in_memory()
     start, base = options.initial_adapter, options.base
+    is_named = found.is_named and isinstance(start, str | None)
+    if not is_named or any(point.place == "in memory" for point in points):
+        raise in_memory()
     commit = None if found.base is None else found.base.ref.commit
     return Job(
         references=tuple(elsewhere(point.given, _commit(point)) for point in points),

@@ -448,7 +448,7 @@ def _parameters(
 ) -> dict[str, Any]:
     return {
         "base": options.base,
-        "initial_adapter": options.initial_adapter,
+        "initial_adapter": options.start_name,
         "lora_alpha": options.lora_alpha,
         "points": list(found.points),
         "places": [point.place for point in found.series.points],

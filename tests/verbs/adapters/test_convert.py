@@ -25,10 +25,10 @@ from geoscope.formats.hashes import file_sha256
 from geoscope.verbs.adapters.convert import (
     Conversion,
     ModuleEnergy,
-    convert_adapter,
+    conversion_of,
     discarded_share,
 )
-from geoscope.verbs.adapters.output import write_conversion
+from geoscope.verbs.adapters.converted import write_conversion
 from geoscope.verbs.adapters.verify import verify_adapter
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import live, logits
@@ -97,7 +97,7 @@ def test_the_converted_adapter_on_the_original_base_is_the_trained_model(
     run: tuple[Path, Path, Path, Tensor], tmp_path: Path
 ) -> None:
     base, out, trained, said = run
-    conversion = convert_adapter(str(out), str(trained))
+    conversion = conversion_of(str(out), str(trained))
     assert written(conversion, tmp_path / "lora") == ()
     assert conversion.config["r"] == 8
     assert conversion.config["lora_alpha"] == 16
@@ -113,7 +113,7 @@ def test_out_and_the_adapter_inside_are_the_same_initial(
     run: tuple[Path, Path, Path, Tensor],
 ) -> None:
     _, out, trained, _ = run
-    one, two = (convert_adapter(str(path), str(trained)) for path in (out, out / "adapter"))
+    one, two = (conversion_of(str(path), str(trained)) for path in (out, out / "adapter"))
     assert one.config == two.config
 
 
@@ -126,7 +126,7 @@ def test_patterns_and_rslora_keep_their_scaling(tmp_path: Path, rslora: bool) ->
     )  # fmt: skip
     initial = saved(model, tmp_path / "initial")
     trained = saved(train(model), tmp_path / "trained")
-    written(convert_adapter(str(initial), str(trained), base=str(base)), tmp_path / "lora")
+    written(conversion_of(str(initial), str(trained), base=str(base)), tmp_path / "lora")
     assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < SAME
 
 
@@ -142,7 +142,7 @@ def test_compression_loses_what_it_says(
         out, trained = tmp_path / "out", tmp_path / "trained"
         for one in (out / "adapter", trained):
             edit(one, use_rslora=True, lora_alpha=4)
-    energies = written(convert_adapter(str(out), str(trained), rank=rank), tmp_path / "lora")
+    energies = written(conversion_of(str(out), str(trained), rank=rank), tmp_path / "lora")
     start, end = (
         load_file(one / "adapter_model.safetensors") for one in (out / "adapter", trained)
     )
@@ -169,7 +169,7 @@ def test_a_rank_above_that_of_a_small_matrix_is_filled_with_zeros(tmp_path: Path
     base = tiny_models.llama(tmp_path / "original", num_key_value_heads=1)  # k_proj: 4 × 16
     model = initialised(adapted(base))
     initial, trained = saved(model, tmp_path / "a"), saved(train(model), tmp_path / "b")
-    conversion = convert_adapter(str(initial), str(trained), rank=7, base=str(base))
+    conversion = conversion_of(str(initial), str(trained), rank=7, base=str(base))
     written(conversion, tmp_path / "lora")
     assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < 1e-2
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -194,7 +194,7 @@ def test_what_peft_initialised_converts_as_peft_does(tmp_path: Path, init: str) 
             tmp_path / "theirs",
             path_initial_model_for_weight_conversion=str(tmp_path / "copy/start"),
         )
-    conversion = convert_adapter(str(initial), str(trained))
+    conversion = conversion_of(str(initial), str(trained))
     written(conversion, tmp_path / "ours")
     assert conversion.config["base_model_name_or_path"] == str(base)  # told by init_lora_weights
     ours, theirs = (
@@ -223,8 +223,8 @@ def test_pissa_beside_its_residual_base_needs_the_original_by_name(tmp_path: Pat
                                            is_trainable=True)  # fmt: skip
     trained = saved(train(again), tmp_path / "trained")
     with pytest.raises(OptionError, match=r"does not tell the original model .* `base`"):
-        convert_adapter(str(initial), str(trained))
-    written(convert_adapter(str(initial), str(trained), base=str(base)), tmp_path / "ours")
+        conversion_of(str(initial), str(trained))
+    written(conversion_of(str(initial), str(trained), base=str(base)), tmp_path / "ours")
     assert relative(logits(loaded(base, tmp_path / "ours")), logits(again)) < SAME
 
 
@@ -238,8 +238,8 @@ def test_mirror_is_a_plain_lora_already_and_compresses_as_stored(tmp_path: Path)
     record(out, base, layout="mirror")
     trained = saved(train(model, lr=0.1), tmp_path / "trained")  # far from any symmetry
     with pytest.raises(OptionError, match=r"mirror layout, it is a plain LoRA .* `rank`"):
-        convert_adapter(str(out), str(trained))
-    energies = written(convert_adapter(str(out), str(trained), rank=5), tmp_path / "lora")
+        conversion_of(str(out), str(trained))
+    energies = written(conversion_of(str(out), str(trained), rank=5), tmp_path / "lora")
     made, was = (
         loaded(base, one).base_model.model.get_submodule(name).get_delta_weight("default").double()
         for name in ["model.layers.0.mlp.down_proj"]
@@ -249,7 +249,7 @@ def test_mirror_is_a_plain_lora_already_and_compresses_as_stored(tmp_path: Path)
     assert float((made - was).norm()) == pytest.approx(float(S[5:].norm()), rel=1e-4)
     assert 0 < discarded_share(energies) < 0.5
     with pytest.raises(OptionError, match=r"`rank` 6: .* 1 … 5; rank 6 is exact"):
-        convert_adapter(str(out), str(trained), rank=6)
+        conversion_of(str(out), str(trained), rank=6)
 
 
 def test_anchor_converts_to_its_difference(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_anchor_converts_to_its_difference(tmp_path: Path) -> None:
     shutil.copytree(adapter, out / "anchor")
     record(out, base, layout="anchor")
     trained = saved(train(model), tmp_path / "trained")
-    conversion = convert_adapter(str(out), str(trained))
+    conversion = conversion_of(str(out), str(trained))
     written(conversion, tmp_path / "lora")
     assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < SAME
 
@@ -270,7 +270,7 @@ def test_conv1d_keeps_the_shape_of_its_factors(tmp_path: Path) -> None:
     model = adapted(base, leaves=("c_attn", "c_proj", "c_fc"), fan_in_fan_out=True)
     initial = saved(initialised(model), tmp_path / "initial")
     trained = saved(train(model), tmp_path / "trained")
-    conversion = convert_adapter(str(initial), str(trained), base=str(base))
+    conversion = conversion_of(str(initial), str(trained), base=str(base))
     assert conversion.config["fan_in_fan_out"] is True
     written(conversion, tmp_path / "lora")
     assert relative(logits(loaded(base, tmp_path / "lora")), logits(model)) < SAME
@@ -288,7 +288,7 @@ def test_experts_that_peft_stacks_while_it_trains(tmp_path: Path, rank: int | No
         model = peft.PeftModel.from_pretrained(model, str(out / "adapter"), is_trainable=True)
     assert relative(logits(model.eval()), logits(live(base))) < SAME
     trained = saved(train(model), tmp_path / "trained")
-    conversion = convert_adapter(str(out), str(trained), rank=rank)
+    conversion = conversion_of(str(out), str(trained), rank=rank)
     assert set(conversion.config["target_parameters"]) == {"gate_up_proj", "down_proj"}
     energies = written(conversion, tmp_path / "lora")
     missed = relative(logits(loaded(base, tmp_path / "lora")), logits(model))
@@ -314,22 +314,22 @@ def test_another_run_is_refused_by_what_differs(
     other = Path(shutil.copytree(trained, tmp_path / "other"))
     edit(other, lora_alpha=4)
     with pytest.raises(PairingError, match=r"down_proj: scaling 1\.0 in .*other, 2\.0 in .*out"):
-        convert_adapter(str(out), str(other))
+        conversion_of(str(out), str(other))
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
     tensors = load_file(trained / "adapter_model.safetensors")
     wide = {**tensors, key.format("A"): torch.zeros(4, 17)}
     edit(other, lora_alpha=8)
     save_file(wide, other / "adapter_model.safetensors")
     with pytest.raises(PairingError, match=r"up_proj: shape \(24, 17\) in .*, \(24, 16\) in"):
-        convert_adapter(str(out), str(other))
+        conversion_of(str(out), str(other))
     fewer = {name: one for name, one in tensors.items() if "layers.0.mlp.up_proj" not in name}
     save_file(fewer, other / "adapter_model.safetensors")
     with pytest.raises(
         PairingError, match=r"1 modules of .*out/adapter are not in .*other: model\.layers\.0"
     ):
-        convert_adapter(str(out), str(other))
+        conversion_of(str(out), str(other))
     with pytest.raises(PairingError, match=r"1 modules of .*checkpoint-3 are not in .*other"):
-        convert_adapter(str(other), str(trained))
+        conversion_of(str(other), str(trained))
 
 
 def test_an_adapter_of_the_original_is_refused_for_a_residual(
@@ -341,9 +341,9 @@ def test_an_adapter_of_the_original_is_refused_for_a_residual(
     for name in (str(base), f"{base}/"):
         edit(other, base_model_name_or_path=name)
         with pytest.raises(PairingError, match=r"its base is the original model .*, but"):
-            convert_adapter(str(out), str(other))
+            conversion_of(str(out), str(other))
         with pytest.raises(PairingError, match="its base is the original model"):
-            convert_adapter(str(out), str(other), base=str(base))
+            conversion_of(str(out), str(other), base=str(base))
 
 
 @pytest.mark.parametrize(
@@ -362,21 +362,21 @@ def test_more_than_plain_lora_is_refused_by_name(
     with pytest.raises(
         UnsupportedFormat, match=rf"convert-adapter reads plain LoRA only.*{called}"
     ):
-        convert_adapter(str(trained), str(trained), base=str(base))
+        conversion_of(str(trained), str(trained), base=str(base))
     assert verify_adapter(str(trained), base=str(base)).ok
 
 
 def test_an_adapter_that_was_not_trained_is_told(run: tuple[Path, Path, Path, Tensor]) -> None:
     _, out, trained, _ = run
-    (note,) = convert_adapter(str(out), str(out / "adapter")).notes
+    (note,) = conversion_of(str(out), str(out / "adapter")).notes
     assert "nothing was trained, and the update is zero" in note
-    assert convert_adapter(str(out), str(trained)).notes == ()
+    assert conversion_of(str(out), str(trained)).notes == ()
 
 
 def test_a_conversion_knows_itself(run: tuple[Path, Path, Path, Tensor], tmp_path: Path) -> None:
     base, out, trained, said = run
     folder = tmp_path / "plain"
-    write_conversion(convert_adapter(str(out), str(trained)), folder, command=["geoscope", "…"])
+    write_conversion(conversion_of(str(out), str(trained)), folder, command=["geoscope", "…"])
     known = json.loads((folder / "geoscope.json").read_text(encoding="utf-8"))
     assert (known["method"], known["layout"], known["rank"]) == ("converted", None, 8)
     assert known["base"]["reference"] == str(base)
@@ -395,7 +395,7 @@ def test_a_conversion_knows_itself(run: tuple[Path, Path, Path, Tensor], tmp_pat
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     assert not verify_adapter(str(folder)).ok
     with pytest.raises(OptionError, match="converted adapter, it is a plain LoRA"):
-        convert_adapter(str(folder), str(folder))
+        conversion_of(str(folder), str(folder))
 
 
 def test_the_adapters_that_are_read_are_never_written_to(
@@ -405,7 +405,7 @@ def test_the_adapters_that_are_read_are_never_written_to(
     for read in (out / "adapter", trained):
         before = {path.name: file_sha256(path) for path in read.iterdir()}
         with pytest.raises(CheckpointError, match="never written to"):
-            write_conversion(convert_adapter(str(out), str(trained)), read, force=True)
+            write_conversion(conversion_of(str(out), str(trained)), read, force=True)
         assert {path.name: file_sha256(path) for path in read.iterdir()} == before
 
 
@@ -415,7 +415,7 @@ def test_a_compressed_update_of_zero_is_no_mirror(
 ) -> None:
     base, out, _, _ = run
     folder = tmp_path / "plain"
-    write_conversion(convert_adapter(str(out), str(out / "adapter"), rank=2), folder)
+    write_conversion(conversion_of(str(out), str(out / "adapter"), rank=2), folder)
     if not recorded:
         (folder / "geoscope.json").unlink()
     found = verify_adapter(str(folder), base=str(base))
@@ -426,9 +426,9 @@ def test_a_converted_adapter_is_not_converted_again(
     run: tuple[Path, Path, Path, Tensor], tmp_path: Path
 ) -> None:
     _, out, trained, _ = run
-    written(convert_adapter(str(out), str(trained)), tmp_path / "lora")
+    written(conversion_of(str(out), str(trained)), tmp_path / "lora")
     with pytest.raises(PairingError, match=r"rank 8 in .*lora, 4 in"):
-        convert_adapter(str(out), str(tmp_path / "lora"))
+        conversion_of(str(out), str(tmp_path / "lora"))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 8, 100])
@@ -437,7 +437,7 @@ def test_a_rank_that_does_not_compress_is_refused(
 ) -> None:
     _, out, trained, _ = run
     with pytest.raises(OptionError, match=rf"`rank` {rank}: takes 1 … 7; rank 8 is exact"):
-        convert_adapter(str(out), str(trained), rank=rank)
+        conversion_of(str(out), str(trained), rank=rank)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -450,7 +450,7 @@ def test_a_diverged_run_is_told_with_its_module(
     tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = torch.nan
     save_file(tensors, other / "adapter_model.safetensors")
     with pytest.raises(NumericsError, match=r"^model\.layers\.1\.mlp\.up_proj: .*NaN"):
-        convert_adapter(str(out), str(other), rank=rank).write(lambda name, tensor: None)
+        conversion_of(str(out), str(other), rank=rank).write(lambda name, tensor: None)
 
 
 def test_tensors_of_modules_to_save_travel_and_strangers_do_not(
@@ -463,9 +463,9 @@ def test_tensors_of_modules_to_save_travel_and_strangers_do_not(
     tensors[head] = torch.randn(48, 16).to(torch.bfloat16)
     save_file(tensors, other / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 tensors are neither factors .*lm_head"):
-        convert_adapter(str(out), str(other))
+        conversion_of(str(out), str(other))
     edit(other, modules_to_save=["lm_head"])
-    conversion = convert_adapter(str(out), str(other))
+    conversion = conversion_of(str(out), str(other))
     assert conversion.plan.order[-1] == head
     written(conversion, tmp_path / "lora")
     made = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -479,9 +479,9 @@ def test_a_hub_reference_keeps_its_commit(
     base, out, trained, _ = run
     copy = Path(shutil.copytree(out, tmp_path / "out"))
     record(copy, base, layout="residual", base={"reference": "org/name", "commit": "c0ffee"})
-    config = convert_adapter(str(copy), str(trained)).config
+    config = conversion_of(str(copy), str(trained)).config
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "c0ffee")
-    config = convert_adapter(str(copy), str(trained), base="org/other@v2").config
+    config = conversion_of(str(copy), str(trained), base="org/other@v2").config
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/other", "v2")
 
 
@@ -489,7 +489,7 @@ def test_the_config_has_no_keys_beyond_those_of_old_peft(
     run: tuple[Path, Path, Path, Tensor],
 ) -> None:
     _, out, trained, _ = run
-    config = convert_adapter(str(out), str(trained)).config
+    config = conversion_of(str(out), str(trained)).config
     least = adapter_config(base="x", rank=1, alpha=1, targets=["q_proj"])
     assert list(config) == sorted(least)
     assert config["init_lora_weights"] is True
@@ -500,5 +500,5 @@ def test_inputs_stay_as_they_are(run: tuple[Path, Path, Path, Tensor], tmp_path:
     _, out, trained, _ = run
     files = [path for top in (out, trained) for path in sorted(top.rglob("*")) if path.is_file()]
     before = [file_sha256(path) for path in files]
-    written(convert_adapter(str(out), str(trained), rank=3), tmp_path / "lora")
+    written(conversion_of(str(out), str(trained), rank=3), tmp_path / "lora")
     assert [file_sha256(path) for path in files] == before

@@ -16,10 +16,10 @@ from geoscope.errors import CheckpointError, OptionError
 from geoscope.peft.adapter import read_adapter
 from geoscope.peft.folder import adapter_folder
 from geoscope.sources.open import open_checkpoint
-from geoscope.verbs.adapters.convert import convert_adapter
+from geoscope.verbs.adapters.convert import conversion_of
+from geoscope.verbs.adapters.converted import write_conversion
 from geoscope.verbs.adapters.initialise import initialise
 from geoscope.verbs.adapters.options import InitOptions
-from geoscope.verbs.adapters.output import write_conversion
 from geoscope.verbs.adapters.verify import verify_adapter
 from tests.helpers import tiny_models
 
@@ -104,7 +104,7 @@ def test_what_is_trained_converts_to_the_original(models: dict[str, Path], tmp_p
     config = tmp_path / "out/adapter/adapter_config.json"
     (file.parent / config.name).write_bytes(config.read_bytes())
     trained = updates(file.parent, models["gpt_oss"])
-    conversion = convert_adapter(tmp_path / "out", file.parent, base=str(models["gpt_oss"]))
+    conversion = conversion_of(tmp_path / "out", file.parent, base=str(models["gpt_oss"]))
     write_conversion(conversion, tmp_path / "plain")
     plain = updates(tmp_path / "plain", models["gpt_oss"])
     assert plain.keys() == trained.keys()

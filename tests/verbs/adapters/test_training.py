@@ -22,10 +22,10 @@ from torch import Tensor
 
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.formats.hashes import file_sha256, tensor_sha256
-from geoscope.verbs.adapters.convert import convert_adapter, discarded_share
+from geoscope.verbs.adapters.convert import conversion_of, discarded_share
+from geoscope.verbs.adapters.converted import write_conversion
 from geoscope.verbs.adapters.initialise import initialise
 from geoscope.verbs.adapters.options import InitOptions
-from geoscope.verbs.adapters.output import write_conversion
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import VOCABULARY, assert_same_logits, live, logits
 from tests.helpers.trained import DEPRECATION, peft
@@ -218,7 +218,7 @@ def own_grpo(model: Any) -> list[dict[str, float]]:
 
 def assert_converts(original: Path, out: Path, trained: Path, expected: Tensor) -> None:
     """The plain LoRA of twice the rank on the original base says what the trained model says."""
-    conversion = convert_adapter(str(out), str(trained))
+    conversion = conversion_of(str(out), str(trained))
     plain = trained.parent / "plain"
     assert write_conversion(conversion, plain) == ()
     assert conversion.config["r"] == 2 * RANK
@@ -242,7 +242,7 @@ def tails(adapter: Path, rank: int) -> dict[str, tuple[float, float]]:
 
 def assert_compresses(original: Path, out: Path, trained: Path, expected: Tensor) -> None:
     """A mirror of half its rank, and what that leaves out."""
-    conversion = convert_adapter(str(out), str(trained), rank=RANK)
+    conversion = conversion_of(str(out), str(trained), rank=RANK)
     small = trained.parent / "small"
     energies = write_conversion(conversion, small)
     exact = tails(trained, RANK)

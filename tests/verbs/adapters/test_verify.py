@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geoscope.errors import CheckpointNotFound, OptionError
-from geoscope.verbs.adapters.convert import convert_adapter
+from geoscope.verbs.adapters.converted import convert_adapter
 from geoscope.verbs.adapters.verify import Check, Verification, verify_adapter
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import transformers
@@ -311,11 +311,9 @@ def test_a_converted_adapter_is_a_sound_plain_lora(tmp_path: Path) -> None:
     base = tiny_models.llama(tmp_path / "original")
     initial = saved(initialised(adapted(base)), tmp_path / "initial")
     conversion = convert_adapter(str(initial), str(initial), base=str(base))
-    tensors: dict[str, Tensor] = {}
-    conversion.write(tensors.__setitem__)
     lora = tmp_path / "lora"
     lora.mkdir()
-    save_file(tensors, lora / FACTORS, metadata={"format": "pt"})
+    save_file(dict(conversion.tensors), lora / FACTORS, metadata={"format": "pt"})
     (lora / "adapter_config.json").write_text(json.dumps(dict(conversion.config)))
     found = verify_adapter(str(lora))
     assert failed(found) == {}

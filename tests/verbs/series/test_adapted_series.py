@@ -113,4 +113,4 @@ def test_without_the_base_one_line_asks_for_it(tmp_path: Path, case: str) -> Non
         follow(adapters)
     if case == "dora":
         with pytest.raises(UnsupportedFormat, match="DoRA is not predicted by its factors alone"):
-            extrapolate(adapters, tmp_path / "out", 5, options=FollowOptions(base=base))
+            extrapolate(adapters, 5, tmp_path / "out", options=FollowOptions(base=base))

@@ -70,9 +70,9 @@ def test_nothing_is_predicted_from_a_base_that_is_far(series: Path, tmp_path: Pa
     options = FollowOptions(base=str(series / "other"))
     out = tmp_path / "out"
     with pytest.raises(OptionError, match=r"UNRELATED: step 10 .*`force`"):
-        extrapolate(points, out, 50, method="hold", options=options)
+        extrapolate(points, 50, out, method="hold", options=options)
     assert not out.exists()
-    made = extrapolate(points, out, 50, method="hold", options=options, force=True)
+    made = extrapolate(points, 50, out, method="hold", options=options, force=True)
     assert made.notes[0].startswith("UNRELATED")
 
 

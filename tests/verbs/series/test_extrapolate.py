@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from geoscope.errors import CheckpointError, OptionError
-from geoscope.verbs.series.extrapolate import Extrapolation, extrapolate, methods
+from geoscope.verbs.series.extrapolate import extrapolate, methods
+from geoscope.verbs.series.extrapolation import Extrapolation
 from geoscope.verbs.series.options import FollowOptions
 from tests.helpers.runs import GPT2, LLAMA, Run, stored
 
@@ -26,7 +27,7 @@ DTYPES = pytest.mark.parametrize(
 def predicted(run: Run, out: Path, method: str, *, force: bool = True, to: int = TARGET,
               **options: str) -> Extrapolation:  # fmt: skip
     given = FollowOptions(base=str(run.base), jobs=1, **options)  # pyright: ignore[reportArgumentType]
-    return extrapolate([run.folder], out, to, method=method, options=given, force=force)
+    return extrapolate([run.folder], to, out, method=method, options=given, force=force)
 
 
 def expected(W: np.ndarray, steps: tuple[int, ...], method: str, target: float) -> np.ndarray:
@@ -158,7 +159,7 @@ def test_factors_of_the_family_are_finite_and_differ(
 ) -> None:
     run = Run.write(tmp_path, STEPS, drift=0.3)
     with pytest.raises(OptionError, match="finite numbers, each once"):
-        extrapolate([run.folder], tmp_path / "out", TARGET, method="next", extend=extend)
+        extrapolate([run.folder], TARGET, tmp_path / "out", method="next", extend=extend)
     assert not (tmp_path / "out").exists()
 
 
@@ -283,7 +284,7 @@ def test_the_past_is_not_predicted(tmp_path: Path, target: int) -> None:
 
 def test_unknown_methods_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="'next_year' is not one of auto, hold"):
-        extrapolate(["x"], tmp_path / "out", 10, method="next-year")
+        extrapolate(["x"], 10, tmp_path / "out", method="next-year")
 
 
 def test_no_input_is_written_on(tmp_path: Path) -> None:

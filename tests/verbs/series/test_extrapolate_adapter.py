@@ -57,11 +57,11 @@ def test_it_is_the_prediction_of_the_merged_run(
 ) -> None:
     models, series, initial = case
     whole = extrapolate(
-        [str(models.folder)], tmp_path / "model", 100, method=method, force=True,
+        [str(models.folder)], 100, tmp_path / "model", method=method, force=True,
         options=FollowOptions(base=str(models.base)),
     )  # fmt: skip
     alone = extrapolate(
-        [str(series)], tmp_path / "adapter", 100, method=method, force=True, rank=36,
+        [str(series)], 100, tmp_path / "adapter", method=method, force=True, rank=36,
         options=FollowOptions(
             base=str(models.base), initial_adapter=None if initial is None else str(initial)
         ),
@@ -89,7 +89,7 @@ def test_a_smaller_rank_is_the_best_approximation(
     whole = {}
     for rank in (36, 3):
         made = extrapolate(
-            [str(series)], tmp_path / str(rank), 100, method="linear", force=True, rank=rank,
+            [str(series)], 100, tmp_path / str(rank), method="linear", force=True, rank=rank,
             options=options,
         )  # fmt: skip
         whole[rank] = update_of(tmp_path / str(rank)), made.discarded
@@ -152,30 +152,30 @@ def test_what_cannot_be_written_is_refused(
     for method, rank in (("next", None), ("linear", 65), ("linear", 0)):
         with pytest.raises(OptionError, match=r"`method` next|`rank`"):
             extrapolate(
-                [str(series)], tmp_path / "out", 100, method=method, rank=rank, force=True,
+                [str(series)], 100, tmp_path / "out", method=method, rank=rank, force=True,
                 options=options,
             )  # fmt: skip
     with pytest.raises(OptionError, match="whole models"):
         extrapolate(
-            [str(models.folder)], tmp_path / "out", 100, rank=4, force=True,
+            [str(models.folder)], 100, tmp_path / "out", rank=4, force=True,
             options=FollowOptions(base=str(models.base)),
         )  # fmt: skip
     if initial is not None:
         with pytest.raises(OptionError, match="give that as `base`"):
             extrapolate(
-                [str(series)], tmp_path / "out", 100, force=True,
+                [str(series)], 100, tmp_path / "out", force=True,
                 options=FollowOptions(initial_adapter=start),
             )  # fmt: skip
     some = FollowOptions(base=str(models.base), initial_adapter=start, exclude=("down_proj",))
     with pytest.raises(PairingError, match="not followed"):
-        extrapolate([str(series)], tmp_path / "out", 100, method="hold", force=True, options=some)
+        extrapolate([str(series)], 100, tmp_path / "out", method="hold", force=True, options=some)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_predicted_is_no_checkpoint_of_the_run(tmp_path: Path) -> None:
     _, series, _ = lora_run(tmp_path, STEPS, from_zero=True)
     out = series / "checkpoint-100"
-    extrapolate([str(series)], out, 100, method="hold", force=True, options=with_base(tmp_path))
+    extrapolate([str(series)], 100, out, method="hold", force=True, options=with_base(tmp_path))
     found = command("trajectory", series, "--json", "--no-directions").report
     assert found["summary"]["steps"][-1] == 80
     assert any("predicted by extrapolate" in one["reason"] for one in found["coverage"]["skipped"])

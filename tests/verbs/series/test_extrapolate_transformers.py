@@ -44,7 +44,7 @@ def test_the_prediction_of_a_line_is_its_next_model(
     for step in STEPS:
         write(step)
     extrapolate(
-        [str(tmp_path / "run")], tmp_path / "out", 80, method="linear",
+        [str(tmp_path / "run")], 80, tmp_path / "out", method="linear",
         options=FollowOptions(base=str(base), jobs=1), force=True,
     )  # fmt: skip
     made, truth = tiny_models.live(tmp_path / "out"), tiny_models.live(write(80))

@@ -46,7 +46,7 @@ def test_the_step_is_rank_one_and_scales_with_the_family(tmp_path: Path) -> None
     points = run_of(tmp_path, (10, 20, 30, 40, 50))
     options = FollowOptions(base=str(tmp_path / "base"))
     made = extrapolate(
-        points, tmp_path / "out", 60, method="next", options=options, extend=(0.5, 1.0),
+        points, 60, tmp_path / "out", method="next", options=options, extend=(0.5, 1.0),
         training=5, force=True,
     )  # fmt: skip
     assert set(made.counts) == {"next"}
@@ -67,8 +67,8 @@ def test_the_plain_prediction_is_the_family_at_its_distance(tmp_path: Path) -> N
     points = run_of(tmp_path, (10, 20, 30, 40, 50))
     options = FollowOptions(base=str(tmp_path / "base"))
     given = {"method": "next", "options": options, "training": 5, "force": True}
-    extrapolate(points, tmp_path / "plain", 60, **given)  # type: ignore[arg-type]
-    extrapolate(points, tmp_path / "family", 60, extend=(1.0,), **given)  # type: ignore[arg-type]
+    extrapolate(points, 60, tmp_path / "plain", **given)  # type: ignore[arg-type]
+    extrapolate(points, 60, tmp_path / "family", extend=(1.0,), **given)  # type: ignore[arg-type]
     plain, family = (
         load_file(tmp_path / place / "model.safetensors") for place in ("plain", "family/c1")
     )
@@ -79,11 +79,11 @@ def test_what_next_cannot_take_is_one_line(tmp_path: Path) -> None:
     points = run_of(tmp_path, (10, 20, 30, 50, 90))
     options = FollowOptions(base=str(tmp_path / "base"))
     with pytest.raises(OptionError, match="equal distances"):
-        extrapolate(points, tmp_path / "out", 100, method="next", options=options, training=2)
+        extrapolate(points, 100, tmp_path / "out", method="next", options=options, training=2)
     with pytest.raises(OptionError, match="needs 4"):
-        extrapolate(points[:3], tmp_path / "out", 100, method="next", options=options, training=2)
+        extrapolate(points[:3], 100, tmp_path / "out", method="next", options=options, training=2)
     with pytest.raises(OptionError, match="`method` next"):
-        extrapolate(points, tmp_path / "out", 100, options=options, extend=(1.0,))
+        extrapolate(points, 100, tmp_path / "out", options=options, extend=(1.0,))
     assert not (tmp_path / "out").exists()
 
 
@@ -109,7 +109,7 @@ def test_the_backtest_trains_at_its_origins_and_says_so(
     counts: list[tuple[int, int]] = []
     progress = Progress(on_network=lambda done, total: counts.append((done, total)))
     made = extrapolate(
-        points, tmp_path / "out", 130, method="next", training=3, force=True, progress=progress,
+        points, 130, tmp_path / "out", method="next", training=3, force=True, progress=progress,
         options=FollowOptions(base=str(tmp_path / "base")), origins=origins,
     )  # fmt: skip
     assert any(f"trained again {told}" in note for note in made.notes)
@@ -124,7 +124,7 @@ def test_without_force_it_trains_where_a_horizon_takes_it(tmp_path: Path) -> Non
     progress = Progress(on_network=lambda _, total: counts.append(total))
     with pytest.raises(OptionError, match="next is credible"):
         extrapolate(
-            points, tmp_path / "out", 14, method="next", training=1, progress=progress,
+            points, 14, tmp_path / "out", method="next", training=1, progress=progress,
             options=FollowOptions(base=str(tmp_path / "base")),
         )  # fmt: skip
     assert set(counts) == {12}
@@ -143,7 +143,7 @@ def test_the_whole_model_is_predicted_as_published(tmp_path: Path) -> None:
         save_model(tmp_path / f"checkpoint-{step}", tensors)
     points = [tmp_path / f"checkpoint-{step}" for step in range(0, 60, 10)]
     made = extrapolate(
-        points, tmp_path / "out", 60, method="next", training=300, force=True, whole_model=True
+        points, 60, tmp_path / "out", method="next", training=300, force=True, whole_model=True
     )
     assert made.counts == {"next": 3}
     assert any("1 norms and biases are predicted" in note for note in made.notes)
@@ -166,11 +166,11 @@ def test_the_whole_model_is_predicted_as_published(tmp_path: Path) -> None:
 def test_what_is_of_next_is_refused_of_others(tmp_path: Path) -> None:
     points = run_of(tmp_path, (10, 20, 30, 40, 50))
     with pytest.raises(OptionError, match="`origins` works only with `method` next"):
-        extrapolate(points, tmp_path / "out", 60, origins=2)
+        extrapolate(points, 60, tmp_path / "out", origins=2)
     with pytest.raises(OptionError, match="`whole_model` works only with `method` next"):
-        extrapolate(points, tmp_path / "out", 60, whole_model=True)
+        extrapolate(points, 60, tmp_path / "out", whole_model=True)
     with pytest.raises(OptionError, match="`origins` 0"):
-        extrapolate(points, tmp_path / "out", 60, method="next", origins=0)
+        extrapolate(points, 60, tmp_path / "out", method="next", origins=0)
 
 
 @pytest.mark.parametrize("T", range(4, 30))

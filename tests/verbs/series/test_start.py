@@ -97,7 +97,7 @@ def test_a_base_at_a_later_step_keeps_it(run: Run) -> None:
 def test_extrapolate_takes_it_out_too(run: Run, tmp_path: Path) -> None:
     start = str(run.points[0].with_name("checkpoint-0"))
     options = FollowOptions(base=start, jobs=1)
-    made = extrapolate([run.folder], tmp_path / "out", 50, method="hold", options=options)
+    made = extrapolate([run.folder], 50, tmp_path / "out", method="hold", options=options)
     assert any("is the base" in note for note in made.notes)
 
 

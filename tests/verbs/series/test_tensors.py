@@ -72,7 +72,7 @@ def test_a_series_is_followed_part_by_part(tmp_path: Path) -> None:
 
 def test_an_extrapolated_model_has_the_tensors_of_the_series(tmp_path: Path) -> None:
     points, options = series(tmp_path)
-    extrapolate(points, tmp_path / "out", 70, method="linear", options=options, force=True)
+    extrapolate(points, 70, tmp_path / "out", method="linear", options=options, force=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
     last = at(STEPS[-1])
     assert {name: one.shape for name, one in written.items()} == {
@@ -106,5 +106,5 @@ def test_the_rounding_of_fp8_checkpoints_is_that_of_their_blocks(tmp_path: Path)
 def test_an_fp8_series_is_not_extrapolated(tmp_path: Path) -> None:
     points, options = series(tmp_path, fp8, quantization_config={"quant_method": "fp8"})
     with pytest.raises(UnsupportedFormat, match="block-scaled FP8"):
-        extrapolate(points, tmp_path / "out", 70, options=options)
+        extrapolate(points, 70, tmp_path / "out", options=options)
     assert not (tmp_path / "out").exists()
