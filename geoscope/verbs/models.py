@@ -53,8 +53,7 @@ def open_model(
     if isinstance(reference, LiveAdapter):
         refuse_alpha(reference.adapter, alpha)
         return _over_own(reference, names)
-    pair = base_and_adapter(reference) if isinstance(reference, str) else None
-    if pair is not None:
+    if isinstance(reference, str) and (pair := base_and_adapter(reference)) is not None:
         base = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)
         return _as_model(_over(base, adapter, initial, alpha, names), reference)
@@ -85,8 +84,7 @@ def open_tuned(
     if isinstance(reference, LiveAdapter):
         refuse_alpha(reference.adapter, alpha)
         return _live(reference, base, initial, names)
-    pair = base_and_adapter(reference) if isinstance(reference, str) else None
-    if pair is not None:
+    if isinstance(reference, str) and (pair := base_and_adapter(reference)) is not None:
         own = open_model(pair[0], alpha=alpha, names=names, on_progress=on_progress)
         same = (own.ref.resolved, own.ref.commit) == (base.ref.resolved, base.ref.commit)
         adapter = adapter_at(pair[1], alpha=alpha, on_progress=on_progress)

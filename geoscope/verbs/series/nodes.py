@@ -125,8 +125,9 @@ def _work(tensor: SeriesTensor, steps: int) -> Work:
 def _job(found: MatchedSeries, options: FollowOptions) -> Job:
     points = found.series.points
     start, base = options.initial_adapter, options.base
-    is_named = found.is_named and isinstance(start, str | None)
-    if not is_named or any(point.place == "in memory" for point in points):
+    if not isinstance(start, str | None) or not found.is_named:
+        raise in_memory()
+    if any(point.place == "in memory" for point in points):
         raise in_memory()
     commit = None if found.base is None else found.base.ref.commit
     return Job(
