@@ -1,4 +1,4 @@
-"""Train the tiny run that `geoscope demo` reads: a base, its GRPO checkpoints and an SFT twin.
+"""Train the tiny run that `geoscope demo` reads: a base, GRPO that learns, GRPO that fails, SFT.
 
 Task: three-digit addition, least significant digit first. The prompt `321+654=` asks for 123 + 456
 and the right completion is `9750<eos>`. The reward is verifiable: 1 where the whole answer is
@@ -10,7 +10,8 @@ heads, a vocabulary of 14 characters, untied embeddings.
 Method: `base/` is pre-trained by next-token prediction on whole sequences and stopped as soon as
 greedy accuracy on validation problems reaches 0.35. `grpo/checkpoint-N/` are checkpoints of GRPO on
 all weights from that base: 32 prompts x 16 samples, advantages normalised within the group, the
-clipped objective without KL term, AdamW at 2e-5, two optimiser steps a rollout. `sft/` is
+clipped objective without KL term, AdamW at 2e-5, two optimiser steps a rollout.
+`grpo-failed/checkpoint-40` is the same at a hundred times the rate: it unlearns the task. `sft/` is
 supervised tuning from the same base on the right answers to the same prompts, as many steps, AdamW
 at 4e-5. Training keeps float32 masters; what is saved, measured and started from is bf16.
 
@@ -28,6 +29,7 @@ is ‖W - W0‖ / ‖W0‖ over the linear layers of the blocks.
     grpo/checkpoint-240       0.834    0.582            0.0357
     grpo/checkpoint-280       0.844    0.633            0.0402
     grpo/checkpoint-320       0.864    0.649            0.0450
+    grpo-failed/...-40        0.000    0.000            0.3715
     sft (320 steps)           0.963    0.810            0.0790
 
 It takes about five minutes on one CPU core. The run is seeded and repeats exactly with the same
@@ -48,7 +50,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,6 +94,8 @@ class Settings:
     reuse: int = 2
     clip: float = 0.2
     grpo_lr: float = 2e-5
+    failed_lr: float = 2e-3
+    failed_steps: int = 40
     sft_lr: float = 4e-5
     grad_norm: float = 1.0
     # evaluation
@@ -335,9 +339,8 @@ def grpo_loss(
 
 def grpo(base: Path, out: Path, settings: Settings, problems: Problems) -> None:
     """GRPO on all weights from the base; each rollout serves `reuse` optimiser steps."""
-    rate = settings.grpo_lr
     model = load_model(base)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.grpo_lr, weight_decay=0.0)
     generator = seeded(settings, 5)
     history: list[dict[str, float]] = []
     recent: list[dict[str, float]] = []
@@ -351,7 +354,7 @@ def grpo(base: Path, out: Path, settings: Settings, problems: Problems) -> None:
             recent.append(figures)
             if step % settings.logging_steps == 0:
                 means = {key: sum(row[key] for row in recent) / len(recent) for key in figures}
-                history.append({"step": step, "learning_rate": rate} | means)
+                history.append({"step": step, "learning_rate": settings.grpo_lr} | means)
                 recent = []
             if step % settings.save_steps == 0:
                 folder = out / f"checkpoint-{step}"
@@ -388,10 +391,14 @@ def sft(base: Path, out: Path, settings: Settings, problems: Problems) -> None:
 
 
 def model_folders(out: Path) -> list[Path]:
-    """Every model of a finished run: base, GRPO checkpoints by step, SFT."""
-    checkpoints = sorted(
-        (out / "grpo").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-    )
+    """Every model of a finished run: base, GRPO checkpoints by step, those that failed, SFT."""
+    checkpoints = [
+        path
+        for run in ("grpo", "grpo-failed")
+        for path in sorted(
+            (out / run).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+        )
+    ]
     return [out / "base", *checkpoints, out / "sft"]
 
 
@@ -448,6 +455,9 @@ the right completion is `9750<eos>`. The token ids are the places of the charact
   {settings.prompts} prompts x {settings.samples} samples, reward 1 where the whole answer is \
 right and else 0.
   `trainer_state.json` holds the training curve.
+- `grpo-failed/checkpoint-N/`: the same with learning rate {settings.failed_lr:g}, far too large: \
+the model
+  unlearns the task.
 - `sft/`: supervised tuning from the base on the right answers to the same prompts, as many steps,
   AdamW, learning rate {settings.sft_lr:g}.
 
@@ -488,11 +498,13 @@ def check_archive(archive: Path, settings: Settings) -> None:
 
 
 def train(out: Path, settings: Settings) -> None:
-    """The whole run: base, then GRPO and SFT, both from the bf16 base."""
+    """The whole run: base, then GRPO, GRPO that fails, and SFT, all from the bf16 base."""
     problems = Problems(settings)
     model, steps = pretrain(settings, problems)
     save_model(model, out / "base", settings, {"step": 0, "pretrain_steps": steps})
     grpo(out / "base", out / "grpo", settings, problems)
+    too_fast = replace(settings, grpo_lr=settings.failed_lr, steps=settings.failed_steps)
+    grpo(out / "base", out / "grpo-failed", too_fast, problems)
     sft(out / "base", out / "sft", settings, problems)
 
 

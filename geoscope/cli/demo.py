@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """The five-minute tour, on a small real run."""
     from geoscope.demo import unpack
-    from geoscope.demo.story import story
+    from geoscope.demo.story import FAILED, story
     from geoscope.verbs.pairs.compare import compare
 
     fresh = unpack(folder)
@@ -33,9 +33,11 @@ def demo(
     )
     steps = sorted((folder / "grpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     with output.progress(quiet=show.quiet) as progress:
-        report = compare(
-            folder / "base", steps[-1], kind="collapse", progress=progress, argv=sys.argv
-        )
+        shown = [steps[-1]] if show.quiet else [steps[-1], folder / FAILED]
+        report, *failed = [
+            compare(folder / "base", tuned, kind="collapse", progress=progress, argv=sys.argv)
+            for tuned in shown
+        ]
     output.emit(report, show)
-    if not show.quiet:
-        output.data(story(folder, steps, report))
+    if failed:
+        output.data(story(folder, steps, report, *failed))

@@ -6,24 +6,31 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 from geoscope.records import Report
+from geoscope.thresholds import THRESHOLDS
 
-__all__ = ["story"]
+__all__ = ["FAILED", "story"]
+
+# The checkpoint of the run that failed, in the folder of the demo.
+FAILED = Path("grpo-failed") / "checkpoint-40"
 
 _WIDTH = 80
 
 
-def story(folder: Path, steps: Sequence[Path], report: Report) -> str:
-    """The tour: what was trained, what is seen, what to try next.
+def story(folder: Path, steps: Sequence[Path], report: Report, failed: Report) -> str:
+    """The tour: what was trained, what is seen, what a failed run looks like, what to try next.
 
+    steps: the checkpoints of the run that learned. report: on the last of them. failed: on FAILED.
     At most 80 columns, unless the folder's name alone is longer.
     """
     base, last = _facts(folder / "base"), _facts(steps[-1])
     model, nulls = report.summary.model, report.summary.nulls
     rank_ratio = f"{_of(model, 'rank_ratio'):#.3g}"
-    base_path, tuned, sft = (
-        shlex.quote(str(path)) for path in (folder / "base", steps[-1], folder / "sft")
+    base_path, tuned, bad, sft = (
+        shlex.quote(str(path))
+        for path in (folder / "base", steps[-1], folder / FAILED, folder / "sft")
     )
     return "\n".join(
         [
@@ -43,13 +50,33 @@ def story(folder: Path, steps: Sequence[Path], report: Report) -> str:
             "  Small models at large learning rates move more on the base's principal",
             "  directions than large ones do: read no claim about those here.",
             "",
+            *_failure(folder, base["accuracy"], failed),
+            "",
             "try next",
+            *_command("collapse", base_path, bad, "--explain"),
             *_command("compare", base_path, tuned, "-o report.json", "-o report.png"),
             *_command("anisotropy", base_path, sft),
             *_command("collapse", base_path, tuned, f"--anchor {sft}", "--explain"),
             *_command("metrics", "spectral_lift"),
         ]
     )
+
+
+def _failure(folder: Path, accuracy: float, failed: Report) -> list[str]:
+    """The run that failed, beside the one that learned."""
+    facts, model, verdict = _facts(folder / FAILED), failed.summary.model, failed.summary.verdict
+    assert verdict is not None
+    flagged = verdict.counts.get(verdict.code, 0)
+    told = (
+        f"grpo-failed has the same base and 100 times the learning rate: accuracy {accuracy:.2f} → "
+        f"{facts['accuracy']:.2f} in {facts['step']} steps. Verdict {verdict.code}, "
+        f"{flagged} of {len(failed.layers)} matrices: the update is "
+        f"{_of(model, 'relative_update'):.0%} of the weights, and singular values moved by "
+        f"{_of(model, 'nss'):.0%} (limit {THRESHOLDS['distorted.nss'].value:.0%})."
+    )
+    indent = "  "
+    lines = wrap(told, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return ["a run that failed", *lines]
 
 
 def _command(*parts: str) -> list[str]:

@@ -863,6 +863,8 @@ def test_demo_unpacks_diagnoses_and_tells(tmp_path: Path) -> None:
     done = run("demo", folder)
     assert done.code == 0, done.err
     assert "what is seen" in done.out
+    told = " ".join(done.out.partition("a run that failed")[2].split())
+    assert "accuracy 0.37 → 0.00" in told and "SPECTRUM_DISTORTED, 28 of 28 matrices" in told
     assert f"unpacked the demo run in {folder}" in done.err
     again = run("demo", folder)
     assert again.code == 0
