@@ -894,7 +894,7 @@ def test_what_the_demo_says_to_try_works(
     said = run("demo", folder).out.partition("try next\n")[2]
     commands = [shlex.split(line) for line in said.replace("\\\n", "").splitlines()]
     assert [words[:2] for words in commands] == [
-        ["geoscope", name] for name in ("compare", "anisotropy", "collapse", "metrics")
+        ["geoscope", name] for name in ("collapse", "compare", "anisotropy", "collapse", "metrics")
     ]
     for _, *words in commands:
         done = run(*words, *(["--dry-run"] if words[0] != "metrics" else []))
