@@ -69,6 +69,7 @@ def lines(base: Path, tuned: Path, peers: Path | None) -> list[Line]:
     naive = [*python, str(HERE / "naive.py"), *pair]
     found.append(Line(NAIVE, naive))
     found.append(Line("naive: values only", [*naive, "--values-only"]))
+    found.append(Line("naive: numpy, one thread", [*naive, "--numpy"]))
     found.append(Line(FLOOR, [*python, str(HERE / "floor.py"), *pair], ours=True))
     for name in PEERS if peers else ():
         assert peers is not None

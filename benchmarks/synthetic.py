@@ -18,6 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+
+def experts(count: int, up: tuple[int, int], router: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer of so many experts: gate, up and down of each, and the router."""
+    shapes = {"gate_proj": up, "up_proj": up, "down_proj": up[::-1]}
+    named = {f"mlp.experts.{i}.{leaf}": side for i in range(count) for leaf, side in shapes.items()}
+    return {**named, "mlp.gate": router}
+
+
 FAMILIES: dict[str, dict[str, tuple[int, int]]] = {
     "qwen2.5-1.5b": {
         "self_attn.q_proj": (1536, 1536),
@@ -43,6 +51,10 @@ FAMILIES: dict[str, dict[str, tuple[int, int]]] = {
         "mlp.up_proj": (960, 320),
         "mlp.down_proj": (320, 960),
     },
+    # 24 layers have 4,608 matrices of 96×64 and 24 of 32×64
+    "small-experts": experts(64, (96, 64), (32, 64)),
+    # of Qwen3-30B-A3B, a part of the 128 of a layer
+    "qwen3-30b-a3b": experts(24, (768, 2048), (128, 2048)),
     "llama-3-8b": {
         "self_attn.q_proj": (4096, 4096),
         "self_attn.k_proj": (1024, 4096),
@@ -57,13 +69,17 @@ OUTLIERS = 64
 
 
 def weight(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """One base weight (m, n), fp32: log-normal rows, 64 outliers from 3 × the bulk's edge down."""
+    """One base weight (m, n), fp32: log-normal rows, outliers from 3 × the bulk's edge down.
+
+    64 of them, or an eighth of a shorter side that is not longer than that.
+    """
     rows = torch.exp(0.3 * torch.randn(m, 1, generator=generator))
     bulk = 0.02 * rows * torch.randn(m, n, generator=generator)
     edge = 0.02 * math.exp(0.09) * (math.sqrt(m) + math.sqrt(n))
-    U = torch.linalg.qr(torch.randn(m, OUTLIERS, generator=generator)).Q
-    V = torch.linalg.qr(torch.randn(n, OUTLIERS, generator=generator)).Q
-    scale = 3 * edge * torch.arange(1, OUTLIERS + 1) ** -0.5
+    outliers = OUTLIERS if min(m, n) > OUTLIERS else min(m, n) // 8
+    U = torch.linalg.qr(torch.randn(m, outliers, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(n, outliers, generator=generator)).Q
+    scale = 3 * edge * torch.arange(1, outliers + 1) ** -0.5
     return bulk + (U * scale) @ V.T
 
 
