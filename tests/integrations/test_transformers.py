@@ -249,21 +249,32 @@ def test_a_base_that_is_not_there_is_said(
     assert "give the one it started from as `base`" in caplog.text
 
 
-def test_tensorboard_has_what_report_to_names(tmp_path: Path) -> None:
+def scalars(folder: Path) -> dict[int, dict[str, float]]:
+    """Step → what geoscope's event files of TensorBoard hold."""
     reader: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    model = adapted(llama(tmp_path / "base"))
-    train(model, tmp_path / "run", GeoscopeCallback(), report_to=["tensorboard"])
-    (events,) = tmp_path.rglob("geoscope/events*")
+    (events,) = folder.rglob("geoscope/events*")
     found = reader.EventAccumulator(str(events.parent))
     found.Reload()
+    steps: dict[int, dict[str, float]] = {}
+    for key in found.Tags()["scalars"]:
+        for each in found.Scalars(key):
+            steps.setdefault(each.step, {})[key] = each.value
+    return steps
+
+
+def test_tensorboard_has_what_report_to_names(tmp_path: Path) -> None:
+    model = adapted(llama(tmp_path / "base"))
+    train(model, tmp_path / "run", GeoscopeCallback(), report_to=["tensorboard"])
+    found = scalars(tmp_path)
     report = geoscope.anisotropy(tmp_path / "run" / "checkpoint-4")
-    last = found.Scalars("geoscope/update.stable_rank")[-1]
-    assert last.step == 4
-    assert last.value == pytest.approx(report["stable_rank"].value, rel=1e-5)
+    assert found[4]["geoscope/update.stable_rank"] == pytest.approx(
+        report["stable_rank"].value, rel=1e-5
+    )
 
 
 @pytest.mark.slow
-def test_grpo_of_trl_is_measured(tmp_path: Path, recorder: Recorder) -> None:
+def test_grpo_of_trl_is_measured(tmp_path: Path) -> None:
+    """The event files of TensorBoard, read back, hold what `compare` says of the checkpoints."""
     trl = pytest.importorskip("trl")
     pytest.importorskip("datasets")
     from datasets import Dataset
@@ -285,7 +296,7 @@ def test_grpo_of_trl_is_measured(tmp_path: Path, recorder: Recorder) -> None:
     settings = trl.GRPOConfig(
         output_dir=str(tmp_path / "run"), max_steps=3, learning_rate=1e-2, seed=0,
         per_device_train_batch_size=8, num_generations=4, max_completion_length=8, bf16=False,
-        use_cpu=True, logging_steps=1, save_steps=1, report_to="none", disable_tqdm=True,
+        use_cpu=True, logging_steps=1, save_steps=1, report_to="tensorboard", disable_tqdm=True,
         save_total_limit=2,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
@@ -294,10 +305,11 @@ def test_grpo_of_trl_is_measured(tmp_path: Path, recorder: Recorder) -> None:
         callbacks=[GeoscopeCallback()],
     )  # fmt: skip
     trainer.train()
-    assert sorted(recorder.logged) == [1, 2, 3]
+    logged = scalars(tmp_path)
+    assert sorted(logged) == [1, 2, 3]
     for step in (2, 3):
         report = geoscope.compare(base, tmp_path / "run" / f"checkpoint-{step}")
         for key in IDS:
-            found = recorder.logged[step].get(f"geoscope/{key}")
+            found = logged[step].get(f"geoscope/{key}")
             assert found is None or found == pytest.approx(report[key].value, rel=1e-5)
-        assert f"geoscope/{IDS[0]}" in recorder.logged[step]
+        assert f"geoscope/{IDS[0]}" in logged[step]
