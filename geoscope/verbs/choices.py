@@ -63,7 +63,7 @@ def chosen(kind: type[Chosen], options: Chosen | None, named: Mapping[str, Any])
             hint = f"; is {near[0]} meant?" if near else f"; they are {', '.join(known)}"
             raise OptionError(f"{name!r} is not an option of this function{hint}")
     if not isinstance(options, kind | None):
-        raise OptionError(f"`options` {type(options).__name__}: {kind.__name__} is needed")
+        raise OptionError(f"options of a {type(options).__name__}; {kind.__name__} is needed")
     made = kind() if options is None else options
     return replace(made, **named)  # pyright: ignore[reportArgumentType]
 

@@ -31,7 +31,7 @@ from geoscope.peft.module import AdapterModule
 from geoscope.sources.memory import Model, Opened, as_model_or_reference
 from geoscope.sources.reference import HubReference, parse_reference
 from geoscope.verbs.adapters.initialised import Initialised
-from geoscope.verbs.adapters.origin import AdapterOrigin, origin_of
+from geoscope.verbs.adapters.origin import AdapterOrigin, as_adapter, origin_of
 from geoscope.verbs.adapters.plain_lora import carried, plain_config, plain_plan, scaling_of_all
 from geoscope.verbs.models import open_model
 
@@ -182,7 +182,8 @@ def conversion_of(
 ) -> Conversion:
     """The plan of a conversion, see `convert_adapter`."""
     rank = None if rank is None else scalar(rank, "rank", "int")
-    origin, last = origin_of(initial, "initial"), origin_of(trained, "trained")
+    both = as_adapter(initial, "initial"), as_adapter(trained, "trained")
+    origin, last = origin_of(both[0], "initial"), origin_of(both[1], "trained")
     named = None if base is None else as_model_or_reference(base, "base")
     start, end = origin.adapter, last.adapter
     for one in (start, end):

@@ -15,7 +15,7 @@ from geoscope.sources.memory import LiveAdapter, Model, Opened, as_model_or_refe
 from geoscope.sources.open import open_checkpoint
 from geoscope.verbs.adapters.initialised import Initialised
 
-__all__ = ["AdapterOrigin", "origin_of", "original_model"]
+__all__ = ["AdapterOrigin", "as_adapter", "origin_of", "original_model"]
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,28 @@ class AdapterOrigin:
         return None if self.made is None else self.made.opened_anchor
 
 
-def origin_of(adapter: Model | Initialised, name: str) -> AdapterOrigin:
-    """The adapter of a path, of a PEFT model, or in memory.
+def as_adapter(adapter: Model | Initialised, name: str) -> Opened | Initialised:
+    """A parameter that names an adapter; nothing is read. Raises OptionError for any other thing.
 
-    name: of the parameter. Raises OptionError for a model, and as `read_adapter` does.
+    name: of the parameter.
     """
     if isinstance(adapter, Initialised):
-        return _of_initialised(adapter)
+        return adapter
     if isinstance(adapter, Mapping):
         raise OptionError(
             f"`{name}`: a state dict of an adapter needs its configuration: give "
             "open_adapter(state, config)"
         )
-    return _of_opened(as_model_or_reference(adapter, name), name)
+    return as_model_or_reference(adapter, name)
+
+
+def origin_of(adapter: Model | Initialised, name: str) -> AdapterOrigin:
+    """The adapter of a path, of a PEFT model, or in memory.
+
+    Raises OptionError for a model, and as `read_adapter` does.
+    """
+    found = as_adapter(adapter, name)
+    return _of_initialised(found) if isinstance(found, Initialised) else _of_opened(found, name)
 
 
 def _of_initialised(made: Initialised) -> AdapterOrigin:

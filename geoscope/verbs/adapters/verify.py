@@ -83,11 +83,11 @@ def verify_adapter(
     >>> verify_adapter("OUT/").ok  # doctest: +SKIP
     True
     """
+    named = None if base is None else as_model_or_reference(base, "base")
     origin = origin_of(folder, "folder")
     adapter = origin.adapter
     more = adapter.not_plain
     layout = _layout(origin, adapter) if more is None else origin.layout
-    named = None if base is None else as_model_or_reference(base, "base")
     original = original_model(origin, layout, named)
     refuse_ungathered(original)
     residual = origin.residual(original.config) if layout == "residual" else None
