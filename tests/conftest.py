@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -11,12 +12,26 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from filelock import FileLock
+
+from tests.helpers.sampled import sample_once
 
 # Before numpy and torch are imported: threads spin while they wait for each other. Beside a busy
 # process two of them make the oracle's dense SVDs ten times slower, and to train tiny models they
 # take three times the CPU seconds of one. Tests of workers ask for as many as they need.
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Modules and tests live to the end: the collector of garbage need not look at them again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +48,17 @@ def _own_environment(
     monkeypatch.setenv("GEOSCOPE_CACHE", str(folder / "geoscope-cache"))
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+# Where commands run on models that come again; see tests/helpers/sampled.py.
+_OF_COMMANDS = ("cli", "integrations", "report", "sources", "verbs", "test_docs.py")
+
+
+@pytest.fixture(autouse=True)
+def _sampled_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that nulls sample are sampled once in tests of commands."""
+    if request.path.relative_to(Path(__file__).parent).parts[0] in _OF_COMMANDS:
+        sample_once(monkeypatch)
 
 
 # What the starting process may have had ignored, as a script's `command &` has SIGINT.
@@ -58,9 +84,17 @@ def _own_signals() -> Iterator[None]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards as trainers write them, made once by four processes; not to be written to."""
     writer = Path(__file__).with_name("helpers") / "write_shards.py"
-    folder = tmp_path_factory.mktemp("shards")
-    done = subprocess.run(
-        [sys.executable, str(writer), str(folder)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    parent = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers share them
+        parent = parent.parent
+    folder = parent / "shards"
+    with FileLock(parent / "shards.lock"):
+        if not folder.exists():
+            unfinished = tmp_path_factory.mktemp("shards")
+            done = subprocess.run(
+                [sys.executable, str(writer), str(unfinished)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            unfinished.rename(folder)
     return folder

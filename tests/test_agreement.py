@@ -62,7 +62,9 @@ def _names() -> tuple[str, ...]:
     return tuple(_pairs())
 
 
-@pytest.fixture(scope="module", params=list(DTYPES))
+@pytest.fixture(
+    scope="module", params=["bf16", "fp32", pytest.param("fp16", marks=pytest.mark.slow)]
+)
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """(dtype name, pairs as stored, report) of one dtype."""
     dtype = DTYPES[request.param]

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 
 import geoscope
-from geoscope.cli import app
+from geoscope.cli import command_line
 from geoscope.cli.wording import in_options, option_names
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection
@@ -282,7 +281,7 @@ LIBRARY = [path for path in PACKAGE.rglob("*.py") if path.parent.name not in ("c
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_error_of_the_library_names_an_option(path: Path) -> None:
-    names = option_names(typer.main.get_command(app))
+    names = option_names(command_line())
     options = {*names.values()} - {"--verbose", "--report"}
     for text in _raised(path):
         assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) & options, text

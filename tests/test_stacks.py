@@ -52,7 +52,9 @@ def told(folder: Path, jobs: int, **options: Any) -> list[str]:
     return [json.dumps(part) for part in (*found["layers"], found["summary"])]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", ["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "fp32"))]
+)
 def test_reports_do_not_depend_on_stacks_and_workers(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

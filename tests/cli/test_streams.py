@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forked import GEOSCOPE, run_forked
 from tests.helpers.running import write_pair
 
 FULL = Path("/dev/full")
@@ -25,6 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     write_pair(root)
     return root
+
+
+def forked(folder: Path, command: tuple[str, ...], **streams: str | None) -> tuple[int, str, str]:
+    """The command with `out` or `err` elsewhere, or closed; see `run_forked`."""
+    argv, environment = ["geoscope", *command], {**os.environ}
+    done = run_forked(GEOSCOPE, argv, env=environment, cwd=folder, streams=streams)
+    return done.returncode, done.stdout, done.stderr
 
 
 def shell(folder: Path, command: tuple[str, ...], redirection: str) -> tuple[int, str, str]:
@@ -45,7 +53,7 @@ def shell(folder: Path, command: tuple[str, ...], redirection: str) -> tuple[int
 def test_a_full_disk_behind_standard_output_is_one_line(
     folder: Path, command: tuple[str, ...]
 ) -> None:
-    code, _, said = shell(folder, command, f"> {FULL}")
+    code, _, said = forked(folder, command, out=str(FULL))
     assert code == 1
     assert said.splitlines()[-1] == (
         "geoscope: standard output cannot be written: No space left on device; make room, or send "
@@ -56,7 +64,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(
 
 def test_closed_standard_output_is_told_before_the_work(folder: Path) -> None:
     command = ("collapse", "base", "tuned", "-o", "never.json")
-    code, _, said = shell(folder, command, ">&-")
+    code, _, said = forked(folder, command, out=None)
     assert (code, said) == (
         1,
         "geoscope: standard output is closed; open it, or send it to /dev/null and give -o FILE\n",
@@ -73,12 +81,21 @@ def test_a_reader_that_ends_is_quiet(folder: Path, command: tuple[str, ...]) -> 
 @needs_full
 def test_files_are_written_though_standard_output_is_full(folder: Path) -> None:
     command = ("collapse", "base", "tuned", "-o", "kept.json", "--force", "-q")
-    code, _, said = shell(folder, command, f"> {FULL}")
+    code, _, said = forked(folder, command, out=str(FULL))
     assert code == 1 and said.startswith("geoscope: standard output cannot be written")
     assert '"geoscope.report/2"' in (folder / "kept.json").read_text()
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", pytest.param(f"2> {FULL}", marks=needs_full)])
-def test_talk_that_nobody_takes_costs_no_data(folder: Path, redirection: str) -> None:
-    code, out, _ = shell(folder, HEAVY[0], redirection)
+@pytest.mark.parametrize("err", [None, pytest.param(str(FULL), marks=needs_full)])
+def test_talk_that_nobody_takes_costs_no_data(folder: Path, err: str | None) -> None:
+    code, out, _ = forked(folder, HEAVY[0], err=err)
     assert code == 0 and '"geoscope.report/2"' in out
+
+
+@needs_full
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", f"> {FULL}", f"2> {FULL}"])
+def test_a_fork_ends_as_a_process_of_the_shell(folder: Path, redirection: str) -> None:
+    """The streams of the tests above are those that a shell gives."""
+    name, _, path = redirection.replace("2>", "err ").replace(">", "out ").partition(" ")
+    streams = {name: None if path == "&-" else path.strip()}
+    assert forked(folder, LIGHT[1], **streams) == shell(folder, LIGHT[1], redirection)

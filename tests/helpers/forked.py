@@ -22,16 +22,28 @@ __all__ = ["GEOSCOPE", "run_forked"]
 GEOSCOPE = "from geoscope.__main__ import main; main()"
 SECONDS = 120  # then a program is killed
 
+
 SERVER = """
 import json, os, signal, sys, traceback
 import rich.table, scipy.linalg, scipy.special, torch, typer
 assert not {"huggingface_hub", "geoscope"} & set(sys.modules)
+STREAMS = (sys.stdout, sys.stderr)  # kept: what is closed is not closed again
+
+def take(asked, number, name, path):
+    if path is None:  # as after `>&-`
+        os.close(number)
+        setattr(sys, name, None)
+        setattr(sys, f"__{name}__", None)
+    else:
+        os.dup2(os.open(path, os.O_WRONLY), number)
+        encoding = asked["env"].get("PYTHONIOENCODING", "utf-8")
+        getattr(sys, name).reconfigure(encoding=encoding)
 
 def child(asked):
     signal.alarm(asked["seconds"])
     code = 0
-    for number, path in ((1, asked["out"]), (2, asked["err"])):
-        os.dup2(os.open(path, os.O_WRONLY), number)
+    take(asked, 1, "stdout", asked["out"])
+    take(asked, 2, "stderr", asked["err"])
     try:
         os.environ.clear()
         os.environ.update(asked["env"])
@@ -46,6 +58,8 @@ def child(asked):
     except BaseException:
         traceback.print_exc()
         code = 1
+    if asked["ends"]:  # as an interpreter ends: it flushes what is left, and tells if it cannot
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -70,14 +84,28 @@ def _server() -> subprocess.Popen[str]:
 
 
 def run_forked(
-    program: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path
+    program: str,
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    streams: Mapping[str, str | None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """The program, as a text, with this `sys.argv` and this environment alone."""
+    """The program, as a text, with this `sys.argv` and this environment alone.
+
+    streams: where `out` or `err` goes in place of the result: a path, or None for a closed stream.
+    The program then ends as an interpreter does.
+    """
     server = _server()
     assert server.stdin is not None and server.stdout is not None
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    with (
+        tempfile.NamedTemporaryFile("r", encoding=encoding) as out,
+        tempfile.NamedTemporaryFile("r", encoding=encoding) as err,
+    ):
         asked = {"program": program, "argv": list(argv), "env": dict(env), "cwd": str(cwd),
-                 "out": out.name, "err": err.name, "seconds": SECONDS}  # fmt: skip
+                 "out": out.name, "err": err.name, "seconds": SECONDS,
+                 "ends": streams is not None, **(streams or {})}  # fmt: skip
         print(json.dumps(asked), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
         return subprocess.CompletedProcess(list(argv), code, out.read(), err.read())

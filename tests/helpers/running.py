@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from geoscope.__main__ import main
 from geoscope.records import Report, encode
+from tests.helpers.forked import GEOSCOPE, run_forked
 from tests.helpers.matrices import gaussian, save_model, updated
 
 __all__ = ["Done", "by_rows", "process", "run", "weights", "write_pair"]
@@ -78,13 +78,12 @@ def run(*arguments: str | Path) -> Done:
 
 
 def process(*arguments: str | Path, encoding: str = "utf-8", **environment: str) -> Done:
-    """The same in a process of its own, with pipes for streams, which are read as `encoding`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "geoscope", *map(str, arguments)],
-        capture_output=True,
-        encoding=encoding,
-        env={**os.environ, **environment},
-        check=False,
+    """The same in a process of its own, with files for streams, which are in `encoding`."""
+    done = run_forked(
+        GEOSCOPE,
+        ["geoscope", *map(str, arguments)],
+        env={**os.environ, **environment, "PYTHONIOENCODING": encoding},
+        cwd=Path.cwd(),
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

@@ -23,7 +23,7 @@ def _weight(m: int, n: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("shape", [(256, 256), (512, 384)])
+@pytest.mark.parametrize("shape", [(256, 256), pytest.param((512, 384), marks=pytest.mark.slow)])
 def test_a_grid_is_named_and_its_rounding_is_the_one_measured(
     grid: str, dtype: str, shape: tuple[int, int]
 ) -> None:

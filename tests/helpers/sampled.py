@@ -1,0 +1,60 @@
+"""What tests of commands sample from equal spectra is sampled once a process.
+
+`tuned_spectra` and `mean_angles` depend on their arguments alone, and tiny models of the same seeds
+come again in hundreds of tests. Tests of these functions, of stacks and of workers, and all below
+`linalg/`, `metrics/` and `engine/` call them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+__all__ = ["sample_once"]
+
+_KEPT: dict[Any, Any] = {}
+_MOST = 1 << 14  # numbers of a result that is kept
+
+
+def sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test: the commands take what was sampled from the same numbers before."""
+    for module, name in (
+        ("providers", "tuned_spectra"),
+        ("providers", "mean_angles"),
+        ("measure", "mean_angles"),
+    ):
+        place = import_module(f"geoscope.metrics.{module}")
+        monkeypatch.setattr(place, name, _once(getattr(place, name)))
+
+
+def _once(sample: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(sample)
+    def sampled(*arguments: Any, **settings: Any) -> Any:
+        key = (sample.__name__, *map(_bits, arguments), *sorted(settings.items()))
+        if key not in _KEPT:
+            result = sample(*arguments, **settings)
+            if _numbers(result) > _MOST:
+                return result
+            _KEPT[key] = _copy(result)
+        return _copy(_KEPT[key])
+
+    return sampled
+
+
+def _bits(argument: Any) -> Any:
+    """The argument to the last bit."""
+    if hasattr(argument, "numpy"):
+        return argument.shape, argument.dtype, argument.contiguous().numpy().tobytes()
+    return argument
+
+
+def _copy(result: Any) -> Any:
+    return tuple(map(_copy, result)) if isinstance(result, tuple) else result.clone()
+
+
+def _numbers(result: Any) -> int:
+    return sum(map(_numbers, result)) if isinstance(result, tuple) else result.numel()
