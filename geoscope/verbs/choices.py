@@ -15,7 +15,9 @@ from geoscope.arguments import path_of, path_text, size, texts
 from geoscope.errors import OptionError
 from geoscope.names import NameMap, Selection, chosen_layers
 
-__all__ = ["Compute", "Memory", "Rename", "Resume", "Select", "Start", "chosen", "form"]
+__all__ = [
+    "Compute", "Memory", "Rename", "Resume", "Select", "Start", "chosen", "form", "seed_form",
+]  # fmt: skip
 
 _MOST_WORKERS = 1024  # a thread each
 
@@ -62,6 +64,13 @@ def _workers(value: int, name: str) -> int:
         raise OptionError(f"`{name}` {value}: at least one worker is needed")
     if value > _MOST_WORKERS:
         raise OptionError(f"`{name}` {value}: at most {_MOST_WORKERS} workers; write one a core")
+    return value
+
+
+def seed_form(value: int, name: str) -> int:
+    """A seed as numpy and torch take it."""
+    if not 0 <= value < 2**63:
+        raise OptionError(f"`{name}` {value}: a whole number from 0 to 2^63 - 1 is needed")
     return value
 
 
@@ -113,7 +122,7 @@ class Compute(_Choices):
     """
 
     jobs: int | None = field(default=None, metadata=form(_workers))
-    seed: int = 0
+    seed: int = field(default=0, metadata=form(seed_form))
 
 
 @dataclass(frozen=True, kw_only=True)
