@@ -8,7 +8,7 @@ what the module offers; a survivor meets those of WIDER, too. A mutant whose tes
 process that has imported torch, so that a mutant costs its tests alone. Prints Markdown; with --log
 also after each mutant.
 
-    python -m benchmarks.mutation [--mutants 40] [--seed 0] [--seconds 720] [--log FILE]
+    python -m benchmarks.mutation [--mutants 48] [--first 0] [--seed 0] [--seconds 720] [--log FILE]
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def told(outcomes: list[tuple[Mutant, str]], seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mutants", type=int, default=40)
+    parser.add_argument("--mutants", type=int, default=48)
+    parser.add_argument("--first", type=int, default=0, help="mutants of the sample to pass over")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=720, help="no new mutant after them")
     parser.add_argument("--limit", type=float, default=60, help="of the processor, for one run")
@@ -242,7 +243,7 @@ def main() -> None:
         for part in ("geoscope", "tests", "benchmarks", "examples", "docs"):
             shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        for mutant in sample(given.mutants, given.seed):
+        for mutant in sample(given.mutants, given.seed)[given.first :]:
             if time.perf_counter() - started > given.seconds:
                 break
             outcomes.append((mutant, outcome(mutant, folder, given.limit)))

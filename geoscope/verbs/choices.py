@@ -5,6 +5,7 @@ Loads no torch: the command line makes its options from these fields, and help m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -67,6 +68,12 @@ def _workers(value: int, name: str) -> int:
     return value
 
 
+def _above_zero(value: float, name: str) -> float:
+    if not 0 < value < math.inf:
+        raise OptionError(f"`{name}` {value}: a number above 0 is needed")
+    return value
+
+
 def seed_form(value: int, name: str) -> int:
     """A seed as numpy and torch take it."""
     if not 0 <= value < 2**63:
@@ -110,7 +117,7 @@ class Start(_Choices):
     """
 
     initial_adapter: str | None = field(default=None, metadata=form(path_text))
-    lora_alpha: float | None = None
+    lora_alpha: float | None = field(default=None, metadata=form(_above_zero))
 
 
 @dataclass(frozen=True, kw_only=True)

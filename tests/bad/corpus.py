@@ -231,7 +231,7 @@ OPTIONS = {
     "trajectory": ("base", "absent/x/y", "tuned/config.json", "/dev/null"),
     "verify-adapter": ("base", "absent/x/y", "/dev/null", ""),
     "init-adapter base -o out/made --rank": ("0", "-1", "x", "99999999999", "2.5", "25"),
-    "init-adapter base -o out/made --init": ("nosuch", ""),
+    "init-adapter base -o out/made --method": ("nosuch", ""),
     "metrics": ("nosuch", "\x1b[31m"),
 }  # fmt: skip
 _SPELT = {"10^30": "1" + "0" * 30, "400 parentheses": "(" * 400, "300 letters": "x" * 300}

@@ -37,7 +37,7 @@ OK, CAUTION, BELOW = Status.OK, Status.CAUTION, Status.BELOW_RESOLUTION
 
 def test_a_spectrum_of_leading_values_is_filled_up_to_its_energy() -> None:
     """With as many values next to the cut as the energy allows, and zeros behind."""
-    S = torch.linspace(2, 0.1, 9, dtype=torch.float64)
+    S = torch.linspace(0.2, 0.01, 9, dtype=torch.float64)
     norm, top = torch.linalg.vector_norm(S), S[:4]
     nothing = torch.zeros(1, dtype=torch.float64)
     values = {

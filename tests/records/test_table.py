@@ -83,7 +83,7 @@ def test_a_list_of_objects_is_read_too() -> None:
         (
             "status",
             {"y": ["FINE", None, None]},
-            "status: y: found 'FINE', expected one of NON_FINITE",
+            "status: y: found 'FINE', expected one of N",
         ),
         ("curves", {"c": {"x": {"distinct": [], "at": [0, 0, None]}}}, "curves: c: "),
         ("absent", {"values": {"x": [9]}}, "values: "),
