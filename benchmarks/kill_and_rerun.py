@@ -2,24 +2,28 @@
 
 A killed run may leave nothing that loads but what a whole run writes, and no part of a file under
 its own name. The rerun, with --force, gives the bytes of a run that was never killed. Caches stay,
-as they do for users. Prints Markdown.
+as they do for users. Each command is a fork of one process that has imported what is slow, so that
+the moments fall into the work and not into imports. Prints Markdown; with --log also on the way.
 
-    python benchmarks/kill_and_rerun.py [--seconds 180] [--seed 0]
+    python benchmarks/kill_and_rerun.py [--kills 50] [--seconds 600] [--seed 0] [--log FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,9 +39,17 @@ COMMANDS = {
     "extrapolate": "extrapolate {}/run --base {}/base --to-step 40 --method linear -o {out}/model",
     "init-adapter": "init-adapter {}/base -r 4 -o {out}/start",
     "convert-adapter": "convert-adapter {}/start {}/start -o {out}/plain",
+    "lineage": "lineage {}/run/checkpoint-30 {}/base {}/run/checkpoint-10 -o {out}/report.json",
+    "show": "show {}/report.json -o {out}/page.html -o {out}/table.csv -o {out}/figure.svg",
 }
-SHAPES = {"self_attn.q_proj": (256, 256), "mlp.down_proj": (256, 512)}
-LAYERS, STEPS = 6, (10, 20, 30)
+SLOW = (
+    "geoscope.cli", "geoscope.report.text", "geoscope.verbs.adapters.convert", "rich.table",
+    "geoscope.verbs.adapters.initialise", "geoscope.verbs.lineage", "geoscope.verbs.pairs.compare",
+    "geoscope.verbs.series.extrapolate", "geoscope.verbs.series.follow", "pydantic.type_adapter",
+    "scipy.linalg", "scipy.special",
+)  # fmt: skip
+SHAPES = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 128)}
+LAYERS, STEPS = 3, (10, 20, 30)
 
 
 def models(root: Path) -> None:
@@ -63,26 +75,59 @@ def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
-def words(command: str, root: Path, out: Path) -> list[str]:
-    filled = [word.format(root, out=out) for word in COMMANDS[command].split()]
-    return [sys.executable, "-m", "geoscope", *filled, "--force", "-q"]
+def forked(work: Callable[[], object], errors: Path) -> int:
+    """Starts the work in a fork; its process id. errors: where its standard error goes."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    code: object = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
-def start(command: str, root: Path, out: Path) -> subprocess.Popen[bytes]:
+def start(command: str, root: Path, out: Path) -> int:
+    """Starts a command; its process id."""
+    from geoscope.__main__ import main
+
     out.mkdir(exist_ok=True)
-    environment = {**os.environ, "GEOSCOPE_CACHE": str(root / "cache")}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words(command, root, out), env=environment, **quiet)
+    filled = [word.format(root, out=out) for word in COMMANDS[command].split()]
+
+    def work() -> None:
+        os.environ["GEOSCOPE_CACHE"] = str(root / "cache")
+        sys.argv = ["geoscope", *filled, "--force", "-q"]
+        main()
+
+    return forked(work, root / "errors")
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def whole(command: str, root: Path, out: Path) -> float:
     """Runs to the end; its seconds."""
     started = time.perf_counter()
-    process = start(command, root, out)
-    _, said = process.communicate()
-    if process.returncode:
-        sys.exit(f"{command}: status {process.returncode}: {said.decode()}")
+    code = ended(start(command, root, out))
+    if code:
+        sys.exit(f"{command}: status {code}: {(root / 'errors').read_text()}")
     return time.perf_counter() - started
+
+
+def killed(command: str, root: Path, out: Path, seconds: float) -> bool:
+    """Runs for so long; whether it had not ended."""
+    pid = start(command, root, out)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return ended(pid) == -signal.SIGKILL
 
 
 def content(out: Path) -> dict[str, object]:
@@ -115,18 +160,53 @@ def left(out: Path, truth: dict[str, object]) -> str | None:
     return None
 
 
+@dataclass
+class Counts:
+    """kills, early: of each command, those that met it at work, and those that came too late."""
+
+    kills: Counter[str] = field(default_factory=Counter[str])
+    early: Counter[str] = field(default_factory=Counter[str])
+    faults: list[str] = field(default_factory=list[str])
+
+    def told(self, seconds: float) -> str:
+        lines = ["| command | killed | had ended before |", "|---|--:|--:|"]
+        lines += [f"| {name} | {self.kills[name]} | {self.early[name]} |" for name in COMMANDS]
+        told = f"{self.kills.total()} kills in {seconds:.0f} s, {len(self.faults)} faults."
+        return "\n".join([*lines, "", told, *self.faults])
+
+
+def trial(
+    command: str, root: Path, out: Path, truth: dict[str, object], seconds: float, counts: Counts
+) -> None:
+    """One kill and one rerun."""
+    was_killed = killed(command, root, out, seconds)
+    (counts.kills if was_killed else counts.early)[command] += 1
+    fault = left(out, truth)
+    whole(command, root, out)
+    if fault is None and content(out) != truth:
+        fault = "the rerun gave other bytes"
+    if fault is not None:
+        counts.faults.append(f"{command}, after {seconds:.3f} s: {fault}")
+    shutil.rmtree(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--kills", type=int, default=50, help="of each command")
+    parser.add_argument("--seconds", type=float, default=600, help="no new one after them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", type=Path)
     given = parser.parse_args()
-    rng, faults = random.Random(given.seed), list[str]()
-    kills: Counter[str] = Counter()
-    ended: Counter[str] = Counter()
+    torch.set_num_threads(1)
+    for module in SLOW:
+        importlib.import_module(module)
+    rng, counts = random.Random(given.seed), Counts()
     with tempfile.TemporaryDirectory() as folder:
         root, out = Path(folder), Path(folder) / "out"
-        models(root)
+        ended(forked(lambda: models(root), root / "errors"))  # no thread before a fork
         whole("init-adapter", root, root)  # what convert-adapter reads
+        whole("compare", root, out)
+        shutil.move(out / "report.json", root / "report.json")  # what show reads
         truth: dict[str, dict[str, object]] = {}
         seconds: dict[str, float] = {}
         for command in COMMANDS:
@@ -134,32 +214,19 @@ def main() -> None:
             seconds[command] = whole(command, root, out)
             truth[command] = content(out)
             shutil.rmtree(out)
-        started, number = time.perf_counter(), 0
-        while time.perf_counter() - started < given.seconds:
-            command = list(COMMANDS)[number % len(COMMANDS)]
-            number += 1
-            if rng.random() < 0.5:
-                shutil.rmtree(root / "cache", ignore_errors=True)
-            process = start(command, root, out)
-            try:
-                process.communicate(timeout=rng.uniform(0.1, 1.05) * seconds[command])
-                ended[command] += 1
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                kills[command] += 1
-            fault = left(out, truth[command])
-            whole(command, root, out)
-            if fault is None and content(out) != truth[command]:
-                fault = "the rerun gave other bytes"
-            faults += [] if fault is None else [f"{command}: {fault}"]
-            shutil.rmtree(out)
-    print("| command | killed | had ended before |\n|---|--:|--:|")
-    for command in COMMANDS:
-        print(f"| {command} | {kills[command]} | {ended[command]} |")
-    print(f"\n{sum(kills.values())} kills, {len(faults)} faults.")
-    print("\n".join(faults))
-    sys.exit(bool(faults))
+        started = time.perf_counter()
+        for _ in range(given.kills):
+            for command in COMMANDS:
+                if time.perf_counter() - started > given.seconds:
+                    break
+                if rng.random() < 0.5:
+                    shutil.rmtree(root / "cache", ignore_errors=True)
+                moment = rng.uniform(0, 1.05) * seconds[command]
+                trial(command, root, out, truth[command], moment, counts)
+                if given.log is not None:
+                    given.log.write_text(counts.told(time.perf_counter() - started) + "\n")
+    print(counts.told(time.perf_counter() - started))
+    sys.exit(bool(counts.faults))
 
 
 if __name__ == "__main__":

@@ -158,13 +158,37 @@ def parsed(text: str | bytes, **hooks: Any) -> Any:
         return json.loads(text, **{"parse_int": _whole, **hooks})
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(_other_than_json(text[:64]) or str(error)) from None
+
+
+def _other_than_json(begin: str | bytes) -> str | None:
+    """What a file is that has no JSON, where its first letters tell."""
+    text = begin if isinstance(begin, str) else begin.decode("latin-1")
+    if text.startswith("version https://git-lfs"):
+        return "it is a Git LFS pointer: run `git lfs pull` in its folder"
+    if text.lstrip().startswith("<"):
+        return "it is a web page"
+    if "\0" in text or text.startswith(("PK\x03\x04", "GGUF")):
+        return "it is a binary file"
+    return None if text.strip() else "it is empty"
 
 
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= _DIGITS else float(digits)
 
 
-_REPR = reprlib.Repr()
+class _Spelling(reprlib.Repr):
+    """Python's, with the words of JSON for what JSON has words for."""
+
+    def repr_bool(self, value: bool, _level: int) -> str:
+        return json.dumps(value)
+
+    def repr_NoneType(self, _value: None, _level: int) -> str:
+        return "null"
+
+
+_REPR = _Spelling()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 

@@ -18,9 +18,11 @@ from geoscope.records import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Container", "FileHeader", "byte_view", "files_of"]
+__all__ = ["Container", "FileHeader", "byte_view", "files_of", "other_file"]
 
 _LONGEST_NAME = 1000
+# How other files begin that are saved under the name of weights.
+_BEGINNINGS = {b"<": "a web page", b"PK\x03\x04": "a zip archive", b"GGUF": "a GGUF file"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ def files_of(container: Container) -> tuple[Path, ...]:
     """The files that a container reads, as far as they lie on this disk."""
     path = getattr(container, "path", None)
     return getattr(container, "paths", () if path is None else (path,))
+
+
+def other_file(first: bytes) -> str | None:
+    """What a file is that begins like this and is none of its format, where that can be told."""
+    if not first:
+        return "an empty file"
+    return next((words for begin, words in _BEGINNINGS.items() if first.startswith(begin)), None)
 
 
 def byte_view(nbytes: int, buffer: torch.Tensor | None) -> torch.Tensor:

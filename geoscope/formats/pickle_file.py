@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError, UnsupportedFormat
-from geoscope.formats.container import FileHeader, byte_view
+from geoscope.foreign import shown
+from geoscope.formats.container import FileHeader, byte_view, other_file
 from geoscope.formats.refused import odd_shards, refusal
 from geoscope.names import is_output_head
 from geoscope.records import TensorInfo
@@ -142,9 +143,9 @@ def _refusal(error: Exception, path: Path, label: str) -> CheckpointError:
         return UnsupportedFormat(
             f"{label}: loading this file would run code stored in it; convert it to safetensors"
         )
+    what = other_file(first) or type(error).__name__
     return CheckpointError(
-        f"{label}: no PyTorch file, or a damaged one ({type(error).__name__}); "
-        "copy or download it again"
+        f"{label}: no PyTorch file, or a damaged one ({what}); copy or download it again"
     )
 
 
@@ -183,11 +184,23 @@ def _unwrap(loaded: Any, label: str) -> tuple[dict[str, torch.Tensor], tuple[str
         if isinstance(value, torch.Tensor) and _is_dense(value)
     }
     if not tensors:
-        raise CheckpointError(f"{label}: holds no tensors among its {len(table)} entries")
+        raise CheckpointError(f"{label}: {_without_tensors(table)}")
     if len(tensors) < len(table):
         rest = len(table) - len(tensors)
         notes.append(f"{label}: {rest} entries that are no dense tensors are passed over")
     return tensors, tuple(notes)
+
+
+def _without_tensors(table: Mapping[Any, Any]) -> str:
+    """What a table holds that has no dense tensor."""
+    import torch
+
+    others = (pair for pair in table.items() if isinstance(pair[1], torch.Tensor))
+    for name, value in others:
+        kind = "meta" if value.device.type == "meta" else str(value.layout).removeprefix("torch.")
+        kind = "quantised" if value.is_quantized else "nested" if value.is_nested else kind
+        return f"holds no dense tensors; {shown(name)} is a {kind} tensor: save the weights densely"
+    return f"holds no tensors among its {len(table)} entries; give a file of weights"
 
 
 def _is_dense(value: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoscope.errors import CheckpointError
 from geoscope.foreign import parsed, shown
-from geoscope.formats.container import FileHeader, byte_view
+from geoscope.formats.container import FileHeader, byte_view, other_file
 from geoscope.records import TensorInfo
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def header_length(first: bytes, size: int, label: str, limit: int = MAX_HEADER) 
             f"{label}: a Git LFS pointer and not the weights; run `git lfs pull` in its folder"
         )
     (length,) = struct.unpack("<Q", first)
+    if 8 + length > min(size, limit) and (other := other_file(first)) is not None:
+        raise CheckpointError(f"{label}: {other} and not the weights; copy or download them again")
     if length > limit:
         raise _damaged(label, f"it claims {length} bytes, {limit} are allowed")
     if 8 + length > size:
@@ -176,11 +178,11 @@ def _entry(name: str, value: Any, label: str) -> Entry:
     except (TypeError, KeyError, ValueError):
         raise _damaged(label, f"{name} lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _damaged(label, f"{name} has the unknown dtype {dtype!r}")
+        raise _damaged(label, f"{name} has the unknown dtype {shown(dtype)}")
     if not isinstance(shape, (list, tuple)) or not all(_is_count(size) for size in shape):
-        raise _damaged(label, f"{name} has the impossible shape {shape!r}")
+        raise _damaged(label, f"{name} has the impossible shape {shown(shape)}")
     if not (_is_count(begin) and _is_count(end) and begin <= end):
-        raise _damaged(label, f"{name} has the impossible offsets {[begin, end]!r}")
+        raise _damaged(label, f"{name} has the impossible offsets {shown([begin, end])}")
     spelled, bits = DTYPES[dtype]
     if math.prod(shape) * bits != (end - begin) * 8:
         raise _damaged(label, f"{name}: {dtype} {list(shape)} does not fill {end - begin} bytes")

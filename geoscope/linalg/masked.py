@@ -136,7 +136,7 @@ def _bracket(left: Tensor, right: Tensor, level: float) -> tuple[float, float]:
     width = _DEVIATIONS * math.sqrt(level * (1 - level) / _DRAWN)
     first, last = (int(one * _DRAWN) for one in (level - width, level + width))
     return (
-        float(drawn[first]) if first >= 0 else -math.inf,
+        float(drawn[min(first, _DRAWN - 1)]) if first >= 0 else -math.inf,
         float(drawn[last]) if last < _DRAWN else math.inf,
     )
 

@@ -26,6 +26,7 @@ from geoscope.foreign import (
     local_path,
     reason,
     resolved,
+    shown,
     small_text,
 )
 from geoscope.formats.layout import choose_layout, parse_object
@@ -177,7 +178,7 @@ def _record(folder: Path) -> dict[str, Any]:
     record = parse_object(text, str(folder / RECORD))
     if record.get("schema") != RECORD_SCHEMA:
         raise CheckpointError(
-            f"{folder / RECORD}: schema is {record.get('schema')!r}, needs {RECORD_SCHEMA!r}; "
+            f"{folder / RECORD}: schema is {shown(record.get('schema'))}, needs {RECORD_SCHEMA!r}; "
             "it is of another command or version: write the folder again with init-adapter"
         )
     _check_record(record, str(folder / RECORD))

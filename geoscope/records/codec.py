@@ -97,7 +97,7 @@ def _form(kind: Any) -> Form:
         return Form(encode, partial(decode, kind), reference, noun=kind, fields=_fields(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):
         names = [member.value for member in kind]
-        return Form(lambda value: value.value, cache(kind), lambda _: {"enum": names})
+        return Form(lambda value: value.value, partial(_member, kind), lambda _: {"enum": names})
     if origin is tuple:
         return _of_tuples(_form(parts[0]), None if parts[-1] is Ellipsis else len(parts), tuple)
     if isinstance(kind, type) and issubclass(kind, tuple):
@@ -111,6 +111,18 @@ def _form(kind: Any) -> Form:
     if len(nouns) == 1 and NoneType in parts:
         return _or_none(_form(nouns[0]))
     return _AS_IS
+
+
+def _member(kind: type[Enum], value: Any) -> Enum:
+    member = _members(kind).get(value) if isinstance(value, str) else None
+    if member is None:
+        raise TypeError(f"found {shown(value)}, expected one of {', '.join(_members(kind))}")
+    return member
+
+
+@cache
+def _members(kind: type[Enum]) -> Mapping[str, Enum]:
+    return {member.value: member for member in kind}
 
 
 def _of_scalars(kinds: frozenset[type]) -> Form:
@@ -130,7 +142,8 @@ def _scalar(kinds: frozenset[type], value: Any) -> Any:
     is_number = kind in (int, float) and float in kinds and math.isfinite(value)
     if is_number or (kind is not float and kind in kinds):
         return value
-    needed = " or ".join(_WORDS[each] for each in _WORDS if each in kinds)
+    narrower = {int} if float in kinds else set[type]()
+    needed = " or ".join(_WORDS[each] for each in _WORDS if each in kinds - narrower)
     raise TypeError(f"found {shown(value)}, expected {needed}")
 
 

@@ -188,6 +188,12 @@ def _configuration_only(path: Path, label: str) -> CheckpointError:
             f"`{path.name}/` holds configuration only; weights are in the shards beside it: give "
             f"{Path(label).parent}"
         )
+    odd = next((p.name for p in path.glob("*.*") if is_readable(p.name) and not p.is_file()), None)
+    if odd is not None:
+        return CheckpointError(
+            f"`{label}/{odd}` is no file: a link to nothing, a folder or a pipe; copy or download "
+            "the weights again"
+        )
     return CheckpointError(
         f"`{label}` holds configuration only (config.json); geoscope needs model*.safetensors "
         "or pytorch_model*.bin beside it"

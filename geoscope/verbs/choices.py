@@ -5,6 +5,7 @@ Loads no torch: the command line makes its options from these fields, and help m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -18,7 +19,10 @@ from geoscope.names import NameMap, Selection, chosen_layers
 if TYPE_CHECKING:
     from geoscope.peft.adapter import Adapter
 
-__all__ = ["Compute", "Memory", "Nodes", "Rename", "Resume", "Select", "Start", "chosen", "form"]
+__all__ = [
+    "Compute", "Memory", "Nodes", "Rename", "Resume", "Select", "Start", "chosen", "form",
+    "seed_form",
+]  # fmt: skip
 
 _MOST_WORKERS = 1024  # a thread each
 # Options that say how fast the numbers come, and what is of one machine alone.
@@ -81,6 +85,19 @@ def _workers(value: Any, name: str) -> int:
     return value
 
 
+def _above_zero(value: float, name: str) -> float:
+    if not 0 < value < math.inf:
+        raise OptionError(f"`{name}` {value}: a number above 0 is needed")
+    return value
+
+
+def seed_form(value: int, name: str) -> int:
+    """A seed as numpy and torch take it."""
+    if not 0 <= value < 2**63:
+        raise OptionError(f"`{name}` {value}: a whole number from 0 to 2^63 - 1 is needed")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Select(_Choices):
     """Which tensors are looked at.
@@ -126,7 +143,7 @@ class Start(_Choices):
     """
 
     initial_adapter: str | Adapter | None = field(default=None, metadata=form(_adapter))
-    lora_alpha: float | None = None
+    lora_alpha: float | None = field(default=None, metadata=form(_above_zero))
 
     @property
     def start_name(self) -> str | None:
@@ -144,7 +161,7 @@ class Compute(_Choices):
     """
 
     jobs: int | None = field(default=None, metadata=form(_workers))
-    seed: int = 0
+    seed: int = field(default=0, metadata=form(seed_form))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from geoscope.adapters.lora import lora
 from geoscope.adapters.milora import milora
 from geoscope.adapters.olora import olora
 from geoscope.adapters.pissa import pissa
-from geoscope.adapters.table import INITIALISATIONS
+from geoscope.adapters.table import INITIALISATIONS, starts_on_base
 from geoscope.errors import NumericsError, OptionError
 from geoscope.records import Status
 from tests.helpers.matrices import DTYPES, gaussian, with_spectrum
@@ -227,3 +227,13 @@ def test_devices_agree(name: str) -> None:
     assert np.linalg.norm(found - truth) <= 1e-6 * np.linalg.norm(truth)
     for key, value in here.facts.items():
         assert there.facts[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+
+
+@every_one
+def test_a_start_leaves_the_base_where_its_product_is_zero(name: str) -> None:
+    found = INITIALISATIONS[name](gaussian(24, 16, seed=8), 4)
+    assert starts_on_base(name) == (not initial(found).any())
+
+
+def test_a_method_that_is_not_known_is_not_said_to_start_on_its_base() -> None:
+    assert not any(map(starts_on_base, ("nosuch", None, ["lora"])))

@@ -11,6 +11,7 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from geoscope.linalg import Operand, factorise, principal_angles
+from geoscope.linalg.perturbed import _angles
 from tests.helpers.matrices import gaussian, orthonormal, with_spectrum
 
 
@@ -50,6 +51,15 @@ def test_a_subspace_has_no_angle_to_itself(d: int, k: int, dtype: torch.dtype) -
     Q = orthonormal(d, k, seed=3).to(dtype)
     turned = Q @ orthonormal(k, k, seed=4).to(dtype)
     assert float(principal_angles(Q, turned).max()) <= 4 * k**0.5 * torch.finfo(dtype).eps
+
+
+def test_angles_of_vectors_that_leak_are_those_of_the_longer_vectors() -> None:
+    """Rows that are known by their Gram matrix alone; as large as the vectors, and not diagonal."""
+    held, rest = orthonormal(12, 4, seed=6), 0.7 * gaussian(5, 4, seed=7, sd=1.0)
+    longer, _ = np.linalg.qr(torch.cat([held, rest]).numpy())
+    expected = np.sort(subspace_angles(np.eye(17, 4), longer))
+    found = np.sort(_angles(held, rest.mT @ rest).numpy())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
 
 
 def test_orthogonal_subspaces_are_at_right_angles() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geoscope.linalg import Operand, factorise, factorise_leading
 from geoscope.linalg.leading import leading_triplets
-from tests.helpers.matrices import gaussian, generator, orthonormal, updated
+from tests.helpers.matrices import gaussian, generator, orthonormal, updated, with_spectrum
 
 
 def realistic(m: int, n: int, *, seed: int = 0) -> Tensor:
@@ -143,6 +143,21 @@ def test_equal_input_gives_equal_bytes() -> None:
 def test_a_zero_matrix_has_zero_values() -> None:
     found = factorise_leading(Operand(torch.zeros(1, 300, 200)), 3)
     assert torch.equal(found.S, torch.zeros(1, 3, dtype=torch.float64))
+    alone = leading_triplets(Operand(torch.zeros(1, 300, 200)), 3)
+    assert torch.equal(alone.S, torch.zeros(3, dtype=torch.float64))
+    for rows, side in ((alone.U, 300), (alone.Vh, 200)):
+        assert rows.shape == (3, side)
+        assert torch.equal(rows @ rows.T, torch.eye(3, dtype=torch.float64))
+    assert alone.converged and alone.residual == 0
+
+
+def test_what_fp32_holds_for_converged_has_to_hold_in_fp64() -> None:
+    """σ4 to σ6 are .5 % of σ1: a Gram matrix in fp32 knows them to 1e-2, and stands still there."""
+    tail = [8e-3, 7e-3, 6e-3, 5e-3, 4e-3, *[1e-5] * 192]
+    W = with_spectrum(300, 200, torch.tensor([1.0, 0.9, 0.8, *tail], dtype=torch.float64), seed=1)
+    found = leading_triplets(Operand(W[None]), 6, by_gram=True)
+    assert found.dimension < 60  # of 90 that it might have taken
+    assert not found.converged
 
 
 def test_a_sketch_without_power_iterations_misses() -> None:

@@ -25,6 +25,7 @@ from geoscope.metrics import (
     pair_factors,
     takes_of,
 )
+from geoscope.metrics.measure import _Floors
 from geoscope.metrics.precision import FLOORS, floor_status
 from geoscope.records import Status
 from tests.helpers import oracle
@@ -32,6 +33,23 @@ from tests.helpers.matrices import DTYPES, gaussian, save_model, updated
 from tests.helpers.measuring import all_instances, row
 
 OK, CAUTION, BELOW = Status.OK, Status.CAUTION, Status.BELOW_RESOLUTION
+
+
+def test_a_spectrum_of_leading_values_is_filled_up_to_its_energy() -> None:
+    """With as many values next to the cut as the energy allows, and zeros behind."""
+    S = torch.linspace(0.2, 0.01, 9, dtype=torch.float64)
+    norm, top = torch.linalg.vector_norm(S), S[:4]
+    nothing = torch.zeros(1, dtype=torch.float64)
+    values = {
+        "base.top": top[None], "base.norm": norm[None], "update.noise": nothing,
+        "update.norm": nothing,
+    }  # fmt: skip
+    filled = _Floors(values, (12, 9), seed=0)._spectrum(0)
+    rest = S[4:].square().sum() / S[3] ** 2
+    assert torch.equal(filled[:4], top)
+    assert filled[4:].tolist() == [float(S[3])] * math.ceil(rest) + [0.0] * (5 - math.ceil(rest))
+    assert 0 < math.ceil(rest) < 5
+
 
 # --- the thresholds -----------------------------------------------------------------------------
 

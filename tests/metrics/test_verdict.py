@@ -618,6 +618,17 @@ def test_the_models_words_weigh_captured_energy() -> None:
     assert "enriched 6.2× over isotropic" in found.text
 
 
+def test_the_models_words_take_means_over_its_matrices() -> None:
+    def words(key: str, *numbers: float) -> str:
+        rows = zip("qkv", numbers, strict=True)
+        return model(*((module, {key: number}, 1.0) for module, number in rows)).text
+
+    assert "indistinguishable from isotropic" in words("stable", 60.0, 5.0, 20.0)  # 28 of 30
+    assert "on few directions" in words("stable", 20.0, 10.0, 10.0)  # 13 of 30
+    assert "rotates the singular frames" in words("spectral", 0.1, 0.6, 0.7)
+    assert "rotates the singular frames" not in words("spectral", 0.4, 0.6, 0.7)
+
+
 def test_limits_in_force_are_echoed_whole() -> None:
     found = model(("q", OFF, 1.0), limits={"distorted.nss": 1e-5})
     assert found.code == "SPECTRUM_DISTORTED"

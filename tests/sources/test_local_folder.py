@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file, save_model
 
 from geoscope.errors import CheckpointError, CheckpointNotFound, OptionError
+from geoscope.foreign import shown
 from geoscope.sources.open import open_checkpoint
 from geoscope.sources.reference import HubReference, base_and_adapter, parse_reference
 from tests.helpers.files import (
@@ -188,7 +189,7 @@ def test_an_index_that_names_an_absent_tensor_is_refused(tmp_path: Path) -> None
 def test_a_shard_outside_of_the_folder_is_refused(tmp_path: Path, shard: Any) -> None:
     write_model(tmp_path.parent, {"a": torch.zeros(2, 2)}, None)
     write_index(tmp_path, {"a": shard})
-    assert f"names the shard {shard!r}" in refusal(tmp_path)
+    assert f"names the shard {shown(shard)}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
@@ -201,6 +202,13 @@ def test_a_broken_index_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
     (write_model(tmp_path, llama()) / "config.json").write_text(text)
     assert "config.json: " in refusal(tmp_path)
+
+
+def test_weights_that_are_a_link_to_nothing_are_told_from_none(tmp_path: Path) -> None:
+    (write_model(tmp_path, llama()) / "model.safetensors").unlink()
+    assert "holds configuration only" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to("blobs/gone")
+    assert "model.safetensors` is no file: a link to nothing" in refusal(tmp_path)
 
 
 def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:

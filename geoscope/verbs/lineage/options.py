@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from geoscope.verbs.choices import Rename, Select
+from geoscope.verbs.choices import Rename, Select, form, seed_form
 from geoscope.verbs.options import Options
 
 __all__ = ["LineageOptions"]
@@ -22,7 +22,7 @@ class LineageOptions(Rename, Select):
     """
 
     all_matrices: bool = False
-    seed: int = 0
+    seed: int = field(default=0, metadata=form(seed_form))
     limits: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from geoscope._version import __version__
 from geoscope.arguments import Place, path_text
 from geoscope.errors import OptionError, ReportError
 from geoscope.files import replacing
+from geoscope.foreign import shown
 from geoscope.kinds import KINDS
 from geoscope.records import LayerRecord, Report, decode, encode
 from geoscope.verbs.options import Interrupted, Options, Progress
@@ -69,7 +70,8 @@ class Part:
             raise ReportError(f"not JSON: {error}") from None
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
-            raise ReportError(f"schema is {schema!r}, needs {SCHEMA!r}; give what `part` wrote")
+            told = f"schema is {shown(schema)}, needs {SCHEMA!r}"
+            raise ReportError(f"{told}; give what `part` wrote")
         try:
             return decode(cls, data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -29,21 +29,32 @@ from tests.helpers.examples import example
 from tests.helpers.matrices import gaussian, save_model, updated
 from tests.helpers.running import Done, run, weights
 
-__all__ = ["DOORS", "SECONDS", "Door", "changed_bytes", "changed_json", "trial"]
+__all__ = [
+    "DOORS", "LONG", "ODD", "PACKED", "SECONDS", "Door", "TooLong", "changed_bytes",
+    "changed_json", "faults", "limit", "trial",
+]  # fmt: skip
 
 SECONDS = 30  # of a wall clock beside other work
 _WORDS = ("FULL", "a", "model", "q_proj", "7", "-1", "r", "weight")
 
 # Values as JSON spells them, each with what it may break: a type, a size, a depth, a terminal.
-ODD = (
+_SHORT = (
     *("null", "true", "false", "0", "-1", "2.5", "1e308", "1e999", "NaN", "-Infinity"),
-    *("1" + "0" * 30, "9" * 400, "1" * 5000, "[" * 3000 + "]" * 3000),
-    '{"a":' * 900 + "1" + "}" * 900,
-    *('""', '"x"', json.dumps("x" * 300), json.dumps("y/" * 3000), r'"\u001b[31mred"', r'"a\nb"'),
-    *(r'"\u0000"', r'"\ud800"', r'"\u009b2J"', '"=1+1"', '"../../etc/passwd"', '"~nosuchuser/x"'),
-    *('"(a+)+b"', '"("', '"a{99999999999}"', '"NaN"', '"1"', '"/dev/zero"', '"."'),
-    *("[]", "{}", "[[]]", '["llama"]', "[1, 2]", "[null]", '{"a": 1}', '{"a": {"b": [null]}}'),
-)  # fmt: skip
+    *('""', '"x"', r'"\u001b[31mred"', r'"a\nb"', r'"\u0000"', r'"\ud800"', r'"\u009b2J"'),
+    *('"=1+1"', '"../../etc/passwd"', '"~nosuchuser/x"', '"(a+)+b"', '"("', '"a{99999999999}"'),
+    *('"NaN"', '"1"', '"/dev/zero"', '"."', "[]", "{}", "[[]]", '["llama"]', "[1, 2]", "[null]"),
+    *('{"a": 1}', '{"a": {"b": [null]}}'),
+)
+LONG = {
+    "10^30": "1" + "0" * 30,
+    "400 nines": "9" * 400,
+    "5000 ones": "1" * 5000,
+    "3000 brackets": "[" * 3000 + "]" * 3000,
+    "900 braces": '{"a":' * 900 + "1" + "}" * 900,
+    "300 letters": json.dumps("x" * 300),
+    "3000 folders": json.dumps("y/" * 3000),
+}
+ODD = (*_SHORT, *LONG.values())
 
 
 def changed_json(value: Any, rng: random.Random) -> bytes:
@@ -126,20 +137,21 @@ def trial(door: Door, root: Path, target: Path, seed: int) -> str | None:
     words = [word.format(root, out=out) for word in rng.choice(door.commands).split()]
     before = _contents(root)
     try:
-        with _limit():
+        with limit():
             done = run(*words)
-        faults = [*_faults(done), *(["an input was changed"] if _contents(root) != before else [])]
-    except _TooLong:
-        faults = [f"no end after {SECONDS} s"]
+        said = [*faults(done), *(["an input was changed"] if _contents(root) != before else [])]
+    except TooLong:
+        said = [f"no end after {SECONDS} s"]
     finally:
         content = target.read_bytes()
         target.write_bytes(valid)
         for path in sorted(out.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-    return f"seed {seed}: {' '.join(words)}: {faults}: {content[:2000]!r}" if faults else None
+    return f"seed {seed}: {' '.join(words)}: {said}: {content[:2000]!r}" if said else None
 
 
-def _faults(done: Done) -> Iterator[str]:
+def faults(done: Done) -> Iterator[str]:
+    """What no command may do."""
     said = done.err.splitlines()
     if done.code not in (0, 1, 2, 3):
         yield f"exit code {done.code}"
@@ -157,14 +169,16 @@ def _contents(root: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-class _TooLong(BaseException):
+class TooLong(BaseException):
     """The limit of time is over."""
 
 
 @contextmanager
-def _limit() -> Iterator[None]:
+def limit() -> Iterator[None]:
+    """Raises TooLong after SECONDS."""
+
     def over(_signum: int, _frame: FrameType | None) -> None:
-        raise _TooLong
+        raise TooLong
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -305,35 +319,38 @@ def _objects(_: bytes, rng: random.Random) -> bytes:
     return changed_bytes(raw, rng) if rng.random() < 0.2 else raw
 
 
+# What a pickle of weights may hold in place of a matrix.
+PACKED: dict[str, Callable[[], Any]] = {
+    "none": lambda: None,
+    "number": lambda: 3,
+    "text": lambda: "text",
+    "ones": lambda: torch.ones(24, 24),
+    "parameter": lambda: torch.nn.Parameter(torch.ones(24, 24)),
+    "expanded": lambda: torch.ones(24, 1).expand(24, 24),
+    "meta": lambda: torch.ones(24, 24, device="meta"),
+    "sparse": lambda: torch.ones(24, 24).to_sparse(),
+    "empty": lambda: torch.zeros(0, 24),
+    "complex": lambda: torch.ones(24, 24, dtype=torch.complex64),
+    "denormal": lambda: torch.full((24, 24), 1e-42),
+    "1e300": lambda: torch.full((24, 24), 1e300, dtype=torch.float64),
+    "nan": lambda: torch.full((24, 24), torch.nan),
+    "three axes": lambda: torch.ones(3, 24, 24),
+    "bool": lambda: torch.ones(24, 24, dtype=torch.bool),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(24, 24), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "size": lambda: torch.Size([3]),
+}
+
+
 def _object(rng: random.Random, depth: int) -> Any:
     name = "model.layers.0.self_attn.q_proj.weight"
-    plain: list[Callable[[], Any]] = [
-        lambda: None,
-        lambda: 3,
-        lambda: "text",
-        lambda: torch.ones(24, 24),
-        lambda: torch.nn.Parameter(torch.ones(24, 24)),
-        lambda: torch.ones(24, 1).expand(24, 24),
-        lambda: torch.ones(24, 24, device="meta"),
-        lambda: torch.ones(24, 24).to_sparse(),
-        lambda: torch.zeros(0, 24),
-        lambda: torch.ones(24, 24, dtype=torch.complex64),
-        lambda: torch.full((24, 24), 1e-42),
-        lambda: torch.full((24, 24), 1e300, dtype=torch.float64),
-        lambda: torch.full((24, 24), torch.nan),
-        lambda: torch.ones(3, 24, 24),
-        lambda: torch.ones(24, 24, dtype=torch.bool),
-        lambda: torch.quantize_per_tensor(torch.ones(24, 24), 0.1, 0, torch.qint8),
-        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        lambda: torch.Size([3]),
-    ]
     if depth < 3 and (depth == 0 or rng.random() < 0.4):
         keys = [name, "model", "state_dict", "\x1b[1m.weight", 3, "lm_head.weight", "a" * 2000]
         table = {rng.choice(keys): _object(rng, depth + 1) for _ in range(rng.randint(0, 3))}
         if rng.random() < 0.15:
             table["model"] = table
         return table
-    return rng.choice(plain)()
+    return rng.choice(list(PACKED.values()))()
 
 
 _COMPARES = (
