@@ -193,7 +193,8 @@ _UPDATE = (
     Outcome(
         ("SPECTRUM_DISTORTED",),
         "DISTORTED",
-        "values or directions moved further than an update of this size explains.",
+        "an update of {relative_update:share} of the weights moved values or directions "
+        "beyond their limits.",
         "bad",
     ),
     Outcome(

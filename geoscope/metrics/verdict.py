@@ -281,7 +281,7 @@ _SENTENCES = {
     "RANK_COLLAPSE": "pattern consistent with an update that works in a single direction",
     "ON_PRINCIPAL": "pattern consistent with an update on the principal directions of the base",
     "SPECTRUM_DISTORTED": "pattern consistent with a distorted spectrum: singular values or "
-    "leading subspaces moved further than an update of this size explains",
+    "leading subspaces moved beyond their limits, as large updates move them",
     "OFF_PRINCIPAL": "pattern consistent with an update off the principal directions of the base",
     "MIXED": "no single pattern: parts of the update lie on the principal directions, or turn them",
 }

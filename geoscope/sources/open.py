@@ -23,7 +23,6 @@ from geoscope.peft.adapter import Adapter, read_adapter
 from geoscope.sources.hub.progress import OnDownload
 from geoscope.sources.local_folder import LocalFolder
 from geoscope.sources.locate import Location, locate
-from geoscope.sources.memory import adapter_of_tensors
 from geoscope.sources.reference import parse_reference
 from geoscope.sources.shard_folder import open_shard_base, open_shards
 from geoscope.sources.signs import Kind, holds_shards
@@ -88,6 +87,8 @@ def open_adapter(
     >>> start = open_adapter(get_peft_model_state_dict(model), config)  # doctest: +SKIP
     """
     if isinstance(reference, Mapping):
+        from geoscope.sources.memory import adapter_of_tensors  # which takes torch
+
         return adapter_of_tensors(reference, config, alpha=alpha)
     if isinstance(reference, Adapter):
         refuse_alpha(reference, alpha)

@@ -67,7 +67,7 @@ def chosen(kind: type[Chosen], options: Chosen | None, named: Mapping[str, Any])
             hint = f"; is {near[0]} meant?" if near else f"; they are {', '.join(known)}"
             raise OptionError(f"{name!r} is not an option of this function{hint}")
     if not isinstance(options, kind | None):
-        raise OptionError(f"options of a {type(options).__name__}; {kind.__name__} is needed")
+        raise OptionError(f"options: {kind.__name__} is needed, not {type(options).__name__}")
     made = kind() if options is None else options
     return replace(made, **named)  # pyright: ignore[reportArgumentType]
 
@@ -85,14 +85,16 @@ def _workers(value: Any, name: str) -> int:
     return value
 
 
-def _above_zero(value: float, name: str) -> float:
+def _above_zero(value: Any, name: str) -> float:
+    value = scalar(value, name, "float")
     if not 0 < value < math.inf:
         raise OptionError(f"`{name}` {value}: a number above 0 is needed")
     return value
 
 
-def seed_form(value: int, name: str) -> int:
+def seed_form(value: Any, name: str) -> int:
     """A seed as numpy and torch take it."""
+    value = scalar(value, name, "int")
     if not 0 <= value < 2**63:
         raise OptionError(f"`{name}` {value}: a whole number from 0 to 2^63 - 1 is needed")
     return value

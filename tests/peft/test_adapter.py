@@ -39,6 +39,10 @@ def factors(
     return tensors
 
 
+# As JSON has them.
+SPELT: dict[Any, str] = {None: "null", True: "true"}
+
+
 def folder(path: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}), encoding="utf-8")
@@ -246,7 +250,7 @@ def test_targets_are_matched_by_the_rule_of_peft(
     ],
 )
 def test_other_types_are_refused_by_name(tmp_path: Path, kind: str | None, way_out: str) -> None:
-    text = rf"peft_type is {kind!r}; geoscope reads LORA, ADALORA, .*{way_out}"
+    text = rf"peft_type is {SPELT.get(kind, repr(kind))}; geoscope reads LORA, ADALORA, .*{way_out}"
     refused(folder(tmp_path, peft_type=kind), UnsupportedFormat, text)
 
 
@@ -374,7 +378,7 @@ def test_an_alpha_that_is_none_is_asked_for(tmp_path: Path, alpha: Any) -> None:
     refused(
         folder(tmp_path, lora_alpha=alpha),
         CheckpointError,
-        rf"lora_alpha of {re.escape(Q)} is {alpha!r}",
+        rf"lora_alpha of {re.escape(Q)} is {SPELT.get(alpha, repr(alpha))}",
     )
 
 

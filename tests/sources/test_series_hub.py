@@ -126,7 +126,7 @@ def test_a_damaged_adapter_on_the_hub_is_passed_over_by_name(client: Client) -> 
     found = client("org/run@step_50", "org/run@lora-step-9")
     ((name, reason, missing),) = found["passed"]
     assert (name, missing) == ("org/run@lora-step-9", True)
-    assert reason.startswith("step 9: org/run@lora-step-9: peft_type is None; geoscope reads LORA")
+    assert reason.startswith("step 9: org/run@lora-step-9: peft_type is null; geoscope reads LORA")
 
 
 def test_adapters_and_models_of_the_hub_are_not_mixed(hub: HubServer, client: Client) -> None:

@@ -234,7 +234,7 @@ def test_nodes_give_the_prediction_of_one_machine(
 ) -> None:
     for name, ray in (("whole", None), ("spread", "here")):
         options = FollowOptions(base=str(root / "base"), exclude="3.mlp", ray=ray)
-        geoscope.extrapolate(str(root / "run"), tmp_path / name, 41, options=options, force=True)
+        geoscope.extrapolate(str(root / "run"), 41, tmp_path / name, options=options, force=True)
     found = {name: content(tmp_path / name) for name in ("whole", "spread")}
     assert found["whole"]["model.safetensors"] == found["spread"]["model.safetensors"]
 

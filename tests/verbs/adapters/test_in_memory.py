@@ -226,7 +226,10 @@ def test_what_is_no_adapter_is_refused_by_name(
         ("^`base`: the original model", lambda: loose.verify_adapter(trained, base=model)),
         ("^`with_peft` loads folders", lambda: loose.verify_adapter(model, with_peft=True)),
         ("^config NoneType", lambda: loose.open_adapter(state)),
-        ("^`options` Options", lambda: loose.init_adapter(base, options=geoscope.Options())),
+        (
+            "^options: InitOptions is needed, not Options",
+            lambda: loose.init_adapter(base, options=geoscope.Options()),
+        ),
         ("^`rank` 'a'", lambda: loose.init_adapter(base, rank="a")),
         ("^`rank` 'a'", lambda: loose.convert_adapter(start, model, rank="a")),
         ("'ranks' is not an option.*rank meant", lambda: loose.init_adapter(base, ranks=2)),
