@@ -131,7 +131,8 @@ def test_a_value_of_another_type_is_refused_by_name(
 
 
 def test_numbers_of_numpy_become_those_of_python() -> None:
-    options = geoscope.InitOptions(rank=np.int64(4), alpha=np.float32(8), seed=np.int32(3))
+    loose: Any = geoscope.InitOptions
+    options = loose(rank=np.int64(4), alpha=np.float32(8), seed=np.int32(3))
     assert [type(one) for one in (options.rank, options.alpha, options.seed)] == [int, float, int]
 
 

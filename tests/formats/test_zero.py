@@ -78,7 +78,7 @@ def test_a_parameter_over_the_border_of_two_groups_of_a_rank(tmp_path: Path) -> 
     folder = written(tmp_path, 3, 2)
     for file in folder.glob("*_optim_states.pt"):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        kept = [(type(name.rpartition(".")[2], (int,), {}), name) for name in names]
+        kept: list[Any] = [(type(name.rpartition(".")[2], (int,), {}), name) for name in names]
         with torch.serialization.safe_globals(kept):
             state = torch.load(file, weights_only=True)["optimizer_state_dict"]
         flat = torch.cat(state["fp32_flat_groups"])

@@ -75,7 +75,7 @@ def test_a_start_in_memory_is_the_written_one(
         assert names[1] == str(out / "residual" if layout == "residual" else base)
         assert names[0] in (None, names[1])
         differing = {"base_model_name_or_path": None}
-        assert made.config | differing == written.config | differing
+        assert {**made.config, **differing} == {**written.config, **differing}
         assert made.report.layers == written.report.layers
         assert made.report.provenance.argv == ()
         found = geoscope.verify_adapter(made, base=model)
@@ -154,7 +154,7 @@ def test_a_conversion_in_memory_is_the_written_one(
         assert same(made.tensors, weights(out))
         assert (made.modules, made.discarded) == (written.modules, written.discarded)
         differing = {"base_model_name_or_path": None}
-        assert made.config | differing == written.config | differing
+        assert {**made.config, **differing} == {**written.config, **differing}
     found = geoscope.verify_adapter(made.adapter, base=weights(base))
     assert found.ok and found.folder == "adapter (state dict)"
     plain = geoscope.anisotropy(base, made.adapter, include="q_proj")

@@ -220,7 +220,7 @@ def assert_converts(original: Path, out: Path, trained: Path, expected: Tensor) 
     """The plain LoRA of twice the rank on the original base says what the trained model says."""
     conversion = conversion_of(str(out), str(trained))
     plain = trained.parent / "plain"
-    assert write_conversion(conversion, plain) == ()
+    assert write_conversion(conversion, plain).modules == ()
     assert conversion.config["r"] == 2 * RANK
     assert conversion.config["base_model_name_or_path"] == str(original)
     assert_same_logits(logits(loaded(original, plain)), expected, SAME)
@@ -244,7 +244,7 @@ def assert_compresses(original: Path, out: Path, trained: Path, expected: Tensor
     """A mirror of half its rank, and what that leaves out."""
     conversion = conversion_of(str(out), str(trained), rank=RANK)
     small = trained.parent / "small"
-    energies = write_conversion(conversion, small)
+    energies = write_conversion(conversion, small).modules
     exact = tails(trained, RANK)
     assert {one.name.removesuffix(".weight") for one in energies} == exact.keys()
     for one in energies:

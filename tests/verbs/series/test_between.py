@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,10 @@ def test_shares_and_nulls_are_those_of_compare_on_neighbours(run: Run) -> None:
     found = followed(run)
     for i, (before, after) in enumerate(zip((run.base, *run.points), run.points, strict=False)):
         pair = compare(str(before), str(after), kind="anisotropy", device="cpu")
-        rows = [(two.values, two.nulls) for two in pair.layers]
+        rows: list[Any] = [(two.values, two.nulls) for two in pair.layers]
         rows.append((pair.summary.model, pair.summary.nulls))
         for one, (values, nulls) in zip((*found.layers, found.summary), rows, strict=True):
-            series = one.series
+            series: Any = one.series
             share, null = (
                 series[key][i] for key in ("changed_share_by_step", "changed_share_null")
             )
@@ -64,9 +65,9 @@ def test_a_module_is_the_mean_of_its_entries(run: Run) -> None:
     found = followed(run)
     for module, numbers in found.summary.modules.items():
         own = [one for one in found.layers if one.module == module]
-        means = [one.values["changed_share"] for one in own]
+        means: list[Any] = [one.values["changed_share"] for one in own]
         assert numbers["changed_share"] == pytest.approx(sum(means) / len(own))  # of one shape
-    whole = found.summary
+    whole: Any = found.summary
     assert whole.model["sync_break_even"] == pytest.approx(1 / 3)
     share = whole.model["changed_share"]
     assert whole.model["sync_share"] == pytest.approx(3 * share)

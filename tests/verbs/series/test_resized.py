@@ -62,4 +62,4 @@ def test_without_the_option_it_is_missing_and_a_note_says_why(tmp_path: Path) ->
 def test_a_predicted_model_is_whole(tmp_path: Path) -> None:
     options = FollowOptions(allow_vocab_resize=True)
     with pytest.raises(OptionError, match="a predicted model has whole tensors"):
-        extrapolate(["a", "b"], tmp_path / "out", 5, options=options)
+        extrapolate(["a", "b"], 5, tmp_path / "out", options=options)
