@@ -12,11 +12,11 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,18 @@ from torch import Tensor
 from geoscope.files import TEMPORARY, keep, own_entries, remove, remove_if_empty
 from geoscope.foreign import SMALL, parsed, small_text
 
-__all__ = ["ResultCache", "code_version", "content_key", "content_of", "packed", "unpacked"]
+__all__ = [
+    "Recalled",
+    "ResultCache",
+    "code_version",
+    "content_key",
+    "content_of",
+    "packed",
+    "recalled_or_made",
+    "unpacked",
+]
+
+Result = TypeVar("Result")
 
 
 _FOLDER = re.compile(r"[0-9a-f]{2}")
@@ -82,6 +93,41 @@ class ResultCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+class Recalled(NamedTuple, Generic[Result]):
+    """A result.
+
+    key: under which the cache holds it, None where it does not.
+    is_recalled: whether it came from there.
+    """
+
+    result: Result
+    key: str | None
+    is_recalled: bool
+
+
+def recalled_or_made(
+    cache: ResultCache | None,
+    facts: Callable[[], Mapping[str, Any]],
+    make: Callable[[], Result],
+    entry_of: Callable[[Result], Mapping[str, Any]],
+    result_of: Callable[[Any], Result | None],
+) -> Recalled[Result]:
+    """What the cache holds under the facts, or what is made, which it then keeps.
+
+    facts: all that the result hangs on, asked for where there is a cache alone.
+    result_of: of an entry; None for anything but what `entry_of` gave.
+    """
+    if cache is None:
+        return Recalled(make(), None, False)
+    key = cache.key(facts())
+    found = result_of(cache.get(key))
+    if found is not None:
+        return Recalled(found, key, True)
+    made = make()
+    cache.put(key, entry_of(made))
+    return Recalled(made, key, False)
 
 
 def content_key(parts: Mapping[str, Any]) -> str:

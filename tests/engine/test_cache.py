@@ -329,8 +329,8 @@ def test_clear_follows_no_link_and_removes_nothing_of_others(tmp_path: Path, pla
     mine = precious(tmp_path / "mine")
     if "/" in place or not place:
         cache = ResultCache(tmp_path / "cache" / "results")
-        for key in keys(cache, 5):
-            cache.put(key, {})
+        for number in range(5):  # a key of content may stand in any folder, and in one of these
+            cache.put(f"{number:02x}" * 32, {})
         (cache.folder / "ef").mkdir(exist_ok=True)
         (cache.folder / "ef" / PRECIOUS).write_text("not of a cache")
     link = tmp_path / "cache" / (place or "results/link")

@@ -4,53 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from geoscope.adapters.factors import LoraFactors
-from geoscope.engine.cache import ResultCache, content_of, packed, unpacked
+from geoscope.engine.cache import (
+    Recalled,
+    ResultCache,
+    content_of,
+    packed,
+    recalled_or_made,
+    unpacked,
+)
 from geoscope.records import Status
 from geoscope.verbs.adapters.options import InitOptions
 
-__all__ = ["Recalled", "entry_of", "recalled_or_made"]
+__all__ = ["entry_of", "recalled_factors"]
 
 
-class Recalled(NamedTuple):
-    """Initial factors.
-
-    key: under which the cache holds them, None where it does not.
-    is_recalled: whether they come from there.
-    """
-
-    factors: LoraFactors
-    key: str | None
-    is_recalled: bool
-
-
-def recalled_or_made(
+def recalled_factors(
     W: Tensor, options: InitOptions, chosen: Mapping[str, Any], cache: ResultCache | None
-) -> Recalled:
+) -> Recalled[LoraFactors]:
     """The initial factors of W (out, in), from the cache where it holds them.
 
     chosen: what the initialisation takes beside rank and alpha. Raises NumericsError, OptionError.
     """
-    if cache is None:
-        return Recalled(_made(W, options, chosen), None, False)
-    key = cache.key(
-        {
+
+    def facts() -> dict[str, Any]:
+        return {
             "weight": content_of(W),
             "kind": "init-adapter",
             "settings": [options.method, options.rank, options.chosen_alpha, dict(chosen)],
             "device": W.device.type,
         }
-    )
-    found = _recalled(cache.get(key), W)
-    if found is not None:
-        return Recalled(found, key, True)
-    made = _made(W, options, chosen)
-    cache.put(key, entry_of(made))
-    return Recalled(made, key, False)
+
+    def made() -> LoraFactors:
+        return options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
+
+    return recalled_or_made(cache, facts, made, entry_of, lambda entry: _factors(entry, W))
 
 
 def entry_of(factors: LoraFactors) -> dict[str, Any]:
@@ -58,11 +50,7 @@ def entry_of(factors: LoraFactors) -> dict[str, Any]:
     return {**asdict(factors), "A": packed(factors.A), "B": packed(factors.B)}
 
 
-def _made(W: Tensor, options: InitOptions, chosen: Mapping[str, Any]) -> LoraFactors:
-    return options.initialisation(W, options.rank, alpha=options.chosen_alpha, **chosen)
-
-
-def _recalled(entry: Any, W: Tensor) -> LoraFactors | None:
+def _factors(entry: Any, W: Tensor) -> LoraFactors | None:
     """The factors of what was kept, on the device of W; None for anything else."""
     try:
         sides = {key: unpacked(entry[key]).to(W.device) for key in ("A", "B")}

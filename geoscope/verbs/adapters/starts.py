@@ -20,7 +20,7 @@ from geoscope.engine.cache import ResultCache
 from geoscope.errors import NumericsError, OptionError
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.verbs.adapters.options import InitOptions
-from geoscope.verbs.adapters.recall import recalled_or_made
+from geoscope.verbs.adapters.recall import recalled_factors
 from geoscope.verbs.adapters.targets import Target
 
 __all__ = ["COPIES_IN_WORK", "TRAINER", "Made", "Making", "Start", "computed"]
@@ -117,7 +117,7 @@ class Making:
             # Each matrix draws its own A; the seed of a null is shared by equal shapes.
             # 32 bits: the CPU's generator looks at no more.
             chosen["seed"] = zlib.crc32(f"{options.seed}:{name}".encode())
-        factors, key, is_recalled = recalled_or_made(W, options, chosen, self.cache)
+        factors, key, is_recalled = recalled_factors(W, options, chosen, self.cache)
         _refuse_overflow(factors.facts.values(), factors.A, factors.B)
         errors = dict.fromkeys(TRAINER, 0.0)
         if layout:

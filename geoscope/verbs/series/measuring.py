@@ -9,7 +9,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from geoscope.engine import Gate, one_blas_thread
-from geoscope.engine.cache import ResultCache
+from geoscope.engine.cache import Recalled, ResultCache
 from geoscope.errors import NonFiniteError, NumericsError
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.records import Status
@@ -18,7 +18,7 @@ from geoscope.verbs.options import Progress
 from geoscope.verbs.series.memory import working_bytes
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept
-from geoscope.verbs.series.recall import Recalled, recalled_or_measured
+from geoscope.verbs.series.recall import recalled_or_measured
 from geoscope.verbs.series.tensors import SeriesTensor
 
 __all__ = ["Passed", "measure_tensors"]
@@ -55,7 +55,7 @@ def measure_tensors(
     fetch(_wanted(order), progress)
     gate, passed, recalled = Gate(room), Passed(), 0
 
-    def measure(tensor: SeriesTensor) -> Recalled:
+    def measure(tensor: SeriesTensor) -> Recalled[Kept]:
         with gate.let_in(working_bytes(tensor)):
             return recalled_or_measured(tensor, steps, options, cache)
 
@@ -65,14 +65,14 @@ def measure_tensors(
             for number, job in enumerate(as_completed(jobs), start=1):
                 name = jobs[job]
                 try:
-                    result = job.result()
+                    found = job.result()
                 except NumericsError as error:
                     passed.failed[name] = _told(error)
                 else:
-                    passed.kept[name] = result.kept
-                    recalled += result.is_recalled
-                    if result.key is not None:
-                        passed.keys[name] = result.key
+                    passed.kept[name] = found.result
+                    recalled += found.is_recalled
+                    if found.key is not None:
+                        passed.keys[name] = found.key
                 progress.on_pair(number, len(jobs), name)
         finally:
             for job in jobs:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 from geoscope.engine import matrix_boundary
-from geoscope.engine.cache import ResultCache, content_of, packed, unpacked
+from geoscope.engine.cache import (
+    Recalled,
+    ResultCache,
+    content_of,
+    packed,
+    recalled_or_made,
+    unpacked,
+)
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.trajectory.changed import ChangedEntries
 from geoscope.trajectory.increments import Increments
@@ -17,53 +24,35 @@ from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept, measured
 from geoscope.verbs.series.tensors import AdapterTensor, ModelTensor, SeriesTensor
 
-__all__ = ["Recalled", "entry_of", "recalled_or_measured"]
-
-
-class Recalled(NamedTuple):
-    """What the pass keeps of a tensor.
-
-    key: under which the cache holds it, None where it does not.
-    is_recalled: whether it came from there.
-    """
-
-    kept: Kept
-    key: str | None
-    is_recalled: bool
+__all__ = ["entry_of", "recalled_or_measured"]
 
 
 def recalled_or_measured(
     tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions, cache: ResultCache | None
-) -> Recalled:
+) -> Recalled[Kept]:
     """What an earlier run kept of a tensor, or what the pass over it gives.
 
     Raises NumericsError, which is not kept.
     """
-    with matrix_boundary():
-        return _through_cache(tensor, steps, options, cache)
-
-
-def _through_cache(
-    tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions, cache: ResultCache | None
-) -> Recalled:
     weights = _weights(tensor)
-    if cache is None or weights is None:
-        return Recalled(measured(tensor, steps, options), None, False)
-    key = cache.key(
-        {
-            "weights": [content_of(weight()) for weight in weights],
+
+    def facts() -> dict[str, Any]:
+        return {
+            "weights": [content_of(weight()) for weight in weights or ()],
             "facts": _facts(tensor),
             "steps": list(steps),
             "kind": "trajectory",
             "settings": [options.directions, options.scalar_r2, options.seed],
         }
-    )
-    found = _recalled(cache.get(key))
-    if found is not None:
-        return Recalled(found, key, True)
-    made = measured(tensor, steps, options)
-    cache.put(key, entry_of(made))
-    return Recalled(made, key, False)
+
+    with matrix_boundary():
+        return recalled_or_made(
+            None if weights is None else cache,
+            facts,
+            lambda: measured(tensor, steps, options),
+            entry_of,
+            _kept,
+        )
 
 
 def _weights(tensor: SeriesTensor) -> list[Callable[[], Any]] | None:
@@ -117,7 +106,7 @@ def _packed_path(path: Rank1Path | None) -> dict[str, Any] | None:
     return None if path is None else {key: packed(value) for key, value in asdict(path).items()}
 
 
-def _recalled(entry: Any) -> Kept | None:
+def _kept(entry: Any) -> Kept | None:
     """What `entry_of` gave; None for anything else."""
     try:
         inc, counts = entry["increments"], entry["scalar_r2"]
