@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,19 +37,23 @@ SHAPES = {
 }
 
 
-def make(root: Path, layers: int) -> None:
+def make(
+    root: Path, layers: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, rank: int = RANK
+) -> None:
+    """A LoRA of these shapes in every layer; singular values of B fall as 1/i."""
+    root.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(layers):
-        for leaf, (m, n) in SHAPES.items():
+        for leaf, (m, n) in shapes.items():
             prefix = f"base_model.model.model.layers.{layer}.{leaf}"
-            B = torch.randn(m, RANK, generator=generator) * torch.arange(1, RANK + 1) ** -1.0
+            B = torch.randn(m, rank, generator=generator) * torch.arange(1, rank + 1) ** -1.0
             tensors[f"{prefix}.lora_B.weight"] = 1e-3 * B
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, n, generator=generator) / n**0.5
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, n, generator=generator) / n**0.5
     save_file(tensors, root / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK,
-        "target_modules": [leaf.rpartition(".")[2] for leaf in SHAPES],
+        "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank,
+        "target_modules": [leaf.rpartition(".")[2] for leaf in shapes],
     }  # fmt: skip
     (root / "adapter_config.json").write_text(json.dumps(config))
 

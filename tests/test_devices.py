@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from geoscope import Options, Report, compare
+from geoscope import Options, Report, capacity, compare, extrapolate, init_adapter, open_adapter
 from geoscope.engine import plan
 from geoscope.linalg import Factors, Operand, choice, stacked, svd_leading
 from geoscope.linalg import svd as svd_module
@@ -131,3 +133,108 @@ def test_cuda_gives_the_report_of_the_cpu(
 ) -> None:
     there = options.__class__(**{**vars(options), "max_memory": memory})
     assert_agree(report(models, there, "cuda"), report(models, options, "cpu"), quick=options.quick)
+
+
+@pytest.fixture(scope="module")
+def in_memory(models: tuple[Path, Path]) -> tuple[dict[str, Tensor], ...]:
+    return tuple(load_file(folder / "model.safetensors") for folder in models)
+
+
+@pytest.fixture(scope="module")
+def adapter(in_memory: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
+    made = {}
+    for seed, (name, weight) in enumerate(in_memory[0].items()):
+        m, n = weight.shape
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        made[f"{stem}.lora_A.weight"] = gaussian(8, n, seed=seed).float()
+        made[f"{stem}.lora_B.weight"] = gaussian(m, 8, seed=seed + 50, sd=1e-3).float()
+    return made
+
+
+CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+on_cuda = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+
+
+def moved(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@on_cuda
+def test_models_that_lie_on_a_device(
+    models: tuple[Path, Path], in_memory: tuple[dict[str, Tensor], ...], device: str
+) -> None:
+    expected = report(models, ROUTES["whole"], "cpu")
+    there = [moved(one, device) for one in in_memory]
+    for options in (ROUTES["whole"], replace(ROUTES["whole"], device="cpu")):
+        assert_agree(compare(*there, options=options), expected, quick=False)
+
+
+@on_cuda
+def test_adapters_on_a_device(
+    in_memory: tuple[dict[str, Tensor], ...], adapter: dict[str, Tensor], device: str
+) -> None:
+    here = open_adapter(adapter, CONFIG)
+    there = open_adapter(moved(adapter, device), CONFIG)
+    one = compare(in_memory[0], here, ks=(4, 8), device="cpu")
+    other = compare(moved(in_memory[0], device), there, ks=(4, 8), device=device)
+    assert_agree(other, one, quick=False)
+    assert_agree(capacity(there, device=device), capacity(here, device="cpu"), quick=False)
+
+
+@on_cuda
+def test_several_tuned_models_on_a_device(
+    models: tuple[Path, Path], in_memory: tuple[dict[str, Tensor], ...], device: str
+) -> None:
+    other = {name: weight.roll(1, 0) for name, weight in in_memory[1].items()}
+    one = compare(models[0], models[1], other, ks=(4, 16), device="cpu")
+    two = compare(models[0], models[1], moved(other, device), ks=(4, 16), device=device)
+    assert_agree(two, one, quick=False)
+    for mine, theirs in zip(two.overlaps, one.overlaps, strict=True):
+        for key, value in mine.values.items():
+            assert value == pytest.approx(theirs.values[key], rel=1e-7, abs=1e-9)
+
+
+@on_cuda
+@pytest.mark.parametrize("method", ["geora", "pissa", "rlpo"])
+def test_initial_adapters_on_a_device(
+    in_memory: tuple[dict[str, Tensor], ...], method: str, device: str
+) -> None:
+    here = init_adapter(in_memory[0], method=method, rank=8, device="cpu")
+    there = init_adapter(moved(in_memory[0], device), method=method, rank=8, device=device)
+    for name, A in here.tensors.items():
+        if ".lora_A." in name:
+            partner = name.replace(".lora_A.", ".lora_B.")
+            expected = here.tensors[partner].double() @ A.double()
+            found = there.tensors[partner].double() @ there.tensors[name].double()
+            assert (found.cpu() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@on_cuda
+def test_networks_train_on_a_device(tmp_path: Path, device: str) -> None:
+    series = []
+    for step in range(6):
+        weights = {
+            f"model.layers.{i}.self_attn.q_proj.weight": gaussian(24, 24, seed=i)
+            + 0.01 * step * gaussian(24, 2, seed=i + 9, sd=1.0) @ gaussian(2, 24, seed=i + 5)
+            for i in range(2)
+        }
+        series.append(save_model(tmp_path / f"checkpoint-{10 * step}", weights))
+    how = {"method": "next", "training": 20, "force": True}
+    here = extrapolate(series, 60, **how)
+    there = extrapolate(series, 60, device=device, **how)
+    for name, expected in here.tensors.items():
+        last = load_file(series[-1] / "model.safetensors")[name].double()
+        moves = (expected.double() - last).norm()
+        assert (there.tensors[name].cpu().double() - expected.double()).norm() <= 0.05 * moves
