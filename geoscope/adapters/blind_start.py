@@ -17,15 +17,19 @@ from torch import Tensor
 
 from geoscope.adapters.factors import LoraFactors
 from geoscope.adapters.geora import geora
-from geoscope.adapters.milora import milora
 from geoscope.adapters.olora import olora
-from geoscope.adapters.pissa import pissa
 from geoscope.errors import NumericsError
-from geoscope.linalg.product import Product, factorise_product
+from geoscope.linalg.head import head_triplets
+from geoscope.linalg.product import Product
+from geoscope.linalg.tail import tail_triplets
 
 __all__ = ["blind_start"]
 
 _NEAR, _ENERGY = 0.2, 0.9
+# Sine of the error of the last triplets: far below what the answer depends on.
+_SINE = 1e-4
+# U (m, r), S (r,) and Vh (r, n) of W; None where W has no such triplets.
+_Triplets = tuple[Tensor, Tensor, Tensor] | None
 
 
 def blind_start(W: Tensor, update: Product, *, rank: int, scaling: float) -> str | None:
@@ -36,9 +40,8 @@ def blind_start(W: Tensor, update: Product, *, rank: int, scaling: float) -> str
     if rank > min(W.shape) or float(update.norm()) == 0:
         return None
     alpha = scaling * rank
-    for name, method in (("pissa", pissa), ("milora", milora)):
-        start = _start(method, W, rank, alpha)
-        if start is not None and _on_triplets(update, start):
+    for name, triplets in (("pissa", _first), ("milora", _last)):
+        if _on_triplets(update, triplets(W, rank)):
             return name
     starts = {
         "olora": _start(olora, W, rank, alpha),
@@ -63,11 +66,27 @@ def _start(
     return Product.of(made.B, made.A, made.scaling)
 
 
-def _on_triplets(update: Product, start: Product) -> bool:
-    found = factorise_product(start, vectors=start.rank)
-    assert found.U is not None and found.Vh is not None
-    core = update.right(found.Vh) @ found.U  # (VᵀΔᵀ)·U, (1, r, r)
+def _first(W: Tensor, rank: int) -> _Triplets:
+    try:
+        found = head_triplets(W, rank)
+    except (NumericsError, RuntimeError):
+        return None
+    return found.U, found.S[:rank], found.Vh
+
+
+def _last(W: Tensor, rank: int) -> _Triplets:
+    try:
+        found = tail_triplets(W, rank, tolerance=_SINE)
+    except (NumericsError, RuntimeError):
+        return None
+    return found.U, found.S, found.Vh
+
+
+def _on_triplets(update: Product, triplets: _Triplets) -> bool:
+    if triplets is None:
+        return False
+    U, S, Vh = triplets
+    core = update.right(Vh[None]) @ U  # (VᵀΔᵀ)·U, (1, r, r)
     share = float(core.square().sum()) / float(update.norm().square())
-    values = found.S[0, : core.shape[-1]]
-    off = torch.diagonal(core[0]) - values
-    return share > _ENERGY and float(off.norm()) < _NEAR * float(values.norm())
+    off = torch.diagonal(core[0]) - S
+    return share > _ENERGY and float(off.norm()) < _NEAR * float(S.norm())

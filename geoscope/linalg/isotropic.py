@@ -12,7 +12,9 @@ import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 from torch import Tensor
 
@@ -37,8 +39,13 @@ _STEPS = 200
 # Numbers above and below a value that it can reach: spacings are half as long below 2^e.
 _ABOVE = math.ceil(_REACH * _SPACINGS) + 1
 _BELOW = 2 * _ABOVE
-# Fraction bits of formats of which all numbers are kept.
-_SHORT = 10
+# Fraction bits of formats of which all numbers are kept, and of those with tables of a binade:
+# what a value can reach lies in its binade and the two next to it.
+_SHORT, _LEAST_BITS = 10, 7
+# In units of the spacing: s from which on some value leaves its cell, to the rounding of fp64.
+_NOTHING_LEAVES = 2.0**-6
+# Points of the tables an octave, and log2 of the s where the second ends: there rounding adds 5e-6.
+_ROUGH_STEPS, _FINE_STEPS, _FINE_TO = 48, 16, 7
 
 
 @stage("nulls")
@@ -96,11 +103,18 @@ class _Energy:
     """`expected_energy` as a function of s: what does not depend on s is made once."""
 
     def __init__(self, sizes: Tensor, shares: Tensor, fmt: FloatFormat) -> None:
-        self._sizes, self._shares, self._fmt = sizes, shares, fmt
-        self._reached = squared_spacing(sizes, fmt) * _SPACINGS**2
-        self._first, self._edges = len(sizes) + 1, None
+        regular = _is_regular(sizes, fmt)
+        self._binades = _Binades.of(sizes[regular], shares[regular], fmt)
+        self._sizes, self._shares, self._fmt = sizes[~regular], shares[~regular], fmt
+        self._reached = squared_spacing(self._sizes, fmt) * _SPACINGS**2
+        self._first, self._edges = len(self._sizes) + 1, None
 
     def at(self, spread: float) -> float:
+        energy = self._binades.energy(spread)
+        return energy + self._one_by_one(spread) if len(self._sizes) else energy
+
+    def _one_by_one(self, spread: float) -> float:
+        """What the values that lie in no regular binade add."""
         # Spacings grow with the values: the coarse ones are the last.
         first = int(torch.searchsorted(self._reached, spread**2, right=True))
         if (
@@ -111,6 +125,133 @@ class _Energy:
         fine = _fine_energy(self._sizes[:first], self._fmt, spread)
         rough = self._edges.energy(first - self._first, spread)
         return float(torch.dot(self._shares[:first], fine) + torch.dot(self._shares[first:], rough))
+
+
+def _is_regular(sizes: Tensor, fmt: FloatFormat) -> Tensor:
+    """Numbers of the format in a binade that looks like every other one to what rounds there."""
+    if not _LEAST_BITS <= fmt.fraction_bits <= _SHORT:
+        return torch.zeros(len(sizes), dtype=torch.bool)
+    return (sizes >= 2.0 ** (fmt.min_exponent + 1)) & (round_to(sizes, fmt) == sizes)
+
+
+# --- tables of a binade -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A function of numbers of a binade and of s, both in units of their spacing.
+
+    values: (rows, columns), a row for some numbers, a column for each of `steps` values of s an
+    octave, from 2^start on.
+    """
+
+    values: NDArray[np.float64]
+    start: float
+    steps: int
+
+    def at(self, spreads: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(spreads, rows): a cubic in log s through four points; its ends beyond the table."""
+        last = self.values.shape[1] - 3
+        at = np.clip((np.log2(spreads) - self.start) * self.steps, 1, last + 1)
+        point = np.minimum(at.astype(int), last)
+        t = (at - point)[:, None]
+        weights = (
+            -t * (t - 1) * (t - 2) / 6,
+            (t + 1) * (t - 1) * (t - 2) / 2,
+            -(t + 1) * t * (t - 2) / 2,
+            (t + 1) * t * (t - 1) / 6,
+        )
+        columns = (self.values[:, point + shift - 1].T for shift in range(4))
+        found = np.zeros((len(spreads), len(self.values)))
+        for weight, column in zip(weights, columns, strict=True):
+            found += weight * column
+        return found
+
+
+@dataclass(frozen=True)
+class _Binades:
+    """The energy of numbers of a short format, by tables of one binade.
+
+    All numbers of [2^e, 2^(e+1)) lie alike among their neighbours, in units of their spacing.
+    spacings: (binades,). rough, fine: shares of the rows of the two tables, (binades, rows).
+    """
+
+    fmt: FloatFormat
+    spacings: NDArray[np.float64]
+    rough: NDArray[np.float64]
+    fine: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, sizes: Tensor, shares: Tensor, fmt: FloatFormat) -> _Binades:
+        fractions, exponents = np.frexp(sizes.numpy())
+        binades, which = np.unique(exponents, return_inverse=True)
+        places = np.rint((2 * fractions - 1) / fmt.eps).astype(int)
+        found = []
+        for firsts in (_rough_places(fmt), _fine_places(fmt)):
+            rows = np.searchsorted(firsts, places, side="right") - 1
+            sums = np.bincount(
+                which * len(firsts) + rows, shares.numpy(), len(binades) * len(firsts)
+            )
+            found.append(sums.reshape(len(binades), len(firsts)))
+        return cls(fmt, np.ldexp(fmt.eps, binades - 1), *found)
+
+    def energy(self, spread: float) -> float:
+        """E[(round(w + s·g) − w)²], to 1e-5."""
+        units = spread / self.spacings
+        energy = 0.0
+        if (some := (units < _SPACINGS) & (units > _NOTHING_LEAVES)).any():
+            table = np.exp(_rough_table(self.fmt).at(units[some]))
+            energy += float(np.sum(table * self.rough[some] * self.spacings[some, None] ** 2))
+        if (some := units >= _SPACINGS).any():
+            table = units[some, None] ** 2 + _fine_table(self.fmt).at(units[some])
+            energy += float(np.sum(table * self.fine[some] * self.spacings[some, None] ** 2))
+        return energy
+
+
+def _rough_places(fmt: FloatFormat) -> NDArray[np.int64]:
+    """First place of each row of `_rough_table`: near both ends of a binade a row for each, one for
+    all between, as they cannot reach an end."""
+    count, near = 2**fmt.fraction_bits, _ABOVE + 1
+    return np.concatenate([np.arange(near + 1), np.arange(count - near, count)])
+
+
+def _fine_places(fmt: FloatFormat) -> NDArray[np.int64]:
+    """First place of each row of `_fine_table`: 128 rows."""
+    return np.arange(2**_LEAST_BITS) << (fmt.fraction_bits - _LEAST_BITS)
+
+
+def _unit(fmt: FloatFormat) -> FloatFormat:
+    """The format scaled so that a binade with the spacing 1 has regular ones below it."""
+    return FloatFormat("unit", fmt.fraction_bits, -fmt.fraction_bits - 9)
+
+
+def _spreads(start: float, stop: float, steps: int) -> list[float]:
+    """From 2^start to beyond 2^stop."""
+    return (2.0 ** (start + np.arange(math.ceil((stop - start) * steps) + 3) / steps)).tolist()
+
+
+@lru_cache(maxsize=4)
+def _rough_table(fmt: FloatFormat) -> _Table:
+    """ln E[(round(w + s·g) − w)²] for s up to _SPACINGS."""
+    start, steps = math.log2(_NOTHING_LEAVES) - 1 / _ROUGH_STEPS, _ROUGH_STEPS
+    edges = _Edges.of(torch.from_numpy(1 / fmt.eps + _rough_places(fmt)), _unit(fmt))
+    spreads = _spreads(start, math.log2(_SPACINGS), steps)
+    found = torch.stack([edges.energy(0, spread) for spread in spreads], -1)
+    return _Table(found.clamp_min(1e-300).log().numpy(), start, steps)
+
+
+@lru_cache(maxsize=4)
+def _fine_table(fmt: FloatFormat) -> _Table:
+    """E[(round(w + s·g) − w)²] − s² for s from _SPACINGS on; far up it is nothing beside s²."""
+    start, steps = math.log2(_SPACINGS) - 1 / _FINE_STEPS, _FINE_STEPS
+    middle = (2.0 ** (fmt.fraction_bits - _LEAST_BITS) - 1) / 2
+    sizes = torch.from_numpy(1 / fmt.eps + _fine_places(fmt) + middle)
+    spreads = _spreads(start, _FINE_TO, steps)
+    found = [_fine_energy(sizes, _unit(fmt), spread) - spread**2 for spread in spreads]
+    return _Table(torch.stack(found, -1).numpy(), start, steps)
+
+
+# --- value by value -----------------------------------------------------------------------------
 
 
 def _fine_energy(sizes: Tensor, fmt: FloatFormat, spread: float) -> Tensor:

@@ -9,7 +9,7 @@ Draws depend on the seed and the shape alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -24,12 +24,15 @@ from geoscope.profile import stage
 
 __all__ = ["angle_bound", "mean_angles", "tuned_spectra"]
 
-# Directions behind the cut that are in the dense block; those beyond couple to first order, this
-# many one by one, the others as a Wishart matrix of their mean variance.
-_DENSE_MARGIN, _FIRST_ORDER_DIRECTIONS = 32, 128
+# Directions behind the cut that may be in the dense block, the fewest that do; those beyond couple
+# to first order, this many one by one, the others as a Wishart matrix of their mean variance.
+_DENSE_MARGINS, _FIRST_ORDER_DIRECTIONS = (0, 8, 16, 32), 128
 # Draws: the mean of k angles is the steadier the larger k is.
 _DIRECTIONS = 128
 _FEWEST_DRAWS = 4
+# tan² of a direction up to which first order does: angles are then within 1 %, less than their
+# standard error.
+_LITTLE = 2e-3
 # Most of a tangent: a direction that is free to turn.
 _FREE = 1e6
 # Values of one dense block of a spectrum, of which the middle half is kept; more, up to a most,
@@ -53,25 +56,48 @@ def mean_angles(
 ) -> tuple[Tensor, Tensor]:
     """Mean principal angle between the leading k-subspaces of W0 and W0 + ω·G, left and right.
 
-    S: (…, q) descending, k ≤ q; spread: ω√(mn), (…) → two times (…, draws), radians. Directions up
-    to k + 32 turn in a dense block diag(σ) + ω·G. A direction j beyond it enters vector i with a
-    tangent of variance ω²(σ̂_i² + σ_j²)/(σ̂_i² − σ_j²)², σ_j = 0 outside the span.
+    S: (…, q) descending, k ≤ q; spread: ω√(mn), (…) → two times (…, draws), radians. A direction j
+    enters vector i ≤ k with a tangent of variance ω²(σ̂_i² + σ_j²)/(σ̂_i² − σ_j²)², σ_j = 0 outside
+    the span. Where these sum to .002 or more for some direction, first order does not do: those
+    next to the cut, up to k + 32, turn in a dense block diag(σ) + ω·G.
     """
     spectra, sizes = S.reshape(-1, S.shape[-1]), torch.as_tensor(spread, dtype=S.dtype).reshape(-1)
-    noise = _AngleNoise.of(seed, shape, k, min(S.shape[-1], k + _DENSE_MARGIN))
-    apart = max(shape) * k + 4 * noise.inner[0].numel()
-    rows = [
-        _turned(some, size, noise, k=k, shape=shape)
-        for some, size in _portions(spectra, sizes, len(noise.inner) * apart)
-    ]
-    left, right = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    left, right = (S.new_empty(len(spectra), _draws_of(k)) for _ in range(2))
+    margins = _margins(spectra, sizes, k=k, shape=shape)
+    for margin in margins.unique().tolist():
+        (which,) = (margins == margin).nonzero(as_tuple=True)
+        inner = min(S.shape[-1], k + margin) if margin else 0
+        noise = _AngleNoise.of(seed, shape, k, inner)
+        apart = max(shape) * k + 4 * inner**2 + (_FIRST_ORDER_DIRECTIONS + k) * k
+        for some in which.split(max(1, _AT_ONCE // (_draws_of(k) * apart))):
+            found = _turned(spectra[some], sizes[some], noise, k=k, shape=shape)
+            left[some], right[some] = found
     return left.unflatten(0, S.shape[:-1] or (1,)), right.unflatten(0, S.shape[:-1] or (1,))
 
 
-def _portions(S: Tensor, spread: Tensor, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some matrices of a stack at a time, each of which takes so many numbers in work."""
-    count = max(1, _AT_ONCE // numbers)
-    return zip(S.split(count), spread.split(count), strict=True)
+def _draws_of(k: int) -> int:
+    return max(_FEWEST_DRAWS, math.ceil(_DIRECTIONS / k))
+
+
+def _margins(S: Tensor, spread: Tensor, *, k: int, shape: tuple[int, int]) -> Tensor:
+    """How many directions behind the cut have to be in the dense block, (b,); 0: there is none.
+
+    tan² of no direction, kept or not, sums to more than _LITTLE over those that turn to first
+    order. S: (b, q), spread: (b,).
+    """
+    (m, n), q = shape, S.shape[-1]
+    omega = (spread / math.sqrt(m * n)).square()
+    kept, dropped = S[:, :k, None].square(), S[:, None, k:].square()
+    pairs = (kept + dropped) / (kept - dropped).square()
+    outside = (max(m, n) - q) / kept[..., 0]
+    margins = torch.full((len(S),), _DENSE_MARGINS[-1])
+    for margin in reversed(_DENSE_MARGINS[:-1]):
+        apart = pairs[..., margin:]
+        sums = (apart.sum(-1) + outside).amax(-1)
+        if apart.shape[-1]:
+            sums = torch.maximum(sums, apart.sum(-2).amax(-1))
+        margins[sums * omega <= _LITTLE] = margin  # NaN, of σ_k = σ_k+1 = 0, is not
+    return margins
 
 
 def _turned(
@@ -80,13 +106,17 @@ def _turned(
     """`mean_angles` of a stack (b, q), (b,); 0 where nothing is added."""
     omega = (spread / math.sqrt(shape[0] * shape[1]))[:, None, None, None]
     inner, q = noise.inner.shape[-1], S.shape[-1]
-    U, values, V = _leading(S[:, None, :inner].diag_embed() + omega * noise.inner, k)
+    if inner:
+        U, values, V = _leading(S[:, None, :inner].diag_embed() + omega * noise.inner, k)
+    else:
+        U, values, V = None, S[:, None, :k], None
     energy = values[..., None, :].square()
 
-    def turned(vectors: Tensor, side: int, apart: Tensor, rest: Tensor | None) -> Tensor:
+    def turned(vectors: Tensor | None, side: int, apart: Tensor, rest: Tensor | None) -> Tensor:
         if k == side:
-            return S.new_zeros(energy.shape[:2])  # the subspace is the whole space
-        others = torch.nn.functional.pad(S[:, inner:].square(), (0, side - q))[:, None, :, None]
+            return S.new_zeros(len(S), len(apart))  # the subspace is the whole space
+        others = torch.nn.functional.pad(S[:, inner or k :].square(), (0, side - q))
+        others = others[:, None, :, None]
         sizes = omega * (energy + others).sqrt() / (energy - others)
         sizes = sizes.nan_to_num(nan=_FREE).clamp(0, _FREE)
         leaked = _gram(sizes[..., :_FIRST_ORDER_DIRECTIONS, :] * apart)
@@ -146,7 +176,8 @@ _Tangents = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class _AngleNoise:
-    """What `mean_angles` draws of a shape: the dense block, and tangents on both sides."""
+    """What `mean_angles` draws of a shape: the dense block, of size 0 where first order does, and
+    tangents on both sides."""
 
     inner: Tensor
     left: _Tangents
@@ -154,7 +185,7 @@ class _AngleNoise:
 
     @classmethod
     def of(cls, seed: int, shape: tuple[int, int], k: int, inner: int) -> _AngleNoise:
-        draws = max(_FEWEST_DRAWS, math.ceil(_DIRECTIONS / k))
+        draws = _draws_of(k)
         numbers = draws * (inner**2 + 2 * k * (_FIRST_ORDER_DIRECTIONS + k))
         return _drawn(numbers, _angle_noise, seed, shape, k, inner, draws)
 
@@ -163,7 +194,7 @@ class _AngleNoise:
 def _angle_noise(seed: int, shape: tuple[int, int], k: int, inner: int, draws: int) -> _AngleNoise:
     noise = _Noise((seed, *shape, k), draws)
     block = noise.normal(inner, inner)
-    left, right = (noise.tangents(side - inner, k) for side in shape)
+    left, right = (noise.tangents(side - (inner or k), k) for side in shape)
     return _AngleNoise(block, left, right)
 
 
@@ -172,11 +203,14 @@ def _drawn(numbers: int, draw: Any, *arguments: Any) -> Any:
     return (draw if numbers <= _KEPT else draw.__wrapped__)(*arguments)
 
 
-def _angles(vectors: Tensor, leaked: Tensor) -> Tensor:
+def _angles(vectors: Tensor | None, leaked: Tensor) -> Tensor:
     """Angles to the first k axes of vectors (..., d, k) that hold `leaked` (..., k, k) outside.
 
     sin² are the eigenvalues of L⁻¹(B + leaked)L⁻ᵀ, L·Lᵀ = 1 + leaked, B the part below row k.
+    Without vectors B = 0: tan² are the eigenvalues of `leaked`.
     """
+    if vectors is None:
+        return torch.linalg.eigvalsh(leaked).clamp_min(0).sqrt().atan()
     k = vectors.shape[-1]
     below = vectors[..., k:, :]
     L = torch.linalg.cholesky(torch.eye(k, dtype=torch.float64) + leaked)

@@ -19,12 +19,13 @@ from geoscope.linalg import blas
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.precision import EPS
 from geoscope.linalg.scale import outside
+from geoscope.linalg.stacked import LAST, eigenpairs
 from geoscope.linalg.svd import factorise
 from geoscope.profile import stage
 
 __all__ = ["Tail", "tail_triplets"]
 
-# Sine of the subspace's error up to which the Gram route serves.
+# Sine of the subspace's error up to which the Gram route serves, if nothing else is asked for.
 _TOLERANCE = 1e-9
 _GRAM_ERROR = 8  # as in svd.py
 _MOST_OF_Q = 1 / 8  # beyond it inverse iteration and its orthogonalisation cost as much as all
@@ -45,15 +46,18 @@ class Tail:
 
 
 @stage("tail triplets")
-def tail_triplets(W: Tensor, k: int, *, solver: str = "auto") -> Tail:
+def tail_triplets(
+    W: Tensor, k: int, *, solver: str = "auto", tolerance: float = _TOLERANCE
+) -> Tail:
     """The last k triplets of W (m, n), finite and of any storage dtype, 1 ≤ k ≤ min(m, n).
 
-    σ to eps·σ1 and the subspace to 1e-9, or by LAPACK's SVD in fp64. Raises NumericsError when no
-    driver converges.
+    σ to eps·σ1 and the subspace to `tolerance`, the sine of its error, or by LAPACK's SVD in fp64.
+    Raises NumericsError when no driver converges.
     """
     q, reason = min(W.shape), None
-    if solver == "auto" and W.device.type == "cpu" and k <= _MOST_OF_Q * q:
-        found = _through_gram(Operand(W[None]), k)
+    most = min(_MOST_OF_Q * q, math.inf if W.device.type == "cpu" else LAST)
+    if solver == "auto" and k <= most:
+        found = _through_gram(Operand(W[None]), k, tolerance)
         if isinstance(found, Tail):
             return found
         reason = found
@@ -65,30 +69,25 @@ def tail_triplets(W: Tensor, k: int, *, solver: str = "auto") -> Tail:
     return Tail(S[last], factors.U[0][:, last], factors.Vh[0][last], S, method)
 
 
-def _through_gram(A: Operand, k: int) -> Tail | str:
+def _through_gram(A: Operand, k: int, tolerance: float) -> Tail | str:
     """The tail, or why it is not good enough; at another scale where squares leave fp64."""
     gram = A.gram()[0]
     if outside(gram.diagonal().sum(), torch.float64) and bool(A.moved()):
         unit, scale = A.scaled()
-        found = _through_gram(unit, k)
+        found = _through_gram(unit, k, tolerance)
         if isinstance(found, str):
             return found
         return replace(found, S=found.S * scale, spectrum=found.spectrum * scale)
-    q = len(gram)
-    diagonal = gram.diagonal().clone()
     try:
-        d, e, tau = blas.tridiagonalise(gram)
-        energies = blas.eigenvalues(d, e)
-        rows = blas.eigenvectors(gram, d, e, tau, energies, range(q - k, q))
+        energies, rows, misfit = _last_eigenpairs(gram, k)
     except NumericsError as error:
         return str(error)
-    gram.diagonal().copy_(diagonal)
-    misfit = blas.symmetric_times(gram, rows) - energies[q - k :, None] * rows
+    q = len(energies)
     gap = float(energies[q - k - 1] - energies[q - k])
     error = float(torch.linalg.vector_norm(misfit)) + _GRAM_ERROR * EPS * float(energies[0])
     sine = error / gap if gap > 0 else math.inf
-    if sine > _TOLERANCE:
-        return f"subspace bound {sine:.1e} above {_TOLERANCE:g}"
+    if sine > tolerance:
+        return f"subspace bound {sine:.1e} above {tolerance:g}"
     rows = torch.linalg.qr(rows.T).Q.T
     images = (A.right(rows[None]) if A.is_tall else A.left(rows[None]))[0]
     basis, core = torch.linalg.qr(images.T)  # A·rowsᵀ = basis·core
@@ -100,3 +99,21 @@ def _through_gram(A: Operand, k: int) -> Tail | str:
     if A.is_tall:
         return Tail(S, long, short, spectrum, method)
     return Tail(S, short.T, long.T, spectrum, method)
+
+
+def _last_eigenpairs(gram: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All eigenvalues, the last k vectors as rows and their residuals; overwrites `gram`."""
+    q = len(gram)
+    if gram.device.type != "cpu":
+        found = eigenpairs(gram[None], 1)
+        if found.faults[0] is not None:
+            raise NumericsError(found.faults[0])
+        assert found.last is not None
+        values, rows = found.values[0], found.last[0, -k:]
+        return values, rows, rows @ gram - values[q - k :, None] * rows
+    diagonal = gram.diagonal().clone()
+    d, e, tau = blas.tridiagonalise(gram)
+    energies = blas.eigenvalues(d, e)
+    rows = blas.eigenvectors(gram, d, e, tau, energies, range(q - k, q))
+    gram.diagonal().copy_(diagonal)
+    return energies, rows, blas.symmetric_times(gram, rows) - energies[q - k :, None] * rows

@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from geoscope.adapters.blind_start import blind_start
 from geoscope.errors import GeoscopeError
 from geoscope.linalg.factor_update import FactorUpdate
@@ -73,10 +75,13 @@ def seen_start(prepared: Prepared) -> SeenStart | None:
 def _seen(prepared: Prepared, tuned: AdaptedCheckpoint, one: WeightPair) -> str | None:
     change = tuned.changes[one.tuned.name]
     assert change.module is not None
-    update = FactorUpdate.of([x[None] for x in tuned.update(prepared.base, one.tuned.name)])
+    first = prepared.devices[0]
+    device = first if first.type == "cuda" else torch.device("cpu")  # MPS has no fp64
+    factors = [x[None].to(device) for x in tuned.update(prepared.base, one.tuned.name)]
+    update = FactorUpdate.of(factors)
     try:
         return blind_start(
-            prepared.base.read(one.base.name),
+            prepared.base.read(one.base.name).to(device),
             update.product,
             rank=change.module.rank,
             scaling=change.module.scaling,
