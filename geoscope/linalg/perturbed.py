@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -42,6 +42,10 @@ _BLOCK, _CROWDED, _MOST = 16, 32, 512
 _GRAM = 1e-5
 # Rows of a part of the matrix of all pairs of values.
 _ROWS = 64
+# Times ω from both neighbours a value moves by itself: by (ω/gap)² its variance is off then.
+_APART = 10.0
+# Blocks of one call: they stay near the cache.
+_BLOCKS = 1 << 9
 # Values sampled in all, and most steps from ω = 0 to ω.
 _VALUES = 4096
 _MOST_STEPS = 8
@@ -317,21 +321,67 @@ class _Motion:
         return found
 
     def _step(self, S: Tensor, time: Tensor, M: int, noise: Tensor) -> Tensor:
-        """One step of all draws (b, draws, q): of each block the values nearest its middle."""
-        q, width, starts = self.kept, self.width, self.starts
-        blocks = S[..., torch.tensor(starts)[:, None] + torch.arange(width)].diag_embed()
-        blocks = blocks + time.sqrt()[..., None, None] * noise
-        values = torch.linalg.eigvalsh(blocks.mT @ blocks).flip(-1)
-        energy, before = torch.empty_like(S), S.square().mean(-2)
-        ends = [(first + second + width) // 2 for first, second in pairwise(starts)]
-        own = torch.empty(q, dtype=torch.long)
-        for i, (start, (first, last)) in enumerate(
-            zip(starts, pairwise([0, *ends, q]), strict=True)
-        ):
-            own[first:last] = start
-            energy[..., first:last] = values[..., i, first - start : last - start]
-        energy += time * (M - width + _drift_term(before, own, width))[:, None]
-        return energy.clamp_min(0).sort(-1, descending=True).values.sqrt()
+        """One step of all draws, (b, draws, q).
+
+        Values that lie apart from all others move one by one. Of a block with others these are the
+        eigenvalues nearest its middle.
+        """
+        block, place = self._own_blocks
+        before = S.square().mean(-2)
+        one = noise[:, block, place, place]  # (draws, q)
+        drift = _drift_term(before)
+        energy = (S + time.sqrt() * one).square() + time * (M - 1 + drift)[:, None]
+        crowded = ~_stand_alone(before, time[:, 0] * self.steps)
+        in_blocks = crowded.double() @ self._is_own
+        matrix, number = (in_blocks > 0).nonzero(as_tuple=True)
+        if not len(matrix):
+            return _descending(energy)
+        starts, width = torch.tensor(self.starts), self.width
+
+        def of_blocks(matrix: Tensor, number: Tensor) -> Tensor:
+            """Energies of some blocks (p, draws, width). What the drift holds of values in the
+            block moves them already."""
+            inside = starts[number, None] + torch.arange(width)
+            dense = S[matrix[:, None], :, inside].mT.diag_embed()
+            dense = dense + time[matrix].sqrt()[..., None] * noise[:, number].transpose(0, 1)
+            values = torch.linalg.eigvalsh(dense.mT @ dense).flip(-1)
+            mine = before[matrix[:, None], inside]
+            outside = drift[matrix[:, None], inside] - _drift_term(mine)
+            return values + time[matrix] * (M - width + outside)[:, None]
+
+        parts = zip(matrix.split(_BLOCKS), number.split(_BLOCKS), strict=True)
+        values = torch.cat([of_blocks(*part) for part in parts])
+        found = torch.zeros(in_blocks.shape, dtype=torch.long)
+        found[matrix, number] = torch.arange(len(matrix))
+        which, value = crowded.nonzero(as_tuple=True)
+        energy[which, :, value] = values[found[which, block[value]], :, place[value]]
+        return _descending(energy)
+
+    @cached_property
+    def _own_blocks(self) -> tuple[Tensor, Tensor]:
+        """For each value the block in whose middle it lies, and its place there; (q,) each."""
+        starts = torch.tensor(self.starts)
+        ends = [(first + second + self.width) // 2 for first, second in pairwise(self.starts)]
+        values = torch.arange(self.kept)
+        block = torch.searchsorted(torch.tensor(ends, dtype=torch.long), values, right=True)
+        return block, values - starts[block]
+
+    @cached_property
+    def _is_own(self) -> Tensor:
+        """1 for the block each value belongs to, (q, blocks)."""
+        return torch.nn.functional.one_hot(self._own_blocks[0], len(self.starts)).double()
+
+
+def _stand_alone(energy: Tensor, time: Tensor) -> Tensor:
+    """Which values lie _APART times ω or more from both neighbours; energy: (b, q), time: (b, 1)."""
+    S = energy.sqrt()
+    far = (S[:, :-1] - S[:, 1:]) >= _APART * time.sqrt()
+    pad = torch.nn.functional.pad
+    return pad(far, (1, 0), value=True) & pad(far, (0, 1), value=True)
+
+
+def _descending(energy: Tensor) -> Tensor:
+    return energy.clamp_min(0).sort(-1, descending=True).values.sqrt()
 
 
 @lru_cache(maxsize=16)
@@ -350,20 +400,17 @@ def _largest_cluster(S: Tensor, omega: float) -> int:
     return int((high - low).max()) if len(S) else 0
 
 
-def _drift_term(before: Tensor, starts: Tensor, width: int) -> Tensor:
-    """Σ(λ_i + λ_j)/(λ_i − λ_j) over the j outside the block of i, that from starts_i on; (b, q).
+def _drift_term(energy: Tensor) -> Tensor:
+    """Σ_{j≠i}(λ_i + λ_j)/(λ_i − λ_j) of stacks of values (b, q).
 
     Equal values do not push each other. (λ_i + λ_j)/(λ_i − λ_j) = 2λ_i/(λ_i − λ_j) − 1.
     """
-    q, parts = before.shape[-1], []
-    repeated = bool((before.diff(dim=-1) == 0).any())
-    for mine, start in zip(before.split(_ROWS, -1), starts.split(_ROWS), strict=True):
-        apart = mine[..., None] - before[:, None]
-        band = slice(int(start[0]), int(start[-1]) + width)
-        places = torch.arange(q)[band]
-        within = (places >= start[:, None]) & (places < start[:, None] + width)
-        apart[..., band].masked_fill_(within, math.inf)
-        pushing: Tensor | int = q - width
+    q, parts = energy.shape[-1], []
+    repeated = bool((energy.diff(dim=-1) == 0).any())
+    for start, mine in zip(range(0, q, _ROWS), energy.split(_ROWS, -1), strict=True):
+        apart = mine[..., None] - energy[:, None]
+        apart.diagonal(offset=start, dim1=-2, dim2=-1).fill_(math.inf)
+        pushing: Tensor | int = q - 1
         if repeated:
             apart.masked_fill_(apart == 0, math.inf)
             pushing = torch.isfinite(apart).sum(-1)
