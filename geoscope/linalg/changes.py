@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -38,6 +38,7 @@ __all__ = [
     "Unchanged",
     "changed_mask",
     "expected_unchanged",
+    "expected_unchanged_shares",
     "matched_spread",
     "nonfinite_counts",
     "nonfinite_entries",
@@ -285,14 +286,35 @@ def expected_unchanged(base: Side, tuned_format: FloatFormat, spread: float) -> 
     ΔW_ij ~ N(0, spread²) added to this very base and rounded to the tuned format: the probability
     that it stays in the rounding cell, averaged over the entries of the base.
     """
-    spread = max(spread, _LEAST_SPREAD)
-    levels, counts, total = base.levels, base.counts, float(base.counts.sum())
+    return expected_unchanged_shares([base], [tuned_format], [spread])[0]
 
-    def stays(low: Tensor, high: Tensor) -> float:
-        return float(torch.dot(counts, _between(levels, low, high, spread))) / total
 
-    relative, absolute, exact = _bounds(base, tuned_format)
-    return Unchanged(relative=stays(*relative), absolute=stays(*absolute), exact=stays(*exact))
+@stage("nulls")
+def expected_unchanged_shares(
+    bases: Sequence[Side], formats: Sequence[FloatFormat], spreads: Sequence[float]
+) -> list[Unchanged]:
+    """`expected_unchanged` of each of several bases."""
+    if not bases:
+        return []
+    counts = [len(base.levels) for base in bases]
+    levels = torch.cat([base.levels for base in bases])
+    sizes = [max(spread, _LEAST_SPREAD) for spread in spreads]
+    spread = levels.new_tensor(sizes).repeat_interleave(torch.tensor(counts, device=levels.device))
+    bounds = [_bounds(base, fmt) for base, fmt in zip(bases, formats, strict=True)]
+
+    def stays(rule: int) -> list[float]:
+        low, high = (torch.cat([one[rule][end] for one in bounds]) for end in range(2))
+        parts = _between(levels, low, high, spread).split(counts)
+        return [
+            float(torch.dot(base.counts, part)) / float(base.counts.sum())
+            for base, part in zip(bases, parts, strict=True)
+        ]
+
+    exact = stays(2)
+    # Where both are stored in bf16 the relative rule is the exact one.
+    same = all(torch.equal(one[0][end], one[2][end]) for one in bounds for end in range(2))
+    rows = zip(exact if same else stays(0), stays(1), exact, strict=True)
+    return [Unchanged(*row) for row in rows]
 
 
 _Bounds = tuple[Tensor, Tensor]

@@ -27,6 +27,9 @@ _BLOCK = 1024
 _UPCAST = 1 << 18
 # Rows that are mirrored at a time, to stay in the cache.
 _MIRROR = 256
+# Stacks of matrices up to this shorter side and of so many entries are multiplied all at once on
+# the CPU, too: there a call costs more than its operations.
+_SMALL_SIDE, _SMALL = 96, 1 << 16
 _WITHIN_FP32 = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -45,6 +48,13 @@ class Operand:
     def is_tall(self) -> bool:
         """Whether rows are at least as many as columns; the Gram matrix is of the shorter side."""
         return self.plus.shape[-2] >= self.plus.shape[-1]
+
+    @property
+    def in_stacks(self) -> bool:
+        """Whether products take the whole stack: on other devices, and where matrices are small."""
+        m, n = self.shape
+        small = min(m, n) <= _SMALL_SIDE and m * n <= _SMALL
+        return small or self.plus.device.type != "cpu"
 
     def __len__(self) -> int:
         return len(self.plus)
@@ -90,7 +100,7 @@ class Operand:
     @stage("entries")
     def _norm(self) -> Tensor:
         """Frobenius norms as long as no square leaves fp64."""
-        if self.plus.device.type != "cpu":
+        if self.in_stacks:
             return stacked.norm(self.plus, self.minus)
         squares = [
             sum(float(torch.linalg.vector_norm(block)) ** 2 for _, block in self.blocks(i))
@@ -101,7 +111,7 @@ class Operand:
     @stage("gram")
     def gram(self) -> Tensor:
         """Gram matrices of the shorter side, (b, q, q): AᵀA if tall, AAᵀ if wide."""
-        if self.plus.device.type != "cpu":
+        if self.in_stacks:
             return stacked.gram(self.plus, self.minus)
         if len(self) == 1:
             return self._gram(0)[None]
@@ -169,7 +179,7 @@ class Operand:
         """The images of rows X and of rows Y; empty where there are none."""
         (m, n), given = self.shape, X if Y is None else Y
         assert given is not None
-        if given.device.type != "cpu":
+        if self.in_stacks:
             pair, empty = (self.plus, self.minus), given.new_empty(0)
             return (
                 empty if X is None else stacked.right(*pair, X),

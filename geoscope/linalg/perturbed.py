@@ -123,17 +123,30 @@ def _turned(
         others = others[:, None, :, None]
         sizes = omega * (energy + others).sqrt() / (energy - others)
         sizes = sizes.nan_to_num(nan=_FREE).clamp(0, _FREE)
-        leaked = _gram(sizes[..., :_FIRST_ORDER_DIRECTIONS, :] * apart)
-        if rest is not None:
-            mean = sizes[..., _FIRST_ORDER_DIRECTIONS:, :].square().mean(-2, keepdim=True).sqrt()
-            leaked = leaked + _gram(mean * rest)
-        return torch.where(spread[:, None] > 0, _angles(vectors, leaked).mean(-1), 0.0)
+        tangents = sizes[..., :_FIRST_ORDER_DIRECTIONS, :] * apart
+        if vectors is None and rest is None:
+            angles = _little_angles(tangents)
+        else:
+            leaked = _gram(tangents)
+            if rest is not None:
+                mean = sizes[..., _FIRST_ORDER_DIRECTIONS:, :].square().mean(-2, keepdim=True)
+                leaked = leaked + _gram(mean.sqrt() * rest)
+            angles = _angles(vectors, leaked)
+        return torch.where(spread[:, None] > 0, angles.sum(-1) / k, 0.0)
 
     return turned(U, shape[0], *noise.left), turned(V, shape[1], *noise.right)
 
 
 def _gram(tangents: Tensor) -> Tensor:
     return tangents.mT @ tangents
+
+
+def _little_angles(tangents: Tensor) -> Tensor:
+    """Angles that are not 0 between the first k axes and these with tangents (..., d, k) on d
+    others, (..., min(d, k)); tan² are the eigenvalues of their Gram matrix."""
+    d, k = tangents.shape[-2:]
+    energy = torch.linalg.eigvalsh(_gram(tangents if d >= k else tangents.mT))
+    return energy.clamp_min(0).sqrt().atan()
 
 
 def _leading(matrices: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -373,7 +386,7 @@ class _Motion:
 
 
 def _stand_alone(energy: Tensor, time: Tensor) -> Tensor:
-    """Which values lie _APART times ω or more from both neighbours; energy: (b, q), time: (b, 1)."""
+    """Which values lie _APART·ω or more from both neighbours; energy: (b, q), time: (b, 1)."""
     S = energy.sqrt()
     far = (S[:, :-1] - S[:, 1:]) >= _APART * time.sqrt()
     pad = torch.nn.functional.pad

@@ -87,9 +87,55 @@ def factorise(
     if solver == "exact" or dtype != torch.float64:
         return _exact(A, vectors, dtype, reason=None)
     if A.plus.device.type == "cpu":
+        if A.in_stacks:
+            return _small(A, vectors, cuts)
         parts = [_one_on_cpu(A.row(i), vectors, cuts) for i in range(len(A))]
         return parts[0] if len(parts) == 1 else concatenate(parts)
     return _factorise_stacked(A, vectors, cuts)
+
+
+# --- small matrices on the CPU ------------------------------------------------------------------
+
+
+def _small(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
+    """All eigenpairs of the Gram matrices of a stack in one call; a matrix on which they do not
+    suffice goes on by itself."""
+    gram = A.gram()
+    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    alone = [i for i, one in enumerate(energy) if outside(one, torch.float64)]
+    gram[alone] = 0
+    rows = None
+    try:
+        with stage("eigenvectors" if vectors else "eigenvalues"):
+            if vectors:
+                energies, columns = torch.linalg.eigh(gram)
+                rows = columns[..., -vectors:].mT.flip(-2).contiguous()
+            else:
+                energies = torch.linalg.eigvalsh(gram)
+    except RuntimeError:  # one that does not converge fails the call for all
+        return concatenate([_one_on_cpu(A.row(i), vectors, cuts) for i in range(len(A))])
+    energies = energies.flip(-1)
+    residuals = None
+    if rows is not None:
+        misfit = rows @ gram - energies[:, :vectors, None] * rows
+        residuals = torch.linalg.vector_norm(misfit, dim=-1)
+    del gram
+    S = energies.clamp_min(0).sqrt()
+    methods = []
+    for i, row in enumerate(S):
+        of_row = None if residuals is None else residuals[i]
+        methods.append(_method(row, cuts, "gram-eigh", of_row, mended=False))
+        if _reason_against(row, methods[i], cuts, A, mended=False):
+            alone.append(i)
+    found = _with_long_side(A, S, rows, tuple(methods))
+    if not alone:
+        return found
+    return concatenate(
+        [
+            _one_on_cpu(A.row(i), vectors, cuts) if i in alone else take(found, i)
+            for i in range(len(A))
+        ]
+    )
 
 
 # --- one matrix on the CPU ----------------------------------------------------------------------

@@ -23,15 +23,14 @@ from geoscope.linalg import (
 )
 from geoscope.linalg.changes import (
     Side,
-    Unchanged,
     changed_mask,
-    expected_unchanged,
+    expected_unchanged_shares,
     side,
     unchanged_shares,
 )
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.linalg.grids import Grid, grids_of
-from geoscope.linalg.isotropic import isotropic_spread
+from geoscope.linalg.isotropic import isotropic_spreads
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.linalg.product import Product
 from geoscope.linalg.storage import FloatFormat
@@ -204,17 +203,16 @@ def expected_shares(cells: Cells, norms: Tensor, shape: tuple[int, int]) -> tupl
     """`shares` expected of an isotropic update that measures as large once it is stored; NaN
     without cells."""
     entries = (shape[0] * shape[1]) ** 0.5
-    rows = [
-        _expected(pair, norm / entries) for pair, norm in zip(cells, norms.tolist(), strict=True)
-    ]
-    return tuple(_column([getattr(row, rule) for row in rows], norms) for rule in RULES)
-
-
-def _expected(pair: tuple[Side, Side] | None, rms: float) -> Unchanged:
-    if pair is None:
-        return Unchanged(math.nan, math.nan, math.nan)
-    before, after = pair
-    return expected_unchanged(before, after.fmt, isotropic_spread(before, after, rms))
+    known = [(i, pair) for i, pair in enumerate(cells) if pair is not None]
+    pairs, sizes = [pair for _, pair in known], norms.tolist()
+    spreads = isotropic_spreads(pairs, [sizes[i] / entries for i, _ in known])
+    found = torch.full((len(RULES), len(cells)), math.nan, dtype=torch.float64)
+    expected = expected_unchanged_shares(
+        [base for base, _ in pairs], [tuned.fmt for _, tuned in pairs], spreads
+    )
+    for (i, _), row in zip(known, expected, strict=True):
+        found[:, i] = torch.tensor([getattr(row, rule) for rule in RULES])
+    return tuple(found.to(norms.device))
 
 
 def update_norm(update: Operand | Product, spectrum: Tensor | None) -> Tensor:
@@ -296,9 +294,11 @@ def angles(
     defined &= has_subspace(tuned, tuned_edge, k=k, shape=shape)
     turned = []
     for before, after in ((U0, U1), (V0.mT, V1.mT)):
-        known = (defined & (k < before.shape[-2]))[:, None]
-        measured = principal_angles(before[..., :k], after[..., :k])
-        turned.append(torch.where(known, measured, torch.nan))
+        if k < before.shape[-2]:
+            measured = principal_angles(before[..., :k], after[..., :k])
+            turned.append(torch.where(defined[:, None], measured, torch.nan))
+        else:
+            turned.append(before.new_full((len(before), k), torch.nan))
     return tuple(turned)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from geoscope.linalg import Operand
 from tests.helpers.matrices import gaussian
 
+pytestmark = pytest.mark.usefixtures("every_route")
+
 # Around the block lengths (512 along the longer side, 256 in the Gram matrix), and off by one.
 SHAPES = {
     "tall": (1100, 70),

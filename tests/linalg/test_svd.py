@@ -18,6 +18,8 @@ from geoscope.linalg import Factors, Operand, blas, factorise, principal_angles
 from geoscope.linalg import svd as svd_module
 from tests.helpers.matrices import gaussian, generator, orthonormal, updated, with_spectrum
 
+pytestmark = pytest.mark.usefixtures("every_route")
+
 CUTS = (1, 8, 16)
 ANGLE = 1e-8  # radians, promised wherever the gap is 1e-6 or more
 
@@ -228,6 +230,7 @@ def method(A: Tensor, **options: Any) -> dict[str, Any]:
     return how
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_an_ordinary_matrix_goes_through_its_gram_matrix() -> None:
     how = method(MATRICES["random"], vectors=8, cuts=[8])
     assert how["how"] == "gram-tridiagonal"
@@ -236,12 +239,50 @@ def test_an_ordinary_matrix_goes_through_its_gram_matrix() -> None:
     assert how["subspace_bound"] < 4e-9
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_a_short_tail_is_mended() -> None:
     for name in ("tail_1e-05", "tail_1e-06", "tail_1e-09"):
         how = method(MATRICES[name])
         assert how["how"] == "gram-tridiagonal-mended-tail"
         assert how["fallback"] is None
     assert method(MATRICES["tail_0.001"])["how"] == "gram-tridiagonal"
+
+
+@pytest.mark.parametrize("vectors", [0, 6])
+def test_a_matrix_of_a_stack_that_needs_more_goes_on_by_itself(vectors: int) -> None:
+    """Zero, of low rank, with a tail, beyond the range of squares; the others stay together."""
+    ordinary = [gaussian(70, 40, seed=40 + i) for i in range(3)]
+    odd = [
+        torch.zeros(70, 40, dtype=torch.float64),
+        with_spectrum(70, 40, torch.linspace(2, 1, 12), seed=44),
+        with_spectrum(70, 40, tail(1e-6, 3e-6), seed=45),
+        1e-200 * ordinary[0],
+    ]
+    stack = torch.stack([ordinary[0], *odd, *ordinary[1:]])
+    cuts = (6,) if vectors else ()
+    found = factorise(Operand(stack), vectors=vectors, cuts=cuts)
+    for i, A in enumerate(stack):
+        alone = factorise(Operand(A[None]), vectors=vectors, cuts=cuts)
+        assert torch.equal(found.S[i], alone.S[0])
+        assert found.methods[i] == alone.methods[0]
+        if vectors:
+            assert found.Vh is not None and alone.Vh is not None
+            assert found.U is not None and alone.U is not None
+            assert torch.equal(found.Vh[i], alone.Vh[0])
+            assert torch.equal(found.U[i], alone.U[0])
+        np.testing.assert_allclose(found.S[i], numpy_svd(A)[1], atol=1e-14 * float(A.norm() or 1))
+
+
+def test_a_stack_that_does_not_converge_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("linalg.eigvalsh: the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
+    stack = torch.stack([gaussian(50, 40, seed=46), gaussian(50, 40, seed=47)])
+    found = factorise(Operand(stack))
+    for i, A in enumerate(stack):
+        np.testing.assert_allclose(found.S[i], numpy_svd(A)[1], atol=1e-13)
+        assert found.methods[i]["how"] == "gram-tridiagonal"
 
 
 def test_a_long_tail_falls_back_and_says_so() -> None:
@@ -313,6 +354,7 @@ def test_the_zero_matrix_has_zeros_and_some_basis(shape: tuple[int, int]) -> Non
     assert factorise(Operand(same, same)).methods[0]["how"] == "zero"
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_a_routine_that_fails_is_replaced_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Tensor:
         raise NumericsError("LAPACK's dstemr failed with code 3")

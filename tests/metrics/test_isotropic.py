@@ -17,8 +17,9 @@ from torch import Tensor
 
 from geoscope.engine import one_blas_thread
 from geoscope.linalg.changes import Side, side
-from geoscope.linalg.isotropic import expected_energy, isotropic_spread
+from geoscope.linalg.isotropic import isotropic_spread
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
+from geoscope.linalg.rounded import expected_energy
 from geoscope.linalg.storage import FORMATS
 from geoscope.records import Status
 from tests.helpers.matrices import (
