@@ -19,6 +19,7 @@ __all__ = [
     "default_memory",
     "device_memory",
     "estimate_seconds",
+    "is_small",
     "least_memory",
     "needed_memory",
     "plan",
@@ -45,7 +46,7 @@ _ANY = 1 << 60  # more than any machine has
 
 # Seconds of one core (docs/scale.md#a-cost-model): a matrix, an entry of it, and what a
 # factorisation takes beside products and eigenvalues, as a multiple of these.
-_A_MATRIX = 0.02
+_A_MATRIX = 0.01
 _AN_ENTRY = 7e-8
 _BESIDE = 1.4
 
@@ -137,7 +138,7 @@ def plan(
         if stack:
             most = min(room // (2 * need), _STORED_AT_MOST // max(_stored(first), 1))
             size = _height(len(members), most, parts)
-        elif workers and _stored(first) < _SMALL:
+        elif workers and is_small(first):
             each = _small_bytes(first) + entry_bytes * _entries(first)
             most = min(room // (workers + 1), _MAX_STACK_BYTES) // each
             size = _height(len(members), most, _STACKS_PER_WORKER * workers)
@@ -175,6 +176,11 @@ def working_bytes(pair: WeightPair, *, stack: bool = False) -> int:
     if stack:
         beside = max(beside, 5 * 8 * q * q, 2 * 4 * m * n)
     return _stored(pair) + beside + 512 * 8 * (m + n)
+
+
+def is_small(pair: WeightPair) -> bool:
+    """Whether calls take longer than arithmetic, so that the CPU takes such pairs in stacks."""
+    return _stored(pair) < _SMALL
 
 
 def _stored(pair: WeightPair) -> int:

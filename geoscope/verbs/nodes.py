@@ -1,4 +1,5 @@
-"""Shares of one work on the nodes of a Ray cluster, and what is kept of them between runs.
+"""Shares of one work on the nodes of a Ray cluster, or in processes of this machine, and what is
+kept of them between runs.
 
 Each verb says what a share is, what it asks of its node, and by which function a node computes it.
 What a node computed is kept here, too, under its content, so that a rerun goes on wherever its
@@ -9,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from geoscope.engine.cache import ResultCache
-from geoscope.engine.cluster import Need, Task, cluster
+from geoscope.engine.cluster import Cluster, Need, Task, cluster
+from geoscope.engine.processes import Processes, processes
 from geoscope.errors import OptionError
 from geoscope.folders import results_folder
 from geoscope.verbs.choices import Nodes
@@ -97,16 +99,22 @@ def spread(
     *,
     kept: ResultCache | None,
     facts: Mapping[str, Any],
+    count: int = 0,
 ) -> None:
-    """Computes every share on the cluster at `options.ray`; on_share(number, what came) as they
-    finish.
+    """Computes every share on the cluster at `options.ray`, or in `count` processes of this
+    machine; on_share(number, what came) as they finish.
 
     function: what a node computes; the job is its first argument. needs: of each share, from the
     cores of a task. kept: where results are kept here, under facts that name the work.
     Raises GeoscopeError.
     """
-    with cluster(str(options.ray)) as nodes:
-        cores = options.jobs or nodes.cores(gpus=gpus_of(options))
+    place: AbstractContextManager[Cluster | Processes] = (
+        cluster(options.ray) if options.ray is not None else processes(count)
+    )
+    with place as nodes:
+        cores = nodes.cores(gpus=gpus_of(options))
+        if options.ray is not None and options.jobs:
+            cores = options.jobs
         asked = needs(cores)
         keys = [_share_key(kept, facts, number, len(asked)) for number in range(len(asked))]
         tasks = [

@@ -1,4 +1,5 @@
-"""The matrices of one tuned model beside its base, measured on the nodes of a Ray cluster.
+"""The matrices of one tuned model beside its base, measured on the nodes of a Ray cluster or in
+processes of this machine.
 
 A task is a share of the matrices (`shares.py`). Its node opens the models by their names, reads
 what it needs, and sends rows, as parts have them.
@@ -17,6 +18,7 @@ from geoscope.engine import asked_memory, estimate_seconds, needed_memory
 from geoscope.engine.cache import ResultCache
 from geoscope.engine.cluster import CORES, Need
 from geoscope.errors import PairingError, Stopped
+from geoscope.models.checkpoint import fetch_all
 from geoscope.records import LayerRecord, ModelRef, Survey, WeightPair
 from geoscope.sources.reference import elsewhere
 from geoscope.verbs.nodes import (
@@ -33,7 +35,14 @@ from geoscope.verbs.nodes import (
 from geoscope.verbs.options import Interrupted, Options, Progress
 from geoscope.verbs.pairs.alone import prepare_alone
 from geoscope.verbs.pairs.measuring import Work, measure_pairs
-from geoscope.verbs.pairs.prepare import Prepared, entry_bytes, prepare, survey, within
+from geoscope.verbs.pairs.prepare import (
+    Prepared,
+    entry_bytes,
+    prepare,
+    share_memory,
+    survey,
+    within,
+)
 from geoscope.verbs.pairs.rows import PartMatrix, matrix_of, part_of
 from geoscope.verbs.pairs.shares import fitting, shares
 
@@ -78,7 +87,10 @@ def measure_on_nodes(
     progress: Progress,
     kept: ResultCache | None,
 ) -> Work:
-    """As `measure_pairs`, on the cluster at `options.ray`. Raises GeoscopeError."""
+    """As `measure_pairs`, on the cluster at `options.ray` or in as many processes as `prepared`
+    says. Raises GeoscopeError."""
+    if options.ray is None:
+        fetch_all(prepared.wanted)
     job = _job(prepared, kind, options)
     parts = shares(prepared.pairing.matrices, job.of)
     done: list[Measured] = []
@@ -101,6 +113,7 @@ def measure_on_nodes(
             on_share,
             kept=kept,
             facts=facts,
+            count=prepared.processes,
         )
     except (KeyboardInterrupt, Stopped) as stop:
         interrupted = getattr(stop, "signum", int(signal.SIGINT))
@@ -112,10 +125,11 @@ def measure_on_nodes(
 def _needs(prepared: Prepared, options: Options, *, cores: int) -> list[Need]:
     """What each task asks of its node. cores: of a task."""
     pairs = prepared.pairing.matrices
-    return [
-        Need(cores, _memory(share, options, cores), gpus_of(options))
-        for share in shares(pairs, fitting(pairs))
-    ]
+    parts = shares(pairs, fitting(pairs))
+    if options.ray is None:
+        memory = share_memory(pairs, entry_bytes(options))
+        return [Need(cores, memory) for _ in parts]
+    return [Need(cores, _memory(share, options, cores), gpus_of(options)) for share in parts]
 
 
 def spread_survey(prepared: Prepared, options: Options, *, paired: bool) -> Survey:

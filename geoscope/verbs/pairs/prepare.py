@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from geoscope.engine import (
+    BASELINE,
     Batch,
     asked_memory,
     available_memory,
@@ -17,11 +18,14 @@ from geoscope.engine import (
     device_memory,
     estimate_seconds,
     free_memory,
+    is_small,
+    needed_memory,
     plan,
     resolve_devices,
     resolve_dtype,
     slowness,
 )
+from geoscope.engine.processes import can_start
 from geoscope.formats.disk import free_bytes
 from geoscope.metrics import Rounding
 from geoscope.models.checkpoint import Checkpoint
@@ -31,6 +35,7 @@ from geoscope.sources.memory import Opened
 from geoscope.verbs.models import open_model, open_tuned
 from geoscope.verbs.options import Options, Planned, Progress
 from geoscope.verbs.pairs.matching import match_models
+from geoscope.verbs.pairs.shares import fitting, shares
 
 __all__ = [
     "Prepared",
@@ -40,6 +45,7 @@ __all__ = [
     "entry_bytes",
     "planned_memory",
     "prepare",
+    "share_memory",
     "survey",
     "within",
     "workers_of",
@@ -48,6 +54,8 @@ __all__ = [
 
 # Seconds until torch is imported and the headers are read, and to write the report.
 _START = 2.5
+# Seconds of the workers in small matrices from which on processes take them: they start in two.
+_WORTH_PROCESSES = 10.0
 # With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
 _MASK_BYTES = 3 * 4
 # With --curves: the longer side's whole basis in fp64, the update seen from it, and what the exact
@@ -62,6 +70,7 @@ class Prepared:
     Fused and stacked tensors of both are in parts.
     notes: remarks on the pair.
     given: base and tuned model as they were named, None where one of them is in memory.
+    processes: how many share the work; 0 for threads of this one.
     is_one_of_several: the overlaps with other tuned models are asked for, too.
     """
 
@@ -77,6 +86,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     has_base: bool = True
     given: tuple[str | None, str] | None = None
+    processes: int = 0
     is_one_of_several: bool = False
 
     @property
@@ -133,6 +143,10 @@ def prepare(
     left, right, pairing, notes = match_models(left, right, options)
     workers = workers_of(options, devices)
     memory = planned_memory(pairing, options, devices, workers)
+    given = (base, tuned) if isinstance(base, str) and isinstance(tuned, str) else None
+    count = 0
+    if given is not None and devices[0].type == "cpu":
+        count, memory = _processes(pairing, options, workers, memory)
     rooms = [one.room(names) for one, names in _wanted(left, right, pairing)]
     return Prepared(
         base=left,
@@ -152,8 +166,34 @@ def prepare(
         notes=notes,
         bytes_to_fetch=sum(nbytes for room in rooms for nbytes in room.values()),
         free_disk=free_bytes(rooms),
-        given=(base, tuned) if isinstance(base, str) and isinstance(tuned, str) else None,
+        given=given,
+        processes=count,
     )
+
+
+def _processes(pairing: Pairing, options: Options, workers: int, memory: int) -> tuple[int, int]:
+    """How many processes take the work, 0 where threads of this one do, and the memory then.
+
+    Processes pay where many matrices are small, and where there is room for each.
+    """
+    named = options.initial_adapter is None or isinstance(options.initial_adapter, str)
+    if options.ray is not None or workers < 2 or not named or not can_start():
+        return 0, memory
+    small = [pair for pair in pairing.matrices if is_small(pair)]
+    if estimate_seconds(small, workers=workers) < _WORTH_PROCESSES:
+        return 0, memory
+    each = share_memory(pairing.matrices, entry_bytes(options))
+    limit = available_memory() // 2
+    if options.max_memory is not None:
+        limit = asked_memory(pairing.matrices, options.max_memory)
+    count = min(workers, (limit - BASELINE) // each)
+    return (count, BASELINE + count * each) if count > 1 else (0, memory)
+
+
+def share_memory(pairs: Sequence[WeightPair], beside: int) -> int:
+    """Bytes of a process that takes shares of the work, on one core."""
+    parts = shares(pairs, fitting(pairs))
+    return max(needed_memory(part, workers=1, entry_bytes=beside) for part in parts)
 
 
 def within(

@@ -54,7 +54,8 @@ class TunedRun:
 
 def run_one(prepared: Prepared, kind: str, options: Options, progress: Progress) -> TunedRun:
     """Downloads what is needed, and measures and judges every matrix; stops early on a signal."""
-    measure = measure_pairs if options.ray is None else measure_on_nodes
+    elsewhere = options.ray is not None or prepared.processes
+    measure = measure_on_nodes if elsewhere else measure_pairs
     work = measure(prepared, kind, options, progress, kept_results(options))
     said = about(prepared, is_whole=work.interrupted is None)
     said = said if work.device is None else replace(said, device=work.device)
