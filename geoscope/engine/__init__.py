@@ -1,7 +1,13 @@
 """How the work is done: device, plan, stream. Knows nothing of metrics or files."""
 
 from geoscope.engine.boundary import matrix_boundary, told_failure
-from geoscope.engine.device import available_memory, free_memory, resolve_devices, resolve_dtype
+from geoscope.engine.device import (
+    available_memory,
+    cores,
+    free_memory,
+    resolve_devices,
+    resolve_dtype,
+)
 from geoscope.engine.plan import (
     BASELINE,
     Batch,
@@ -24,6 +30,7 @@ __all__ = [
     "Outcome",
     "asked_memory",
     "available_memory",
+    "cores",
     "default_memory",
     "device_memory",
     "estimate_seconds",

@@ -11,7 +11,7 @@ import torch
 
 from geoscope.errors import OptionError
 
-__all__ = ["available_memory", "free_memory", "resolve_devices", "resolve_dtype"]
+__all__ = ["available_memory", "cores", "free_memory", "resolve_devices", "resolve_dtype"]
 
 _DEVICE = re.compile(r"cpu|mps|cuda(?::(?P<index>0|[1-9][0-9]{0,3}))?")
 
@@ -38,6 +38,11 @@ def resolve_devices(given: str) -> tuple[torch.device, ...]:
     if given == "mps" and not torch.backends.mps.is_available():
         raise OptionError("`device` mps: no MPS device on this machine; use `device` cpu")
     return (torch.device(given),)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int:

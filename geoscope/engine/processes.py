@@ -210,9 +210,8 @@ def serve() -> None:
     # A Ctrl-C goes to the whole group; the process that was started says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     importlib.import_module("geoscope.__main__").steer_process()
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
-    questions = sys.stdin.buffer
+    questions, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
     with suppress(EOFError, OSError):
         (module, name), job = pickle.loads(_receive(questions))
         function = getattr(importlib.import_module(module), name)

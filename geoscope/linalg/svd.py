@@ -104,16 +104,13 @@ def _small(A: Operand, vectors: int, cuts: Sequence[int]) -> Factors:
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     alone = [i for i, one in enumerate(energy) if outside(one, torch.float64)]
     gram[alone] = 0
-    rows = None
     try:
+        # Vectors or not: values are those of the same call.
         with stage("eigenvectors" if vectors else "eigenvalues"):
-            if vectors:
-                energies, columns = torch.linalg.eigh(gram)
-                rows = columns[..., -vectors:].mT.flip(-2).contiguous()
-            else:
-                energies = torch.linalg.eigvalsh(gram)
+            energies, columns = torch.linalg.eigh(gram)
     except RuntimeError:  # one that does not converge fails the call for all
         return concatenate([_one_on_cpu(A.row(i), vectors, cuts) for i in range(len(A))])
+    rows = columns[..., -vectors:].mT.flip(-2).contiguous() if vectors else None
     energies = energies.flip(-1)
     residuals = None
     if rows is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from geoscope._version import __version__
 from geoscope.adapters.peft_config import max_lora_rank, rank_advice
 from geoscope.arguments import Place, bytes_of, path_of, path_text
-from geoscope.engine import one_blas_thread, resolve_devices, room_for_batches
+from geoscope.engine import cores, one_blas_thread, resolve_devices, room_for_batches
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import CheckpointError, OptionError
 from geoscope.foreign import exists, local_path
@@ -210,7 +210,7 @@ class _Work:
 
     def _computed(self, making: Making) -> Iterator[tuple[Target, Made]]:
         order, device = self._order(), making.device
-        workers = self.options.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
+        workers = self.options.jobs or (cores() if device.type == "cpu" else 1)
         room = _room(self.options, max(math.prod(target.info.shape) for target in order))
         return zip(order, computed(making, order, workers=workers, room=room), strict=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from geoscope.engine import (
     Batch,
     asked_memory,
     available_memory,
+    cores,
     default_memory,
     device_memory,
     estimate_seconds,
@@ -40,7 +40,6 @@ from geoscope.verbs.pairs.shares import fitting, shares
 __all__ = [
     "Prepared",
     "batches_a_shape",
-    "cores",
     "devices_of",
     "entry_bytes",
     "planned_memory",
@@ -298,8 +297,3 @@ def entry_bytes(options: Options) -> int:
 def workers_of(options: Options, devices: Sequence[torch.device]) -> int:
     """Threads that compute: as many as were asked for, one a core, or one a device."""
     return options.jobs or (cores() if devices[0].type == "cpu" else len(devices))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from geoscope.arguments import Place, path_of
+from geoscope.engine import cores
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import NumericsError
 from geoscope.models.checkpoint import Checkpoint
@@ -121,7 +120,7 @@ def measure_series(found: MatchedSeries, options: FollowOptions, progress: Progr
 
 
 def _measured_here(found: MatchedSeries, options: FollowOptions, progress: Progress) -> Passed:
-    workers = options.jobs or torch.get_num_threads()
+    workers = options.jobs or cores()
     return measure_tensors(
         found.tensors.values(),
         found.steps,

@@ -18,7 +18,7 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from geoscope.engine import one_blas_thread
+from geoscope.engine import cores, one_blas_thread
 from geoscope.errors import OptionError
 from geoscope.linalg import Factors, Operand, factorise_leading
 from geoscope.trajectory.backtest import PredictionProducts
@@ -87,7 +87,7 @@ def next_forecast(
     gap = (found.steps[-1] - found.steps[0]) / T
     horizon = min(max(1, round((target - found.steps[-1]) / gap)), T - 2)
     options = NextOptions(horizon=horizon, steps=training, seed=seed, device=device)
-    workers = (jobs or torch.get_num_threads()) if device == "cpu" else 1
+    workers = (jobs or cores()) if device == "cpu" else 1
     with one_blas_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
         examples = _examples(found, made, horizon, seed, pool)
         norms = {name: vector.example(horizon) for name, vector in (vectors or {}).items()}

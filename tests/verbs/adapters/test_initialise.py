@@ -21,6 +21,7 @@ from geoscope import report as reports
 from geoscope.adapters.table import INITIALISATIONS
 from geoscope.cli import app
 from geoscope.errors import CheckpointError, GeoscopeError, NumericsError, OptionError
+from geoscope.verbs.adapters import initialise as module
 from geoscope.verbs.adapters.initialise import default_output, initialise
 from geoscope.verbs.adapters.options import InitOptions
 from geoscope.verbs.adapters.verify import verify_adapter
@@ -110,6 +111,23 @@ def test_equal_input_gives_equal_bytes_with_any_number_of_workers(
         found.append(hashes(out))
         out.rename(tmp_path / str(jobs))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("jobs", "expected"), [(None, 3), (2, 2)])
+def test_as_many_work_as_there_are_cores(
+    jobs: int | None, expected: int, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    whole = module.computed
+
+    def computed(*given: Any, workers: int, room: int) -> Any:
+        used.append(workers)
+        return whole(*given, workers=workers, room=room)
+
+    monkeypatch.setattr(module, "computed", computed)
+    monkeypatch.setattr(module, "cores", lambda: 3)
+    initialise(str(models["llama"]), rank=2, jobs=jobs, device="cpu", cache=None)
+    assert used == [expected]
 
 
 def test_a_residual_is_named_by_its_whole_path(
