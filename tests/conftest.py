@@ -46,6 +46,9 @@ def _own_environment(
     else:
         folder = tmp_path_factory.getbasetemp() / f"own-{uuid4().hex}"
     monkeypatch.setenv("GEOSCOPE_CACHE", str(folder / "geoscope-cache"))
+    if request.node.get_closest_marker("gpu") is None:  # texts and bits are those of the CPU
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
