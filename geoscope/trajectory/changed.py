@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from geoscope.linalg.changes import Side, expected_unchanged
@@ -25,6 +26,8 @@ POSITION_BYTES = 4
 _SHORT_GAP_BYTES, _LONGEST_SHORT_GAP = 2, (1 << 16) - 1
 # Entries of one step: positions of a block stay in a cache.
 _BLOCK = 1 << 18
+# Integers as wide as a float, by its bytes.
+_CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _Counts = tuple[float | None, ...]
 
@@ -146,12 +149,23 @@ def changed_step(before: Tensor, after: Tensor) -> StepChange:
     changed, last, longest = 0, -1, 0
     for start in range(0, len(first), _BLOCK):
         block = slice(start, start + _BLOCK)
-        places = np.flatnonzero(_numbers(first[block]) != _numbers(second[block])) + start
+        places = _changed_places(first[block], second[block]) + start
         if len(places):
             longest = max(longest, int(np.diff(places, prepend=last).max()))
             changed, last = changed + len(places), int(places[-1])
     is_short = longest <= _LONGEST_SHORT_GAP
     return StepChange(changed, _SHORT_GAP_BYTES if is_short else POSITION_BYTES)
+
+
+def _changed_places(before: Tensor, after: Tensor) -> np.ndarray:
+    codes = _CODES.get(before.dtype.itemsize)
+    if before.dtype != after.dtype or codes is None:
+        return np.flatnonzero(_numbers(before) != _numbers(after))
+    # On bits: a short format need not be made wide.
+    one, other = (block.cpu().view(codes).numpy() for block in (before, after))
+    places = np.flatnonzero(one != other)
+    sizes = (one[places] | other[places]) & np.iinfo(one.dtype).max  # without the sign
+    return places if sizes.all() else places[sizes != 0]
 
 
 def _numbers(block: Tensor) -> np.ndarray:

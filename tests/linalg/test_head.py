@@ -108,6 +108,19 @@ def test_a_tail_that_the_gram_matrix_does_not_see() -> None:
     torch.testing.assert_close(found.S, torch.linalg.svdvals(W)[-4:], atol=1e-15, rtol=0)
 
 
+def test_a_tail_within_a_wider_tolerance_needs_no_svd() -> None:
+    W = with_spectrum(120, 100, np.geomspace(1, 1e-3, 100), seed=8)
+    assert tail_triplets(W, 6).method["how"] == "svd"
+    found = tail_triplets(W, 6, tolerance=1e-4)
+    assert found.method["how"] == "gram-tail"
+    assert 1e-9 < found.method["subspace_bound"] <= 1e-4
+    Vh = torch.linalg.svd(W, full_matrices=False).Vh[-6:]
+    sine = float(torch.linalg.matrix_norm(found.Vh - found.Vh @ Vh.T @ Vh, 2))
+    assert sine <= found.method["subspace_bound"]
+    refused = tail_triplets(with_spectrum(80, 64, np.geomspace(1, 1e-12, 64), seed=6), 4)
+    assert refused.method["how"] == "svd"
+
+
 def test_a_long_tail_is_the_whole() -> None:
     W = gaussian(30, 20, seed=1)
     found = tail_triplets(W, 20)

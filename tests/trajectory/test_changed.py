@@ -47,6 +47,18 @@ def test_a_zero_that_changes_its_sign_is_the_same_number() -> None:
     zeros = torch.zeros(8, dtype=torch.bfloat16)
     assert differing_bits(zeros, -zeros) == 8
     assert changed_step(zeros, -zeros).changed == 0
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        before = torch.tensor([0.0, -0.0, 1.0, 0.0, -1.0], dtype=dtype)
+        after = torch.tensor([-0.0, 0.0, 1.0, 2.0, 1.0], dtype=dtype)
+        assert changed_step(before, after) == StepChange(2, 2)
+
+
+def test_a_wider_dtype_with_the_same_numbers_changes_nothing() -> None:
+    before = moved(torch.bfloat16, 1e-2, 40, 30)[0]
+    after = before.float()
+    assert changed_step(before, after).changed == 0
+    after[3, 4] += 1
+    assert changed_step(before, after).changed == 1
 
 
 @pytest.mark.parametrize(
