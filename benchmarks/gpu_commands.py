@@ -3,7 +3,7 @@
 Adapters, capacity, initial adapters, several tuned models, NExt's networks, and many experts with
 1, 4 and 16 threads. Whether their numbers agree is what the tests marked `gpu` tell.
 
-    python benchmarks/gpu_commands.py [--device cuda] [--layers 2] [--only REGEX] [--no-cpu] [--small]
+    python benchmarks/gpu_commands.py [--device cuda] [--layers 2] [--only REGEX] [--no-cpu]
 """
 
 from __future__ import annotations
