@@ -136,8 +136,15 @@ def test_cuda_gives_the_report_of_the_cpu(
 
 
 @pytest.fixture(scope="module")
-def in_memory(models: tuple[Path, Path]) -> tuple[dict[str, Tensor], ...]:
-    return tuple(load_file(folder / "model.safetensors") for folder in models)
+def in_memory() -> tuple[dict[str, Tensor], ...]:
+    """Base and tuned model with a small matrix and one that is not."""
+    base, tuned = {}, {}
+    for seed, (m, n) in enumerate(((120, 110), (64, 80))):
+        name = f"model.layers.{seed}.self_attn.q_proj.weight"
+        before = weight(m, n, seed=300 + 10 * seed)
+        base[name] = before.bfloat16()
+        tuned[name] = updated(before, gaussian(m, n, seed=seed), 0.02).bfloat16()
+    return base, tuned
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +179,8 @@ def moved(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 
 
 @on_cuda
-def test_models_that_lie_on_a_device(
-    models: tuple[Path, Path], in_memory: tuple[dict[str, Tensor], ...], device: str
-) -> None:
-    expected = report(models, ROUTES["whole"], "cpu")
+def test_models_that_lie_on_a_device(in_memory: tuple[dict[str, Tensor], ...], device: str) -> None:
+    expected = compare(*in_memory, options=replace(ROUTES["whole"], device="cpu"))
     there = [moved(one, device) for one in in_memory]
     for options in (ROUTES["whole"], replace(ROUTES["whole"], device="cpu")):
         assert_agree(compare(*there, options=options), expected, quick=False)
@@ -195,11 +200,14 @@ def test_adapters_on_a_device(
 
 @on_cuda
 def test_several_tuned_models_on_a_device(
-    models: tuple[Path, Path], in_memory: tuple[dict[str, Tensor], ...], device: str
+    in_memory: tuple[dict[str, Tensor], ...], device: str
 ) -> None:
-    other = {name: weight.roll(1, 0) for name, weight in in_memory[1].items()}
-    one = compare(models[0], models[1], other, ks=(4, 16), device="cpu")
-    two = compare(models[0], models[1], moved(other, device), ks=(4, 16), device=device)
+    base, tuned = in_memory
+    other = {name: weight.roll(1, 0) for name, weight in tuned.items()}
+    one = compare(base, tuned, other, ks=(4, 16), device="cpu")
+    two = compare(
+        *(moved(each, device) for each in (base, tuned, other)), ks=(4, 16), device=device
+    )
     assert_agree(two, one, quick=False)
     for mine, theirs in zip(two.overlaps, one.overlaps, strict=True):
         for key, value in mine.values.items():

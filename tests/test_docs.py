@@ -332,6 +332,12 @@ def replayed(block: str) -> str:
 
 
 WITH_EXAMPLES = [page for page in PAGES if _CONSOLE.search(text_of(page))]
+# Pages whose examples are run each time; the others with the slow tests.
+_EACH_TIME = ("README", "quickstart", "compare", "collapse", "trajectory", "init-adapter")
+QUICK_AND_SLOW = [
+    page if page.stem in _EACH_TIME else pytest.param(page, marks=pytest.mark.slow)
+    for page in WITH_EXAMPLES
+]
 
 
 # What a run finds in its cache, or leaves there, is what this page shows.
@@ -350,7 +356,7 @@ def common_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp(COMMON)
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name_of)
+@pytest.mark.parametrize("page", QUICK_AND_SLOW, ids=name_of)
 def test_examples_show_what_is_printed(
     page: Path, tmp_path: Path, common_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

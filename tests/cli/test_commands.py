@@ -884,7 +884,13 @@ def test_demo_speaks_the_numbers_of_its_table_in_eighty_columns(
     assert f"The effective rank ratio is {row[5]}: no spectrum collapsed." in text
 
 
-@pytest.mark.parametrize("folder", ["geoscope-demo", "a folder/with spaces " + "and more" * 8])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param("geoscope-demo", marks=pytest.mark.slow),
+        "a folder/with spaces " + "and more" * 8,
+    ],
+)
 def test_what_the_demo_says_to_try_works(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_shards_pair_with_the_model_folder_they_came_from(shards: Path, tmp_path
     assert pairing.missing == ()
 
 
+@pytest.mark.slow
 def test_no_word_about_process_groups_reaches_the_user(shards: Path) -> None:
     code = (
         "import sys; from geoscope.sources.open import open_checkpoint; "
@@ -339,7 +340,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, name: str) -> None:
     assert target.exists()  # so it would have been
 
 
-@pytest.mark.parametrize("imported", [True, False])
+@pytest.mark.parametrize("imported", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_rank_alone_is_no_file_of_weights(shards: Path, tmp_path: Path, imported: bool) -> None:
     path = tmp_path / "weights.pt"
     shutil.copy(actor(shards) / rank_file(0), path)

@@ -228,8 +228,9 @@ def test_a_header_from_a_server_without_ranges_is_not_the_whole_file(
 @pytest.mark.parametrize(
     ("told", "words"),
     [({"Content-Range": "bytes 0-9/10"}, "'bytes 0-9/10'"),
-     ({"X-Repo-Commit": "b" * 40}, f"the commit {'b' * 40}"),
-     ({"X-Linked-Size": "12"}, "12 bytes, where its listing says")],
+     pytest.param({"X-Repo-Commit": "b" * 40}, f"the commit {'b' * 40}", marks=pytest.mark.slow),
+     pytest.param({"X-Linked-Size": "12"}, "12 bytes, where its listing says",
+                  marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_an_answer_that_was_not_asked_for(
     hub: HubServer, client: Client, told: dict[str, str], words: str
@@ -253,8 +254,10 @@ def test_a_file_that_changes_between_two_ranges(hub: HubServer, client: Client) 
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(403, "log in again (`hf auth login`)"), (404, "retry, or set HF_ENDPOINT"),
-     (416, "the file there is shorter than its listing says: retry")],
+    [(403, "log in again (`hf auth login`)"),
+     pytest.param(404, "retry, or set HF_ENDPOINT", marks=pytest.mark.slow),
+     pytest.param(416, "the file there is shorter than its listing says: retry",
+                  marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_store_that_refuses_is_one_line(
     hub: HubServer, client: Client, status: int, words: str

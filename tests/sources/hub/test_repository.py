@@ -75,8 +75,9 @@ def test_a_repository_opens_by_headers_at_one_commit(hub: HubServer, client: Cli
 
 @pytest.mark.parametrize(
     ("reference", "revision"),
-    [("org/single@step/10", "step/10"), ("hf://org/single@step%2F10", "step/10"),
-     ("hf://org/single@refs/pr/7", "refs/pr/7")],
+    [("hf://org/single@step%2F10", "step/10"),
+     pytest.param("org/single@step/10", "step/10", marks=pytest.mark.slow),
+     pytest.param("hf://org/single@refs/pr/7", "refs/pr/7", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_revision_is_resolved_once(
     hub: HubServer, client: Client, reference: str, revision: str
@@ -309,7 +310,9 @@ def test_a_local_path_asks_no_server(hub: HubServer, client: Client) -> None:
 # --- offline ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", ["org/sharded", "org/sharded@main"])
+@pytest.mark.parametrize(
+    "reference", ["org/sharded@main", pytest.param("org/sharded", marks=pytest.mark.slow)]
+)
 def test_what_was_fetched_is_found_again_offline(
     hub: HubServer, client: Client, reference: str
 ) -> None:

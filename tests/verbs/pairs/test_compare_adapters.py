@@ -23,7 +23,15 @@ ENTRIES = ("update_sparsity", "update_sparsity_abs", "update_sparsity_exact", "p
 RANKS = ("numerical_rank", "signal_rank")
 
 
-@pytest.fixture(scope="module", params=CASES)
+_EACH_TIME = ("lora", "dora, fused", "experts", "rslora, patterns")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name in _EACH_TIME else pytest.param(name, marks=pytest.mark.slow) for name in CASES
+    ],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return made(tmp_path_factory.mktemp("adapter"), *CASES[request.param])
 
