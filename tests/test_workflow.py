@@ -62,6 +62,7 @@ def test_the_steps_show_the_verdict_on_the_demo(job: dict[str, Any], tmp_path: P
     assert len(text) < 65_536  # what a comment may hold
 
 
+@pytest.mark.slow
 def test_a_collapse_fails_the_step_and_is_told(job: dict[str, Any], tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     base = gaussian(64, 64, seed=1)

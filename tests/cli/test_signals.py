@@ -72,7 +72,10 @@ def kept_results() -> int:
     return len(list(Path(os.environ["GEOSCOPE_CACHE"]).rglob("*.json")))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_gives_the_finished_part_and_its_exit_code(
     number: signal.Signals,
     code: int,
@@ -104,6 +107,7 @@ def test_a_signal_gives_the_finished_part_and_its_exit_code(
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.json"]
 
 
+@pytest.mark.slow
 def test_a_rerun_continues_where_it_was_stopped(
     long_pair: tuple[Path, Path], started: Callable[..., subprocess.Popen[str]]
 ) -> None:

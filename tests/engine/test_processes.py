@@ -38,6 +38,7 @@ def test_an_error_is_raised_as_it_was() -> None:
         found(tasks.refuses, "rank", count=1)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
     assert found(tasks.dies_once, str(tmp_path)) == {i: i for i in range(3)}
 
