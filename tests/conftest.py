@@ -34,6 +34,26 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+# Of a test with more cases these are run each time, spread over all; the others count as slow. A
+# test that is marked `each_case` is run on every one.
+_CASES_EACH_TIME = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None and item.get_closest_marker("each_case") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for members in cases.values():
+        last, steps = len(members) - 1, _CASES_EACH_TIME - 1
+        if last > steps:
+            kept = {round(i * last / steps) for i in range(_CASES_EACH_TIME)}
+            for i, item in enumerate(members):
+                if i not in kept:
+                    item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(
     request: pytest.FixtureRequest,

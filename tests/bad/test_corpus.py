@@ -93,6 +93,7 @@ def outcomes(
         yield name, done
 
 
+@pytest.mark.each_case
 @pytest.mark.parametrize("door", DOORS)
 def test_each_input_ends_in_its_line(door: str, here: Path) -> None:
     target = DOORS[door].make(Path())
