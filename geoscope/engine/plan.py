@@ -46,7 +46,7 @@ _ANY = 1 << 60  # more than any machine has
 
 # Seconds of one core (docs/scale.md#a-cost-model): a matrix, an entry of it, and what a
 # factorisation takes beside products and eigenvalues, as a multiple of these.
-_A_MATRIX = 0.01
+_A_MATRIX = 0.005
 _AN_ENTRY = 7e-8
 _BESIDE = 1.4
 

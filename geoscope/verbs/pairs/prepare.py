@@ -54,7 +54,7 @@ __all__ = [
 # Seconds until torch is imported and the headers are read, and to write the report.
 _START = 2.5
 # Seconds of the workers in small matrices from which on processes take them: they start in two.
-_WORTH_PROCESSES = 10.0
+_WORTH_PROCESSES = 6.0
 # With --masks: the rank-64 part in fp32, its sizes, and the copy in which their quantile is found.
 _MASK_BYTES = 3 * 4
 # With --curves: the longer side's whole basis in fp64, the update seen from it, and what the exact
