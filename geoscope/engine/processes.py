@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from geoscope import errors
 from geoscope.engine.cluster import Task
@@ -184,18 +184,18 @@ def _told(answer: dict[str, Any]) -> Any:
     return getattr(errors, answer["error"], GeoscopeError)(answer["text"])
 
 
-def _send(stream: BinaryIO, message: bytes) -> None:
+def _send(stream: IO[bytes], message: bytes) -> None:
     stream.write(len(message).to_bytes(_LENGTH, "big") + message)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> bytes:
+def _receive(stream: IO[bytes]) -> bytes:
     """Raises EOFError where the other side is gone."""
     length = int.from_bytes(_whole(stream, _LENGTH), "big")
     return _whole(stream, length)
 
 
-def _whole(stream: BinaryIO, length: int) -> bytes:
+def _whole(stream: IO[bytes], length: int) -> bytes:
     found = stream.read(length)
     if len(found) < length:
         raise EOFError

@@ -377,5 +377,5 @@ def _regular_sample(weight: Tensor) -> Tensor:
     return flat[:: -(-flat.numel() // _SAMPLE)].double()
 
 
-def _between(centre: Tensor, low: Tensor, high: Tensor, spread: float) -> Tensor:
+def _between(centre: Tensor, low: Tensor, high: Tensor, spread: Tensor | float) -> Tensor:
     return normal_cdf((high - centre) / spread) - normal_cdf((low - centre) / spread)
