@@ -14,7 +14,7 @@ from geoscope.report.sections import Section
 
 __all__ = ["explain_blocks"]
 
-_NUMBER = r"[-+.\deE]+"
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![.\w])"
 _ANGLE = re.compile(rf"(?P<name>mean angle) (?P<value>{_NUMBER}) (?P<sign>\S) (?P<limit>{_NUMBER})")
 
 

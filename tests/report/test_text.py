@@ -156,6 +156,23 @@ def test_explain_names_thresholds_and_clauses() -> None:
     assert "thresholds" not in plain(example())
 
 
+@pytest.mark.parametrize(
+    ("clause", "shown"),
+    [
+        ("mean angle 0.0349066 > 0.0174533", "mean angle 2.00° > 1.00°"),
+        ("mean angle 3.49066e-2 > .0174533", "mean angle 2.00° > 1.00°"),
+        ("mean angle 0.031.0318 > 0.0174533", "mean angle 0.031.0318 > 0.0174533"),
+        ("mean angle -e > +E", "mean angle -e > +E"),
+    ],
+)
+def test_angles_of_a_clause_are_degrees_and_a_damaged_one_stays(clause: str, shown: str) -> None:
+    report = example(kind="collapse", layers=1)
+    layers = [
+        replace(one, verdict={**(one.verdict or {}), "clause": clause}) for one in report.layers
+    ]
+    assert shown in " ".join(plain(replace(report, layers=tuple(layers)), explain=True).split())
+
+
 def test_explain_shows_each_condition_and_what_it_met() -> None:
     text = plain(example(), explain=True).partition("rules in order")[2]
     assert lines_with(text, "C_LR(k) ≥")[0].split()[2:] == [
