@@ -53,7 +53,7 @@ def init_adapter(
             "ray",
             force=opt.ForceInit,
             device=opt.InitDevice,
-            max_memory=opt.InitMemory,
+            max_memory=opt.SeriesMemory,
             seed=opt.InitSeed,
         ),
     ],

@@ -139,9 +139,6 @@ MaxMemory = Annotated[str | None, computing("--max-memory SIZE",
 SeriesMemory = Annotated[str | None, computing("--max-memory SIZE",
     "Memory limit of the process, such as 8GB; min takes one matrix at a time. Default: enough for "
     "the largest matrix of every worker, but at most half of the free memory.")]
-InitMemory = Annotated[str | None, computing("--max-memory SIZE",
-    "Memory limit of the process, such as 8GB; min takes one matrix at a time. Default: 500 MB "
-    "and six fp32 copies of the largest matrix.")]
 Jobs = Annotated[int | None, computing("--jobs N, -j",
     "Worker threads on the CPU; the numbers do not depend on it. Default: one a core.")]
 Ray = Annotated[str | None, computing("--ray ADDRESS",

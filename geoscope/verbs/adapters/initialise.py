@@ -20,7 +20,13 @@ from torch import Tensor
 from geoscope._version import __version__
 from geoscope.adapters.peft_config import max_lora_rank, rank_advice
 from geoscope.arguments import Place, bytes_of, path_of, path_text
-from geoscope.engine import cores, one_blas_thread, resolve_devices, room_for_batches
+from geoscope.engine import (
+    available_memory,
+    cores,
+    one_blas_thread,
+    resolve_devices,
+    room_for_batches,
+)
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import CheckpointError, OptionError
 from geoscope.foreign import exists, local_path
@@ -48,7 +54,14 @@ from geoscope.verbs.adapters.output import (
     write_record,
 )
 from geoscope.verbs.adapters.report import adapter_report
-from geoscope.verbs.adapters.starts import TRAINER, Made, Making, Start, computed
+from geoscope.verbs.adapters.starts import (
+    COPIES_IN_WORK,
+    TRAINER,
+    Made,
+    Making,
+    Start,
+    computed,
+)
 from geoscope.verbs.adapters.targets import Target, Targets, choose_targets
 from geoscope.verbs.choices import chosen
 from geoscope.verbs.fetching import fetch
@@ -57,8 +70,8 @@ from geoscope.verbs.options import Progress
 
 __all__ = ["Initialised", "default_output", "initialise", "model_here"]
 
-# fp32 copies of the largest matrix that may be in memory in all where no bound is given.
-_COPIES_IN_ALL = 6
+# fp32 copies of the largest matrix that may always be in memory in all where no bound is given.
+_LEAST_COPIES = 6
 
 
 def model_here() -> str:
@@ -211,7 +224,8 @@ class _Work:
     def _computed(self, making: Making) -> Iterator[tuple[Target, Made]]:
         order, device = self._order(), making.device
         workers = self.options.jobs or (cores() if device.type == "cpu" else 1)
-        room = _room(self.options, max(math.prod(target.info.shape) for target in order))
+        largest = max(math.prod(target.info.shape) for target in order)
+        room = _room(self.options, largest, workers)
         return zip(order, computed(making, order, workers=workers, room=room), strict=True)
 
     def _write_model(
@@ -261,12 +275,14 @@ def _read_names(checkpoint: Checkpoint, files: AdapterFiles, targets: Targets) -
     return [*checkpoint.tensors] if files.model is not None else [*targets.weights]
 
 
-def _room(options: InitOptions, largest: int) -> int:
-    """Entries in fp32 that may be in work or waiting. Raises OptionError."""
+def _room(options: InitOptions, largest: int, workers: int) -> int:
+    """Entries in fp32 that may be in work or waiting; by default those of every worker and one that
+    waits, in half of the free memory. Raises OptionError."""
     if options.max_memory == "min":
         return 0
     if options.max_memory is None:
-        return _COPIES_IN_ALL * largest
+        wanted = (workers + 1) * COPIES_IN_WORK * largest
+        return max(_LEAST_COPIES * largest, min(wanted, available_memory() // 2 // 4))
     return room_for_batches(bytes_of(options.max_memory, "max_memory", others=", or min")) // 4
 
 

@@ -130,6 +130,19 @@ def test_as_many_work_as_there_are_cores(
     assert used == [expected]
 
 
+@pytest.mark.parametrize(
+    ("free", "workers", "copies"),
+    [(10**12, 1, 6), (10**12, 8, 27), (8 * 100 * 12, 8, 12), (0, 8, 6)],
+)
+def test_by_default_the_memory_serves_every_worker(
+    free: int, workers: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three fp32 copies for each and for one that waits, in half of what is free; six at least."""
+    monkeypatch.setattr(module, "available_memory", lambda: free)
+    assert module._room(InitOptions(), 100, workers) == 100 * copies
+    assert module._room(InitOptions(max_memory="min"), 100, workers) == 0
+
+
 def test_a_residual_is_named_by_its_whole_path(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
