@@ -125,6 +125,6 @@ def _root(
             quadratic = fa / (fb - fa) * fc / (fb - fc)
             quadratic += (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
             safe = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi) & np.isfinite(quadratic)
-            part = np.where(safe, quadratic, 0.5)
-            part = np.clip(part, least / 2, 1 - least / 2)
+            part = np.clip(np.where(safe, quadratic, 0.5), least / 2, 1 - least / 2)
+            part = np.where(active, part, 0.5)
     return best

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoscope.engine import one_blas_thread
 from geoscope.linalg.changes import Side, side
-from geoscope.linalg.isotropic import isotropic_spread
+from geoscope.linalg.isotropic import isotropic_spread, isotropic_spreads
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
 from geoscope.linalg.rounded import expected_energy
 from geoscope.linalg.storage import FORMATS
@@ -68,6 +68,49 @@ def check(found: dict[str, np.ndarray], slack: dict[str, float]) -> None:
 
 
 # --- how large it was before it was stored ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_size_before_rounding_is_found_at_any_scale_of_a_stack(dtype: str) -> None:
+    """Some are found long before others; warnings are errors here."""
+    for seed in range(4):
+        numbers = np.random.default_rng(seed)
+        pairs, sizes = [], []
+        for i in range(4):
+            scale = 10 ** numbers.uniform(*((-6, 3) if dtype == "fp16" else (-30, 30)))
+            rho = 10 ** numbers.uniform(-6, 0.5)
+            base = gaussian(30, 20, seed=10 * seed + i, sd=scale).to(DTYPES[dtype])
+            step = gaussian(30, 20, seed=10 * seed + i + 500, sd=scale * rho)
+            tuned = (base.double() + step).to(DTYPES[dtype])
+            pairs.append((side(base), side(tuned)))
+            sizes.append(float((tuned.double() - base.double()).norm()) / 600**0.5)
+        found = isotropic_spreads(pairs, sizes)
+        assert all(map(math.isfinite, found))
+        for (base, tuned), size, spread in zip(pairs, sizes, found, strict=True):
+            assert spread == isotropic_spread(base, tuned, size)
+
+
+def test_the_size_before_rounding_depends_on_no_other_matrix_of_a_stack() -> None:
+    """From updates of which nothing shows to large ones, in two formats, with zeros and repeats."""
+    pairs, sizes = [], []
+    for i, rho in enumerate((1e-6, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1, 1.0, 1e-3)):
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        base = gaussian(40, 30, seed=i)
+        base *= i != 7  # from zero: s is the size
+        base[:, :3] *= i <= 5
+        stored = base.to(dtype)
+        step = gaussian(40, 30, seed=i + 50)
+        tuned = (stored.double() + rho * step).to(dtype)
+        pairs.append((side(stored), side(tuned)))
+        sizes.append(float((tuned.double() - stored.double()).norm()) / 1200**0.5)
+    together = isotropic_spreads(pairs, sizes)
+    alone = [isotropic_spread(*pair, size) for pair, size in zip(pairs, sizes, strict=True)]
+    assert together == alone
+    for (base, tuned), size, spread in zip(pairs, sizes, together, strict=True):
+        if 0 < spread != size and tuned.noise > 1e-3 * size * 1200**0.5:
+            shares = base.counts / base.counts.sum()
+            found = expected_energy(base.levels, shares, tuned.fmt, spread)
+            assert found == pytest.approx(size**2, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
