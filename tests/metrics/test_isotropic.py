@@ -104,7 +104,10 @@ def test_the_size_before_rounding_depends_on_no_other_matrix_of_a_stack() -> Non
         pairs.append((side(stored), side(tuned)))
         sizes.append(float((tuned.double() - stored.double()).norm()) / 1200**0.5)
     together = isotropic_spreads(pairs, sizes)
-    alone = [isotropic_spread(*pair, size) for pair, size in zip(pairs, sizes, strict=True)]
+    alone = [
+        isotropic_spread(base, tuned, size)
+        for (base, tuned), size in zip(pairs, sizes, strict=True)
+    ]
     assert together == alone
     for (base, tuned), size, spread in zip(pairs, sizes, together, strict=True):
         if 0 < spread != size and tuned.noise > 1e-3 * size * 1200**0.5:
