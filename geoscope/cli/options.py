@@ -140,7 +140,7 @@ SeriesMemory = Annotated[str | None, computing("--max-memory SIZE",
     "Memory limit of the process, such as 8GB; min takes one matrix at a time. Default: enough for "
     "the largest matrix of every worker, but at most half of the free memory.")]
 Jobs = Annotated[int | None, computing("--jobs N, -j",
-    "Worker threads on the CPU; the numbers do not depend on it. Default: one a core.")]
+    "Workers on the CPU; the numbers do not depend on it. Default: one a core.")]
 Ray = Annotated[str | None, computing("--ray ADDRESS",
     "Compute on the Ray cluster at this address: auto for the one that runs here, local to start "
     "one. Nodes read the models by the same paths or Hub ids.")]

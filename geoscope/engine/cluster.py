@@ -25,7 +25,7 @@ from geoscope._version import __version__
 from geoscope.engine.cache import code_version
 from geoscope.errors import GeoscopeError, OptionError
 
-__all__ = ["CORES", "Cluster", "Need", "Task", "cluster"]
+__all__ = ["CORES", "Cluster", "Need", "Task", "called", "cluster", "raised"]
 
 T = TypeVar("T")
 
@@ -296,10 +296,20 @@ def _attempted(
     if code_version() != mine[1]:
         return {"differs": f"geoscope {mine[0]} with other code, or another torch"}
     function = getattr(importlib.import_module(where[0]), where[1])
+    return called(function, pickle.loads(job), pickle.loads(argument))
+
+
+def called(function: Callable[[Any, Any], Any], job: Any, argument: Any) -> dict[str, Any]:
+    """What a function gave, or the error that it raised, as it is sent back."""
     try:
-        return {"result": function(pickle.loads(job), pickle.loads(argument))}
+        return {"result": function(job, argument)}
     except GeoscopeError as error:
         return {"error": type(error).__name__, "text": str(error)}
+
+
+def raised(answer: dict[str, Any]) -> type[GeoscopeError]:
+    """The kind of the error in an answer of `called`."""
+    return getattr(errors, answer["error"], GeoscopeError)
 
 
 def _received(answer: dict[str, Any] | BaseException) -> Any:
@@ -313,7 +323,7 @@ def _received(answer: dict[str, Any] | BaseException) -> Any:
             "install the same on all nodes"
         )
     if "error" in answer:
-        kind = getattr(errors, answer["error"], GeoscopeError)
+        kind = raised(answer)
         hint = ""
         if issubclass(kind, errors.CheckpointError):
             hint = "; every node has to see the models under the same path, or give Hub ids"

@@ -20,8 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from geoscope import errors
-from geoscope.engine.cluster import Task
+from geoscope.engine.cluster import Task, called, raised
 from geoscope.errors import GeoscopeError
 
 __all__ = ["Processes", "can_start", "processes", "serve"]
@@ -178,10 +177,10 @@ def _how(code: int) -> str:
 
 
 def _told(answer: dict[str, Any]) -> Any:
-    """The result, or the error that was raised."""
+    """The result. Raises what was raised there."""
     if "error" not in answer:
         return answer["result"]
-    return getattr(errors, answer["error"], GeoscopeError)(answer["text"])
+    raise raised(answer)(answer["text"])
 
 
 def _send(stream: IO[bytes], message: bytes) -> None:
@@ -217,9 +216,5 @@ def serve() -> None:
         function = getattr(importlib.import_module(module), name)
         known = pickle.loads(job)
         while True:
-            argument = pickle.loads(_receive(questions))
-            try:
-                answer = {"result": function(known, argument)}
-            except GeoscopeError as error:
-                answer = {"error": type(error).__name__, "text": str(error)}
+            answer = called(function, known, pickle.loads(_receive(questions)))
             _send(answers, pickle.dumps(answer))
