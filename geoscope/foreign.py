@@ -49,8 +49,8 @@ __all__ = [
 SMALL = 64 << 20
 INDEX = 512 << 20
 
-# Longer whole numbers are read as floats, which are infinite then: none of them fits into a float.
-_DIGITS = 308
+# Longer whole numbers are read as floats; so many of the others as one likes have a sum that is one.
+_DIGITS = 300
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_json_is_what_it_was(whole: int, number: float, text: str) -> None:
 
 
 def test_every_number_is_a_float_too() -> None:
-    values = parsed(f"[{'9' * 308}, {'9' * 400}, -{'1' * 5000}, 1e999]")
+    values = parsed(f"[{'9' * 300}, {'9' * 400}, -{'1' * 5000}, 1e999]")
     assert [float(value) for value in values][1:] == [float("inf"), float("-inf"), float("inf")]
 
 

@@ -11,8 +11,11 @@ with the path to it. Some kinds of field differ:
     tabled(x)       nouns as a table, a list for each of their fields (`geoscope.records.table`);
                     with x left out where it equals x
 
+`Annotated[Mapping[str, Any], Keys]` is a mapping whose keys the TypedDict `Keys` names; of one that
+is not total they are some of many. `Any` is JSON of a few levels.
+
 A class names properties that are written, too, in `WRITTEN`, and may have `decoded`, which
-completes what was read. `schema_of` is the JSON Schema of what `encode` gives.
+completes or refuses what was read. `schema_of` is the JSON Schema of what `encode` gives.
 """
 
 from __future__ import annotations
@@ -23,7 +26,16 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import cache, partial
 from types import NoneType
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from geoscope.foreign import shown
 from geoscope.records.forms import (
@@ -34,6 +46,7 @@ from geoscope.records.forms import (
     Json,
     described,
     read_field,
+    told,
 )
 from geoscope.records.table import read_table, table_schema, write_table
 
@@ -83,7 +96,22 @@ def tabled(*default: Any) -> Any:
     )
 
 
-_AS_IS = Form(lambda value: value, lambda value: value, lambda _: {})
+_LEVELS = 8  # of a value of any kind
+
+
+def _free(value: Any, levels: int = _LEVELS) -> Any:
+    """JSON of any kind as it is. Raises TypeError: nested deeper, not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"found {value}, expected a finite number")
+    if isinstance(value, (dict, list)):
+        if not levels:
+            raise TypeError(f"found more than {_LEVELS} levels, expected fewer")
+        for each in value.values() if isinstance(value, dict) else value:
+            _free(each, levels - 1)
+    return value
+
+
+_AS_IS = Form(lambda value: value, _free, lambda _: {})
 _SCALARS = (str, bool, int, float, NoneType)
 _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", NoneType: "null"}
@@ -98,6 +126,10 @@ def _form(kind: Any) -> Form:
     if isinstance(kind, type) and issubclass(kind, Enum):
         names = [member.value for member in kind]
         return Form(lambda value: value.value, partial(_member, kind), lambda _: {"enum": names})
+    if origin is Annotated:
+        return _of_keys(parts[1])
+    if origin is list:
+        return _of_tuples(_form(parts[0]), None, list)
     if origin is tuple:
         return _of_tuples(_form(parts[0]), None if parts[-1] is Ellipsis else len(parts), tuple)
     if isinstance(kind, type) and issubclass(kind, tuple):
@@ -178,6 +210,30 @@ def _of_mappings(item: Form) -> Form:
     return Form(write, read, schema, item=item)
 
 
+def _of_keys(table: Any) -> Form:
+    """table: a TypedDict. Keys that it does not name stay as they are."""
+    hints = get_type_hints(table, include_extras=True)
+    optional = {key for key, hint in hints.items() if get_origin(hint) is NotRequired}
+    forms = {
+        key: _form(get_args(hint)[0] if key in optional else hint) for key, hint in hints.items()
+    }
+    required = sorted(hints.keys() - optional) if table.__total__ else []
+
+    def read(values: Any) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            raise TypeError(f"found {shown(values)}, expected a table")
+        for key in required:
+            values[key]  # raises KeyError where it is missing
+        return {key: told(key, forms.get(key, _AS_IS).read, item) for key, item in values.items()}
+
+    def schema(known: Definitions) -> Json:
+        properties = {key: form.schema(known) for key, form in forms.items()}
+        made: Json = {"type": "object", "properties": properties, "required": required}
+        return made if table.__total__ else made | {"additionalProperties": {}}
+
+    return Form(lambda value: value, read, schema)
+
+
 def _or_none(form: Form) -> Form:
     return Form(
         lambda value: None if value is None else form.write(value),
@@ -205,7 +261,7 @@ def _of_tables(noun: type, kind: Callable[[Iterable[Any]], Any]) -> Form:
 
 @cache
 def _fields(noun: type) -> tuple[Field, ...]:
-    hints = get_type_hints(noun)
+    hints = get_type_hints(noun, include_extras=True)
     return tuple(
         Field(
             field.name,

@@ -4,12 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, overload
+from typing import Annotated, Any, NotRequired, SupportsIndex, TypedDict, overload
 
 from geoscope.records.codec import added, omitted_if_default, within
 from geoscope.records.numbers import Curve, Numbers, Steps, Values
 
 __all__ = ["LayerRecord", "Layers", "Overlap", "Run", "Summary", "Verdict"]
+
+
+# --- tables that stay mappings, by their keys ----------------------------------------------------
+
+
+class _MatrixVerdict(TypedDict):
+    code: str
+    k: NotRequired[int | None]
+    clause: NotRequired[str]
+    words: NotRequired[str]
+
+
+class _Method(TypedDict):
+    how: NotRequired[str]
+    bound: NotRequired[float | None]
+    subspace_bound: NotRequired[float | None]
+    fallback: NotRequired[str | None]
+
+
+class _Condition(TypedDict):
+    code: str
+    condition: str
+    threshold: float
+    standing: str
+    holds: int
+    of: int
+    least: float | None
+    largest: float | None
+
+
+class _Distance(TypedDict):
+    code: str | None
+    matrices: NotRequired[list[str]]
+    text: str
+
+
+class _Named(TypedDict):
+    given: str
+    resolved: NotRequired[str]
+    commit: NotRequired[str | None]
+    storage_dtype: NotRequired[str]
+
+
+class _Anchor(TypedDict):
+    ref: Annotated[Mapping[str, Any], _Named]
+    ratios: Values
+    spectrum_preserving: bool | None
+
+
+class _Lineage(TypedDict):
+    parents: list[int | None]
+    beside: list[int | None]
+    weights: NotRequired[Mapping[str, float]]
+    clear: NotRequired[bool]
+
+
+class _Merging(TypedDict):
+    models: NotRequired[int]
+    matrices: NotRequired[int]
+    values: Mapping[str, float]
+    nulls: Mapping[str, float]
+    words: str
+
+
+# --- nouns ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,8 +102,10 @@ class LayerRecord(Numbers):
     layer: int | None
     module: str
     shape: tuple[int, ...]
-    verdict: Mapping[str, Any] | None = omitted_if_default(None)
-    method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    verdict: Annotated[Mapping[str, Any], _MatrixVerdict] | None = omitted_if_default(None)
+    method: Mapping[str, Annotated[Mapping[str, Any], _Method]] = field(
+        default_factory=dict[str, Mapping[str, Any]]
+    )
     curves: Mapping[str, Curve] = omitted_if_default({})
     notes: tuple[str, ...] = omitted_if_default(())
     tuned: int | None = omitted_if_default(None)
@@ -95,7 +162,7 @@ class Verdict:
     counts: Mapping[str, int]
     text: str
     thresholds: Mapping[str, float]
-    explain: tuple[Mapping[str, Any], ...] = added(())
+    explain: tuple[Annotated[Mapping[str, Any], _Condition], ...] = added(())
     apart: tuple[str, ...] = omitted_if_default(())
 
 
@@ -112,7 +179,7 @@ class Run:
     modules: Mapping[str, Values]
     module_nulls: Mapping[str, Mapping[str, float]]
     verdict: Verdict | None
-    distance: Mapping[str, Any] | None = omitted_if_default(None)
+    distance: Annotated[Mapping[str, Any], _Distance] | None = omitted_if_default(None)
 
 
 @dataclass(frozen=True)
@@ -143,10 +210,10 @@ class Summary:
     module_nulls: Mapping[str, Mapping[str, float]]
     verdict: Verdict | None = omitted_if_default(None)
     runs: tuple[Run, ...] = omitted_if_default(())
-    anchor: Mapping[str, Any] | None = omitted_if_default(None)
-    distance: Mapping[str, Any] | None = omitted_if_default(None)
-    lineage: Mapping[str, Any] | None = omitted_if_default(None)
-    merging: Mapping[str, Any] | None = omitted_if_default(None)
+    anchor: Annotated[Mapping[str, Any], _Anchor] | None = omitted_if_default(None)
+    distance: Annotated[Mapping[str, Any], _Distance] | None = omitted_if_default(None)
+    lineage: Annotated[Mapping[str, Any], _Lineage] | None = omitted_if_default(None)
+    merging: Annotated[Mapping[str, Any], _Merging] | None = omitted_if_default(None)
     steps: tuple[int, ...] = omitted_if_default(())
     series: Mapping[str, Steps] = within("model")
 

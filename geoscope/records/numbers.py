@@ -25,6 +25,10 @@ class Curve(Sequence[tuple[float, float]]):
     x: tuple[float, ...]
     y: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"a curve has {len(self.x)} x and {len(self.y)} y")
+
     @classmethod
     def through(cls, points: Iterable[tuple[float, float]]) -> Curve:
         """The curve through these points."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict, cast
 
 from geoscope.errors import ReportError
 from geoscope.foreign import parsed, shown
@@ -30,6 +30,10 @@ __all__ = ["SCHEMA", "Coverage", "Provenance", "Report", "report_schema"]
 SCHEMA = "geoscope.report/2"
 
 
+class _Parameters(TypedDict, total=False):
+    limits: Mapping[str, float] | None
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How a report came about; with it the run can be repeated.
@@ -46,7 +50,7 @@ class Provenance:
     device: str
     compute_dtype: str
     seed: int
-    parameters: Mapping[str, Any]
+    parameters: Annotated[Mapping[str, Any], _Parameters]
     seconds: float
 
 
@@ -110,6 +114,14 @@ class Report:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", Layers(self.layers))
         object.__setattr__(self, "vectors", Layers(self.vectors))
+
+    def decoded(self) -> Report:
+        """The same. Raises ValueError for a row that is not of a matrix."""
+        for layer in self.layers:
+            if len(layer.shape) != 2 or min(layer.shape) < 0:
+                sizes = "×".join(map(str, layer.shape))
+                raise ValueError(f"layers: shape of {layer.name}: found {sizes!r}, expected two sizes")
+        return self
 
     def __repr__(self) -> str:
         models = " → ".join(ref.given for ref in self.provenance.refs)

@@ -26,14 +26,14 @@ PUBLISHED: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def strict(schema: Any) -> Any:
-    """The schema with no other keys than those it names."""
+    """The schema with no other keys than those it names, where it does not say that there are."""
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
     own = {key: strict(value) for key, value in schema.items()}
     is_object = own.get("type") == "object" and isinstance(own.get("properties"), dict)
-    return own | ({"additionalProperties": False} if is_object else {})
+    return ({"additionalProperties": False} if is_object else {}) | own
 
 
 STRICT = Draft202012Validator(strict(PUBLISHED))
