@@ -21,7 +21,13 @@ def number(value: float | int | None) -> str:
 
 
 def significant(value: float, digits: int) -> str:
-    """So many significant digits, without a zero before the point."""
+    """So many significant digits, without a zero before the point; ∞ for what floats cannot hold.
+
+    >>> [significant(x, 2) for x in (0.1776, 100 * 1e308)]
+    ['.18', '∞']
+    """
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
     size = abs(value)
     if size == 0:
         return "0"

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 __all__ = [
     "SMALL",
     "TEMPORARY",
+    "encoded",
     "keep",
     "own_entries",
     "record_bytes",
@@ -102,10 +103,15 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def encoded(text: str) -> bytes:
+    """UTF-8; half a letter becomes its escape, which JSON reads back as it was."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
 def record_bytes(record: Mapping[str, Any]) -> bytes:
     """A record as geoscope.json holds it."""
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
+    return encoded(text + "\n")
 
 
 def record_size(matrices: int) -> int:

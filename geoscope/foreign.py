@@ -49,7 +49,7 @@ __all__ = [
 SMALL = 64 << 20
 INDEX = 512 << 20
 
-# Longer whole numbers are read as floats; so many of the others as one likes have a sum that is one.
+# Longer whole numbers are read as floats; a sum of others fits into a float.
 _DIGITS = 300
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from geoscope.errors import OptionError, first_names
+from geoscope.files import encoded
 
 __all__ = [
     "VLLM_RANKS",
@@ -80,7 +81,7 @@ def adapter_config(
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
     """The file: JSON, indented, UTF-8."""
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return encoded(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def target_modules(adapted: Collection[str], every: Collection[str]) -> list[str]:

@@ -98,7 +98,7 @@ class FilePlan:
                 "data_offsets": offsets,
             }
             position = offsets[1]
-        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        text = files.encoded(json.dumps(table, separators=(",", ":"), ensure_ascii=False))
         text += b" " * (-len(text) % _ALIGNMENT)
         return struct.pack("<Q", len(text)) + text
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from geoscope.foreign import shown
+
 __all__ = ["FIRST", "upgraded"]
 
 FIRST = "geoscope.report/1"
@@ -17,9 +19,15 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"layers": [_with_curves(row) for row in data["layers"]]}
 
 
-def _with_curves(row: dict[str, Any]) -> dict[str, Any]:
-    curves = row.get("curves", {})
-    return row | {"curves": {key: _curve(points) for key, points in curves.items()}}
+def _with_curves(row: Any) -> dict[str, Any]:
+    curves = _table(row).get("curves", {})
+    return row | {"curves": {key: _curve(points) for key, points in _table(curves).items()}}
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"layers: found {shown(value)}, expected a table")
+    return value
 
 
 def _curve(points: list[list[float]]) -> dict[str, Any]:

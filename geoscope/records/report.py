@@ -119,8 +119,8 @@ class Report:
         """The same. Raises ValueError for a row that is not of a matrix."""
         for layer in self.layers:
             if len(layer.shape) != 2 or min(layer.shape) < 0:
-                sizes = "×".join(map(str, layer.shape))
-                raise ValueError(f"layers: shape of {layer.name}: found {sizes!r}, expected two sizes")
+                sizes = f"found {shown(list(layer.shape))}, expected two sizes"
+                raise ValueError(f"layers: shape of {shown(layer.name)}: {sizes}")
         return self
 
     def __repr__(self) -> str:

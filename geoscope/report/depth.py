@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -81,7 +82,7 @@ def depth_row(section: Section) -> tuple[Cell, ...]:
     """Shares of the update's energy along the depth, in at most four parts; a row of two cells."""
     parts = _along_depth(section.layers)
     total = sum(energy for _, energy in parts)
-    if len(parts) < 2 or not total:
+    if len(parts) < 2 or not 0 < total < math.inf:
         return ()
     shares = [energy / total for _, energy in parts]
     first, last = parts[0][0][0], parts[-1][0][-1]
@@ -96,7 +97,7 @@ def _along_depth(layers: Sequence[LayerRecord]) -> list[tuple[list[int], float]]
     for layer in layers:
         norm = layer.values.get("update.frobenius_norm")
         if layer.layer is not None and norm is not None:
-            energy[layer.layer] += norm**2  # pyright: ignore[reportArgumentType]
+            energy[layer.layer] += norm * norm  # pyright: ignore[reportArgumentType]
     blocks = sorted(energy)
     count = min(_PARTS, len(blocks))
     ends = [round(i * len(blocks) / count) for i in range(count + 1)] if count else []

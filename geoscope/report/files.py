@@ -8,7 +8,7 @@ from pathlib import Path
 
 from geoscope.arguments import Place, path_of
 from geoscope.errors import OptionError, ReportError
-from geoscope.files import replacing
+from geoscope.files import encoded, replacing
 from geoscope.foreign import INDEX, reason, small_text
 from geoscope.records import Report
 
@@ -69,28 +69,23 @@ def write(
 def _rendered(report: Report, suffix: str, style: str, words: Callable[[str], str]) -> bytes:
     match suffix:
         case ".json":
-            return _encoded(words(_json(report)))
+            return encoded(words(_json(report)))
         case ".csv":
             from geoscope.report.csvs import render_csv
 
-            return _encoded(render_csv(report))
+            return encoded(render_csv(report))
         case ".md":
             from geoscope.report.markdown import render_markdown
 
-            return _encoded(words(render_markdown(report)))
+            return encoded(words(render_markdown(report)))
         case ".html":
             from geoscope.report.html.document import render_html
 
-            return _encoded(words(render_html(report)))
+            return encoded(words(render_html(report)))
         case _:
             from geoscope.report.figures import render_figure
 
             return render_figure(report, suffix, style)
-
-
-def _encoded(text: str) -> bytes:
-    """UTF-8; a path byte that is none becomes its escape, which JSON reads back as it was."""
-    return text.encode("utf-8", errors="backslashreplace")
 
 
 def _json(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -51,6 +52,7 @@ _SHOWN_SKILLS = (
     ("auto", "auto", "#009E73"),
 )
 
+_DEPTH_SHARE = re.compile(r"depth_share@(\d{1,6})_by_step")
 _AROUND = 1.2  # room above and below the lines of a logarithmic axis
 # Ids by step, each over its null; of an adapter effective rank over r as it is.
 _OF_RANKS = (
@@ -143,13 +145,18 @@ def draw_trajectory_cosines(area: SubFigure, parts: Parts) -> None:
     """Cosines between the increments of all pairs of steps, all matrices together."""
     section = parts[0]
     axes = area.subplots()
-    grams = [np.array(layer.gram) for layer in section.layers if layer.gram]
+    count = len(section.steps[1:])
+    grams = [
+        np.array([_at_steps(section, row) for row in layer.gram], dtype=float)
+        for layer in section.layers
+        if layer.gram and len(layer.gram) == count
+    ]
     if not grams:
         nothing(axes, "no Gram matrices in this report")
         return
     H = sum(grams[1:], grams[0])
-    lengths = np.sqrt(np.diag(H))
     with np.errstate(divide="ignore", invalid="ignore"):
+        lengths = np.sqrt(np.diag(H))
         cosines = H / np.outer(lengths, lengths)
     edges = np.array(section.steps, dtype=float)
     mesh = axes.pcolormesh(edges, edges, cosines, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -172,7 +179,7 @@ def draw_trajectory_changed(area: SubFigure, parts: Parts) -> None:
             ("changed_share_by_step", module, "o-"),
             ("changed_share_null", "", "--"),
         ):
-            share = _of_entries(subject, key)
+            share = _of_entries(section, subject, key)
             drawn += share is not None and _draw(
                 axes, section, share, colours[module], label, dashes
             )
@@ -192,7 +199,8 @@ def draw_trajectory_depth(area: SubFigure, parts: Parts) -> None:
     """Share of the update's energy by block and step, and its centre beside that of the entries."""
     section = parts[0]
     axes = area.subplots()
-    rows, centre = _depth_rows(section), section.series.get("depth_centre_by_step", ())
+    rows = _depth_rows(section)
+    centre = _at_steps(section, section.series.get("depth_centre_by_step", ()))
     if not rows or not _known(centre):
         nothing(axes, "no energy by block in this report")
         return
@@ -216,21 +224,25 @@ def draw_trajectory_depth(area: SubFigure, parts: Parts) -> None:
 
 def _depth_rows(section: Section) -> dict[int, Steps]:
     """Block → its share of the update's energy, step by step."""
-    prefix, suffix = "depth_share@", "_by_step"
     return {
-        int(key.removeprefix(prefix).removesuffix(suffix)): row
+        int(match[1]): _at_steps(section, row)
         for key, row in section.series.items()
-        if key.startswith(prefix) and key.endswith(suffix)
+        if (match := _DEPTH_SHARE.fullmatch(key))
     }
 
 
-def _of_entries(subject: Subject, key: str) -> Steps | None:
+def _at_steps(section: Section, row: Steps) -> Steps:
+    """A number for each step after the base: None for what the row does not have."""
+    count = len(section.steps[1:])
+    return (*row, *(None,) * count)[:count]
+
+
+def _of_entries(section: Section, subject: Subject, key: str) -> Steps | None:
     """A series of shares of the matrices of a kind, weighted by their entries."""
-    known = [layer for layer in subject.layers if _is_whole(layer.series.get(key, ()))]
-    if not known or len(known) < len(subject.layers):
+    rows = [_at_steps(section, layer.series.get(key, ())) for layer in subject.layers]
+    weights = [float(math.prod(layer.shape)) for layer in subject.layers]
+    if not all(map(_is_whole, rows)) or not sum(weights):
         return None
-    rows = np.array([layer.series[key] for layer in known], dtype=float)
-    weights = [math.prod(layer.shape) for layer in known]
     return tuple(np.average(rows, axis=0, weights=weights).tolist())
 
 
@@ -247,7 +259,7 @@ def draw_trajectory_rank1(area: SubFigure, parts: Parts) -> None:
     colours = module_colours(shown_modules(parts))
     for module in shown_modules(parts):
         subject = subject_of(section, module)
-        share = _pooled_share(subject)
+        share = _pooled_share(section, subject)
         drawn += share is not None and _draw(axes, section, share, colours[module], module)
     if not drawn:
         nothing(axes, "no leading pairs in this report")
@@ -265,7 +277,11 @@ def draw_trajectory_sigma1(area: SubFigure, parts: Parts) -> None:
     colours = module_colours(shown_modules(parts))
     for module in shown_modules(parts):
         subject = subject_of(section, module)
-        rows = [layer.series["sigma1"] for layer in subject.layers if "sigma1" in layer.series]
+        rows = [
+            _at_steps(section, layer.series["sigma1"])
+            for layer in subject.layers
+            if "sigma1" in layer.series
+        ]
         if rows:
             median = np.median(np.array(rows, dtype=float), axis=0)
             drawn += _draw(axes, section, tuple(median.tolist()), colours[module], module)
@@ -351,10 +367,10 @@ def _walked(steps: Steps) -> Steps:
     return tuple(np.sqrt(np.cumsum(lengths**2)).tolist())
 
 
-def _pooled_share(subject: Subject) -> Steps | None:
+def _pooled_share(section: Section, subject: Subject) -> Steps | None:
     """Σσ1²/Σ‖Δ‖² of the matrices of a kind, step by step."""
     rows = [
-        (layer.series["sigma1"], norms)
+        (_at_steps(section, layer.series["sigma1"]), _at_steps(section, norms))
         for layer in subject.layers
         if "sigma1" in layer.series and (norms := _norms(layer))
     ]

@@ -13,7 +13,7 @@ from geoscope._version import __version__
 from geoscope.adapters.peft_config import config_bytes, max_lora_rank, vllm_findings
 from geoscope.adapters.peft_names import lora_keys
 from geoscope.arguments import Place, path_of
-from geoscope.files import SMALL, record_size
+from geoscope.files import SMALL, encoded, record_size
 from geoscope.formats.hashes import tensor_sha256
 from geoscope.outputs.output import MemoryFolder, output_of
 from geoscope.peft.adapter import Adapter
@@ -110,7 +110,7 @@ def write_conversion(
 
             found = conversion.write(put)
         card = _conversion_card(conversion, out, found, command)
-        folder.write(CARD, conversion_card(card).encode())
+        folder.write(CARD, encoded(conversion_card(card)))
         write_record(folder, _conversion_record(conversion, hashes, card))
         folder.write(ADAPTER_CONFIG, config)
     tensors = folder.tensors_in(".") if isinstance(folder, MemoryFolder) else {}

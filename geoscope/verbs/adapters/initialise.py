@@ -29,6 +29,7 @@ from geoscope.engine import (
 )
 from geoscope.engine.cache import ResultCache
 from geoscope.errors import CheckpointError, OptionError
+from geoscope.files import encoded
 from geoscope.foreign import exists, local_path
 from geoscope.formats.container import files_of
 from geoscope.formats.hashes import file_sha256
@@ -148,7 +149,7 @@ def initialise(
         config = write_configs(output, files, base, revision, targets, options)
         notes = (*targets.notes, *(files.notes if place else ()), *_advice(options))
         card = _card(checkpoint, place, options, kept, command, notes)
-        output.write(files.card, adapter_card(card).encode())
+        output.write(files.card, encoded(adapter_card(card)))
         record = _record(checkpoint, options, kept, work.hashes, card)
         write_record(output, record)
     report = adapter_report(

@@ -18,6 +18,7 @@ from typing import Any
 from geoscope.arguments import Place, path_of
 from geoscope.engine import estimate_seconds
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError, ReportError
+from geoscope.files import encoded
 from geoscope.kinds import KINDS
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import in_natural_order
@@ -263,7 +264,7 @@ class _Lines:
         text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with self.path.open("ab") as file:
-                file.write(text.encode())
+                file.write(encoded(text))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
