@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from geoscope.files import TEMPORARY, keep, record_bytes, record_size, replacing
+from geoscope.files import TEMPORARY, encoded, keep, record_bytes, record_size, replacing
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -57,3 +58,10 @@ def test_a_record_is_valid_json_within_its_bound() -> None:
     assert len(record_bytes(record)) < record_size(0) < record_size(1)
     with pytest.raises(ValueError, match="JSON"):
         record_bytes({"a": float("nan")})
+
+
+def test_half_a_letter_is_written_as_its_escape() -> None:
+    text = '{"revision": "é\ud800"}'
+    assert json.loads(encoded(text)) == json.loads(text)
+    assert encoded("é") == "é".encode()
+    assert record_bytes({"a": "\ud800"}) == b'{\n "a": "\\ud800"\n}\n'

@@ -218,13 +218,19 @@ def _of_keys(table: Any) -> Form:
         key: _form(get_args(hint)[0] if key in optional else hint) for key, hint in hints.items()
     }
     required = sorted(hints.keys() - optional) if table.__total__ else []
+    sure = {key: form.scalars - {float} for key, form in forms.items()}
 
     def read(values: Any) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise TypeError(f"found {shown(values)}, expected a table")
         for key in required:
             values[key]  # raises KeyError where it is missing
-        return {key: told(key, forms.get(key, _AS_IS).read, item) for key, item in values.items()}
+        return {
+            key: item
+            if type(item) in sure.get(key, ())
+            else told(key, forms.get(key, _AS_IS).read, item)
+            for key, item in values.items()
+        }
 
     def schema(known: Definitions) -> Json:
         properties = {key: form.schema(known) for key, form in forms.items()}

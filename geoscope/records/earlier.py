@@ -30,5 +30,8 @@ def _table(value: Any) -> dict[str, Any]:
     return value
 
 
-def _curve(points: list[list[float]]) -> dict[str, Any]:
-    return {"x": [x for x, _ in points], "y": [y for _, y in points]}
+def _curve(points: Any) -> dict[str, Any]:
+    pairs = points if isinstance(points, list) else [points]
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        raise TypeError(f"layers: curves: found {shown(points)}, expected pairs")
+    return {"x": [x for x, _ in pairs], "y": [y for _, y in pairs]}

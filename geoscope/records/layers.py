@@ -217,6 +217,15 @@ class Summary:
     steps: tuple[int, ...] = omitted_if_default(())
     series: Mapping[str, Steps] = within("model")
 
+    def decoded(self) -> Summary:
+        """The same. Raises ValueError for a lineage that names a model it does not list."""
+        if self.lineage is not None:
+            parents, beside = self.lineage["parents"], self.lineage["beside"]
+            known = {None, *range(len(parents))}
+            if len(beside) != len(parents) or not known.issuperset((*parents, *beside)):
+                raise ValueError("lineage: parents and beside are not of the same models")
+        return self
+
 
 @dataclass(frozen=True)
 class Overlap:

@@ -63,7 +63,7 @@ def _merging(report: Report) -> str:
         return ""
     values, nulls = outlook["values"], outlook["nulls"]
     told = [
-        f"{words} {number(values[key])} ({number(nulls[key])})"
+        f"{words} {number(values[key])} ({number(nulls.get(key))})"
         for key, words in _MERGING.items()
         if key in values
     ]

@@ -197,6 +197,71 @@ def _cell(row: int, column: int, text: str) -> Edit:
     return edit
 
 
+# --- tables of a report -------------------------------------------------------------------------
+
+_SHOWN = ("--explain --verbose", "--json", "-o out.csv -o out.md --force")
+# (place, value as JSON spells it): of each table that a report holds as a mapping, what renderers
+# take from it; sizes, places and depths.
+_IN_COMPARE: tuple[tuple[str, str | None], ...] = (
+    ("layers/shape/8", "[64, 192, 64]"),
+    ("layers/shape/8", "[]"),
+    ("layers/verdict/2/code", None),
+    ("layers/verdict/2/code", "900 braces"),
+    ("layers/verdict/8/k", "[1, 2]"),
+    ("layers/verdict/8/k", "1e999"),
+    ("layers/verdict/8/clause", "{}"),
+    ("layers/verdict/8/later", "900 braces"),
+    ("layers/method/update.S/7/bound", '"x"'),
+    ("layers/method/update.S/7/subspace_bound", "{}"),
+    ("layers/curves/update.S/y/at", "[]"),
+    ("provenance/parameters/k", "900 braces"),
+    ("provenance/parameters/k", "1e999"),
+    ("provenance/parameters/limits", '{"nss": "x"}'),
+    ("summary/verdict/explain", '[{"code": "MIXED"}]'),
+    ("summary/anchor", '{"ratios": {}, "ref": {}, "spectrum_preserving": null}'),
+    ("summary/anchor", '{"ratios": {"nss": []}, "ref": {"given": "a"}, "spectrum_preserving": 1}'),
+    ("summary/distance", '{"code": ["TOO_FAR"], "text": "far"}'),
+    ("summary/lineage", '{"beside": [null], "parents": [5]}'),
+    ("summary/lineage", '{"beside": [null, 9], "parents": [1, null]}'),
+    ("summary/merging", '{"nulls": {}, "values": {"consensus": "x"}, "words": ""}'),
+)
+_IN_CAPACITY: tuple[tuple[str, str | None], ...] = (
+    ("summary/model/tail_ratio", "1e308"),
+    ("layers/verdict/12/code", None),
+    ("layers/values/update.frobenius_norm", f"[{', '.join(['1e308'] * 14)}]"),
+)
+_FIRST = '{"schema": "geoscope.report/1", "layers": [%s]}'
+
+
+def _of_reports(table: tuple[tuple[str, str | None], ...]) -> list[Case]:
+    """Each of them, shown in one way after the other."""
+    return [
+        Case(
+            f"{place}: {'gone' if odd is None else odd[:40]}, {words.split()[0]}",
+            _set(_spot(place), LONG.get(odd or "", odd)),
+            f"show report.json {words}",
+        )
+        for i, (place, odd) in enumerate(table)
+        for words in (_SHOWN[i % len(_SHOWN)],)
+    ]
+
+
+def _spot(place: str) -> Spot:
+    return tuple(int(part) if part.isdigit() else part for part in place.split("/"))
+
+
+def _of_first_schema() -> list[Case]:
+    """Rows and curves of the first schema that are none."""
+    return [
+        Case(f"of schema 1, {row}", _written(_FIRST % row), "show report.json")
+        for row in ("[]", '{"curves": []}', '{"curves": {"a": [[1]]}}')
+    ]
+
+
+def _written(text: str) -> Edit:
+    return lambda target: _write(target, text.encode())
+
+
 # --- words of the command line ------------------------------------------------------------------
 
 OPTIONS = {
@@ -229,7 +294,7 @@ OPTIONS = {
         "\x1b[31mred/x/y", "http://x/y", "tuned+", "tuned+tuned", "a\nb/c/d", "base+", "+",
     ),
     "show": ("absent.json", "base/config.json", "base/model.safetensors", "base", "/dev/zero", ""),
-    "join": ("absent.json", "base/config.json", "base"),
+    "join": ("absent.json", "base/config.json", "base", "/dev/zero"),
     "trajectory": ("base", "absent/x/y", "tuned/config.json", "/dev/null"),
     "verify-adapter": ("base", "absent/x/y", "/dev/null", ""),
     "init-adapter base -o out/made --rank": ("0", "-1", "x", "99999999999", "2.5", "25"),
@@ -310,4 +375,10 @@ def _of_words() -> list[Case]:
     ]
 
 
-_OF_DOORS = {"pickle": _of_pickles, "metrics.csv": _of_tables, "config.json": _of_words}
+_OF_DOORS = {
+    "pickle": _of_pickles,
+    "metrics.csv": _of_tables,
+    "config.json": _of_words,
+    "report of compare": lambda: [*_of_reports(_IN_COMPARE), *_of_first_schema()],
+    "report of capacity": lambda: _of_reports(_IN_CAPACITY),
+}

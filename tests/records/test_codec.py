@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, NotRequired, TypedDict
 
 import pytest
 
 from geoscope.records import Status, decode, encode
-from geoscope.records.codec import added, not_in_json, omitted_if_default, within
+from geoscope.records.codec import added, not_in_json, omitted_if_default, schema_of, within
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,69 @@ def test_defaults_are_not_shared_with_what_is_written() -> None:
     document = encode(FULL)
     document["values"]["more"] = 1
     assert "more" not in FULL.values
+
+
+# --- mappings by their keys -----------------------------------------------------------------------
+
+
+class Named(TypedDict):
+    code: str
+    k: NotRequired[int | None]
+    places: list[int | None]
+
+
+class Some(TypedDict, total=False):
+    limit: float
+
+
+@dataclass(frozen=True)
+class Holder:
+    named: Annotated[Mapping[str, Any], Named] | None
+    some: Annotated[Mapping[str, Any], Some]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        None,
+        {"code": "a", "places": [1, None]},
+        {"code": "a", "k": None, "places": [], "later": [{"x": 1}]},
+    ],
+)
+def test_a_mapping_of_known_keys_reads_back_as_it_was(named: dict[str, Any] | None) -> None:
+    holder = Holder(named, {"limit": 1, "other": "x"})
+    assert decode(Holder, json.loads(json.dumps(encode(holder)))) == holder
+
+
+@pytest.mark.parametrize(
+    ("named", "some", "said"),
+    [
+        ([], {}, "named: found [], expected a table"),
+        ({"code": "a"}, {}, "named: places is missing"),
+        ({"code": 1, "places": []}, {}, "named: code: found 1, expected a text"),
+        ({"code": "a", "k": 1.5, "places": []}, {}, "named: k: found 1.5, expected a whole number"),
+        ({"code": "a", "places": ["x"]}, {}, "named: places: found 'x', expected a whole number"),
+        (None, {"limit": None}, "some: limit: found null, expected a number"),
+        (None, {"other": [float("inf")]}, "some: other: found inf, expected a finite number"),
+        (None, {"other": [[[[[[[[[]]]]]]]]]}, "some: other: found more than 8 levels"),
+    ],
+)
+def test_a_key_of_another_kind_is_refused(named: Any, some: Any, said: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        decode(Holder, {"named": named, "some": some})
+    assert str(caught.value).startswith(said)
+
+
+def test_the_schema_names_the_keys() -> None:
+    found = schema_of(Holder, {})["properties"]
+    assert found["named"]["anyOf"][0] == {
+        "type": "object",
+        "properties": {
+            "code": {"type": "string"},
+            "k": {"type": ["integer", "null"]},
+            "places": {"type": "array", "items": {"type": ["integer", "null"]}},
+        },
+        "required": ["code", "places"],
+    }
+    assert found["some"]["required"] == []
+    assert found["some"]["additionalProperties"] == {}

@@ -9,7 +9,7 @@ import pytest
 from geoscope.kinds import KINDS
 from geoscope.records import LayerRecord, Report
 from geoscope.report import render_text
-from geoscope.report.depth import depth_block
+from geoscope.report.depth import depth_block, depth_row
 from geoscope.report.sections import sections
 from tests.helpers.examples import example, plain
 
@@ -60,3 +60,13 @@ def test_details_have_it_and_the_answer_does_not(kind: str) -> None:
     report = example(kind, layers=4)
     assert "by depth" in plain(report)
     assert "by depth" not in render_text(report, width=80, colour=False)
+
+
+@pytest.mark.parametrize(("norm", "count"), [(1.0, 2), (1e308, 0), (0.0, 0)])
+def test_energies_that_have_no_shares_make_no_row(norm: float, count: int) -> None:
+    report = example("compare", layers=4)
+    layers = tuple(
+        replace(layer, values={**layer.values, "update.frobenius_norm": norm})
+        for layer in report.layers
+    )
+    assert len(depth_row(sections(replace(report, layers=layers))[0])) == count

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from geoscope.report.numbers import degrees, number, percent, shorten, shorten_all, times
+from geoscope.report.numbers import degrees, number, percent, share, shorten, shorten_all, times
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,10 @@ from geoscope.report.numbers import degrees, number, percent, shorten, shorten_a
 )
 def test_number_has_three_digits(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_a_share_beyond_floats_is_infinite() -> None:
+    assert (share(1e308), share(-1e308), times(1e308)) == ("∞ %", "-∞ %", "1e308×")
 
 
 def test_every_magnitude_keeps_its_value_to_three_digits() -> None:

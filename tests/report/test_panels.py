@@ -140,6 +140,22 @@ def test_the_map_of_cosines_fills_its_panel() -> None:
     assert axes.width > 0.75 * made.bbox.width
 
 
+@pytest.mark.parametrize("key", ["gram", "steps", "series"])
+def test_a_step_that_a_report_lacks_is_not_drawn(key: str) -> None:
+    """Every panel of a run, where one matrix, all of them or the run itself has a step fewer."""
+    report = example("trajectory", layers=1, modules=("q_proj", "k_proj"))
+    first, *others = report.layers
+    if key == "steps":
+        report = replace(report, summary=replace(report.summary, steps=STEPS[:-1]))
+    elif key == "gram":
+        report = replace(report, layers=(replace(first, gram=first.gram[1:]), *others))
+    else:
+        shorter = {name: row[1:] for name, row in first.series.items()}
+        report = replace(report, layers=(replace(first, series=shorter), *others))
+    made = figure(report)
+    assert any(axes.lines for axes in made.axes)
+
+
 # --- places ---------------------------------------------------------------------------------------
 
 

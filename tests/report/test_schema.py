@@ -66,7 +66,7 @@ def put(place: str, value: Any) -> Callable[[Any], None]:
     def change(document: Any) -> None:
         *path, last = place.split("/")
         for part in path:
-            document = document[part]
+            document = document[int(part) if part.isdigit() else part]
         document[last] = value
 
     return change
@@ -84,6 +84,11 @@ def put(place: str, value: Any) -> Callable[[Any], None]:
         ("layers/curves/update.S", [[1, 2.0]]),
         ("summary/model/nss", "much"),
         ("summary/verdict/shares", [1]),
+        ("summary/verdict/explain", [{"code": "MIXED"}]),
+        ("summary/distance", {"code": "TOO_FAR", "text": None}),
+        ("layers/verdict/0/k", "8"),
+        ("layers/method/update.S/0/bound", "x"),
+        ("provenance/parameters/limits", {"nss": "x"}),
         ("coverage/status", None),
         ("provenance/refs", [{"given": "base"}]),
     ],

@@ -21,7 +21,7 @@ from geoscope._version import __version__
 from geoscope.arguments import Place, path_text
 from geoscope.errors import OptionError, ReportError
 from geoscope.files import replacing
-from geoscope.foreign import shown
+from geoscope.foreign import INDEX, parsed, reason, shown, small_text
 from geoscope.kinds import KINDS
 from geoscope.records import LayerRecord, Report, decode, encode
 from geoscope.verbs.options import Interrupted, Options, Progress
@@ -65,8 +65,8 @@ class Part:
     def loads(cls, text: str) -> Part:
         """What `dumps` wrote. Raises ReportError on anything else."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parsed(text)
+        except ValueError as error:
             raise ReportError(f"not JSON: {error}") from None
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
@@ -217,10 +217,9 @@ def write_part(part: Part, path: Path) -> None:
 def read_part(path: Path) -> Part:
     """Reads what `write_part` wrote. Raises ReportError, which names the file."""
     try:
-        return Part.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ReportError(f"{path}: not a text; give what `part` wrote") from None
+        return Part.loads(small_text(path, INDEX))
     except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
+        told = f"{path} cannot be read: {reason(error)}; give what `part` wrote"
+        raise ReportError(told) from None
     except ReportError as error:
         raise ReportError(f"{path}: {error}") from None
