@@ -243,7 +243,7 @@ def _of_entries(section: Section, subject: Subject, key: str) -> Steps | None:
     weights = [float(math.prod(layer.shape)) for layer in subject.layers]
     if not all(map(_is_whole, rows)) or not sum(weights):
         return None
-    return tuple(np.average(rows, axis=0, weights=weights).tolist())
+    return tuple(np.average(np.array(rows, dtype=float), axis=0, weights=weights).tolist())
 
 
 def _is_whole(series: Steps) -> bool:
