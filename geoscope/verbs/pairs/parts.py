@@ -10,6 +10,7 @@ weights, and gives the report that one machine gives, byte for byte, but for the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -58,8 +59,9 @@ class Part:
     seconds: float
 
     def dumps(self) -> str:
-        """Strict JSON, keys sorted."""
-        return json.dumps({"schema": SCHEMA, **encode(self)}, sort_keys=True, allow_nan=False)
+        """Strict JSON, keys sorted, with its checksum."""
+        data = {"schema": SCHEMA, **encode(self)}
+        return _dumps(data | {"sha256": _checksum(data)})
 
     @classmethod
     def loads(cls, text: str) -> Part:
@@ -73,12 +75,22 @@ class Part:
             told = f"schema is {shown(schema)}, needs {SCHEMA!r}"
             raise ReportError(f"{told}; give what `part` wrote")
         try:
+            if data.pop("sha256", None) != _checksum(data):
+                raise ValueError("it is not as it was written")
             return decode(cls, data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ReportError(
                 f"not a complete {SCHEMA} document ({type(error).__name__}: {error}); compute "
                 "this part again"
             ) from None
+
+
+def _dumps(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, allow_nan=False)
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_dumps(data).encode()).hexdigest()
 
 
 def compare_part(

@@ -47,6 +47,16 @@ def parts_of(models: tuple[Path, Path], of: int, kind: str = "compare") -> list[
     return [Part.loads(part.dumps()) for part in parts]
 
 
+@pytest.mark.parametrize(("was", "becomes"), [('"kind": "', '"kind": "x'), ('"sha256"', '"sum"')])
+def test_a_part_that_was_changed_is_refused(
+    models: tuple[Path, Path], was: str, becomes: str
+) -> None:
+    text = parts_of(models, 1)[0].dumps()
+    assert text.count(was) == 1
+    with pytest.raises(ReportError, match=r"not as it was written.*compute this part again"):
+        Part.loads(text.replace(was, becomes))
+
+
 @pytest.mark.parametrize(("kind", "of"), [("compare", 3), ("collapse", 2), ("capacity", 20)])
 def test_joined_parts_are_the_report_of_the_whole(
     models: tuple[Path, Path], kind: str, of: int
