@@ -62,8 +62,8 @@ def leading_triplets(
     Zero matrices need no space, and those whose squares leave fp32 are taken at another scale.
     certified: how many of the leading vectors have to be right, default all k; of the others the
     values are, to 1e-7, which is half way to the vectors. by_gram: whether the space grows by an
-    fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper. room: memory (m, n) in fp32 that
-    may be overwritten: over many searches, fresh pages cost as much as the arithmetic.
+    fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper. room: memory (long, q) in fp32
+    that may be overwritten: over many searches, fresh pages cost as much as the arithmetic.
     """
     certified = k if certified is None else min(certified, k)
     if by_gram is None:
@@ -100,16 +100,16 @@ def _by_gram(A: Operand) -> _Products:
 
 def _by_products(A: Operand, room: Tensor | None) -> _Products:
     """X ↦ X·G for rows X (b, q), by products with A in fp32; ‖A‖²."""
-    dense = A.single(room)
-    pieces = dense.split(max(1, _PRODUCT // (ROWS * min(A.shape))), dim=0 if A.is_tall else 1)
+    dense = A.upright(room)
+    pieces = dense.split(max(1, _PRODUCT // (ROWS * min(A.shape))))
 
     def through(X: Tensor) -> Tensor:
         """Piece by piece there and back, so that each is read from memory once."""
         out = torch.zeros_like(X)
         for piece in pieces:
-            image = X.new_empty(len(X), piece.shape[0 if A.is_tall else 1])
-            blas.gemm(X, piece, image, Bt=A.is_tall)
-            blas.gemm(image, piece, out, add=True, Bt=not A.is_tall)
+            image = X.new_empty(len(X), len(piece))
+            blas.gemm(X, piece, image, Bt=True)
+            blas.gemm(image, piece, out, add=True)
         return out
 
     return through, torch.linalg.vector_norm(dense).square()

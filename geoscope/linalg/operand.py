@@ -141,20 +141,23 @@ class Operand:
         """
         return self._gram(0, dtype=torch.float32)
 
-    def single(self, room: Tensor | None = None) -> Tensor:
-        """One matrix in fp32 (m, n), rounded once: after the subtraction. In `room`, if given."""
-        whole = torch.empty(self.shape, dtype=torch.float32) if room is None else room
-        plus = self.plus[0]
-        if self.minus is None:
-            return whole.copy_(plus)
-        work = _work_dtype(plus, self.minus[0], torch.float32)
-        scratch = torch.empty(max(1, _UPCAST // plus.shape[1]), plus.shape[1], dtype=work)
-        if work == whole.dtype:
-            _subtract(plus, self.minus[0], whole, scratch)
-            return whole
-        for start in range(0, len(whole), len(scratch)):
-            rows = slice(start, start + len(scratch))
-            whole[rows] = plus[rows].to(work) - self.minus[0][rows]
+    def upright(self, room: Tensor | None = None) -> Tensor:
+        """One matrix in fp32, its longer side first (long, q), rounded once: after the subtraction.
+
+        room: memory of that shape to hold it.
+        """
+        tall = (max(self.shape), min(self.shape))
+        whole = torch.empty(tall, dtype=torch.float32) if room is None else room
+        plus, minus = self.plus[0], None if self.minus is None else self.minus[0]
+        work = _work_dtype(plus, minus, torch.float32)
+        buffer = torch.empty(max(16, _UPCAST // plus.shape[1]), plus.shape[1], dtype=work)
+        scratch = torch.empty_like(buffer)
+        for start in range(0, len(plus), len(buffer)):
+            rows = slice(start, start + len(buffer))
+            block = buffer[: len(plus[rows])].copy_(plus[rows])
+            if minus is not None:
+                block.sub_(scratch[: len(block)].copy_(minus[rows]))
+            (whole[rows] if self.is_tall else whole[:, rows].T).copy_(block)
         return whole
 
     @stage("products")

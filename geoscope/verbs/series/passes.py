@@ -97,7 +97,7 @@ def _paths(
     """Leading pairs of every Δ_i and δ_i; each search starts where the last one ended."""
     updates: list[Factors] = []
     steps: list[Factors] = []
-    room = torch.empty(tensor.shape, dtype=torch.float32)
+    room = torch.empty(max(tensor.shape), min(tensor.shape), dtype=torch.float32)
     for whole, step in tensor.changes():
         updates.append(_leading(whole, updates[-1] if updates else None, seed, room))
         # the first update is the first step
