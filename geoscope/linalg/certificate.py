@@ -57,10 +57,11 @@ class Leading:
     """Leading k triplets of one matrix, or the news that they were not found.
 
     S: (k,), U: (k, m) and Vh: (k, n), rows, leading first; fp64. residual: largest ‖Aᵀu − σv‖/σ1,
-    measured in fp64. With the gap (σ_k − σ_{k+1})/σ1, σ_{k+1} taken from the Krylov space, sine:
-    bound on the subspace's error, ‖residuals‖/gap (Wedin), and bound: on that of every σ relative
-    to σ1, the residual (Weyl) or ‖residuals‖²/gap. dimension: of the Krylov space. converged:
-    whether the tolerance was met within the budget.
+    measured in fp64. With the gap (σ_k − σ_{k+1})/σ1, σ_{k+1} taken from the Krylov space, bound:
+    on the error of every σ relative to σ1, the residual (Weyl) or ‖residuals‖²/gap. sine: bound on
+    the error of the subspace of the vectors that are certified, ‖residuals‖/gap behind the last of
+    them (Wedin). dimension: of the Krylov space. converged: whether the tolerance was met within
+    the budget.
     """
 
     S: Tensor
@@ -77,7 +78,7 @@ class Leading:
         """Of a zero matrix: zeros and any orthonormal vectors, from a space of dimension 0."""
         (m, n), device = A.shape, A.plus.device
         U, Vh = (torch.eye(k, size, dtype=torch.float64, device=device) for size in (m, n))
-        bounds = bounds_of(U[:, 0], U.new_zeros(k + 1), k)
+        bounds = bounds_of(U[:, 0], U.new_zeros(k + 1), k, certified=k)
         return cls(U.new_zeros(k), U, Vh, **bounds, dimension=0, converged=True)
 
     def times(self, scale: Tensor) -> Leading:
@@ -100,34 +101,48 @@ def first_block(q: int, start: Tensor | None, seed: int, *, rows: int = ROWS) ->
     return mixture + _STRANGE * mixture.norm() / noise.norm() * noise
 
 
-def excess_of(misfit: Tensor, values: Tensor, k: int, *, values_only: bool) -> Tensor:
+def excess_of(misfit: Tensor, values: Tensor, k: int, *, certified: int) -> Tensor:
     """How many times too large the residual of each of the leading k Ritz pairs is, (..., k).
 
     misfit: ‖Gv − λv‖, (..., k). values: Ritz values (..., k + 1 or more), of which the (k + 1)-th
-    stands for the gap behind the last. An eigenvalue is off by ‖misfit‖²/gap at most, a vector by
+    stands for the gap behind the last. certified: how many of the leading vectors have to be
+    right; of the others the values do. An eigenvalue is off by ‖misfit‖²/gap at most, a vector by
     misfit/gap.
     """
+    parts = []
+    if certified:
+        last, gap = _last_and_gap(values, certified)
+        allowed = torch.maximum(_TOLERANCE * last, _SINE_TOLERANCE * gap)
+        parts.append(misfit[..., :certified] / allowed)
+    if certified < k:
+        last, gap = _last_and_gap(values, k)
+        others = misfit[..., certified:]
+        together = others.square().sum(-1, keepdim=True)
+        error = torch.minimum(others, together / gap.clamp_min(torch.finfo(gap.dtype).tiny))
+        parts.append(error / (_VALUE_TOLERANCE * last))
+    return torch.cat(parts, -1)
+
+
+def _last_and_gap(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th of values (..., s), and how far the next one is from it; (..., 1) each."""
     last = values[..., min(k, values.shape[-1]) - 1, None]
-    gap = last - values[..., k, None] if k < values.shape[-1] else last
-    if values_only:
-        together = misfit.square().sum(-1, keepdim=True)
-        error = torch.minimum(misfit, together / gap.clamp_min(torch.finfo(gap.dtype).tiny))
-        return error / (_VALUE_TOLERANCE * last)
-    return misfit / torch.maximum(_TOLERANCE * last, _SINE_TOLERANCE * gap)
+    return last, last - values[..., k, None] if k < values.shape[-1] else last
 
 
-def bounds_of(misfit: Tensor, S: Tensor, k: int) -> dict[str, float]:
+def bounds_of(misfit: Tensor, S: Tensor, k: int, *, certified: int) -> dict[str, float]:
     """residual, bound and sine of `Leading`. misfit: ‖Aᵀu − σv‖ of the leading k, S: (k + 1,)."""
     largest = float(S[0])
     if largest == 0:
         return {"residual": 0.0, "bound": 0.0, "sine": math.inf}
-    gap = float(S[k - 1] - S[k] if len(S) > k else S[k - 1]) / largest
+    gap = float(_last_and_gap(S, k)[1]) / largest
     residual = float(misfit.max()) / largest
     together = float(torch.linalg.vector_norm(misfit)) / largest
-    if gap <= 0:
-        return {"residual": residual, "bound": residual, "sine": math.inf}
+    bound = residual if gap <= 0 else min(residual, together**2 / gap)
+    if 0 < certified < k:  # the next value may be as much larger as its own residual tells
+        gap = float(_last_and_gap(S, certified)[1] - misfit[certified]) / largest
+        together = float(torch.linalg.vector_norm(misfit[:certified])) / largest
     return {
         "residual": residual,
-        "bound": max(min(residual, together**2 / gap), torch.finfo(S.dtype).eps),
-        "sine": together / gap,
+        "bound": max(bound, torch.finfo(S.dtype).eps),
+        "sine": together / gap if gap > 0 else math.inf,
     }

@@ -28,6 +28,7 @@ from geoscope.linalg.storage import (
     normal_cdf,
     round_to,
     rounding_cell,
+    rounding_energy,
     squared_spacing,
 )
 from geoscope.profile import stage
@@ -113,13 +114,13 @@ def side(weight: Tensor) -> Side:
     flat = weight.reshape(-1)
     squares = noise_squares = 0.0
     for block in _split(flat):
-        values = block.double()
+        values = block.to(torch.float64, copy=True)
         squares += float(values.square().sum())
-        noise_squares += float(squared_spacing(values, fmt).sum())
+        noise_squares += float(rounding_energy(values, fmt))
     sample = _regular_sample(flat)
     return Side(
         squares**0.5,
-        (noise_squares / 12) ** 0.5,
+        noise_squares**0.5,
         fmt,
         sample,
         torch.full_like(sample, flat.numel() / sample.numel()),

@@ -50,8 +50,9 @@ def leading_triplets(
     seed: int = 0,
     start: Tensor | None = None,
     budget: int | None = None,
-    values_only: bool = False,
+    certified: int | None = None,
     by_gram: bool | None = None,
+    room: Tensor | None = None,
 ) -> Leading:
     """The leading k triplets of one matrix on the CPU.
 
@@ -59,25 +60,28 @@ def leading_triplets(
     vectors of a neighbouring checkpoint. budget: largest Krylov dimension, default .45·q. A budget
     that is too small gives `converged` False and a residual that says so; take the exact method.
     Zero matrices need no space, and those whose squares leave fp32 are taken at another scale.
-    values_only: stop when the values are right to 1e-7, which is half way to the vectors. by_gram:
-    whether the space grows by an fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper.
+    certified: how many of the leading vectors have to be right, default all k; of the others the
+    values are, to 1e-7, which is half way to the vectors. by_gram: whether the space grows by an
+    fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper. room: memory (long, q) in fp32
+    that may be overwritten: over many searches, fresh pages cost as much as the arithmetic.
     """
+    certified = k if certified is None else min(certified, k)
     if by_gram is None:
-        by_gram = krylov_takes_gram(A.shape, k, values_only=values_only)
+        by_gram = krylov_takes_gram(A.shape, k, values_only=certified == 0)
     scale: Tensor | None = None
-    apply, squares = _by_gram(A) if by_gram else _by_products(A)
+    apply, squares = _by_gram(A) if by_gram else _by_products(A, room)
     if outside(squares, torch.float32):
         if not bool(A.moved()):
             return Leading.of_zero(A, k)
         unit, scale = A.scaled()
-        A, (apply, _) = unit, _by_gram(unit) if by_gram else _by_products(unit)
+        A, (apply, _) = unit, _by_gram(unit) if by_gram else _by_products(unit, room)
     q = min(A.shape)
     limit = min(q, max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget)
     basis, dimension, converged = _krylov(
-        apply, q, k, limit, seed=seed, start=start, values_only=values_only
+        apply, q, k, limit, seed=seed, start=start, certified=certified
     )
     found = _rayleigh_ritz(
-        A, basis, k, dimension=dimension, converged=converged, values_only=values_only
+        A, basis, k, dimension=dimension, converged=converged, certified=certified
     )
     return found if scale is None else found.times(scale)
 
@@ -94,18 +98,18 @@ def _by_gram(A: Operand) -> _Products:
     return lambda X: _narrow(X, gram, Bt=True), gram.diagonal().sum()  # which is symmetric
 
 
-def _by_products(A: Operand) -> _Products:
+def _by_products(A: Operand, room: Tensor | None) -> _Products:
     """X ↦ X·G for rows X (b, q), by products with A in fp32; ‖A‖²."""
-    dense = A.single()
-    pieces = dense.split(max(1, _PRODUCT // (ROWS * min(A.shape))), dim=0 if A.is_tall else 1)
+    dense = A.upright(room)
+    pieces = dense.split(max(1, _PRODUCT // (ROWS * min(A.shape))))
 
     def through(X: Tensor) -> Tensor:
         """Piece by piece there and back, so that each is read from memory once."""
         out = torch.zeros_like(X)
         for piece in pieces:
-            image = X.new_empty(len(X), piece.shape[0 if A.is_tall else 1])
-            blas.gemm(X, piece, image, Bt=A.is_tall)
-            blas.gemm(image, piece, out, add=True, Bt=not A.is_tall)
+            image = X.new_empty(len(X), len(piece))
+            blas.gemm(X, piece, image, Bt=True)
+            blas.gemm(image, piece, out, add=True)
         return out
 
     return through, torch.linalg.vector_norm(dense).square()
@@ -135,7 +139,7 @@ def _krylov(
     *,
     seed: int,
     start: Tensor | None,
-    values_only: bool,
+    certified: int,
 ) -> tuple[Tensor, int, bool]:
     """Ritz vectors (k + 1 rows, fewer if q is smaller), the dimension, whether they converged."""
     warm = start is not None
@@ -157,7 +161,7 @@ def _krylov(
             cadence.missed("values", moved / STILL, space)
             continue
         vectors = ritz.vectors(min(k + 1, space.filled))
-        excess = excess_of(space.misfit(vectors[:k]), ritz.values, k, values_only=values_only)
+        excess = excess_of(space.misfit(vectors[:k]), ritz.values, k, certified=certified)
         found = int((excess <= 1).sum())
         if found == k or space.is_full or (first and found < k / 16):
             return space.combine(vectors), space.filled, found == k
@@ -272,7 +276,7 @@ class _Ritz:
 
 
 def _rayleigh_ritz(
-    A: Operand, basis: Tensor, k: int, *, dimension: int, converged: bool, values_only: bool
+    A: Operand, basis: Tensor, k: int, *, dimension: int, converged: bool, certified: int
 ) -> Leading:
     """Triplets from span(basis), and their residuals, from the stored weights in fp64."""
     short = torch.linalg.qr(basis.T).Q.T.contiguous()
@@ -285,13 +289,13 @@ def _rayleigh_ritz(
     long /= scale
     back /= scale[:k]
     misfit = torch.linalg.vector_norm(back - S[:k, None] * short[:k], dim=-1)
-    excess = excess_of(S[:k] * misfit, S.square(), k, values_only=values_only)
+    excess = excess_of(S[:k] * misfit, S.square(), k, certified=certified)
     U, Vh = (long, short) if A.is_tall else (short, long)
     return Leading(
         S=S[:k],
         U=U[:k],
         Vh=Vh[:k],
-        **bounds_of(misfit, S, k),
+        **bounds_of(misfit, S, k, certified=certified),
         dimension=dimension,
         converged=converged and bool(excess.max() <= SLACK),
     )

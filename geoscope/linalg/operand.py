@@ -23,8 +23,12 @@ __all__ = ["Operand"]
 # Rows or columns of the longer side in one fp64 block: long enough for the products to run at
 # full speed, short enough to stay near the cache.
 _BLOCK = 1024
+# Few rows are multiplied by blocks of so many entries: they stay in the cache of one core, and the
+# products are ones that OpenBLAS counts as small, which are several times faster there. (Columns of
+# a wide matrix would be read with short strides.)
+_FEW_ROWS, _CACHED, _SMALL_PRODUCT = 12, 1 << 17, 900_000
 # Entries of the minuend and the subtrahend that are upcast at a time.
-_UPCAST = 1 << 18
+_UPCAST = 1 << 16
 # Rows that are mirrored at a time, to stay in the cache.
 _MIRROR = 256
 # Stacks of matrices up to this shorter side and of so many entries are multiplied all at once on
@@ -137,12 +141,23 @@ class Operand:
         """
         return self._gram(0, dtype=torch.float32)
 
-    def single(self) -> Tensor:
-        """One matrix in fp32 (m, n), rounded once: after the subtraction."""
-        whole = torch.empty(self.shape, dtype=torch.float32)
-        axis = 0 if self.is_tall else 1
-        for part, block in self.blocks(0, torch.float32):
-            whole.narrow(axis, part.start, part.stop - part.start).copy_(block)
+    def upright(self, room: Tensor | None = None) -> Tensor:
+        """One matrix in fp32, its longer side first (long, q), rounded once: after the subtraction.
+
+        room: memory of that shape to hold it.
+        """
+        tall = (max(self.shape), min(self.shape))
+        whole = torch.empty(tall, dtype=torch.float32) if room is None else room
+        plus, minus = self.plus[0], None if self.minus is None else self.minus[0]
+        work = _work_dtype(plus, minus, torch.float32)
+        buffer = torch.empty(max(16, _UPCAST // plus.shape[1]), plus.shape[1], dtype=work)
+        scratch = torch.empty_like(buffer)
+        for start in range(0, len(plus), len(buffer)):
+            rows = slice(start, start + len(buffer))
+            block = buffer[: len(plus[rows])].copy_(plus[rows])
+            if minus is not None:
+                block.sub_(scratch[: len(block)].copy_(minus[rows]))
+            (whole[rows] if self.is_tall else whole[:, rows].T).copy_(block)
         return whole
 
     @stage("products")
@@ -169,7 +184,7 @@ class Operand:
         """
         there = rows.new_empty(len(rows), max(self.shape))
         back = torch.zeros_like(rows)
-        for part, block in self.blocks(0):
+        for part, block in self.blocks(0, length=self._length(len(rows))):
             image = there[:, part]
             blas.gemm(rows, block, image, Bt=self.is_tall)
             blas.gemm(image, block, back, add=True, Bt=not self.is_tall)
@@ -187,8 +202,9 @@ class Operand:
             )
         right = given.new_zeros(*given.shape[:-1], 0 if X is None else m)
         left = given.new_zeros(*given.shape[:-1], 0 if Y is None else n)
+        length = self._length(given.shape[-2])
         for i in range(len(self)):
-            for part, block in self.blocks(i):  # rows of A if tall, columns if wide
+            for part, block in self.blocks(i, length=length):  # rows of A if tall, columns if wide
                 if X is not None and self.is_tall:
                     blas.gemm(X[i], block, right[i][:, part], Bt=True)
                 elif X is not None:
@@ -199,23 +215,29 @@ class Operand:
                     blas.gemm(Y[i], block, left[i][:, part])
         return right, left
 
-    def blocks(self, i: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
+    def _length(self, rows: int) -> int:
+        """Of the blocks that products with so many rows take along the longer side."""
+        if rows > _FEW_ROWS or not self.is_tall:
+            return _BLOCK
+        entries = min(_CACHED, _SMALL_PRODUCT // max(1, rows))
+        return max(1, min(_BLOCK, entries // self.shape[1]))
+
+    def blocks(
+        self, i: int, dtype: torch.dtype = torch.float64, *, length: int = _BLOCK
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide.
 
-        In fp32 they are rounded once, after the subtraction.
+        c: `length`, fewer in the last. In fp32 they are rounded once, after the subtraction.
         """
         plus, minus = self.plus[i], None if self.minus is None else self.minus[i]
         axis = 0 if self.is_tall else 1
-        length = plus.shape[axis]
-        block_shape = (_BLOCK, plus.shape[1]) if self.is_tall else (plus.shape[0], _BLOCK)
-        # fp32 holds every operand of a narrower format, and rounds a difference once.
-        narrow = all(one is None or one.dtype in _WITHIN_FP32 for one in (plus, minus))
-        work = dtype if narrow else torch.float64
+        block_shape = (length, plus.shape[1]) if self.is_tall else (plus.shape[0], length)
+        work = _work_dtype(plus, minus, dtype)
         buffer = torch.empty(block_shape, dtype=work)
         scratch = buffer.new_empty(max(1, _UPCAST // block_shape[1]), block_shape[1])
         rounded = None if work == dtype else torch.empty(block_shape, dtype=dtype)
-        for start in range(0, length, _BLOCK):
-            count = min(_BLOCK, length - start)
+        for start in range(0, plus.shape[axis], length):
+            count = min(length, plus.shape[axis] - start)
             block = buffer.narrow(axis, 0, count)
             with stage("upcast"):
                 stored = plus.narrow(axis, start, count)
@@ -226,6 +248,12 @@ class Operand:
                 if rounded is not None:
                     block = rounded.narrow(axis, 0, count).copy_(block)
             yield slice(start, start + count), block
+
+
+def _work_dtype(plus: Tensor, minus: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+    """Of a difference: fp32 holds every operand of a narrower format, and rounds once."""
+    narrow = all(one is None or one.dtype in _WITHIN_FP32 for one in (plus, minus))
+    return dtype if narrow else torch.float64
 
 
 def _subtract(plus: Tensor, minus: Tensor, out: Tensor, scratch: Tensor) -> None:

@@ -54,14 +54,15 @@ def stacked_leading(
     seed: int = 0,
     start: Tensor | None = None,
     budget: int | None = None,
-    values_only: bool = False,
+    certified: int | None = None,
 ) -> list[Leading]:
     """The leading k triplets of each matrix of A, with the certificate of `leading_triplets`.
 
     k + 1 and a block of rows have to fit into q. start: rows (b, ·, q) of the shorter
-    sides that are near the answers. budget: largest Krylov dimension, default .45·q. values_only:
-    stop when the values are right.
+    sides that are near the answers. budget: largest Krylov dimension, default .45·q. certified: how
+    many of the leading vectors have to be right, default all k; of the others the values are.
     """
+    certified = k if certified is None else min(certified, k)
     q = min(A.shape)
     rows = next(rows for most, rows in _BLOCK_ROWS if k <= most)
     if k + 1 + rows > q:
@@ -74,7 +75,7 @@ def stacked_leading(
     whole = bool(moved.all())
     some = A if whole else A.rows(moved)
     starts = start if start is None or whole else start[moved]
-    found = iter(_searched(some, k, starts, rows, limit, seed, values_only) if len(some) else ())
+    found = iter(_searched(some, k, starts, rows, limit, seed, certified) if len(some) else ())
     return [next(found) if one else Leading.of_zero(A, k) for one in moved.tolist()]
 
 
@@ -85,7 +86,7 @@ def _searched(
     rows: int,
     limit: int,
     seed: int,
-    values_only: bool,
+    certified: int,
 ) -> list[Leading]:
     """Of a stack without zero matrices; at another scale where squares leave fp32."""
     scale = None
@@ -99,8 +100,8 @@ def _searched(
             for i in range(1 if start is None else len(A))
         ]
         block = torch.stack(blocks).to(A.plus.device).expand(len(A), rows, q)
-        found = _krylov(_Products(A, k), block, k, limit, values_only, warm=start is not None)
-    leading = _rayleigh_ritz(A, found, k, values_only=values_only)
+        found = _krylov(_Products(A, k), block, k, limit, certified, warm=start is not None)
+    leading = _rayleigh_ritz(A, found, k, certified=certified)
     if scale is None:
         return leading
     return [one.times(size) for one, size in zip(leading, scale, strict=True)]
@@ -144,7 +145,7 @@ class _Found:
 
 
 def _krylov(
-    products: _Products, start: Tensor, k: int, limit: int, values_only: bool, *, warm: bool
+    products: _Products, start: Tensor, k: int, limit: int, certified: int, *, warm: bool
 ) -> _Found:
     """Spaces that grow together, until each matrix has converged, has no hope, or is full."""
     (count, rows, q), device = start.shape, start.device
@@ -163,7 +164,7 @@ def _krylov(
         wanted = ritz.values[:, :k]
         scale = wanted[:, -1:].clamp_min(torch.finfo(wanted.dtype).tiny)
         misfit = spaces.misfit(ritz.rows[:, :k])
-        hits = (excess_of(misfit, ritz.values, k, values_only=values_only) <= 1).sum(-1)
+        hits = (excess_of(misfit, ritz.values, k, certified=certified) <= 1).sum(-1)
         first = before is None and k >= HOPE_FROM and not warm
         moved = scale.new_full((len(which),), torch.inf)
         if before is not None:
@@ -273,7 +274,7 @@ def _cholesky_step(Y: Tensor) -> tuple[Tensor, Tensor]:
 # --- the answer in fp64 -------------------------------------------------------------------------
 
 
-def _rayleigh_ritz(A: Operand, found: _Found, k: int, *, values_only: bool) -> list[Leading]:
+def _rayleigh_ritz(A: Operand, found: _Found, k: int, *, certified: int) -> list[Leading]:
     """Triplets from the span of each matrix's Ritz vectors, and their residuals, in fp64."""
     short, _ = _split(found.vectors.double())
     to_long, to_short = (right, left) if A.is_tall else (left, right)
@@ -285,7 +286,7 @@ def _rayleigh_ritz(A: Operand, found: _Found, k: int, *, values_only: bool) -> l
     long /= S[..., None].clamp_min(torch.finfo(S.dtype).tiny)
     back = to_short(A.plus, A.minus, long[:, :k])
     misfits = torch.linalg.vector_norm(back - S[:, :k, None] * short[:, :k], dim=-1)
-    excess = excess_of(S[:, :k] * misfits, S.square(), k, values_only=values_only).amax(-1).tolist()
+    excess = excess_of(S[:, :k] * misfits, S.square(), k, certified=certified).amax(-1).tolist()
     U, Vh = (long, short) if A.is_tall else (short, long)
     answers = []
     for i, (values, misfit) in enumerate(zip(S.cpu(), misfits.cpu(), strict=True)):
@@ -294,7 +295,7 @@ def _rayleigh_ritz(A: Operand, found: _Found, k: int, *, values_only: bool) -> l
             S=S[i, :k],
             U=U[i, :k],
             Vh=Vh[i, :k],
-            **bounds_of(misfit, values, k),
+            **bounds_of(misfit, values, k, certified=certified),
             dimension=found.dimensions[i],
             converged=fine,
         )

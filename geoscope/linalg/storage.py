@@ -86,13 +86,13 @@ _EXPONENT = 0x7FF0_0000_0000_0000
 
 
 def rounding_energy(values: Tensor, fmt: FloatFormat) -> Tensor:
-    """Σulp²/12 along the last side of contiguous fp64 values (…, n), which are lost.
+    """Σulp²/12 along the last side of contiguous fp64 values (…, n), which are overwritten.
 
     Without its fraction a number is 2^⌊log2|w|⌋, and ulp is 2^-f of that, or of the least normal.
     """
     powers = values.view(torch.int64).bitwise_and_(_EXPONENT).view(torch.float64)
     powers.clamp_min_(2.0**fmt.min_exponent)
-    return powers.square_().sum(-1) * (4.0**-fmt.fraction_bits / 12)
+    return torch.linalg.vecdot(powers, powers) * (4.0**-fmt.fraction_bits / 12)
 
 
 def rounding_cell(weight: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:

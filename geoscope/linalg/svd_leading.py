@@ -28,20 +28,27 @@ def factorise_leading(
     seed: int = 0,
     budget: int | None = None,
     near: Factors | None = None,
-    values_only: bool = False,
+    certified: int | None = None,
+    room: Tensor | None = None,
 ) -> Factors:
     """The leading k triplets of A alone; S (b, k).
 
     Certified block Lanczos where that is cheaper than the whole spectrum (see choice.py). A matrix
     on which it does not converge within the budget (a flat spectrum, mostly) goes through its Gram
     matrix instead, and its `fallback` says so. near: factors of matrices close to these, from
-    which the search starts. values_only: the vectors may be rough, and no bound is stated for them.
+    which the search starts. certified: how many of the leading vectors have to be right, default
+    all k. The others may be rough, and no bound is stated for them. room: as for
+    `leading_triplets`, on the CPU.
     """
     start = None
     if near is not None and near.U is not None and near.Vh is not None:
         start = near.Vh if A.is_tall else near.U.mT
-    options: dict[str, Any] = {"seed": seed, "budget": budget, "values_only": values_only}
-    return _leading(A, k, cuts, start, options, as_stack=A.plus.device.type != "cpu")
+    wanted = k if certified is None else certified
+    options: dict[str, Any] = {"seed": seed, "budget": budget, "certified": wanted}
+    as_stack = A.plus.device.type != "cpu"
+    if not as_stack:
+        options["room"] = room
+    return _leading(A, k, cuts, start, options, as_stack=as_stack)
 
 
 def _leading(
@@ -54,7 +61,7 @@ def _leading(
     as_stack: bool,
 ) -> Factors:
     """The search where it pays, matrix by matrix or on the whole stack; else Gram matrices."""
-    values_only = options["values_only"]
+    values_only = options["certified"] == 0
     found: list[Leading | None] = [None] * len(A)
     reasons: list[str | None] = [None] * len(A)
     if as_stack:

@@ -38,7 +38,7 @@ def factorised(
             cuts=cuts,
             seed=settings.seed,
             near=near,
-            values_only=vectors == 0,
+            certified=vectors,
         )
     else:
         dtype = torch.float64 if settings.dtype == "float64" else torch.float32

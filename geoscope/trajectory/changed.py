@@ -24,8 +24,10 @@ __all__ = ["POSITION_BYTES", "ChangedEntries", "StepChange", "changed_step", "ex
 
 POSITION_BYTES = 4
 _SHORT_GAP_BYTES, _LONGEST_SHORT_GAP = 2, (1 << 16) - 1
-# Entries of one step: positions of a block stay in a cache.
-_BLOCK = 1 << 18
+# Entries of one step: a block stays in a cache.
+_BLOCK = 1 << 17
+# Where each part of so many entries has one that changed, no gap inside is long.
+_PART = (_LONGEST_SHORT_GAP + 1) // 2
 # Integers as wide as a float, by its bytes.
 _CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -149,23 +151,36 @@ def changed_step(before: Tensor, after: Tensor) -> StepChange:
     changed, last, longest = 0, -1, 0
     for start in range(0, len(first), _BLOCK):
         block = slice(start, start + _BLOCK)
-        places = _changed_places(first[block], second[block]) + start
-        if len(places):
-            longest = max(longest, int(np.diff(places, prepend=last).max()))
-            changed, last = changed + len(places), int(places[-1])
+        differs = _changed_entries(first[block], second[block])
+        count = int(np.count_nonzero(differs))
+        if count:
+            longest = max(longest, start + int(differs.argmax()) - last, _long_gap(differs))
+            changed, last = changed + count, start + len(differs) - 1 - int(differs[::-1].argmax())
     is_short = longest <= _LONGEST_SHORT_GAP
     return StepChange(changed, _SHORT_GAP_BYTES if is_short else POSITION_BYTES)
 
 
-def _changed_places(before: Tensor, after: Tensor) -> np.ndarray:
+def _changed_entries(before: Tensor, after: Tensor) -> np.ndarray:
+    """Which entries of a block hold another number, bool."""
     codes = _CODES.get(before.dtype.itemsize)
     if before.dtype != after.dtype or codes is None:
-        return np.flatnonzero(_numbers(before) != _numbers(after))
+        return _numbers(before) != _numbers(after)
     # On bits: a short format need not be made wide.
     one, other = (block.cpu().view(codes).numpy() for block in (before, after))
-    places = np.flatnonzero(one != other)
-    sizes = (one[places] | other[places]) & np.iinfo(one.dtype).max  # without the sign
-    return places if sizes.all() else places[sizes != 0]
+    sign = np.iinfo(one.dtype).min
+    differing = one ^ other
+    changed, turned = differing != 0, differing == sign
+    if turned.any():
+        changed &= ~(turned & ((one == 0) | (other == 0)))
+    return changed
+
+
+def _long_gap(differs: np.ndarray) -> int:
+    """The longest gap between entries of a block that changed; 0 where all of them are short."""
+    parts = differs[: len(differs) // _PART * _PART].reshape(-1, _PART)
+    if parts.any(axis=1).all():
+        return 0
+    return int(np.diff(np.flatnonzero(differs)).max(initial=0))
 
 
 def _numbers(block: Tensor) -> np.ndarray:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from geoscope.errors import NonFiniteError, NumericsError
+from geoscope.linalg import blas
 from geoscope.linalg.product import Product
 from geoscope.linalg.storage import effective_format, rounding_energy
 from geoscope.profile import stage
 
 __all__ = ["Increments", "increment_gram", "increments_of_products", "increments_of_weights"]
 
-# Entries of a block of all checkpoints: 8 MB in fp64, which a cache holds.
-_BLOCK = 1 << 20
+# Entries of a block of all checkpoints: 1 MB in fp64, which the cache of one core holds; on other
+# devices few steps.
+_BLOCK, _BLOCK_ELSEWHERE = 1 << 17, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,14 @@ def increment_gram(G: Tensor) -> Tensor:
 
 
 @stage("increments")
-def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> Increments:
+def increments_of_weights(
+    steps: Sequence[float], weights: Sequence[Tensor], *, rounding: Sequence[float] | None = None
+) -> Increments:
     """Of one tensor at every step, the base first: upcast, then subtract, in blocks of entries.
 
-    weights: T + 1 tensors of one shape and of any float dtype. Raises NumericsError for entries
-    that are not finite.
+    Each stored entry is upcast once for all products. weights: T + 1 tensors of one shape and of
+    any float dtype. rounding: N_0 … N_T where they are known already; else they are measured.
+    Raises NumericsError for entries that are not finite.
     """
     if len({tuple(W.shape) for W in weights}) != 1 or len(weights) != len(steps):
         shapes = sorted({"×".join(map(str, W.shape)) for W in weights})
@@ -138,29 +143,35 @@ def increments_of_weights(steps: Sequence[float], weights: Sequence[Tensor]) -> 
     H = torch.zeros(T, T, dtype=torch.float64)
     along = torch.zeros(T, dtype=torch.float64)
     base_energy = 0.0
-    rounding = [0.0] * (T + 1)
+    noise = [0.0] * (T + 1)
     flat = [W.reshape(-1) for W in weights]
-    formats = [effective_format(W) for W in weights]
-    width = min(flat[0].numel(), max(1, _BLOCK // (T + 1)))
-    room = torch.empty(T + 1, width, dtype=torch.float64, device=flat[0].device)
-    differences = torch.empty(T, width, dtype=torch.float64, device=flat[0].device)
+    device = flat[0].device
+    formats = [effective_format(W) for W in weights] if rounding is None else []
+    block_entries = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
+    width = min(flat[0].numel(), max(1, block_entries // (T + 1)))
+    room = torch.empty(T + 1, width, dtype=torch.float64, device=device)
+    differences = torch.empty(T, width, dtype=torch.float64, device=device)
     for start in range(0, flat[0].numel(), width):
         count = min(width, flat[0].numel() - start)
         block, taken = room[:, :count], differences[:, :count]
         for row, W in zip(block, flat, strict=True):
             row.copy_(W[start : start + count])
         torch.sub(block[1:], block[:-1], out=taken)
-        H += (taken @ taken.T).cpu()
+        if device.type == "cpu":
+            blas.gemm(taken, taken, H, add=True, Bt=True)
+        else:
+            H += (taken @ taken.T).cpu()
         along += (taken @ block[0]).cpu()
         base_energy += float(block[0].dot(block[0]))
-        for i, (row, fmt) in enumerate(zip(block, formats, strict=True)):
-            rounding[i] += float(rounding_energy(row, fmt))
+        for i, fmt in enumerate(formats):
+            noise[i] += float(rounding_energy(block[i], fmt))
     if not (bool(torch.isfinite(H).all()) and math.isfinite(base_energy)):
         broken = _first_broken(H, base_energy)
         if bool(torch.isfinite(flat[broken]).all()):
             raise NumericsError(f"step {steps[broken]:g}: squares of the entries overflow fp64")
         raise NonFiniteError(f"step {steps[broken]:g} holds NaN or infinity")
-    return Increments(tuple(map(float, steps)), H, tuple(rounding), base_energy, along)
+    known = tuple(noise if rounding is None else rounding)
+    return Increments(tuple(map(float, steps)), (H + H.T) / 2, known, base_energy, along)
 
 
 def _first_broken(H: Tensor, base_energy: float) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geoscope.linalg import Operand, factorise, factorise_leading
 from geoscope.linalg.leading import leading_triplets
+from geoscope.linalg.stacked_leading import stacked_leading
 from tests.helpers.matrices import gaussian, generator, orthonormal, updated, with_spectrum
 
 
@@ -117,11 +118,53 @@ def test_values_alone_cost_less_and_keep_their_bound(shape: str, k: int) -> None
     stored = realistic(*SHAPES[shape], seed=3).to(torch.bfloat16)
     exact = torch.linalg.svdvals(stored.double())[:k]
     full = leading_triplets(Operand(stored[None]), k)
-    found = leading_triplets(Operand(stored[None]), k, values_only=True)
+    found = leading_triplets(Operand(stored[None]), k, certified=0)
     assert found.converged
     assert found.dimension <= full.dimension
     error = float((found.S - exact).abs().max() / exact[0])
     assert error <= min(found.bound, 1e-6) + 1e-15
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("k", "certified"), [(2, 1), (8, 3)])
+def test_vectors_that_nobody_needs_are_not_waited_for(shape: str, k: int, certified: int) -> None:
+    m, n = SHAPES[shape]
+    # Behind the last vector that is wanted there is no gap: a search for the others would be long.
+    spectrum = torch.cat(
+        [1.5 - torch.arange(certified) / (4 * certified), torch.linspace(1, 0, 300 - certified)]
+    )
+    stored = with_spectrum(m, n, spectrum.double(), seed=4).to(torch.bfloat16)
+    U, S, Vh = torch.linalg.svd(stored.double(), full_matrices=False)
+    whole = leading_triplets(Operand(stored[None]), k, budget=290)
+    found = leading_triplets(Operand(stored[None]), k, certified=certified, budget=290)
+    assert found.converged
+    assert found.dimension < whole.dimension
+    for basis, exact in ((found.Vh, Vh[:certified]), (found.U, U[:, :certified].T)):
+        assert _sine(basis[:certified], exact) <= found.sine < 1e-4
+    error = float((found.S - S[:k]).abs().max() / S[0])
+    assert error <= min(found.bound, 1e-6) + 1e-15
+
+
+def test_a_whole_search_certifies_what_is_asked_of_a_stack_too() -> None:
+    stored = torch.stack([realistic(400, 300, seed=i) for i in (1, 2)]).to(torch.bfloat16)
+    for one, alone in zip(
+        stacked_leading(Operand(stored), 6, certified=2), stored.double(), strict=True
+    ):
+        _, S, Vh = torch.linalg.svd(alone, full_matrices=False)
+        assert one.converged
+        assert _sine(one.Vh[:2], Vh[:2]) <= one.sine < 1e-4
+        assert float((one.S - S[:6]).abs().max() / S[0]) <= min(one.bound, 1e-6) + 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_memory_that_is_lent_changes_no_number(dtype: torch.dtype) -> None:
+    base = realistic(400, 300).to(dtype)
+    tuned = updated(base.double(), gaussian(400, 300, seed=8), 1e-2).to(dtype)
+    before, room = tuned.clone(), torch.full((400, 300), torch.nan)
+    own = leading_triplets(Operand(tuned[None], base[None]), 2, by_gram=False)
+    lent = leading_triplets(Operand(tuned[None], base[None]), 2, by_gram=False, room=room)
+    assert torch.equal(own.S, lent.S) and torch.equal(own.Vh, lent.Vh)
+    assert torch.equal(tuned, before)  # what is read is not written to
 
 
 @pytest.mark.parametrize("shape", SHAPES)

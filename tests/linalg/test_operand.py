@@ -102,11 +102,26 @@ def test_a_row_is_a_stack_of_one(shape: tuple[int, int]) -> None:
 @every_shape
 def test_fp32_forms_are_rounded_after_the_subtraction(shape: tuple[int, int]) -> None:
     for A, expected in operands(shape):
-        single, gram = A.row(1).single(), A.row(1).gram32()
-        assert single.dtype == gram.dtype == torch.float32
-        assert np.array_equal(single.numpy(), expected[1].astype(np.float32))
+        upright, gram = A.row(1).upright(), A.row(1).gram32()
+        assert upright.dtype == gram.dtype == torch.float32
+        rounded = expected[1].astype(np.float32)
+        assert np.array_equal(upright.numpy(), rounded if A.is_tall else rounded.T)
         exact = A.row(1).gram()[0].numpy()
         np.testing.assert_allclose(gram.numpy(), exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+
+
+@every_shape
+@pytest.mark.parametrize("rows", [1, 3, 12, 13, 40])
+def test_products_of_any_number_of_rows_agree(shape: tuple[int, int], rows: int) -> None:
+    for A, expected in operands(shape):
+        one, q = A.row(1), min(A.shape)
+        X = gaussian(rows, q, seed=rows)
+        there, back = one.there_and_back(X)
+        upright = expected[1] if A.is_tall else expected[1].T
+        image = X.numpy() @ upright.T
+        np.testing.assert_allclose(there.numpy(), image, rtol=0, atol=1e-12 * np.abs(image).max())
+        twice = image @ upright
+        np.testing.assert_allclose(back.numpy(), twice, rtol=0, atol=1e-12 * np.abs(twice).max())
 
 
 @every_shape

@@ -31,7 +31,7 @@ def leading(A: Tensor) -> Tensor:
 
 
 def values_only(A: Tensor) -> Tensor:
-    return factorise_leading(Operand(A[None]), 3, values_only=True).S[0]
+    return factorise_leading(Operand(A[None]), 3, certified=0).S[0]
 
 
 def whole(A: Tensor) -> Tensor:

@@ -374,7 +374,7 @@ def test_an_exact_rank_four_is_found_or_refused(k: int) -> None:
 
 def leading(A: Operand, k: int, **options: Any) -> Factors:
     """`factorise_leading` as it goes on a device."""
-    chosen: dict[str, Any] = {"seed": 0, "budget": None, "values_only": False} | options
+    chosen: dict[str, Any] = {"seed": 0, "budget": None, "certified": None} | options
     cuts = chosen.pop("cuts", (k,))
     return svd_leading._leading(A, k, cuts, None, chosen, as_stack=True)
 

@@ -177,7 +177,8 @@ def _spans(tensor: ModelTensor, horizon: int, seed: int) -> Rank1Path:
     rows: list[tuple[Factors, float]] = []
     near: Factors | None = None
     for change in tensor.spans(horizon):
-        near = factorise_leading(change, min(2, *change.shape), cuts=(1,), seed=seed, near=near)
+        k = min(2, *change.shape)
+        near = factorise_leading(change, k, cuts=(1,), seed=seed, near=near, certified=1)
         rows.append((near, float(change.norm())))
     factors = [one for one, _ in rows]
     return Rank1Path(

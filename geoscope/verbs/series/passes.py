@@ -97,10 +97,11 @@ def _paths(
     """Leading pairs of every Δ_i and δ_i; each search starts where the last one ended."""
     updates: list[Factors] = []
     steps: list[Factors] = []
+    room = torch.empty(max(tensor.shape), min(tensor.shape), dtype=torch.float32)
     for whole, step in tensor.changes():
-        updates.append(_leading(whole, updates[-1] if updates else None, seed))
+        updates.append(_leading(whole, updates[-1] if updates else None, seed, room))
         # the first update is the first step
-        steps.append(_leading(step, steps[-1], seed) if steps else updates[0])
+        steps.append(_leading(step, steps[-1], seed, room) if steps else updates[0])
     return (
         _path(updates, increments.G.diagonal()),
         _path(steps, increments.H.diagonal()),
@@ -108,10 +109,11 @@ def _paths(
     )
 
 
-def _leading(change: Change, near: Factors | None, seed: int) -> Factors:
+def _leading(change: Change, near: Factors | None, seed: int, room: torch.Tensor) -> Factors:
+    """σ1 with its vectors, and σ2."""
     k = min(2, *change.shape)
     if isinstance(change, Operand):
-        return factorise_leading(change, k, cuts=(1,), seed=seed, near=near)
+        return factorise_leading(change, k, cuts=(1,), seed=seed, near=near, certified=1, room=room)
     return factorise_product(change, vectors=k, cuts=(1,))
 
 

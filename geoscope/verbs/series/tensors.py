@@ -119,16 +119,14 @@ class ModelTensor:
         self, steps: Sequence[float]
     ) -> tuple[Increments, ChangedEntries | None]:
         """H, and what changed from step to step; None of weights that no file stores."""
-        found = self._increments(steps)
         if self.is_made:
-            return replace(found, grids=("",) * len(self.places)), None
+            return replace(self._increments(steps), grids=("",) * len(self.places)), None
+        # What storing rounded away is counted with the stored values below.
+        found = self._increments(steps, rounding=(0.0,) * len(self.places))
         stored, steps_changed = self._stored()
         found = replace(
             found,
-            rounding=tuple(
-                _rounding_of(noise, one.grid)
-                for noise, one in zip(found.rounding, stored, strict=True)
-            ),
+            rounding=tuple(_rounding_of(one.side.noise**2, one.grid) for one in stored),
             grids=tuple("" if one.grid is None else one.grid.name for one in stored),
         )
         sizes = (found.H.diagonal() / (self.shape[0] * self.shape[1])).sqrt().tolist()
@@ -152,28 +150,27 @@ class ModelTensor:
             before = weight
         return stored, changes
 
-    def _increments(self, steps: Sequence[float]) -> Increments:
-        entries = self.shape[0] * self.shape[1]
+    def _increments(
+        self, steps: Sequence[float], rounding: Sequence[float] | None = None
+    ) -> Increments:
+        found = (increments_of_weights(steps, part, rounding=rounding) for part in self._parts())
+        return reduce(add, found)
+
+    def _parts(self) -> Iterator[list[torch.Tensor]]:
+        """Entries of every checkpoint, in the order of the files."""
+        entries = math.prod(self.shape)
         room = _MADE_BYTES if self.is_made else _BLOCK_BYTES  # a part costs the whole to make
         width = max(1, room // (8 * len(self.places)))
-        parts = (
-            increments_of_weights(steps, self._part(start, min(start + width, entries)))
-            for start in range(0, entries, width)
-        )
-        return reduce(add, parts)
-
-    def _part(self, start: int, end: int) -> list[torch.Tensor]:
-        parts = [checkpoint.read_part(name, start, end) for checkpoint, name in self.places]
-        return [part.double() for part in parts] if self.is_made else parts
+        for start in range(0, entries, width):
+            end = min(start + width, entries)
+            parts = [checkpoint.read_part(name, start, end) for checkpoint, name in self.places]
+            yield [part.double() for part in parts] if self.is_made else parts
 
     def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
         """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
-        entries = self.shape[0] * self.shape[1]
-        width = max(1, _BLOCK_BYTES // (8 * len(self.places)))
         found: ScalarR2Counts | None = None
-        for start in range(0, entries, width):
-            end = min(start + width, entries)
-            base, *series = (one.read_part(name, start, end).double() for one, name in self.places)
+        for part in self._parts():
+            base, *series = (weights.double() for weights in part)
             block = ScalarR2(steps[1:], published_filter=published_filter)
             for t, weights in zip(steps[1:], series, strict=True):
                 block.add(t, weights - base)
