@@ -17,14 +17,16 @@ import huggingface_hub
 """
 
 
+@pytest.mark.parametrize("torch", [True, False])
 @pytest.mark.parametrize("mark", ["1", "2"])
 def test_it_has_its_environment_alone_and_nothing_of_the_one_before(
-    tmp_path: Path, mark: str
+    tmp_path: Path, mark: str, torch: bool
 ) -> None:
     for _ in range(2):
-        done = run_forked(PROGRAM, ["-c", mark], env={"MARK": mark}, cwd=tmp_path)
+        done = run_forked(PROGRAM, ["-c", mark], env={"MARK": mark}, cwd=tmp_path, torch=torch)
         assert (done.returncode, done.stderr) == (0, "")
-        told = f'[{{"MARK": "{mark}"}}, "{tmp_path}", ["-c", "{mark}"], ["torch"]]\n'
+        here = '["torch"]' if torch else "[]"
+        told = f'[{{"MARK": "{mark}"}}, "{tmp_path}", ["-c", "{mark}"], {here}]\n'
         assert done.stdout == told
 
 

@@ -1,8 +1,8 @@
 """Programs that need torch and an environment of their own, without the seconds that imports take.
 
 huggingface_hub reads its environment when it is imported, so a test of the Hub needs a process.
-One that has imported torch and what else is slow, but neither huggingface_hub nor geoscope, forks
-for each of them.
+One that has imported what is slow, with torch or without, but neither huggingface_hub nor geoscope,
+forks for each of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,25 @@ from pathlib import Path
 
 __all__ = ["GEOSCOPE", "run_forked"]
 
+# What a program finds imported, or what those import.
+_LIGHT = ("huggingface_hub.hf_api", "geoscope.sources.open", "geoscope.sources.hub.ranges")
+_HEAVY = (*_LIGHT, "rich.table", "scipy.linalg", "scipy.special", "torch", "typer")
+
 GEOSCOPE = "from geoscope.__main__ import main; main()"
 SECONDS = 120  # then a program is killed
 
 
 SERVER = """
-import json, os, signal, sys, traceback
-import rich.table, scipy.linalg, scipy.special, torch, typer
-assert not {"huggingface_hub", "geoscope"} & set(sys.modules)
+import gc, importlib, json, os, signal, sys, traceback
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+# What they import stays; they themselves are imported anew by each program.
+for name in list(sys.modules):
+    if name.partition(".")[0] in {"geoscope", "huggingface_hub"}:
+        del sys.modules[name]
+gc.collect()
+gc.freeze()
 STREAMS = (sys.stdout, sys.stderr)  # kept: what is closed is not closed again
 
 def take(asked, number, name, path):
@@ -73,9 +84,9 @@ for line in iter(sys.stdin.readline, ""):
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def _server(modules: Sequence[str]) -> subprocess.Popen[str]:
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
+        [sys.executable, "-c", SERVER, *modules],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
@@ -90,13 +101,15 @@ def run_forked(
     env: Mapping[str, str],
     cwd: Path,
     streams: Mapping[str, str | None] | None = None,
+    torch: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """The program, as a text, with this `sys.argv` and this environment alone.
 
     streams: where `out` or `err` goes in place of the result: a path, or None for a closed stream.
     The program then ends as an interpreter does.
+    torch: whether it finds torch imported.
     """
-    server = _server()
+    server = _server(_HEAVY if torch else _LIGHT)
     assert server.stdin is not None and server.stdout is not None
     encoding = env.get("PYTHONIOENCODING", "utf-8")
     with (
