@@ -36,7 +36,7 @@ def pytest_collection() -> Iterator[None]:
 
 # Of a test with more cases these are run each time, spread over all; the others count as slow. A
 # test that is marked `each_case` is run on every one.
-_CASES_EACH_TIME = 4
+_CASES_EACH_TIME = 3
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,17 +2,20 @@
 
 `tuned_spectra` and `mean_angles` depend on their arguments alone, and tiny models of the same seeds
 come again in hundreds of tests. Tests of these functions, of stacks and of workers, and all below
-`linalg/`, `metrics/` and `engine/` call them as they are.
+`linalg/`, `metrics/` and `engine/` call them as they are. So it is with the speed of the machine,
+which dry runs measure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
 import pytest
+
+from geoscope.engine.speed import slowness
 
 __all__ = ["sample_once"]
 
@@ -29,6 +32,10 @@ def sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         place = import_module(f"geoscope.metrics.{module}")
         monkeypatch.setattr(place, name, _once(getattr(place, name)))
+    monkeypatch.setattr("geoscope.verbs.pairs.prepare.slowness", _slowness)
+
+
+_slowness = cache(slowness)
 
 
 def _once(sample: Callable[..., Any]) -> Callable[..., Any]:
