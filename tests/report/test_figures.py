@@ -64,6 +64,7 @@ def test_figure_is_drawn_whatever_is_missing(kind: str, report: Report) -> None:
     assert image.min() < image.max()
 
 
+@pytest.mark.slow
 def test_large_model_is_drawn() -> None:
     words = words_of(example("compare", layers=36, hidden=512))
     assert "hatched" not in words
