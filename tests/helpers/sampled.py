@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from geoscope.engine.speed import slowness
-
 __all__ = ["sample_once"]
 
 _KEPT: dict[Any, Any] = {}
@@ -35,7 +33,11 @@ def sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geoscope.verbs.pairs.prepare.slowness", _slowness)
 
 
-_slowness = cache(slowness)
+@cache
+def _slowness(workers: int) -> float:
+    from geoscope.engine.speed import slowness  # conftest.py is not to import torch
+
+    return slowness(workers)
 
 
 def _once(sample: Callable[..., Any]) -> Callable[..., Any]:
