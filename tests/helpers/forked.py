@@ -1,8 +1,8 @@
 """Programs that need torch and an environment of their own, without the seconds that imports take.
 
 huggingface_hub reads its environment when it is imported, so a test of the Hub needs a process.
-One that has imported what is slow, with torch or without, but neither huggingface_hub nor geoscope,
-forks for each of them.
+One that has imported what is slow, with torch or without, but not huggingface_hub, forks for each
+of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 __all__ = ["GEOSCOPE", "run_forked"]
 
 # What a program finds imported, or what those import.
-_LIGHT = ("huggingface_hub.hf_api", "geoscope.sources.open", "geoscope.sources.hub.ranges")
+_LIGHT = ("huggingface_hub.hf_api", "geoscope.sources.hub.ranges", "geoscope.sources.open")
 _HEAVY = (*_LIGHT, "rich.table", "scipy.linalg", "scipy.special", "torch", "typer")
 
 GEOSCOPE = "from geoscope.__main__ import main; main()"
@@ -32,10 +32,13 @@ import gc, importlib, json, os, signal, sys, traceback
 
 for name in sys.argv[1:]:
     importlib.import_module(name)
-# What they import stays; they themselves are imported anew by each program.
-for name in list(sys.modules):
-    if name.partition(".")[0] in {"geoscope", "huggingface_hub"}:
-        del sys.modules[name]
+
+def drop(package):  # what it imports stays; it itself is imported anew
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package:
+            del sys.modules[name]
+
+drop("huggingface_hub")
 gc.collect()
 gc.freeze()
 STREAMS = (sys.stdout, sys.stderr)  # kept: what is closed is not closed again
@@ -53,6 +56,8 @@ def take(asked, number, name, path):
 def child(asked):
     signal.alarm(asked["seconds"])
     code = 0
+    if not asked["geoscope"]:
+        drop("geoscope")
     take(asked, 1, "stdout", asked["out"])
     take(asked, 2, "stderr", asked["err"])
     try:
@@ -102,12 +107,13 @@ def run_forked(
     cwd: Path,
     streams: Mapping[str, str | None] | None = None,
     torch: bool = True,
+    geoscope: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """The program, as a text, with this `sys.argv` and this environment alone.
 
     streams: where `out` or `err` goes in place of the result: a path, or None for a closed stream.
     The program then ends as an interpreter does.
-    torch: whether it finds torch imported.
+    torch, geoscope: whether it finds them imported.
     """
     server = _server(_HEAVY if torch else _LIGHT)
     assert server.stdin is not None and server.stdout is not None
@@ -117,7 +123,7 @@ def run_forked(
         tempfile.NamedTemporaryFile("r", encoding=encoding) as err,
     ):
         asked = {"program": program, "argv": list(argv), "env": dict(env), "cwd": str(cwd),
-                 "out": out.name, "err": err.name, "seconds": SECONDS,
+                 "out": out.name, "err": err.name, "seconds": SECONDS, "geoscope": geoscope,
                  "ends": streams is not None, **(streams or {})}  # fmt: skip
         print(json.dumps(asked), file=server.stdin, flush=True)
         code = int(server.stdout.readline())

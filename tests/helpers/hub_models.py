@@ -87,7 +87,7 @@ class Client:
         argv = [hub_client.__file__, reference, wanted, how]
         program = Path(hub_client.__file__).read_text(encoding="utf-8")
         torch = how.startswith(("read", "parts"))  # which import it
-        return run_forked(program, argv, env=environment, cwd=self.cwd, torch=torch)
+        return run_forked(program, argv, env=environment, cwd=self.cwd, torch=torch, geoscope=True)
 
     def cached(self) -> set[str]:
         """Names of the weight files in the cache."""
