@@ -34,20 +34,9 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
-# Where commands run on models that come again; see tests/helpers/sampled.py.
-_OF_COMMANDS = (
-    "cli", "integrations", "report", "sources", "verbs", "test_docs.py", "test_python_api.py",
-)  # fmt: skip
-
-
-def _is_of_commands(path: Path) -> bool:
-    return path.relative_to(Path(__file__).parent).parts[0] in _OF_COMMANDS
-
-
 # Of a test with more cases these are run each time, spread over all; the others count as slow. A
 # test that is marked `each_case` is run on every one.
 _CASES_EACH_TIME = 3
-_CASES_OF_COMMANDS = 2  # each of which is a whole run
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -57,10 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow") is None and item.get_closest_marker("each_case") is None:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for members in cases.values():
-        count = _CASES_OF_COMMANDS if _is_of_commands(members[0].path) else _CASES_EACH_TIME
-        last, steps = len(members) - 1, count - 1
+        last, steps = len(members) - 1, _CASES_EACH_TIME - 1
         if last > steps:
-            kept = {round(i * last / steps) for i in range(count)}
+            kept = {round(i * last / steps) for i in range(_CASES_EACH_TIME)}
             for i, item in enumerate(members):
                 if i not in kept:
                     item.add_marker(pytest.mark.slow)
@@ -98,12 +86,18 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Where commands run on models that come again; see tests/helpers/sampled.py.
+_OF_COMMANDS = (
+    "cli", "integrations", "report", "sources", "verbs", "test_docs.py", "test_python_api.py",
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _sampled_once(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, sampled: Path
 ) -> None:
     """Numbers that nulls sample are sampled once in tests of commands."""
-    if _is_of_commands(request.path):
+    if request.path.relative_to(Path(__file__).parent).parts[0] in _OF_COMMANDS:
         sample_once(monkeypatch, sampled)
 
 
