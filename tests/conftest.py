@@ -81,6 +81,7 @@ def _common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where workers leave for one another what they sampled."""
     folder = _common(tmp_path_factory) / "sampled"
     folder.mkdir(exist_ok=True)
     return folder

@@ -9,12 +9,12 @@ which dry runs measure.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -72,7 +72,7 @@ def _read(path: Path) -> Any:
 def _write(result: Any, path: Path) -> None:
     import torch
 
-    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished = path.with_suffix(f".{uuid4().hex}")  # other threads write, too
     torch.save(result, unfinished)
     unfinished.rename(path)
 
