@@ -36,7 +36,7 @@ def pytest_collection() -> Iterator[None]:
 
 # Of a test with more cases these are run each time, spread over all; the others count as slow. A
 # test that is marked `each_case` is run on every one.
-_CASES_EACH_TIME = 4
+_CASES_EACH_TIME = 3
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -73,15 +73,33 @@ def _own_environment(
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 
+def _common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where workers leave for one another what they sampled."""
+    folder = _common(tmp_path_factory) / "sampled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 # Where commands run on models that come again; see tests/helpers/sampled.py.
-_OF_COMMANDS = ("cli", "integrations", "report", "sources", "verbs", "test_docs.py")
+_OF_COMMANDS = (
+    "cli", "integrations", "report", "sources", "verbs", "test_docs.py", "test_python_api.py",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _sampled_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _sampled_once(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, sampled: Path
+) -> None:
     """Numbers that nulls sample are sampled once in tests of commands."""
     if request.path.relative_to(Path(__file__).parent).parts[0] in _OF_COMMANDS:
-        sample_once(monkeypatch)
+        sample_once(monkeypatch, sampled)
 
 
 # What the starting process may have had ignored, as a script's `command &` has SIGINT.
@@ -107,9 +125,7 @@ def _own_signals() -> Iterator[None]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards as trainers write them, made once by four processes; not to be written to."""
     writer = Path(__file__).with_name("helpers") / "write_shards.py"
-    parent = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers share them
-        parent = parent.parent
+    parent = _common(tmp_path_factory)
     folder = parent / "shards"
     with FileLock(parent / "shards.lock"):
         if not folder.exists():

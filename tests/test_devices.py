@@ -23,7 +23,7 @@ from geoscope.linalg import svd as svd_module
 from tests.helpers.matrices import gaussian, orthonormal, save_model, updated
 
 SHAPES = {"self_attn.q_proj": (300, 300), "mlp.up_proj": (640, 280), "mlp.down_proj": (280, 640)}
-LAYERS = 3
+LAYERS = 2
 ROUTES = {
     "whole": Options(ks=(4, 16), masks=True, curves=True),
     "quick": Options(ks=(4, 16), quick=True),

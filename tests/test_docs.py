@@ -333,7 +333,7 @@ def replayed(block: str) -> str:
 
 WITH_EXAMPLES = [page for page in PAGES if _CONSOLE.search(text_of(page))]
 # Pages whose examples are run each time; the others with the slow tests.
-_EACH_TIME = ("README", "quickstart", "compare", "collapse", "init-adapter")
+_EACH_TIME = ("README", "collapse", "init-adapter")
 QUICK_AND_SLOW = [
     page if page.stem in _EACH_TIME else pytest.param(page, marks=pytest.mark.slow)
     for page in WITH_EXAMPLES

@@ -45,11 +45,20 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All below it, without the expressions in them, which are most of a tree."""
+    for name in ("body", "orelse", "handlers", "finalbody", "cases"):
+        below = getattr(node, name, None)
+        for child in below if isinstance(below, list) else ():
+            yield child
+            yield from statements(child)
+
+
 @cache
 def imports(path: Path) -> frozenset[str]:
     """Names of the imported modules; `from a import b` gives `a.b` too."""
     found: set[str] = set()
-    for node in ast.walk(tree(path)):
+    for node in statements(tree(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

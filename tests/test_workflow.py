@@ -52,6 +52,7 @@ def test_every_step_does_something_and_reports_come_whatever_the_verdict(job: An
         assert step(job, name)["if"] == "always()" and "report.md" in step(job, name)["run"]
 
 
+@pytest.mark.slow
 def test_the_steps_show_the_verdict_on_the_demo(job: dict[str, Any], tmp_path: Path) -> None:
     unpack(tmp_path / "demo")
     models = {"BASE": "demo/base", "MODEL": "demo/grpo/checkpoint-320"}

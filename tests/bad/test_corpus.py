@@ -95,15 +95,21 @@ def outcomes(
 
 @pytest.mark.each_case
 @pytest.mark.parametrize("door", DOORS)
-def test_each_input_ends_in_its_line(door: str, here: Path) -> None:
+@pytest.mark.parametrize(
+    "part", [pytest.param(slice(None), id="all", marks=pytest.mark.slow), slice(None, None, 4)]
+)
+def test_each_input_ends_in_its_line(door: str, part: slice, here: Path) -> None:
     target = DOORS[door].make(Path())
-    chosen = cases(door, target)
+    every = cases(door, target)
+    chosen = {name: every[name] for name in [*every][part]}
     done = dict(outcomes(chosen, target, run))
     assert {name: list(faults(end)) for name, end in done.items() if list(faults(end))} == {}
     told = {name: (str(end.code), line_of(end, here)) for name, end in done.items()}
-    if WRITES:
+    if WRITES and len(told) == len(every):
         write(door, told)
-    assert told == expected(door)
+    known = expected(door)
+    assert told == {name: known.get(name) for name in told}
+    assert known.keys() == every.keys()
 
 
 def test_the_console_script_says_the_same(here: Path) -> None:

@@ -884,10 +884,11 @@ def test_demo_speaks_the_numbers_of_its_table_in_eighty_columns(
     assert f"The effective rank ratio is {row[5]}: no spectrum collapsed." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder",
     [
-        pytest.param("geoscope-demo", marks=pytest.mark.slow),
+        "geoscope-demo",
         "a folder/with spaces " + "and more" * 8,
     ],
 )

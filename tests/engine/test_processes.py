@@ -33,6 +33,7 @@ def test_results_come_by_their_numbers_whatever_is_printed() -> None:
     assert found(tasks.prints, "job") == {i: ("job", i) for i in range(3)}
 
 
+@pytest.mark.slow
 def test_an_error_is_raised_as_it_was() -> None:
     with pytest.raises(OptionError, match="`rank` 0: no"):
         found(tasks.refuses, "rank", count=1)

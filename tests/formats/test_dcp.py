@@ -115,6 +115,7 @@ def test_it_travels_to_another_process(shards: Path) -> None:
     assert_equal_bits(pickle.loads(pickle.dumps(checkpoint)).read(UP), whole()[UP])
 
 
+@pytest.mark.slow
 def test_a_tensor_costs_its_own_memory(tmp_path: Path) -> None:
     """Reading into a buffer allocates next to nothing, whatever the size of the tensor."""
     big = torch.arange(24 << 20, dtype=torch.int32).reshape(-1, 1 << 10).view(torch.float32)

@@ -1,8 +1,8 @@
 """Programs that need torch and an environment of their own, without the seconds that imports take.
 
 huggingface_hub reads its environment when it is imported, so a test of the Hub needs a process.
-One that has imported torch and what else is slow, but neither huggingface_hub nor geoscope, forks
-for each of them.
+One that has imported what is slow, with torch or without, but not huggingface_hub, forks for each
+of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,28 @@ from pathlib import Path
 
 __all__ = ["GEOSCOPE", "run_forked"]
 
+# What a program finds imported, or what those import.
+_LIGHT = ("huggingface_hub.hf_api", "geoscope.sources.hub.ranges", "geoscope.sources.open")
+_HEAVY = (*_LIGHT, "rich.table", "scipy.linalg", "scipy.special", "torch", "typer")
+
 GEOSCOPE = "from geoscope.__main__ import main; main()"
 SECONDS = 120  # then a program is killed
 
 
 SERVER = """
-import json, os, signal, sys, traceback
-import rich.table, scipy.linalg, scipy.special, torch, typer
-assert not {"huggingface_hub", "geoscope"} & set(sys.modules)
+import gc, importlib, json, os, signal, sys, traceback
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+
+def drop(package):  # what it imports stays; it itself is imported anew
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package:
+            del sys.modules[name]
+
+drop("huggingface_hub")
+gc.collect()
+gc.freeze()
 STREAMS = (sys.stdout, sys.stderr)  # kept: what is closed is not closed again
 
 def take(asked, number, name, path):
@@ -42,6 +56,8 @@ def take(asked, number, name, path):
 def child(asked):
     signal.alarm(asked["seconds"])
     code = 0
+    if not asked["geoscope"]:
+        drop("geoscope")
     take(asked, 1, "stdout", asked["out"])
     take(asked, 2, "stderr", asked["err"])
     try:
@@ -73,9 +89,9 @@ for line in iter(sys.stdin.readline, ""):
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def _server(modules: Sequence[str]) -> subprocess.Popen[str]:
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
+        [sys.executable, "-c", SERVER, *modules],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
@@ -90,13 +106,16 @@ def run_forked(
     env: Mapping[str, str],
     cwd: Path,
     streams: Mapping[str, str | None] | None = None,
+    torch: bool = True,
+    geoscope: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """The program, as a text, with this `sys.argv` and this environment alone.
 
     streams: where `out` or `err` goes in place of the result: a path, or None for a closed stream.
     The program then ends as an interpreter does.
+    torch, geoscope: whether it finds them imported.
     """
-    server = _server()
+    server = _server(_HEAVY if torch else _LIGHT)
     assert server.stdin is not None and server.stdout is not None
     encoding = env.get("PYTHONIOENCODING", "utf-8")
     with (
@@ -104,7 +123,7 @@ def run_forked(
         tempfile.NamedTemporaryFile("r", encoding=encoding) as err,
     ):
         asked = {"program": program, "argv": list(argv), "env": dict(env), "cwd": str(cwd),
-                 "out": out.name, "err": err.name, "seconds": SECONDS,
+                 "out": out.name, "err": err.name, "seconds": SECONDS, "geoscope": geoscope,
                  "ends": streams is not None, **(streams or {})}  # fmt: skip
         print(json.dumps(asked), file=server.stdin, flush=True)
         code = int(server.stdout.readline())

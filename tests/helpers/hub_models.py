@@ -85,13 +85,9 @@ class Client:
             **settings,
         }
         argv = [hub_client.__file__, reference, wanted, how]
-        if how.startswith(("read", "parts")):  # which import torch
-            program = Path(hub_client.__file__).read_text(encoding="utf-8")
-            return run_forked(program, argv, env=environment, cwd=self.cwd)
-        return subprocess.run(
-            [sys.executable, *argv],
-            capture_output=True, text=True, timeout=60, env=environment, cwd=self.cwd,
-        )  # fmt: skip
+        program = Path(hub_client.__file__).read_text(encoding="utf-8")
+        torch = how.startswith(("read", "parts"))  # which import it
+        return run_forked(program, argv, env=environment, cwd=self.cwd, torch=torch, geoscope=True)
 
     def cached(self) -> set[str]:
         """Names of the weight files in the cache."""

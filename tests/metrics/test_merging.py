@@ -66,10 +66,10 @@ def test_every_number_is_its_definition() -> None:
 
 
 def test_independent_updates_read_as_the_nulls() -> None:
-    """Forty matrices of three models: means within four standard errors."""
+    """Twenty matrices of three models: means within four standard errors."""
     rows = [
         pair
-        for number in range(40)
+        for number in range(20)
         for pair in pairs_of(
             [gaussian(M, N, seed=10 * number + i, sd=1e-2) for i in range(3)], f"{number}.w"
         )

@@ -146,6 +146,7 @@ def test_without_its_script_all_is_there_to_read(chromium: Any, files: Files) ->
     context.close()
 
 
+@pytest.mark.slow
 def test_a_print_leaves_nothing_out(chromium: Any, files: Files) -> None:
     page = Shown(chromium, files["two models"], viewport={"width": 700, "height": 990}).page
     page.emulate_media(media="print")

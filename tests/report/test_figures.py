@@ -64,6 +64,7 @@ def test_figure_is_drawn_whatever_is_missing(kind: str, report: Report) -> None:
     assert image.min() < image.max()
 
 
+@pytest.mark.slow
 def test_large_model_is_drawn() -> None:
     words = words_of(example("compare", layers=36, hidden=512))
     assert "hatched" not in words
@@ -97,7 +98,7 @@ def test_missing_curves_are_said_in_panels_by_module(kind: str, gone: str, words
     assert words in prose_of(without_curves(example(kind, layers=1), gone))
 
 
-@pytest.mark.parametrize("kind", ["anisotropy", "alignment"])
+@pytest.mark.parametrize("kind", ["anisotropy", pytest.param("alignment", marks=pytest.mark.slow)])
 def test_module_kinds_that_are_not_shown_are_counted(kind: str) -> None:
     report = example(kind, layers=1, modules=tuple(f"{letter}_proj" for letter in "abcdefghijklm"))
     assert "first 12 of 13 module kinds" in prose_of(report)

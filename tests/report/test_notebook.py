@@ -159,7 +159,7 @@ def test_pandas_is_loaded_for_frames_alone() -> None:
 def test_a_figure_by_name(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    report = example()
+    report = example(layers=1)
     whole = report.figure()
     assert isinstance(whole, Figure)
     report.save(tmp_path / "whole.png")

@@ -152,6 +152,7 @@ COLUMNS = [
 ]
 
 
+@pytest.mark.slow
 def test_both_analyses_and_the_figures_are_made_of_a_small_part_of_the_csv(tmp_path: Path) -> None:
     small_tables(tmp_path, 50, COLUMNS)
     study = study_of(tmp_path)

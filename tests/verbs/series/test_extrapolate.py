@@ -297,8 +297,8 @@ def test_no_input_is_written_on(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_every_method_without_networks_writes_a_finite_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [name for name in methods() if "next" not in name])
+def test_every_method_without_networks_writes_a_finite_model(tmp_path: Path, method: str) -> None:
     run = Run.write(tmp_path, STEPS, drift=0.3, dtype=torch.bfloat16)
-    for i, method in enumerate(one for one in methods() if "next" not in one):
-        predicted(run, tmp_path / str(i), method)
-        assert all(bool(W.isfinite().all()) for W in stored(tmp_path / str(i)).values()), method
+    predicted(run, tmp_path / "out", method)
+    assert all(bool(W.isfinite().all()) for W in stored(tmp_path / "out").values())
