@@ -18,15 +18,17 @@ import huggingface_hub
 """
 
 
-@pytest.mark.parametrize("imported", [{}, {"torch": False}, {"torch": False, "geoscope": True}])
+@pytest.mark.parametrize(("torch", "geoscope"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("mark", ["1", "2"])
 def test_it_has_its_environment_alone_and_nothing_of_the_one_before(
-    tmp_path: Path, mark: str, imported: dict[str, bool]
+    tmp_path: Path, mark: str, torch: bool, geoscope: bool
 ) -> None:
     for _ in range(2):
-        done = run_forked(PROGRAM, ["-c", mark], env={"MARK": mark}, cwd=tmp_path, **imported)
+        done = run_forked(
+            PROGRAM, ["-c", mark], env={"MARK": mark}, cwd=tmp_path, torch=torch, geoscope=geoscope
+        )
         assert (done.returncode, done.stderr) == (0, "")
-        whole = {"torch": True, "geoscope": False} | imported
+        whole = {"torch": torch, "geoscope": geoscope}
         here = json.dumps(sorted(name for name, is_there in whole.items() if is_there))
         told = f'[{{"MARK": "{mark}"}}, "{tmp_path}", ["-c", "{mark}"], {here}]\n'
         assert done.stdout == told
