@@ -16,6 +16,7 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from geoscope.engine import one_blas_thread
+from geoscope.linalg import perturbed
 from geoscope.linalg.changes import Side, side
 from geoscope.linalg.isotropic import isotropic_spread, isotropic_spreads
 from geoscope.linalg.perturbed import mean_angles, tuned_spectra
@@ -249,6 +250,30 @@ def test_the_angle_null_where_values_nearly_meet(
         )
         assert abs(float(null.mean()) - drawn.mean()) <= 4 * error + 0.03 * drawn.mean()
         assert float(null.max()) <= math.pi / 2
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (400, 64), (64, 400)])
+def test_what_is_kept_of_a_base_changes_no_angle(shape: tuple[int, int]) -> None:
+    """Two sizes, seeds and dimensions of two bases, in stacks and alone, first and again."""
+    S = torch.stack([torch.linspace(2, low, 64, dtype=torch.float64) for low in (1.0, 0.5)])
+    spreads = torch.tensor([1e-5, 3e-6], dtype=torch.float64) * S.norm(dim=-1)
+    asked = [
+        (rows, size, k, seed)
+        for rows in ([0, 1], [1], [1, 0], [0])
+        for size in (1.0, 0.2)
+        for k in (4, 16)
+        for seed in (0, 1)
+    ]
+
+    def angles(rows: list[int], size: float, k: int, seed: int) -> torch.Tensor:
+        both = mean_angles(S[rows], size * spreads[rows], k=k, shape=shape, seed=seed)
+        return torch.stack(both)
+
+    together = [angles(*one) for one in asked]
+    for one, found in zip(asked, together, strict=True):
+        perturbed._unit_tangents.cache_clear()
+        torch.testing.assert_close(found, angles(*one), rtol=1e-9, atol=0)
+    assert len({tuple(found.flatten().tolist()) for found in together}) == len(asked)
 
 
 SPECTRA = {
