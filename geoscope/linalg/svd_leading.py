@@ -46,9 +46,7 @@ def factorise_leading(
     wanted = k if certified is None else certified
     options: dict[str, Any] = {"seed": seed, "budget": budget, "certified": wanted}
     as_stack = A.plus.device.type != "cpu"
-    if not as_stack:
-        options["room"] = room
-    return _leading(A, k, cuts, start, options, as_stack=as_stack)
+    return _leading(A, k, cuts, start, options, room=room, as_stack=as_stack)
 
 
 def _leading(
@@ -58,6 +56,7 @@ def _leading(
     start: Tensor | None,
     options: dict[str, Any],
     *,
+    room: Tensor | None = None,
     as_stack: bool,
 ) -> Factors:
     """The search where it pays, matrix by matrix or on the whole stack; else Gram matrices."""
@@ -71,7 +70,7 @@ def _leading(
         starts = [None] * len(A) if start is None else list(start)
         for i, one in enumerate(starts):
             try:
-                found[i] = leading_triplets(A.row(i), k, start=one, **options)
+                found[i] = leading_triplets(A.row(i), k, start=one, room=room, **options)
             except (NumericsError, RuntimeError) as error:
                 reasons[i] = f"block Lanczos failed: {error}"
     parts = {
