@@ -9,7 +9,6 @@ Nothing that goes wrong here is raised into the trainer: it is said once, in the
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from geoscope.errors import OptionError
+from geoscope.foreign import INDEX, parsed, small_bytes
 from geoscope.integrations.loggers import LOGGERS, Logger, open_logger
 from geoscope.sources.memory import LiveAdapter, as_model_or_reference
 from geoscope.verbs.adapters.spectra import adapter_ranks
@@ -181,19 +181,20 @@ class _Watcher:
 
     def _read(self) -> list[dict[str, Any]]:
         try:
-            text = self.log.read_text(encoding="utf-8")
+            *lines, _ = small_bytes(self.log, INDEX).split(b"\n")  # the last may be in writing
         except OSError:
             return []
-        whole = text[: text.rfind("\n") + 1]  # the last one may be in writing
-        return [json.loads(line) for line in whole.splitlines()]
+        return [parsed(line) for line in lines]
 
     def finish(self, seconds: float) -> None:
         """Waits as long for the checkpoints that are there, and ends the process."""
         end = time.monotonic() + seconds
         folders = {one.name for one in self.log.parent.glob("checkpoint-*")}
-        while self.process.poll() is None and time.monotonic() < end:
-            if folders <= {one["checkpoint"] for one in self._read()}:
-                break
-            time.sleep(0.2)
-        self.process.terminate()
-        self.process.wait()
+        try:
+            while self.process.poll() is None and time.monotonic() < end:
+                if folders <= {one["checkpoint"] for one in self._read()}:
+                    break
+                time.sleep(0.2)
+        finally:
+            self.process.terminate()
+            self.process.wait()

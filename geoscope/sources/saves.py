@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geoscope.errors import CheckpointNotFound
+from geoscope.foreign import small_text
 from geoscope.sources.run_folder import candidates, run_folder
 from geoscope.sources.steps import Step
 from geoscope.sources.trainers import MANIFEST
@@ -104,6 +105,6 @@ def completed_by_trainer(save: Save, others: Sequence[Save]) -> bool | None:
 def _latest(run: Path) -> int | None:
     """The last step that verl finished; None where no file tells."""
     try:
-        return int((run / _LATEST).read_text(encoding="utf-8"))
+        return int(small_text(run / _LATEST))
     except (OSError, ValueError):
         return None

@@ -19,6 +19,17 @@ from geoscope.arguments import Place, path_of
 from geoscope.engine import estimate_seconds
 from geoscope.errors import CheckpointError, GeoscopeError, OptionError, ReportError
 from geoscope.files import encoded
+from geoscope.foreign import (
+    COUNT,
+    COUNTS,
+    INDEX,
+    Form,
+    check_fields,
+    parsed,
+    reason,
+    shown,
+    small_bytes,
+)
 from geoscope.kinds import KINDS
 from geoscope.models.checkpoint import Checkpoint
 from geoscope.names import in_natural_order
@@ -40,6 +51,9 @@ __all__ = ["LOG", "Observation", "recorded", "scalars", "watch"]
 LOG = "geoscope.jsonl"
 _SCHEMA = "geoscope.watch/1"
 MEASURED, FAILED, GONE = "MEASURED", "FAILED", "GONE"
+_LAYERS = Form(
+    "a list of whole numbers", lambda value: isinstance(value, list) and COUNTS.holds(value)
+)
 # Kept beside the columns of compare.
 _RANKS = ("effective_rank", "top_share", "lift", "update_sparsity_exact")
 # Of what changed since the checkpoint before.
@@ -281,33 +295,47 @@ class _Lines:
         return None
 
     def _records(self) -> list[dict[str, Any]]:
+        lines = self._content().split(b"\n")[:-1]
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            return [_record(line, f"line {number}") for number, line in enumerate(lines, start=1)]
+        except (ValueError, CheckpointError) as error:
+            told = str(error).removesuffix("; copy the file again")
+            raise ReportError(f"{self.path}: {told}; move it away, and start again") from None
+
+    def _content(self) -> bytes:
+        try:
+            return small_bytes(self.path, INDEX)
         except FileNotFoundError:
-            return []
-        except (OSError, UnicodeDecodeError) as error:
-            raise ReportError(f"{self.path}: cannot be read: {error}; move it away") from None
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
+            return b""
+        except OSError as error:
             raise ReportError(
-                f"{self.path}: holds a line that is not JSON; move it away, and start again"
+                f"{self.path}: cannot be read: {reason(error)}; move it away"
             ) from None
 
     def _cut_short(self) -> None:
         """Takes off a last line that a killed process left without its end."""
-        try:
-            content = self.path.read_bytes()
-            if content and not content.endswith(b"\n"):
+        content = self._content()
+        if content and not content.endswith(b"\n"):
+            try:
                 with self.path.open("r+b") as file:
                     file.truncate(content.rfind(b"\n") + 1)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise self._unwritable(error) from None
+            except OSError as error:
+                raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> ReportError:
         return ReportError(f"{self.path}: cannot be written: {error.strerror or error}; make room")
+
+
+def _record(line: bytes, label: str) -> dict[str, Any]:
+    """Raises ValueError, or CheckpointError for a field, for what is not the line of a step."""
+    try:
+        record = parsed(line)
+    except ValueError as error:
+        raise ValueError(f"{label} is not JSON: {error}") from None
+    if not isinstance(record, dict) or record.get("step") is None:
+        raise ValueError(f"{label} is {shown(record)}, and must be a table with a step")
+    check_fields(record, {"step": COUNT, "layers_measured": _LAYERS}, label)
+    return record
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -321,9 +321,49 @@ def test_what_cannot_be_watched_is_told(tmp_path: Path, base: Path) -> None:
     save(root, 10)
     with pytest.raises(OptionError, match="no `base` to compare it with"):
         look(root, None)
-    (root / LOG).write_text("no json\n")
-    with pytest.raises(ReportError, match="not JSON; move it away"):
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("no json", "line 2 is not JSON: Expecting value: line 1 column 1"),
+        ("<html>", "line 2 is not JSON: it is a web page"),
+        ("[" * 100_000, "it is nested too deep"),
+        ("[]", r"line 2 is \[\], and must be a table with a step"),
+        ("{}", "line 2 is {}, and must be a table with a step"),
+        ('{"step": null}', "line 2 is {'step': null}, and must be a table with a step"),
+        ('{"step": 1.5}', "line 2: step is 1.5, and must be a whole number"),
+        ('{"step": [20]}', r"line 2: step is \[20\], and must be a whole number"),
+        ('{"step": 20, "layers_measured": 3}', "layers_measured is 3, and must be a list"),
+        ('{"step": 20, "layers_measured": ["0"]}', "and must be a list of whole numbers"),
+    ],
+)
+def test_a_line_of_another_kind_is_told(tmp_path: Path, base: Path, line: str, told: str) -> None:
+    root = tmp_path / "run"
+    save(root, 10)
+    (root / LOG).write_text(f'{{"step": 4}}\n{line}\n')
+    with pytest.raises(ReportError, match=f"{told}.*; move it away, and start again$"):
         look(root, base)
+    assert (root / LOG).read_text().endswith(f"\n{line}\n")
+
+
+def test_files_beside_checkpoints_are_regular_or_not_read(tmp_path: Path, base: Path) -> None:
+    root = tmp_path / "run"
+    save(root, 10)
+    os.mkfifo(root / "latest_checkpointed_iteration.txt")
+    assert [one.step for one in look(root, base)] == [10]
+    (root / LOG).unlink()
+    os.mkfifo(root / LOG)
+    with pytest.raises(ReportError, match=r"cannot be read: it is a pipe or a device, .*; move it"):
+        look(root, base)
+
+
+def test_a_line_break_of_another_alphabet_ends_no_line(tmp_path: Path, base: Path) -> None:
+    root = tmp_path / "run"
+    save(root, 10)
+    (root / LOG).write_text('{"step": 4, "reason": "a\u2028b\x85c\x0cd"}\n'.replace("\x0c", " "))
+    assert [one.step for one in look(root, base)] == [10]
+    assert [one.step for one in look(root, base)] == []
 
 
 def test_times_of_entries_count_and_not_those_of_contents(tmp_path: Path) -> None:
