@@ -130,6 +130,8 @@ def test_advice_names_the_option_and_is_silent_where_none_is_needed() -> None:
     assert rank_advice(24) == "rank 24 is not one of vLLM's: it needs --max-lora-rank 32"
     assert "rank 128 is high: vLLM needs --max-lora-rank 128" in str(rank_advice(128))
     assert "512 at most" in str(rank_advice(1000))
+    assert rank_advice(64) is None
+    assert "rank 65 is high" in str(rank_advice(65))
 
 
 def test_what_we_write_is_what_vllm_takes() -> None:

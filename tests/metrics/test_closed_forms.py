@@ -294,6 +294,15 @@ def test_an_intruder_stands_more_than_60_degrees_from_every_base_vector(
     assert turned == pytest.approx([0, 0, count, count * share])
 
 
+def test_a_matrix_of_zeros_has_no_direction_that_could_intrude() -> None:
+    ids = ("intruders", "intruder_energy", "intruders_right", "intruder_energy_right")
+    base, zeros = torch.diag(fp64(9, 5, 4, 3, 2, 1)), torch.zeros(6, 6, dtype=torch.float64)
+    for pair in ((base, zeros), (zeros, base)):
+        found = row(*pair, only=ids)
+        assert [found.values[key] for key in ids] == [None] * 4
+        assert {found.status[key] for key in ids} == {Status.NOT_APPLICABLE}
+
+
 def test_a_vector_spread_over_four_base_vectors_scores_one_half() -> None:
     """c = ½ is not below ½; over five it is."""
     base = torch.diag(fp64(9, 5, 4, 3, 2, 1))

@@ -54,6 +54,7 @@ def test_a_spectrum_of_leading_values_is_filled_up_to_its_energy() -> None:
 # --- the thresholds -----------------------------------------------------------------------------
 
 
+@pytest.mark.each_case
 @pytest.mark.parametrize(
     ("floor", "noise_ratio", "expected"),
     [

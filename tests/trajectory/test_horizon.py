@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from geoscope.trajectory.backtest import Backtest, backtest
-from geoscope.trajectory.horizon import credible_horizon
+from geoscope.trajectory.horizon import LEAST_ORIGINS, Distance, _horizon, credible_horizon
 from geoscope.trajectory.increments import Increments, increments_of_weights
 
 EQUAL = tuple(10.0 * i for i in range(13))
@@ -139,3 +139,35 @@ def test_errors_grow_with_the_distance() -> None:
     assert all(a < b for a, b in pairwise(held) if a and b)
     for one in found.distances:
         assert one.error is not None and math.isfinite(one.error)
+
+
+@pytest.mark.parametrize(
+    ("third", "stopped_by"),
+    [
+        ({"skill": -0.1, "bound": -0.2}, "skill"),
+        ({"skill": 0.1, "bound": -0.2}, "bound"),
+        ({"origins": LEAST_ORIGINS - 1}, "end"),
+        ({"skill": None, "bound": None}, "end"),
+        ({}, "end"),
+    ],
+)
+def test_where_it_ends_and_how_far_rounding_explains_nothing(
+    third: dict[str, float | None], stopped_by: str
+) -> None:
+    """Three distances: the first beyond rounding, the second as far as rounding explains."""
+    far: dict[str, float | None] = {"skill": 0.3, "bound": 0.2, "floor": 0.25, "origins": 9}
+    facts = [far | {"floor": 0.1}, far, far | third]
+    distances = tuple(
+        Distance(checkpoints=i, steps=10.0 * i, error=0.1, held=0.2, **own)  # pyright: ignore[reportArgumentType]
+        for i, own in enumerate(facts, start=1)
+    )
+    found = _horizon(distances)
+    assert found.steps == (20.0 if third else 30.0)
+    assert found.resolved == 10.0
+    assert found.stopped_by == stopped_by
+    assert found.distances == distances
+
+
+def test_no_distance_is_no_horizon() -> None:
+    found = _horizon(())
+    assert (found.steps, found.resolved, found.stopped_by) == (0.0, 0.0, "origins")

@@ -258,6 +258,8 @@ def test_vectors_share_the_network_of_their_length() -> None:
     path = torch.randn(T + 1, 6, generator=g).double().cumsum(0)
     vector = VectorExample.of(path, H)
     assert torch.equal(vector.target[0], path[1 + H] - path[1])
+    assert torch.equal(vector.far, path[1:] - path[0])
+    assert torch.equal(vector.near, path[1:] - path[:-1])
     known = observed({"norm": vector}, 4, QUICK)["norm"]
     assert (len(known.far), len(known.near), len(known.target)) == (4, 4, 4 - H)
     model = train(examples(), STEPS, QUICK, vectors={"norm": vector})
