@@ -271,3 +271,15 @@ def test_ties_are_kept() -> None:
     strict = oracle(W.double().numpy(), 4, strict=True).facts
     assert float(found["density_euc"] or 0) > 0.2
     assert float(found["density_euc"] or 0) > strict["density_euc"] + 1e-3
+
+
+@pytest.mark.parametrize("shape", [(120, 24), (24, 120), (48, 48)])
+def test_the_null_of_captured_energy_is_that_of_noise_of_the_shape(shape: tuple[int, int]) -> None:
+    found = geora(realistic(*shape), 6)
+    shares = []
+    for seed in range(40):
+        energies = torch.linalg.svdvals(gaussian(*shape, seed=900 + seed)).square()
+        shares.append(float(energies[:6].sum() / energies.sum()))
+    drawn = np.array(shares)
+    error = drawn.std() / np.sqrt(len(drawn))
+    assert found.nulls["captured_energy"] == pytest.approx(drawn.mean(), abs=6 * error)

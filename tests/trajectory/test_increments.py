@@ -120,3 +120,8 @@ def test_dependent_columns_are_refused() -> None:
         orthonormal_columns(torch.ones(4, 2))
     with pytest.raises(NumericsError, match="no unique answer"):
         orthonormal_columns(torch.ones(1, 2))
+    for zero in (0, 1):
+        columns = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.0, 4.0]])
+        columns[:, zero] = 0
+        with pytest.raises(NumericsError):
+            orthonormal_columns(columns)
