@@ -134,6 +134,7 @@ def test_the_size_before_rounding_is_found(dtype: str, rho: float) -> None:
     assert np.mean(found) == pytest.approx(spread, rel=6 / math.sqrt(6 * base.numel() * changed))
 
 
+@pytest.mark.each_case
 @pytest.mark.parametrize("spacings", [0.2, 0.3, 0.5, 1.0, 4.0, 40.0])
 @pytest.mark.parametrize("weight", [1.0, 1.0078125, 1.5, 1.9921875, 0.0, 2.0**-126])
 def test_expected_energy_is_that_of_numbers_rounded_one_by_one(
