@@ -3,7 +3,8 @@
 A mutant changes one place of a module of linalg, metrics, trajectory or adapters: a comparison, an
 operator, a number, `and` for `or`, a `not` that is gone, two arguments in the wrong order. The
 quick tests of the module's folder run over it in a copy of the tree: the files that name most of
-what the module offers; a survivor meets those of WIDER, too. A mutant whose tests need more than
+what the module offers; a survivor meets those of WIDER, too, and then the slow tests of the same
+files. A mutant whose tests need more than
 --limit seconds of the processor is told apart: it may be caught, or slow. Each run is a fork of one
 process that has imported torch, so that a mutant costs its tests alone. Prints Markdown; with --log
 also after each mutant.
@@ -36,7 +37,9 @@ FILES = 4  # of tests, those that name most of what the module offers
 # Where the numbers of a wing are held against an oracle as a whole.
 WIDER = {"linalg": ("tests/test_agreement.py",), "metrics": ("tests/test_agreement.py",)}
 NO_TESTS = 5
-CAUGHT, TIMEOUT, SURVIVED = "caught", "no end", "survived"
+CAUGHT, SLOWLY, TIMEOUT, SURVIVED = "caught", "by slow tests", "no end", "survived"
+# Times the limit that slow tests may take.
+_SLOW = 4
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -170,19 +173,20 @@ def outcome(mutant: Mutant, folder: Path, limit: float) -> str:
     target.write_text(mutant.source(), "utf-8")
     try:
         for tests in tests_of(mutant):
-            code = forked(tests, folder, limit)
+            code = forked(tests, folder, limit, "not slow")
             if code not in (0, NO_TESTS):
                 return TIMEOUT if code is None else CAUGHT
-        return SURVIVED
+        code = forked(tests_of(mutant)[0], folder, _SLOW * limit, "slow")
+        return SURVIVED if code in (None, 0, NO_TESTS) else SLOWLY
     finally:
         target.write_text(before, "utf-8")
 
 
-def forked(tests: Sequence[str], folder: Path, limit: float) -> int | None:
+def forked(tests: Sequence[str], folder: Path, limit: float, marks: str) -> int | None:
     """The exit code of pytest in a fork of this process; None after so many seconds of its own."""
     pid = os.fork()
     if pid == 0:
-        _child(tests, folder, limit)
+        _child(tests, folder, limit, marks)
     started = time.monotonic()
     while time.monotonic() - started < 4 * limit:  # it may wait, too
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -195,7 +199,7 @@ def forked(tests: Sequence[str], folder: Path, limit: float) -> int | None:
     return None
 
 
-def _child(tests: Sequence[str], folder: Path, limit: float) -> None:
+def _child(tests: Sequence[str], folder: Path, limit: float, marks: str) -> None:
     import pytest
 
     os.setpgid(0, 0)
@@ -207,18 +211,19 @@ def _child(tests: Sequence[str], folder: Path, limit: float) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    options = ["-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider"]
+    options = ["-x", "-q", "-n", "0", "-m", marks, "-p", "no:cacheprovider"]
     os._exit(pytest.main([*options, *tests]))
 
 
 def told(outcomes: list[tuple[Mutant, str]], seconds: float) -> str:
-    lines = ["| wing | mutants | caught | no end | survived |", "|---|--:|--:|--:|--:|"]
+    hows = (CAUGHT, SLOWLY, TIMEOUT, SURVIVED)
+    lines = [f"| wing | mutants | {' | '.join(hows)} |", "|---|--:|--:|--:|--:|--:|"]
     for wing in WINGS:
         counts = Counter(how for mutant, how in outcomes if mutant.module.parts[1] == wing)
-        numbers = " | ".join(str(counts[how]) for how in (CAUGHT, TIMEOUT, SURVIVED))
+        numbers = " | ".join(str(counts[how]) for how in hows)
         lines.append(f"| {wing} | {counts.total()} | {numbers} |")
     left = [mutant for mutant, how in outcomes if how == SURVIVED]
-    share = sum(how == CAUGHT for _, how in outcomes) / max(1, len(outcomes))
+    share = sum(how in (CAUGHT, SLOWLY) for _, how in outcomes) / max(1, len(outcomes))
     lines += ["", f"{len(outcomes)} mutants in {seconds:.0f} s, {share:.0%} caught. Survivors:", ""]
     return "\n".join([*lines, *(f"- {mutant}" for mutant in left)])
 

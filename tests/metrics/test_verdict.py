@@ -23,6 +23,7 @@ from geoscope.metrics import (
     judge_model,
     verdict_dimension,
 )
+from geoscope.metrics.verdict import _of_base
 from geoscope.records import Status, Verdict
 from tests.helpers.matrices import DTYPES, gaussian, updated, with_spectrum
 from tests.helpers.measuring import all_instances, judged, numbers, stored
@@ -688,3 +689,23 @@ def test_explain_shows_the_angle_limit_of_the_rule() -> None:
 def test_dimension_of_the_verdict(shape: tuple[int, int], k: int) -> None:
     assert verdict_dimension(shape) == k
     assert verdict_dimension(shape, rank=128) == max(1, min(128, min(shape) // 8))
+
+
+def test_the_base_as_part_of_the_update_is_told_over_matrices_by_their_energy() -> None:
+    """Energies 1 and 3; C_LR (.5·1 + .3·3)/4, of which the base gives (.4·1 + .2·3)/4."""
+    plain, verdict = judged(*(gaussian(24, 20, seed=i) for i in (1, 2)))
+    rows = [
+        replace(
+            plain,
+            values={f"energy_of_base@{K}": own, f"energy_two_sided@{K}": both},
+            weights={"update": energy},
+        )
+        for own, both, energy in ((0.4, 0.5, 1.0), (0.2, 0.3, 3.0))
+    ]
+    words = [replace(verdict, k=K)] * 2
+    limits = {"off_principal.energy_two_sided": 0.05}
+    told = _of_base(words, rows, limits)
+    assert told.endswith("of C_LR 0.35 that alone gives 0.25")
+    assert _of_base(words, rows, {"off_principal.energy_two_sided": 0.26}) == ""
+    half = [replace(row, values={**row.values, f"energy_of_base@{K}": 0.1}) for row in rows]
+    assert _of_base(words, half, limits) == ""  # less than half of C_LR

@@ -435,3 +435,24 @@ def test_the_walk_keeps_norms_and_nothing_else() -> None:
     inc = one(6, 2.0)
     assert walk(inc).H.diagonal().tolist() == inc.H.diagonal().tolist()
     assert float(walk(inc).H.sum()) == pytest.approx(float(inc.H.trace()))
+
+
+@pytest.mark.parametrize(
+    ("count", "added"),
+    [
+        (2, {"linear_r2_origin", "straightness", "temporal_pc1", "subspace_drift"}),
+        (3, {"linear_r2", "rank1_coefficient_r2", "nonlinearity@sqrt", "nonlinearity@log"}),
+        (4, {"nonlinearity@quadratic"}),
+    ],
+)
+def test_each_statistic_comes_with_as_many_checkpoints_as_it_needs(
+    count: int, added: set[str]
+) -> None:
+    """A fit has one point more than it has numbers; of fewer it says nothing."""
+    gaps = torch.tensor([1.0, 2.0, 0.5, 1.5])[:count, None]
+    rows = gaps.sqrt() * torch.randn(count, 500, generator=torch.Generator().manual_seed(3))
+    found = statistics(from_steps((rows @ rows.T).double()))
+    if count > 2:
+        before = statistics(from_steps((rows[:-1] @ rows[:-1].T).double()))
+        assert {before.values[key] for key in added} == {None}
+    assert None not in {found.values[key] for key in added}
