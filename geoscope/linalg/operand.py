@@ -23,12 +23,12 @@ __all__ = ["Operand"]
 # Rows or columns of the longer side in one fp64 block: long enough for the products to run at
 # full speed, short enough to stay near the cache.
 _BLOCK = 1024
-# Few rows are multiplied by blocks of so many entries: they stay in the cache of one core, and the
-# products are ones that OpenBLAS counts as small, which are several times faster there. (Columns of
-# a wide matrix would be read with short strides.)
-_FEW_ROWS, _CACHED, _SMALL_PRODUCT = 12, 1 << 17, 900_000
-# Entries of the minuend and the subtrahend that are upcast at a time.
-_UPCAST = 1 << 16
+# Few rows are multiplied by blocks of so many entries, which the cache of one core holds; smaller
+# ones cost two workers more in waits for Python's lock. (Columns of a wide matrix would be read
+# with short strides.)
+_FEW_ROWS, _CACHED = 12, 1 << 18
+# Entries of the minuend and the subtrahend that are upcast at a time; of a whole matrix in fp32.
+_UPCAST, _UPCAST32 = 1 << 18, 1 << 20
 # Rows that are mirrored at a time, to stay in the cache.
 _MIRROR = 256
 # Stacks of matrices up to this shorter side and of so many entries are multiplied all at once on
@@ -150,7 +150,7 @@ class Operand:
         whole = torch.empty(tall, dtype=torch.float32) if room is None else room
         plus, minus = self.plus[0], None if self.minus is None else self.minus[0]
         work = _work_dtype(plus, minus, torch.float32)
-        buffer = torch.empty(max(16, _UPCAST // plus.shape[1]), plus.shape[1], dtype=work)
+        buffer = torch.empty(max(16, _UPCAST32 // plus.shape[1]), plus.shape[1], dtype=work)
         scratch = torch.empty_like(buffer)
         for start in range(0, len(plus), len(buffer)):
             rows = slice(start, start + len(buffer))
@@ -219,8 +219,7 @@ class Operand:
         """Of the blocks that products with so many rows take along the longer side."""
         if rows > _FEW_ROWS or not self.is_tall:
             return _BLOCK
-        entries = min(_CACHED, _SMALL_PRODUCT // max(1, rows))
-        return max(1, min(_BLOCK, entries // self.shape[1]))
+        return max(1, min(_BLOCK, _CACHED // self.shape[1]))
 
     def blocks(
         self, i: int, dtype: torch.dtype = torch.float64, *, length: int = _BLOCK

@@ -24,9 +24,9 @@ from geoscope.profile import stage
 
 __all__ = ["Increments", "increment_gram", "increments_of_products", "increments_of_weights"]
 
-# Entries of a block of all checkpoints: 1 MB in fp64, which the cache of one core holds; on other
-# devices few steps.
-_BLOCK, _BLOCK_ELSEWHERE = 1 << 17, 1 << 24
+# Entries of a block of all checkpoints: 2 MB in fp64, which a cache holds; on other devices few
+# steps.
+_BLOCK, _BLOCK_ELSEWHERE = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
