@@ -136,7 +136,7 @@ def _little_turned(
     and has several tuned models.
     """
     omega = (spread / math.sqrt(shape[0] * shape[1]))[:, None, None]
-    kept = [_unit_tangents(noise.drawn_for, sha256(row.numpy()).digest()) for row in S]
+    kept = [_unit_tangents(noise.drawn_for, sha256(row.numpy().tobytes()).digest()) for row in S]
     if new := [i for i, both in enumerate(kept) if not both]:
         sides = _unit(S[new], shape[0], noise.left, k), _unit(S[new], shape[1], noise.right, k)
         for i, *both in zip(new, *sides, strict=True):
