@@ -236,11 +236,17 @@ def either(*forms: Form) -> Form:
     return Form(words, lambda value: any(form.holds(value) for form in forms))
 
 
-def check_fields(table: Mapping[str, Any], forms: Mapping[str, Form], label: str) -> None:
+def check_fields(
+    table: Mapping[str, Any],
+    forms: Mapping[str, Form],
+    label: str,
+    *,
+    advice: str = "copy the file again",
+) -> None:
     """Raises CheckpointError for the first field of a document, called `label`, of another form."""
     for field, form in forms.items():
         value = table.get(field)
         if value is not None and not form.holds(value):
             raise CheckpointError(
-                f"{label}: {field} is {shown(value)}, and must be {form.words}; copy the file again"
+                f"{label}: {field} is {shown(value)}, and must be {form.words}; {advice}"
             )

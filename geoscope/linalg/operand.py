@@ -150,7 +150,8 @@ class Operand:
         whole = torch.empty(tall, dtype=torch.float32) if room is None else room
         plus, minus = self.plus[0], None if self.minus is None else self.minus[0]
         work = _work_dtype(plus, minus, torch.float32)
-        buffer = torch.empty(max(16, _UPCAST32 // plus.shape[1]), plus.shape[1], dtype=work)
+        count = min(len(plus), max(16, _UPCAST32 // plus.shape[1]))
+        buffer = torch.empty(count, plus.shape[1], dtype=work)
         scratch = torch.empty_like(buffer)
         for start in range(0, len(plus), len(buffer)):
             rows = slice(start, start + len(buffer))

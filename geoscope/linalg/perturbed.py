@@ -50,6 +50,8 @@ _BLOCKS = 1 << 9
 # Values sampled in all, and most steps from ω = 0 to ω.
 _VALUES = 4096
 _MOST_STEPS = 8
+# Tangents of a side that are kept, in all draws: 16 MB at most for all that is kept.
+_FEW_TANGENTS = 512
 # Numbers of a stack in one step: they stay near the cache. Numbers of a draw that is kept.
 _AT_ONCE = 1 << 19
 _KEPT = 1 << 18
@@ -136,7 +138,10 @@ def _little_turned(
     and has several tuned models.
     """
     omega = (spread / math.sqrt(shape[0] * shape[1]))[:, None, None]
-    kept = [_unit_tangents(noise.drawn_for, sha256(row.numpy().tobytes()).digest()) for row in S]
+    kept: list[list[Tensor]] = [[] for _ in S]
+    if _draws_of(k) * k <= _FEW_TANGENTS:
+        digests = [sha256(row.numpy().tobytes()).digest() for row in S]
+        kept = [_unit_tangents(noise.drawn_for, digest) for digest in digests]
     if new := [i for i, both in enumerate(kept) if not both]:
         sides = _unit(S[new], shape[0], noise.left, k), _unit(S[new], shape[1], noise.right, k)
         for i, *both in zip(new, *sides, strict=True):

@@ -9,14 +9,13 @@ those of the solver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError, OptionError
-from geoscope.profile import stage
 from geoscope.trajectory.backtest import PredictionProducts, pairs_of
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.prediction import MethodInput, Pair, Prediction, last_of
@@ -28,34 +27,12 @@ __all__ = [
     "Spatial",
     "alpha_rank1",
     "outer_moves",
-    "pair_products",
     "spatial_moves",
     "spatial_rank1",
 ]
 
 # 1 − cos below which two directions are one, and 1 + cos below which they are opposite.
 _SAME = 1e-13
-
-
-@stage("pair products")
-def pair_products(u: Tensor, v: Tensor, blocks: Iterable[Tensor]) -> Tensor:
-    """C[τ, i, j] = u_iᵀ·Δ_τ·v_j, (T, a, b), from one pass over the updates.
-
-    u: (a, m), v: (b, n). blocks: rows 0 … r−1, r …, in order, of all updates at once, (T, r, n)
-    each; one block is all of them. The same of δ gives the increments of C.
-    """
-    total, start = None, 0
-    for block in blocks:
-        stop = start + block.shape[1]
-        part = u[:, start:stop].double() @ (block.double() @ v.double().T)
-        total = part if total is None else total + part
-        start = stop
-    if total is None or start != u.shape[1]:
-        raise NumericsError(
-            f"blocks of {start} rows for left vectors of {u.shape[1]} entries; "
-            "all rows of the matrix are needed, in order"
-        )
-    return total
 
 
 # --- where the pair is going --------------------------------------------------------------------
@@ -247,7 +224,7 @@ def spatial_moves(
 ) -> dict[str, PredictionProducts]:
     """The moves of SPATIAL on all tensors, in the order of `increments`, for `backtest(others=)`.
 
-    products: `pair_products` of each path's u and v with the updates, (T, T, T). A tensor whose
+    products: u_iᵀ·Δ_τ·v_j of each path by τ, i and j, (T, T, T). A tensor whose
     last update is zero is held.
     """
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in SPATIAL}
@@ -327,8 +304,8 @@ def outer_moves(
     """(ahead, energy), (P,) each, of predictions W_o + c·σ̂·û·v̂ᵀ such as those of NExt.
 
     guesses: origin o → the step predicted for `horizon` checkpoints ahead; c is the distance in
-    steps over that of `horizon` checkpoints. products: origin → ûᵀΔ_τv̂ of every τ, (T,), by
-    `pair_products`. Origins without a guess hold.
+    steps over that of `horizon` checkpoints. products: origin → ûᵀΔ_τv̂ of every τ, (T,).
+    Origins without a guess hold.
     """
     T, t = len(inc), inc.elapsed
     pairs = pairs_of(T)

@@ -58,3 +58,8 @@ def number(value: float | None) -> float:
     """A value that must be there."""
     assert value is not None
     return value
+
+
+def pair_products(u: Tensor, v: Tensor, updates: Tensor) -> Tensor:
+    """u_iᵀ·Δ_τ·v_j by τ, i and j, of rows u (a, m) and v (b, n) and dense updates (T, m, n)."""
+    return torch.einsum("im,tmn,jn->tij", u, updates, v)

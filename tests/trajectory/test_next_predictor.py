@@ -25,7 +25,8 @@ from geoscope.trajectory.next_predictor import (
     train,
 )
 from geoscope.trajectory.rank1 import Rank1Path
-from geoscope.trajectory.spatial_rank1 import Pair, outer_moves, pair_products
+from geoscope.trajectory.spatial_rank1 import Pair, outer_moves
+from tests.helpers.series import pair_products
 
 T, H = 7, 2
 STEPS = tuple(10.0 * i for i in range(T + 1))
@@ -285,7 +286,7 @@ def test_it_stands_in_the_backtest_and_sees_no_future() -> None:
     for name, path in paths.items():
         updates = path[1:] - path[0]
         products = {
-            o: pair_products(g[name].u[None], g[name].v[None], [updates])[:, 0, 0]
+            o: pair_products(g[name].u[None], g[name].v[None], updates)[:, 0, 0]
             for o, g in guesses.items()
         }
         rows.append(outer_moves(inc[name], {o: g[name] for o, g in guesses.items()}, products, H))

@@ -17,10 +17,10 @@ from geoscope.trajectory.spatial_rank1 import (
     Pair,
     alpha_rank1,
     outer_moves,
-    pair_products,
     spatial_moves,
     spatial_rank1,
 )
+from tests.helpers.series import pair_products
 
 STEPS = (0.0, 5.0, 10.0, 12.0, 20.0, 31.0, 40.0)
 
@@ -49,7 +49,7 @@ def observed(path: Rank1Path, count: int) -> Rank1Path:
 def test_errors_are_those_of_dense_predictions() -> None:
     updates, inc = series()
     path = path_of(updates)
-    moves = spatial_moves({"a": path}, {"a": inc}, {"a": pair_products(path.u, path.v, [updates])})
+    moves = spatial_moves({"a": path}, {"a": inc}, {"a": pair_products(path.u, path.v, updates)})
     test = backtest({"a": inc}, ("linear",), others=moves)
     for place, (o, tau) in enumerate(test.pairs):
         seen = observed(path, o)
@@ -68,26 +68,13 @@ def test_errors_are_those_of_dense_predictions() -> None:
     assert float(alpha_rank1(path).dense().norm()) == pytest.approx(float(updates[-1].norm()))
 
 
-def test_products_in_blocks() -> None:
-    updates, _ = series()
-    path = path_of(updates)
-    whole = pair_products(path.u, path.v, [updates])
-    parts = pair_products(path.u, path.v, [updates[:, :4], updates[:, 4:5], updates[:, 5:]])
-    torch.testing.assert_close(whole, parts)
-    torch.testing.assert_close(whole.diagonal(dim1=0, dim2=1).diagonal(), path.sigma)
-    steps = updates.diff(dim=0, prepend=torch.zeros(1, 9, 7).double())
-    torch.testing.assert_close(pair_products(path.u, path.v, [steps]).cumsum(0), whole)
-    with pytest.raises(NumericsError, match="all rows"):
-        pair_products(path.u, path.v, [updates[:, :4]])
-
-
 def test_signs_of_the_pairs_change_nothing() -> None:
     updates, inc = series()
     path = path_of(updates)
     signs = torch.tensor([1.0, -1, -1, 1, -1, 1]).double()[:, None]
     turned = replace(path, u=path.u * signs, v=path.v * signs)
     one, two = (
-        spatial_moves({"a": p}, {"a": inc}, {"a": pair_products(p.u, p.v, [updates])})
+        spatial_moves({"a": p}, {"a": inc}, {"a": pair_products(p.u, p.v, updates)})
         for p in (path, turned)
     )
     for method in SPATIAL:
@@ -106,7 +93,7 @@ def test_a_fixed_direction_with_a_power_law_is_exact(exponent: float) -> None:
     inc = increments_of_weights(STEPS, [torch.zeros(9, 7).double(), *updates])
     path = path_of(updates)
     torch.testing.assert_close(spatial_rank1(path, inc, 90).dense(), 90**exponent * A)
-    moves = spatial_moves({"a": path}, {"a": inc}, {"a": pair_products(path.u, path.v, [updates])})
+    moves = spatial_moves({"a": path}, {"a": inc}, {"a": pair_products(path.u, path.v, updates)})
     test = backtest({"a": inc}, ("linear",), others=moves)
     for method in ("spatial_rank1", "spatial_rank1_pinned"):
         assert test.skill(method) == pytest.approx(1, abs=1e-10)
@@ -136,7 +123,7 @@ def test_a_random_walk_is_not_predicted() -> None:
         updates = torch.randn(12, 20, 16, generator=g).double().cumsum(0)
         incs[name] = increments_of_weights(steps, [torch.zeros(20, 16).double(), *updates])
         paths[name] = path_of(updates)
-        products[name] = pair_products(paths[name].u, paths[name].v, [updates])
+        products[name] = pair_products(paths[name].u, paths[name].v, updates)
     test = backtest(incs, ("linear",), others=spatial_moves(paths, incs, products))
     for method in SPATIAL:
         skill, damped = test.skill(method), test.skill(f"damped({method})")
@@ -150,7 +137,7 @@ def test_zero_updates_are_held() -> None:
     updates[:2] = 0
     inc = increments_of_weights(STEPS, [torch.zeros(9, 7).double(), *updates])
     path = path_of(updates)
-    moves = spatial_moves({"a": path}, {"a": inc}, {"a": pair_products(path.u, path.v, [updates])})
+    moves = spatial_moves({"a": path}, {"a": inc}, {"a": pair_products(path.u, path.v, updates)})
     for method in SPATIAL:
         assert torch.isfinite(moves[method].ahead).all()
         assert torch.isfinite(moves[method].energy).all()
@@ -166,7 +153,7 @@ def test_predictions_of_any_pair() -> None:
     u, v = (torch.nn.functional.normalize(torch.randn(d, generator=g).double(), dim=0)
             for d in (9, 7))  # fmt: skip
     guess = Pair(3.0, u, v)
-    products = pair_products(u[None], v[None], [updates])[:, 0, 0]
+    products = pair_products(u[None], v[None], updates)[:, 0, 0]
     ahead, energy = outer_moves(inc, {4: guess}, {4: products}, horizon=3)
     for place, (o, tau) in enumerate(pairs_of(6)):
         if o != 4:

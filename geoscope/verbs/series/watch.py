@@ -51,6 +51,7 @@ __all__ = ["LOG", "Observation", "recorded", "scalars", "watch"]
 LOG = "geoscope.jsonl"
 _SCHEMA = "geoscope.watch/1"
 MEASURED, FAILED, GONE = "MEASURED", "FAILED", "GONE"
+_START_AGAIN = "move it away, and start again"
 _LAYERS = Form(
     "a list of whole numbers", lambda value: isinstance(value, list) and COUNTS.holds(value)
 )
@@ -298,9 +299,8 @@ class _Lines:
         lines = self._content().split(b"\n")[:-1]
         try:
             return [_record(line, f"line {number}") for number, line in enumerate(lines, start=1)]
-        except (ValueError, CheckpointError) as error:
-            told = str(error).removesuffix("; copy the file again")
-            raise ReportError(f"{self.path}: {told}; move it away, and start again") from None
+        except CheckpointError as error:
+            raise ReportError(f"{self.path}: {error}") from None
 
     def _content(self) -> bytes:
         try:
@@ -327,14 +327,15 @@ class _Lines:
 
 
 def _record(line: bytes, label: str) -> dict[str, Any]:
-    """Raises ValueError, or CheckpointError for a field, for what is not the line of a step."""
+    """Raises CheckpointError for what is not the line of a step."""
     try:
         record = parsed(line)
     except ValueError as error:
-        raise ValueError(f"{label} is not JSON: {error}") from None
+        raise CheckpointError(f"{label} is not JSON: {error}; {_START_AGAIN}") from None
     if not isinstance(record, dict) or record.get("step") is None:
-        raise ValueError(f"{label} is {shown(record)}, and must be a table with a step")
-    check_fields(record, {"step": COUNT, "layers_measured": _LAYERS}, label)
+        told = f"{label} is {shown(record)}, and must be a table with a step"
+        raise CheckpointError(f"{told}; {_START_AGAIN}")
+    check_fields(record, {"step": COUNT, "layers_measured": _LAYERS}, label, advice=_START_AGAIN)
     return record
 
 
