@@ -76,7 +76,10 @@ class Part:
             raise ReportError(f"{told}; give what `part` wrote")
         try:
             if data.pop("sha256", None) != _checksum(data):
-                raise ValueError("it is not as it was written")
+                raise ReportError(
+                    "it was changed after it was written, or an earlier version wrote it; compute "
+                    "this part again"
+                )
             return decode(cls, data)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ReportError(

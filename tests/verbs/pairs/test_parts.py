@@ -53,7 +53,7 @@ def test_a_part_that_was_changed_is_refused(
 ) -> None:
     text = parts_of(models, 1)[0].dumps()
     assert text.count(was) == 1
-    with pytest.raises(ReportError, match=r"not as it was written.*compute this part again"):
+    with pytest.raises(ReportError, match=r"changed after it was written.*compute this part again"):
         Part.loads(text.replace(was, becomes))
 
 
