@@ -1,11 +1,12 @@
-"""SciPy's own BLAS and LAPACK on CPU tensors, without copies and without the interpreter lock.
+"""BLAS and LAPACK on CPU tensors, without copies and without the interpreter lock.
 
 SciPy ships OpenBLAS and publishes the addresses of its routines for Cython; calling them through
 ctypes releases the interpreter lock, so that worker threads keep all cores busy, and it reaches
 what neither torch nor SciPy's wrappers offer: one tridiagonalisation that serves all eigenvalues
 and a few eigenvectors. On AMD processors with AVX-512 its products are also faster than those of
-the MKL that torch brings, which takes AVX2 there (docs/benchmarks.md). Tensors here are fp64, on
-the CPU, with unit stride in the last axis.
+the MKL that torch brings, which takes AVX2 there. A few rows times a matrix are bound by its loads,
+and for them MKL is two to four times as fast (docs/benchmarks.md). Tensors here are fp64, on the
+CPU, with unit stride in the last axis.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ def _routine(module: Any, name: str, count: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
 
 
+# Up to so many rows times a matrix go through MKL, where torch has it. In fp64 its products with a
+# transposed matrix are slower beyond `_FEW_ACROSS` rows.
+_FEW_ROWS = 12 if torch.backends.mkl.is_available() else 0
+_FEW_ACROSS = 3
 # Up to this part of all vectors, inverse iteration is the faster way to them.
 _FEW_VECTORS = 1 / 8
 
@@ -86,8 +91,11 @@ def gemm(
     """
     m, k = (A.shape[1], A.shape[0]) if At else A.shape
     n = B.shape[0] if Bt else B.shape[1]
-    if any(one.stride(-1) != 1 and one.shape[-1] > 1 for one in (A, B, out)):
-        raise ValueError("gemm needs unit stride in the last axis")  # else it writes elsewhere
+    for one in (A, B, out):
+        if one.stride(-1) != 1 and one.shape[-1] > 1:
+            raise ValueError("gemm needs unit stride in the last axis")  # else it writes elsewhere
+    if m <= _FEW_ROWS and not At:
+        return _few_rows(A, B, out, add=add, across=Bt)
     flags = {True: b"T", False: b"N"}
     double = out.dtype == torch.float64
     kind = ctypes.c_double if double else ctypes.c_float
@@ -99,6 +107,17 @@ def gemm(
         _constant(1.0 if add else 0.0, kind), out, _leading(out),
     )  # fmt: skip
     return out
+
+
+def _few_rows(A: Tensor, B: Tensor, out: Tensor, *, add: bool, across: bool) -> Tensor:
+    """`gemm` by MKL, without At."""
+    if across:
+        B = B.T
+        if out.dtype == torch.float64 and out.shape[0] > _FEW_ACROSS:
+            for rows, images in zip(A.split(_FEW_ACROSS), out.split(_FEW_ACROSS), strict=True):
+                images.addmm_(rows, B) if add else torch.mm(rows, B, out=images)
+            return out
+    return out.addmm_(A, B) if add else torch.mm(A, B, out=out)
 
 
 def syrk(A: Tensor, out: Tensor, *, add: bool = False, At: bool = False) -> Tensor:

@@ -87,15 +87,18 @@ class Leading:
 
 
 def first_block(q: int, start: Tensor | None, seed: int, *, rows: int = ROWS) -> Tensor:
-    """Random rows (rows, q), or random mixtures of the rows near the answer with some of these.
+    """Random rows (rows, q); rows near the answer beside some of these, or mixtures with them.
 
-    A mixture holds every direction near the answer, in a block that stays narrow; what else is in
-    it keeps the space from being closed to directions that `start` has nothing of.
+    Of as many rows near the answer as the block has, or more, a mixture holds every direction in a
+    block that stays narrow. What is random keeps the space from being closed to directions that
+    `start` has nothing of.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, q, generator=generator, dtype=torch.float64)
     if start is None:
         return noise
+    if len(start) < rows:
+        return torch.cat([start.cpu(), noise[len(start) :] / q**0.5])
     mixing = torch.randn(rows, len(start), generator=generator, dtype=torch.float64)
     mixture = mixing @ start.cpu()
     return mixture + _STRANGE * mixture.norm() / noise.norm() * noise

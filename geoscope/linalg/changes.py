@@ -57,6 +57,8 @@ RELATIVE_TOLERANCE = 1e-3
 
 _BF16 = FORMATS[torch.bfloat16]
 _EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+# All bits of a 16-bit number but that of its sign.
+_MAGNITUDE = 0x7FFF
 # Below this many entries their codes are sorted, not counted.
 _FEW = 1 << 16
 # Entries of one step: stays in the cache of one core.
@@ -77,7 +79,8 @@ class Side:
     """One stored matrix: Frobenius norm, rounding noise, format, and its values.
 
     `noise` is √(Σulp²/12), the Frobenius norm of the rounding error that storing it made; on a
-    grid that of the grid, too. `stored`: the levels in a 16-bit format that stores them.
+    grid that of the grid, too. `levels`: values, their signs apart for 16-bit formats: nothing that
+    is asked of them knows the sign. `stored`: the same in the format that stores them.
     `quantisation`: where it was read from codes.
     """
 
@@ -100,7 +103,7 @@ class Side:
 def side(weight: Tensor) -> Side:
     """Norm, rounding noise and the values of one finite stored matrix (any shape and dtype).
 
-    `levels` and `counts` list its distinct values for 16-bit formats, a regular sample of its
+    `levels` and `counts` list its distinct magnitudes for 16-bit formats, a regular sample of its
     entries (with equal counts) for wider ones.
     """
     fmt = effective_format(weight)
@@ -128,26 +131,29 @@ def side(weight: Tensor) -> Side:
 
 
 def _histogram(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct values of a 16-bit tensor, as it stores them, and how often each is there (fp64)."""
+    """Distinct magnitudes of a 16-bit tensor, as it stores them, and how often each is there.
+
+    Of a bf16 or fp16 number all bits but the first are its magnitude.
+    """
     codes = weight.contiguous().view(torch.int16).reshape(-1)
     if codes.device.type == "cpu" and len(codes) < _FEW:
-        found, often = np.unique(codes.numpy().view(np.uint16), return_counts=True)
-        present, counts = torch.from_numpy(found.view(np.int16)), torch.from_numpy(often)
+        found, often = np.unique(codes.numpy() & _MAGNITUDE, return_counts=True)
+        present, counts = torch.from_numpy(found), torch.from_numpy(often)
     else:
-        every = _code_counts(codes)
+        every = _magnitude_counts(codes)
         present = every.nonzero().squeeze(-1)
         present, counts = present.to(torch.int16), every[present]
     return present.view(weight.dtype), counts.double()
 
 
-def _code_counts(codes: Tensor) -> Tensor:
-    counts = torch.zeros(65536, dtype=torch.int64, device=codes.device)
-    wide = torch.empty(0, dtype=torch.int32, device=codes.device)
+def _magnitude_counts(codes: Tensor) -> Tensor:
+    counts = torch.zeros(_MAGNITUDE + 1, dtype=torch.int64, device=codes.device)
+    room = torch.empty(0, dtype=torch.int16, device=codes.device)
     for block in _split(codes, 32):
-        if len(wide) < len(block):  # fresh pages would cost more than the counting
-            wide = torch.empty(len(block), dtype=torch.int32, device=codes.device)
-        unsigned = wide[: len(block)].copy_(block).bitwise_and_(0xFFFF)
-        counts += torch.bincount(unsigned, minlength=65536)
+        if len(room) < len(block):  # fresh pages would cost more than the counting
+            room = torch.empty_like(block)
+        magnitudes = torch.bitwise_and(block, _MAGNITUDE, out=room[: len(block)])
+        counts += torch.bincount(magnitudes, minlength=len(counts))
     return counts
 
 

@@ -10,7 +10,9 @@ the residual ‖Aᵀu − σv‖ of that step says what was reached, whatever ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,6 @@ from geoscope.linalg.certificate import (
     HOPE_FROM,
     LOST,
     MOST_OF_Q,
-    ROWS,
     SLACK,
     STILL,
     Leading,
@@ -29,15 +30,15 @@ from geoscope.linalg.certificate import (
     first_block,
 )
 from geoscope.linalg.choice import krylov_takes_gram
+from geoscope.linalg.differences import Differences
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.scale import outside
 from geoscope.profile import stage
 
-__all__ = ["leading_triplets"]
+__all__ = ["leading_of_differences", "leading_triplets"]
 
-# A piece of the matrix is multiplied there and back at once: it stays in the cache, and b times
-# its entries stay below what OpenBLAS counts as a small product, for a narrow one is faster there.
-_PRODUCT = 900_000
+# Entries of a piece of the matrix that is multiplied there and back at once: it stays in the cache.
+_PIECE = 1 << 18
 # Dimension at which a space is looked at first, at the least.
 _FIRST_CHECK = 8
 
@@ -75,15 +76,53 @@ def leading_triplets(
             return Leading.of_zero(A, k)
         unit, scale = A.scaled()
         A, (apply, _) = unit, _by_gram(unit) if by_gram else _by_products(unit, room)
-    q = min(A.shape)
-    limit = min(q, max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget)
-    basis, dimension, converged = _krylov(
-        apply, q, k, limit, seed=seed, start=start, certified=certified
+    basis = _krylov(
+        apply, min(A.shape), k, seed=seed, start=start, certified=certified, budget=budget
     )
-    found = _rayleigh_ritz(
-        A, basis, k, dimension=dimension, converged=converged, certified=certified
-    )
+    found, _ = _rayleigh_ritz(basis, *A.there_and_back(basis.rows), k, certified, tall=A.is_tall)
     return found if scale is None else found.times(scale)
+
+
+@stage("lanczos")
+def leading_of_differences(
+    A: Differences,
+    k: int,
+    *,
+    squares: Tensor,
+    starts: Sequence[Tensor | None],
+    beside: Tensor,
+    certified: int,
+    seed: int = 0,
+    rooms: Sequence[Tensor] | None = None,
+) -> tuple[list[Leading], Tensor]:
+    """`leading_triplets` of each difference, and what the first does to rows beside, together.
+
+    Every stored entry is upcast twice: for all searches, and for all that is certified. squares:
+    their ‖·‖², which tell where fp32 is too narrow. starts, rooms: one of each difference, as
+    `start` and `room` there. beside: v as rows (c, n). Returns the triplets, and the images A_1·v
+    (c + 1, m), the last of the leading v that was found for A_1.
+    """
+    options: dict[str, Any] = {"seed": seed, "certified": certified}
+    bases: list[_Basis | None] = []
+    for dense, start, size in zip(A.upright(rooms), starts, squares, strict=True):
+        apply = None if outside(size, torch.float32) else _there_and_back(dense)
+        q = dense.shape[1]
+        bases.append(None if apply is None else _krylov(apply, q, k, start=start, **options))
+    nothing = beside.new_empty(0, min(A.plus.shape))
+    pairs, images = A.there_and_back([nothing if b is None else b.rows for b in bases], beside)
+    found: list[Leading] = []
+    own: Tensor | None = None
+    for i, (basis, (long, back)) in enumerate(zip(bases, pairs, strict=True)):
+        if basis is None:
+            found.append(leading_triplets(Operand.of(A, i), k, start=starts[i], **options))
+            continue
+        one, again = _rayleigh_ritz(basis, long, back, k, certified, tall=A.is_tall)
+        found.append(one)
+        if i == 0:
+            own = one.S[:1, None] * one.U[:1] if A.is_tall else again[:1]
+    if own is None:
+        own = Operand.of(A, 0).right(found[0].Vh[None, :1])[0]
+    return found, torch.cat([images, own])
 
 
 # --- products in fp32 ---------------------------------------------------------------------------
@@ -95,13 +134,18 @@ _Products = tuple[Callable[[Tensor], Tensor], Tensor]
 def _by_gram(A: Operand) -> _Products:
     """X ↦ X·G for rows X (b, q), by the Gram matrix G of the shorter side in fp32; ‖A‖²."""
     gram = A.gram32()
-    return lambda X: _narrow(X, gram, Bt=True), gram.diagonal().sum()  # which is symmetric
+    return lambda X: blas.gemm(X, gram, torch.empty_like(X)), gram.diagonal().sum()
 
 
 def _by_products(A: Operand, room: Tensor | None) -> _Products:
     """X ↦ X·G for rows X (b, q), by products with A in fp32; ‖A‖²."""
     dense = A.upright(room)
-    pieces = dense.split(max(1, _PRODUCT // (ROWS * min(A.shape))))
+    return _there_and_back(dense), torch.linalg.vector_norm(dense).square()
+
+
+def _there_and_back(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    """X ↦ X·AᵀA for rows X (b, q) and A (long, q), fp32."""
+    pieces = dense.split(max(1, _PIECE // dense.shape[1]))
 
     def through(X: Tensor) -> Tensor:
         """Piece by piece there and back, so that each is read from memory once."""
@@ -112,36 +156,38 @@ def _by_products(A: Operand, room: Tensor | None) -> _Products:
             blas.gemm(image, piece, out, add=True)
         return out
 
-    return through, torch.linalg.vector_norm(dense).square()
-
-
-def _narrow(X: Tensor, B: Tensor, *, Bt: bool = False) -> Tensor:
-    """X·B, or X·Bᵀ with `Bt`, for few rows X: by pieces of B's rows that make small products."""
-    out = X.new_zeros(len(X), len(B) if Bt else B.shape[1])
-    rows = max(1, _PRODUCT // (len(X) * B.shape[1]))
-    for start in range(0, len(B), rows):
-        part = slice(start, start + rows)
-        if Bt:
-            blas.gemm(X, B[part], out[:, part], Bt=True)
-        else:
-            blas.gemm(X[:, part], B[part], out, add=True)
-    return out
+    return through
 
 
 # --- the Krylov space ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """Orthonormal Ritz vectors in fp64 (k + 1 rows, fewer if q is smaller), of a space of that
+    dimension; and whether they converged there."""
+
+    rows: Tensor
+    dimension: int
+    converged: bool
+
+    @classmethod
+    def of(cls, space: _Space, vectors: Tensor, *, converged: bool) -> _Basis:
+        rows = torch.linalg.qr(space.combine(vectors).T).Q.T.contiguous()
+        return cls(rows, space.filled, converged)
 
 
 def _krylov(
     apply: Callable[[Tensor], Tensor],
     q: int,
     k: int,
-    limit: int,
     *,
     seed: int,
     start: Tensor | None,
     certified: int,
-) -> tuple[Tensor, int, bool]:
-    """Ritz vectors (k + 1 rows, fewer if q is smaller), the dimension, whether they converged."""
+    budget: int | None = None,
+) -> _Basis:
+    limit = min(q, max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget)
     warm = start is not None
     space = _Space(first_block(q, start, seed), limit)
     cadence = _Cadence(min(max(4 * k, _FIRST_CHECK), limit))
@@ -164,7 +210,7 @@ def _krylov(
         excess = excess_of(space.misfit(vectors[:k]), ritz.values, k, certified=certified)
         found = int((excess <= 1).sum())
         if found == k or space.is_full or (first and found < k / 16):
-            return space.combine(vectors), space.filled, found == k
+            return _Basis.of(space, vectors, converged=found == k)
         cadence.missed("vectors", float(excess.max()), space)
 
 
@@ -223,8 +269,8 @@ class _Space:
         coefficients = torch.zeros(len(rows), self.filled)
         for first in (max(0, self.filled - 2 * len(rows)), 0):
             basis = self._basis[first : self.filled]
-            part = _narrow(rows, basis, Bt=True)
-            rows -= _narrow(part, basis)
+            part = blas.gemm(rows, basis, rows.new_empty(len(rows), len(basis)), Bt=True)
+            rows -= blas.gemm(part, basis, torch.empty_like(rows))
             coefficients[:, first:] += part
         return coefficients
 
@@ -276,26 +322,29 @@ class _Ritz:
 
 
 def _rayleigh_ritz(
-    A: Operand, basis: Tensor, k: int, *, dimension: int, converged: bool, certified: int
-) -> Leading:
-    """Triplets from span(basis), and their residuals, from the stored weights in fp64."""
-    short = torch.linalg.qr(basis.T).Q.T.contiguous()
-    long, back = A.there_and_back(short)
+    basis: _Basis, long: Tensor, back: Tensor, k: int, certified: int, *, tall: bool
+) -> tuple[Leading, Tensor]:
+    """Triplets from the span of the basis, and their residuals, from its images in fp64.
+
+    long: of the basis, (c, long), back: of these, (c, q), see `Operand.there_and_back`; `long` is
+    of the stored weights. Returns A·v of the triplets too if A is wide, Aᵀu if tall, (k, q).
+    """
     energies, rotation = torch.linalg.eigh(long @ long.T)
     rotation = rotation.flip(-1).T.contiguous()
     S = energies.flip(0).clamp_min(0).sqrt()
-    short, long, back = rotation @ short, rotation @ long, rotation[:k] @ back
+    short, long, back = rotation @ basis.rows, rotation @ long, rotation[:k] @ back
     scale = S[:, None].clamp_min(torch.finfo(S.dtype).tiny)
     long /= scale
     back /= scale[:k]
     misfit = torch.linalg.vector_norm(back - S[:k, None] * short[:k], dim=-1)
     excess = excess_of(S[:k] * misfit, S.square(), k, certified=certified)
-    U, Vh = (long, short) if A.is_tall else (short, long)
-    return Leading(
+    U, Vh = (long, short) if tall else (short, long)
+    found = Leading(
         S=S[:k],
         U=U[:k],
         Vh=Vh[:k],
         **bounds_of(misfit, S, k, certified=certified),
-        dimension=dimension,
-        converged=converged and bool(excess.max() <= SLACK),
+        dimension=basis.dimension,
+        converged=basis.converged and bool(excess.max() <= SLACK),
     )
+    return found, back

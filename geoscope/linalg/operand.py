@@ -15,26 +15,17 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg import blas, stacked
+from geoscope.linalg.differences import BLOCK, Differences
 from geoscope.linalg.scale import outside, power_of_two
 from geoscope.profile import stage
 
 __all__ = ["Operand"]
 
-# Rows or columns of the longer side in one fp64 block: long enough for the products to run at
-# full speed, short enough to stay near the cache.
-_BLOCK = 1024
-# Few rows are multiplied by blocks of so many entries, which the cache of one core holds; smaller
-# ones cost two workers more in waits for Python's lock. (Columns of a wide matrix would be read
-# with short strides.)
-_FEW_ROWS, _CACHED = 12, 1 << 18
-# Entries of the minuend and the subtrahend that are upcast at a time; of a whole matrix in fp32.
-_UPCAST, _UPCAST32 = 1 << 18, 1 << 20
 # Rows that are mirrored at a time, to stay in the cache.
 _MIRROR = 256
 # Stacks of matrices up to this shorter side and of so many entries are multiplied all at once on
 # the CPU, too: there a call costs more than its operations.
 _SMALL_SIDE, _SMALL = 96, 1 << 16
-_WITHIN_FP32 = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,12 @@ class Operand:
 
     plus: Tensor
     minus: Tensor | None = None
+
+    @classmethod
+    def of(cls, differences: Differences, i: int) -> Operand:
+        """The i-th of them, as a stack of one."""
+        minus = differences.minus
+        return cls(differences.plus[None], minus[i][None] if minus else None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -146,20 +143,7 @@ class Operand:
 
         room: memory of that shape to hold it.
         """
-        tall = (max(self.shape), min(self.shape))
-        whole = torch.empty(tall, dtype=torch.float32) if room is None else room
-        plus, minus = self.plus[0], None if self.minus is None else self.minus[0]
-        work = _work_dtype(plus, minus, torch.float32)
-        count = min(len(plus), max(16, _UPCAST32 // plus.shape[1]))
-        buffer = torch.empty(count, plus.shape[1], dtype=work)
-        scratch = torch.empty_like(buffer)
-        for start in range(0, len(plus), len(buffer)):
-            rows = slice(start, start + len(buffer))
-            block = buffer[: len(plus[rows])].copy_(plus[rows])
-            if minus is not None:
-                block.sub_(scratch[: len(block)].copy_(minus[rows]))
-            (whole[rows] if self.is_tall else whole[:, rows].T).copy_(block)
-        return whole
+        return self._differences(0).upright(None if room is None else [room])[0]
 
     @stage("products")
     def right(self, X: Tensor) -> Tensor:
@@ -176,20 +160,12 @@ class Operand:
         """`right(X)` and `left(Y)` in one pass over the entries."""
         return self._images(X, Y)
 
-    @stage("products")
     def there_and_back(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images of rows (k, q) of the shorter side, (k, long), and the images of these, (k, q).
 
-        Of one matrix on the CPU, in one pass over its entries: X·Aᵀ and X·AᵀA if tall, X·A and
-        X·AAᵀ if wide.
+        Of one matrix on the CPU, in one pass over its entries; see `Differences.there_and_back`.
         """
-        there = rows.new_empty(len(rows), max(self.shape))
-        back = torch.zeros_like(rows)
-        for part, block in self.blocks(0, length=self._length(len(rows))):
-            image = there[:, part]
-            blas.gemm(rows, block, image, Bt=self.is_tall)
-            blas.gemm(image, block, back, add=True, Bt=not self.is_tall)
-        return there, back
+        return self._differences(0).there_and_back([rows])[0][0]
 
     def _images(self, X: Tensor | None, Y: Tensor | None) -> tuple[Tensor, Tensor]:
         """The images of rows X and of rows Y; empty where there are none."""
@@ -203,8 +179,8 @@ class Operand:
             )
         right = given.new_zeros(*given.shape[:-1], 0 if X is None else m)
         left = given.new_zeros(*given.shape[:-1], 0 if Y is None else n)
-        length = self._length(given.shape[-2])
         for i in range(len(self)):
+            length = self._differences(i).length(given.shape[-2])
             for part, block in self.blocks(i, length=length):  # rows of A if tall, columns if wide
                 if X is not None and self.is_tall:
                     blas.gemm(X[i], block, right[i][:, part], Bt=True)
@@ -216,49 +192,14 @@ class Operand:
                     blas.gemm(Y[i], block, left[i][:, part])
         return right, left
 
-    def _length(self, rows: int) -> int:
-        """Of the blocks that products with so many rows take along the longer side."""
-        if rows > _FEW_ROWS or not self.is_tall:
-            return _BLOCK
-        return max(1, min(_BLOCK, _CACHED // self.shape[1]))
-
     def blocks(
-        self, i: int, dtype: torch.dtype = torch.float64, *, length: int = _BLOCK
+        self, i: int, dtype: torch.dtype = torch.float64, *, length: int = BLOCK
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks along the longer side in fp64: rows (c, n) if tall, columns (m, c) if wide.
+        """Blocks of the i-th matrix along the longer side, see `Differences.blocks`."""
+        return (
+            (part, block) for part, (block,) in self._differences(i).blocks(dtype, length=length)
+        )
 
-        c: `length`, fewer in the last. In fp32 they are rounded once, after the subtraction.
-        """
-        plus, minus = self.plus[i], None if self.minus is None else self.minus[i]
-        axis = 0 if self.is_tall else 1
-        block_shape = (length, plus.shape[1]) if self.is_tall else (plus.shape[0], length)
-        work = _work_dtype(plus, minus, dtype)
-        buffer = torch.empty(block_shape, dtype=work)
-        scratch = buffer.new_empty(max(1, _UPCAST // block_shape[1]), block_shape[1])
-        rounded = None if work == dtype else torch.empty(block_shape, dtype=dtype)
-        for start in range(0, plus.shape[axis], length):
-            count = min(length, plus.shape[axis] - start)
-            block = buffer.narrow(axis, 0, count)
-            with stage("upcast"):
-                stored = plus.narrow(axis, start, count)
-                if minus is None:
-                    block.copy_(stored)
-                else:
-                    _subtract(stored, minus.narrow(axis, start, count), block, scratch)
-                if rounded is not None:
-                    block = rounded.narrow(axis, 0, count).copy_(block)
-            yield slice(start, start + count), block
-
-
-def _work_dtype(plus: Tensor, minus: Tensor | None, dtype: torch.dtype) -> torch.dtype:
-    """Of a difference: fp32 holds every operand of a narrower format, and rounds once."""
-    narrow = all(one is None or one.dtype in _WITHIN_FP32 for one in (plus, minus))
-    return dtype if narrow else torch.float64
-
-
-def _subtract(plus: Tensor, minus: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """out = plus − minus in the dtype of `out`, some rows at a time: they stay in the cache."""
-    for start in range(0, len(out), len(scratch)):
-        part = out[start : start + len(scratch)].copy_(plus[start : start + len(scratch)])
-        other = scratch[: len(part), : part.shape[1]]
-        part.sub_(other.copy_(minus[start : start + len(scratch)]))
+    def _differences(self, i: int) -> Differences:
+        """The i-th matrix, which is one of them."""
+        return Differences(self.plus[i], () if self.minus is None else (self.minus[i],))

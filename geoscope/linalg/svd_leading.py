@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.certificate import Leading
-from geoscope.linalg.choice import leading_pays, leading_pays_stacked
-from geoscope.linalg.leading import leading_triplets
+from geoscope.linalg.choice import krylov_takes_gram, leading_pays, leading_pays_stacked
+from geoscope.linalg.differences import Differences
+from geoscope.linalg.leading import leading_of_differences, leading_triplets
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.linalg.svd import Factors, concatenate, factorise, take
 
-__all__ = ["factorise_leading"]
+__all__ = ["factorise_differences", "factorise_leading"]
 
 
 def factorise_leading(
@@ -40,9 +42,7 @@ def factorise_leading(
     all k. The others may be rough, and no bound is stated for them. room: as for
     `leading_triplets`, on the CPU.
     """
-    start = None
-    if near is not None and near.U is not None and near.Vh is not None:
-        start = near.Vh if A.is_tall else near.U.mT
+    start = None if near is None else _start(near, tall=A.is_tall)
     wanted = k if certified is None else certified
     options: dict[str, Any] = {"seed": seed, "budget": budget, "certified": wanted}
     as_stack = A.plus.device.type != "cpu"
@@ -60,31 +60,108 @@ def _leading(
     as_stack: bool,
 ) -> Factors:
     """The search where it pays, matrix by matrix or on the whole stack; else Gram matrices."""
-    values_only = options["certified"] == 0
-    found: list[Leading | None] = [None] * len(A)
-    reasons: list[str | None] = [None] * len(A)
+    wanted = options["certified"]
+    found: list[_Tried] = [(None, None)] * len(A)
     if as_stack:
         if leading_pays_stacked(A.shape, k):
-            found = [*stacked_leading(A, k, start=start, **options)]
-    elif leading_pays(A.shape, k, values_only=values_only):
+            found = [(one, None) for one in stacked_leading(A, k, start=start, **options)]
+    elif leading_pays(A.shape, k, values_only=wanted == 0):
         starts = [None] * len(A) if start is None else list(start)
-        for i, one in enumerate(starts):
-            try:
-                found[i] = leading_triplets(A.row(i), k, start=one, room=room, **options)
-            except (NumericsError, RuntimeError) as error:
-                reasons[i] = f"block Lanczos failed: {error}"
+        found = [
+            _tried(A.row(i), k, start=one, room=room, **options) for i, one in enumerate(starts)
+        ]
+    return _completed(A, k, cuts, found, values_only=wanted == 0)
+
+
+def factorise_differences(
+    A: Differences,
+    k: int,
+    *,
+    certified: int,
+    squares: Tensor,
+    near: Sequence[Factors | None],
+    beside: Tensor,
+    cuts: Sequence[int] = (),
+    seed: int = 0,
+    rooms: Sequence[Tensor] | None = None,
+) -> tuple[list[Factors], Tensor]:
+    """`factorise_leading` of each difference; and the images A_1·v of the first, (c + 1, m).
+
+    On the CPU one pass over the entries serves all of them, where searches pay. near, rooms: one of
+    each difference, as `near` and `room` there. beside: v as rows (c, n); the leading right vector
+    of the first difference comes last. `certified` is 1 at least.
+    """
+    singles = [Operand.of(A, i) for i in range(len(A))]
+    lent: Sequence[Tensor | None] = [None] * len(A) if rooms is None else rooms
+    shape = singles[0].shape
+    options: dict[str, Any] = {"seed": seed, "certified": certified}
+    is_here = A.plus.device.type == "cpu"
+    if not is_here or krylov_takes_gram(shape, k) or not leading_pays(shape, k):
+        factors = [
+            factorise_leading(one, k, cuts=cuts, near=start, room=room, **options)
+            for one, start, room in zip(singles, near, lent, strict=True)
+        ]
+        return factors, _seen(singles[0], beside, factors[0])
+    starts = [None if one is None else _start(one, tall=A.is_tall) for one in near]
+    options["starts"] = [None if one is None else one[0] for one in starts]
+    try:
+        leading, images = leading_of_differences(
+            A, k, squares=squares, beside=beside, rooms=rooms, **options
+        )
+    except (NumericsError, RuntimeError) as error:
+        failed: list[_Tried] = [(None, f"block Lanczos failed: {error}")]
+        factors = [_completed(one, k, cuts, failed, values_only=False) for one in singles]
+        return factors, _seen(singles[0], beside, factors[0])
+    factors = [
+        _completed(one, k, cuts, [(tried, None)], values_only=False)
+        for one, tried in zip(singles, leading, strict=True)
+    ]
+    if not leading[0].converged:
+        images = _seen(singles[0], beside, factors[0])
+    return factors, images
+
+
+def _seen(A: Operand, beside: Tensor, factors: Factors) -> Tensor:
+    """Images of rows beside, and of the leading right vector, (c + 1, m)."""
+    assert factors.Vh is not None
+    return A.right(torch.cat([beside, factors.Vh[0][:1]])[None])[0]
+
+
+_Tried = tuple[Leading | None, str | None]
+
+
+def _tried(A: Operand, k: int, **options: Any) -> _Tried:
+    """What a search finds, or why it failed."""
+    try:
+        return leading_triplets(A, k, **options), None
+    except (NumericsError, RuntimeError) as error:
+        return None, f"block Lanczos failed: {error}"
+
+
+def _completed(
+    A: Operand, k: int, cuts: Sequence[int], found: Sequence[_Tried], *, values_only: bool
+) -> Factors:
+    """Of what was not found, the whole spectrum through Gram matrices, with the reason."""
     parts = {
         i: _of_leading(one, values_only=values_only)
-        for i, one in enumerate(found)
+        for i, (one, _) in enumerate(found)
         if one is not None and one.converged
     }
     if rest := [i for i in range(len(A)) if i not in parts]:
         some = A.rows(rest) if parts else A
         whole = factorise(some, vectors=k, cuts=[cut for cut in cuts if cut <= k])
         for n, i in enumerate(rest):
-            reason = reasons[i] if (tried := found[i]) is None else _flat(tried)
+            tried, reason = found[i]
+            reason = reason if tried is None else _flat(tried)
             parts[i] = _first(take(whole, n), k, reason)
     return concatenate([parts[i] for i in range(len(A))])
+
+
+def _start(near: Factors, *, tall: bool) -> Tensor | None:
+    """Rows of the shorter side from which a search starts, (b, k, q)."""
+    if near.U is None or near.Vh is None:
+        return None
+    return near.Vh if tall else near.U.mT
 
 
 def _of_leading(found: Leading, *, values_only: bool) -> Factors:

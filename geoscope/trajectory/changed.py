@@ -155,7 +155,7 @@ def changed_step(before: Tensor, after: Tensor) -> StepChange:
         count = int(np.count_nonzero(differs))
         if count:
             longest = max(longest, start + int(differs.argmax()) - last, _long_gap(differs))
-            changed, last = changed + count, start + len(differs) - 1 - int(differs[::-1].argmax())
+            changed, last = changed + count, start + differs.tobytes().rfind(b"\1")
     is_short = longest <= _LONGEST_SHORT_GAP
     return StepChange(changed, _SHORT_GAP_BYTES if is_short else POSITION_BYTES)
 
@@ -167,11 +167,9 @@ def _changed_entries(before: Tensor, after: Tensor) -> np.ndarray:
         return _numbers(before) != _numbers(after)
     # On bits: a short format need not be made wide.
     one, other = (block.cpu().view(codes).numpy() for block in (before, after))
-    sign = np.iinfo(one.dtype).min
-    differing = one ^ other
-    changed, turned = differing != 0, differing == sign
-    if turned.any():
-        changed &= ~(turned & ((one == 0) | (other == 0)))
+    changed, minus_zero = one != other, np.iinfo(one.dtype).min
+    if len(one) and minus_zero in (one.min(), other.min()):
+        changed &= (one | other) != minus_zero
     return changed
 
 

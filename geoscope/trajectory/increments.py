@@ -140,9 +140,6 @@ def increments_of_weights(
             "one weight per step is needed, all of one shape"
         )
     T = len(weights) - 1
-    H = torch.zeros(T, T, dtype=torch.float64)
-    along = torch.zeros(T, dtype=torch.float64)
-    base_energy = 0.0
     noise = [0.0] * (T + 1)
     flat = [W.reshape(-1) for W in weights]
     device = flat[0].device
@@ -150,34 +147,28 @@ def increments_of_weights(
     block_entries = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
     width = min(flat[0].numel(), max(1, block_entries // (T + 1)))
     room = torch.empty(T + 1, width, dtype=torch.float64, device=device)
-    differences = torch.empty(T, width, dtype=torch.float64, device=device)
+    inner = torch.zeros(T + 1, T + 1, dtype=torch.float64)  # of W_0, δ_1 … δ_T
     for start in range(0, flat[0].numel(), width):
-        count = min(width, flat[0].numel() - start)
-        block, taken = room[:, :count], differences[:, :count]
+        block = room[:, : min(width, flat[0].numel() - start)]
         for row, W in zip(block, flat, strict=True):
-            row.copy_(W[start : start + count])
-        torch.sub(block[1:], block[:-1], out=taken)
-        if device.type == "cpu":
-            blas.gemm(taken, taken, H, add=True, Bt=True)
-        else:
-            H += (taken @ taken.T).cpu()
-        along += (taken @ block[0]).cpu()
-        base_energy += float(block[0].dot(block[0]))
+            row.copy_(W[start : start + width])
         for i, fmt in enumerate(formats):
-            noise[i] += float(rounding_energy(block[i], fmt))
-    if not (bool(torch.isfinite(H).all()) and math.isfinite(base_energy)):
-        broken = _first_broken(H, base_energy)
+            noise[i] += float(rounding_energy(block[i].clone(), fmt))
+        for before, after in reversed([*pairwise(block)]):
+            after.sub_(before)
+        if device.type == "cpu":
+            blas.gemm(block, block, inner, add=True, Bt=True)
+        else:
+            inner += (block @ block.T).cpu()
+    if not bool(torch.isfinite(inner).all()):
+        broken = int((~torch.isfinite(inner.diagonal())).nonzero()[0])
         if bool(torch.isfinite(flat[broken]).all()):
             raise NumericsError(f"step {steps[broken]:g}: squares of the entries overflow fp64")
         raise NonFiniteError(f"step {steps[broken]:g} holds NaN or infinity")
-    known = tuple(noise if rounding is None else rounding)
-    return Increments(tuple(map(float, steps)), (H + H.T) / 2, known, base_energy, along)
-
-
-def _first_broken(H: Tensor, base_energy: float) -> int:
-    """The first checkpoint, 0 the base, that is not finite."""
-    broken = ~torch.isfinite(H.diagonal())
-    return int(broken.nonzero()[0]) + 1 if math.isfinite(base_energy) and bool(broken.any()) else 0
+    H, known = inner[1:, 1:], tuple(noise if rounding is None else rounding)
+    return Increments(
+        tuple(map(float, steps)), (H + H.T) / 2, known, float(inner[0, 0]), inner[0, 1:].clone()
+    )
 
 
 @stage("increments")

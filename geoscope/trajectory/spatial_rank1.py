@@ -224,8 +224,8 @@ def spatial_moves(
 ) -> dict[str, PredictionProducts]:
     """The moves of SPATIAL on all tensors, in the order of `increments`, for `backtest(others=)`.
 
-    products: u_iᵀ·Δ_τ·v_j of each path by τ, i and j, (T, T, T). A tensor whose
-    last update is zero is held.
+    products: u_iᵀ·Δ_τ·v_j of each path by τ, i and j, (T, T, T); of i, j ≤ τ, for others are not
+    known yet at τ. A tensor whose last update is zero is held.
     """
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in SPATIAL}
     for name, inc in increments.items():

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from geoscope.engine import matrix_boundary
-from geoscope.linalg import Factors, Operand, factorise_leading
-from geoscope.linalg.product import factorise_product
+from geoscope.linalg import Factors, Operand, factorise_differences
+from geoscope.linalg.differences import Differences
+from geoscope.linalg.product import Product, factorise_product
 from geoscope.trajectory.changed import ChangedEntries
 from geoscope.trajectory.factor_series import FactorSeries
 from geoscope.trajectory.increments import Increments
 from geoscope.trajectory.rank1 import Rank1Path
 from geoscope.trajectory.scalar_r2 import ScalarR2Counts
 from geoscope.verbs.series.options import FollowOptions
-from geoscope.verbs.series.tensors import AdapterTensor, Change, ModelTensor, SeriesTensor
+from geoscope.verbs.series.tensors import AdapterTensor, AsStored, Change, ModelTensor, SeriesTensor
 
 __all__ = ["Kept", "measured"]
 
@@ -27,8 +30,8 @@ Methods = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one tensor. path, local: pairs of Δ_i, of δ_i. products: u_iᵀ·Δ_τ·v_j, (T, T, T).
-    changed: stored entries from step to step; None of adapters.
+    """Of one tensor. path, local: pairs of Δ_i, of δ_i. products: u_iᵀ·Δ_τ·v_j by τ, i and j,
+    (T, T, T), of i, j ≤ τ at least. changed: stored entries from step to step; None of adapters.
     """
 
     increments: Increments
@@ -69,52 +72,88 @@ def _through_grams(
 
 def _through_changes(tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions) -> Kept:
     """From every Δ_i and δ_i, one after the other."""
-    increments, changed = _increments(tensor, steps)
-    counts = None
+    increments, counts = tensor.increments(steps), None
     if options.scalar_r2 is not None and isinstance(tensor, ModelTensor) and len(steps) > 3:
         counts = tensor.scalar_r2(steps, published_filter=options.scalar_r2 == "published")
-    if not options.directions:
-        return Kept(increments, scalar_r2=counts, changed=changed)
-    path, local, method = _paths(tensor, increments, options.seed)
-    # of all τ, i, j: what backtests of rank-1 predictions take
-    products = torch.stack(
-        [path.u @ whole.right(path.v[None])[0].T for whole, _ in tensor.changes()]
-    )
-    return Kept(increments, path, local, products, method, counts, changed)
-
-
-def _increments(
-    tensor: SeriesTensor, steps: Sequence[float]
-) -> tuple[Increments, ChangedEntries | None]:
-    if isinstance(tensor, ModelTensor):
-        return tensor.increments_and_changes(steps)
-    return tensor.increments(steps), None
+    changes, stored = tensor.changes(), None
+    if isinstance(tensor, ModelTensor) and not tensor.is_made:
+        stored = AsStored()
+        changes = tensor.changes(stored)
+    kept = Kept(increments, scalar_r2=counts)
+    if options.directions:
+        kept = replace(kept, **_paths(changes, increments, options.seed))
+    elif stored is not None:
+        deque(changes, maxlen=0)  # is shown to `stored`
+    if stored is None:
+        return kept
+    increments, changed = stored.told(increments, math.prod(tensor.shape))
+    return replace(kept, increments=increments, changed=changed)
 
 
 def _paths(
-    tensor: SeriesTensor, increments: Increments, seed: int
-) -> tuple[Rank1Path, Rank1Path, Methods]:
-    """Leading pairs of every Δ_i and δ_i; each search starts where the last one ended."""
+    changes: Iterable[tuple[Change, Change]], increments: Increments, seed: int
+) -> dict[str, Any]:
+    """Of `Kept`: leading pairs of every Δ_i and δ_i, and u_iᵀ·Δ_τ·v_j of those up to τ.
+
+    Each search starts where the last one ended.
+    """
+    T, G, H = len(increments), increments.G.diagonal(), increments.H.diagonal()
     updates: list[Factors] = []
     steps: list[Factors] = []
-    room = torch.empty(max(tensor.shape), min(tensor.shape), dtype=torch.float32)
-    for whole, step in tensor.changes():
-        updates.append(_leading(whole, updates[-1] if updates else None, seed, room))
-        # the first update is the first step
-        steps.append(_leading(step, steps[-1], seed, room) if steps else updates[0])
-    return (
-        _path(updates, increments.G.diagonal()),
-        _path(steps, increments.H.diagonal()),
-        {"updates": _method(updates), "steps": _method(steps)},
-    )
+    rooms: list[torch.Tensor] = []
+    products = torch.zeros(T, T, T, dtype=torch.float64)
+    for i, (whole, step) in enumerate(changes):
+        if isinstance(whole, Operand) and not rooms:
+            m, n = whole.shape
+            rooms = [torch.empty(max(m, n), min(m, n), dtype=torch.float32) for _ in range(2)]
+        both: tuple[Change, ...] = (whole, step) if i else (whole,)  # the first update is a step
+        near = (updates[-1], steps[-1]) if i else (None,)
+        energies = torch.stack([G[i], H[i]])[: len(both)]
+        beside = [_first(one, "right") for one in updates]
+        found, images = _leading(both, near, beside, energies, seed, rooms)
+        updates.append(found[0])
+        steps.append(found[-1])
+        left = torch.stack([_first(one, "left") for one in updates])
+        products[i, : i + 1, : i + 1] = left @ images.T
+    return {
+        "path": _path(updates, G),
+        "local": _path(steps, H),
+        "products": products,
+        "method": {"updates": _method(updates), "steps": _method(steps)},
+    }
 
 
-def _leading(change: Change, near: Factors | None, seed: int, room: torch.Tensor) -> Factors:
-    """σ1 with its vectors, and σ2."""
-    k = min(2, *change.shape)
-    if isinstance(change, Operand):
-        return factorise_leading(change, k, cuts=(1,), seed=seed, near=near, certified=1, room=room)
-    return factorise_product(change, vectors=k, cuts=(1,))
+def _leading(
+    changes: Sequence[Change],
+    near: Sequence[Factors | None],
+    beside: Sequence[torch.Tensor],
+    energies: torch.Tensor,
+    seed: int,
+    rooms: Sequence[torch.Tensor],
+) -> tuple[list[Factors], torch.Tensor]:
+    """σ1 with its vectors, and σ2, of each; and the images A·v under the first of those beside and
+    of its own, (c + 1, m)."""
+    first, k = changes[0], min(2, *changes[0].shape)
+    rows = energies.new_empty(0, first.shape[1]) if not beside else torch.stack([*beside])
+    if isinstance(first, Operand):
+        minus = [
+            one.minus[0] for one in changes if isinstance(one, Operand) and one.minus is not None
+        ]
+        return factorise_differences(
+            Differences(first.plus[0], tuple(minus)),
+            k,
+            squares=energies,
+            cuts=(1,),
+            seed=seed,
+            near=near,
+            certified=1,
+            beside=rows,
+            rooms=rooms[: len(changes)],
+        )
+    found = [
+        factorise_product(one, vectors=k, cuts=(1,)) for one in changes if isinstance(one, Product)
+    ]
+    return found, first.right(torch.cat([rows, _first(found[0], "right")[None]])[None])[0]
 
 
 def _method(factors: Sequence[Factors]) -> dict[str, Any]:

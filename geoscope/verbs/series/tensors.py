@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from typing import Protocol
 
@@ -33,7 +34,15 @@ from geoscope.trajectory.increments import (
 )
 from geoscope.trajectory.scalar_r2 import ScalarR2, ScalarR2Counts
 
-__all__ = ["AdapterTensor", "Change", "MatchedSeries", "ModelTensor", "SeriesTensor", "lost_steps"]
+__all__ = [
+    "AdapterTensor",
+    "AsStored",
+    "Change",
+    "MatchedSeries",
+    "ModelTensor",
+    "SeriesTensor",
+    "lost_steps",
+]
 
 Change = Operand | Product
 
@@ -113,42 +122,10 @@ class ModelTensor:
         return tuple(_told(checkpoint.tensors[name]) for checkpoint, name in self.places)
 
     def increments(self, steps: Sequence[float]) -> Increments:
-        return self.increments_and_changes(steps)[0]
-
-    def increments_and_changes(
-        self, steps: Sequence[float]
-    ) -> tuple[Increments, ChangedEntries | None]:
-        """H, and what changed from step to step; None of weights that no file stores."""
+        """Without what storing rounded away, unless the weights are made: `AsStored` tells that."""
         if self.is_made:
-            return replace(self._increments(steps), grids=("",) * len(self.places)), None
-        # What storing rounded away is counted with the stored values below.
-        found = self._increments(steps, rounding=(0.0,) * len(self.places))
-        stored, steps_changed = self._stored()
-        found = replace(
-            found,
-            rounding=tuple(_rounding_of(one.side.noise**2, one.grid) for one in stored),
-            grids=tuple("" if one.grid is None else one.grid.name for one in stored),
-        )
-        sizes = (found.H.diagonal() / (self.shape[0] * self.shape[1])).sqrt().tolist()
-        expected = [
-            expected_change(before.side, after.side, rms)
-            for before, after, rms in zip(stored, stored[1:], sizes, strict=False)
-        ]
-        entries, sent = math.prod(self.shape), [one.value_bytes for one in stored[1:]]
-        return found, ChangedEntries.of(entries, steps_changed, expected, sent)
-
-    def _stored(self) -> tuple[list[_Stored], list[StepChange]]:
-        """Every checkpoint as its file holds it, and the changes between neighbours."""
-        stored: list[_Stored] = []
-        changes: list[StepChange] = []
-        before: torch.Tensor | None = None
-        for checkpoint, name in self.places:
-            weight = checkpoint.read(name)
-            stored.append(_Stored.of(weight, checkpoint.rounding(name)))
-            if before is not None:
-                changes.append(changed_step(before, weight))
-            before = weight
-        return stored, changes
+            return replace(self._increments(steps), grids=("",) * len(self.places))
+        return self._increments(steps, rounding=(0.0,) * len(self.places))
 
     def _increments(
         self, steps: Sequence[float], rounding: Sequence[float] | None = None
@@ -178,14 +155,19 @@ class ModelTensor:
         assert found is not None
         return found
 
-    def changes(self) -> Iterator[tuple[Change, Change]]:
-        first, *others = self.places
-        base = first[0].read(first[1])[None]
-        before = base
-        for one, name in others:
-            weight = one.read(name)[None]
-            yield Operand(weight, base), Operand(weight, before)
-            before = weight
+    def changes(self, stored: AsStored | None = None) -> Iterator[tuple[Change, Change]]:
+        """`stored` is shown each weight as its file holds it, the base first."""
+        base: torch.Tensor | None = None
+        before: torch.Tensor | None = None
+        for checkpoint, name in self.places:
+            weight = checkpoint.read(name)
+            if stored is not None:
+                stored.add(weight, checkpoint.rounding(name))
+            if base is None or before is None:
+                base = before = weight[None]
+                continue
+            yield Operand(weight[None], base), Operand(weight[None], before)
+            before = weight[None]
 
     def spans(self, count: int) -> Iterator[Operand]:
         """W_{i+count} − W_i of i = 1 … T − count, for what predicts so many checkpoints ahead."""
@@ -260,25 +242,43 @@ class AdapterTensor:
         return B[self.expert], A[self.expert], adapter.modules[self.module].scaling
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A weight as a file stores it.
+class AsStored:
+    """What the stored entries of a series of weights tell: rounding, and which of them changed."""
 
-    grid: on which it lies; codes are known from their file.
-    value_bytes: of an entry; None of codes.
-    """
+    def __init__(self) -> None:
+        self._sides: list[Side] = []
+        self._grids: list[Grid | None] = []
+        self._value_bytes: list[int | None] = []  # of an entry; None of codes
+        self._changes: list[StepChange] = []
+        self._before: torch.Tensor | None = None
 
-    side: Side
-    grid: Grid | None
-    value_bytes: int | None
+    def add(self, weight: torch.Tensor, codes: Quantisation | None) -> None:
+        """The next checkpoint, the base first. codes: what storing them rounded away, where a file
+        holds codes; else the entries tell the grid that they lie on."""
+        if codes is not None:
+            grid = Grid(f"{codes.name} grid", codes.size**2)
+            self._sides.append(replace(side(weight), quantisation=codes))
+        else:
+            grid = grid_of(weight)
+            self._sides.append(replace(side(weight), grid=grid))
+        self._grids.append(grid)
+        self._value_bytes.append(weight.dtype.itemsize if codes is None else None)
+        if self._before is not None:
+            self._changes.append(changed_step(self._before, weight))
+        self._before = weight
 
-    @classmethod
-    def of(cls, weight: torch.Tensor, known: Quantisation | None) -> _Stored:
-        if known is not None:
-            grid = Grid(f"{known.name} grid", known.size**2)
-            return cls(replace(side(weight), quantisation=known), grid, None)
-        grid = grid_of(weight)
-        return cls(replace(side(weight), grid=grid), grid, weight.dtype.itemsize)
+    def told(self, found: Increments, entries: int) -> tuple[Increments, ChangedEntries]:
+        """The increments of all of them with their rounding, and what changed from step to step."""
+        storage = [one.noise**2 for one in self._sides]
+        rounding = map(_rounding_of, storage, self._grids)
+        grids = ("" if grid is None else grid.name for grid in self._grids)
+        sizes = (found.H.diagonal() / entries).sqrt().tolist()
+        expected = [
+            expected_change(before, after, rms)
+            for (before, after), rms in zip(pairwise(self._sides), sizes, strict=True)
+        ]
+        changed = ChangedEntries.of(entries, self._changes, expected, self._value_bytes[1:])
+        return replace(found, rounding=tuple(rounding), grids=tuple(grids)), changed
 
 
 def _told(info: TensorInfo) -> str:
