@@ -1,0 +1,82 @@
+"""What the pass over a series keeps of a weight equals dense algebra in fp64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoscope.linalg import svd_leading
+from geoscope.linalg.changes import side
+from geoscope.verbs.series.opening import open_followed
+from geoscope.verbs.series.options import FollowOptions
+from geoscope.verbs.series.passes import Kept, measured
+from tests.helpers.matrices import gaussian, save_model, updated, with_spectrum
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+STEPS = (0, 10, 20, 30, 40, 50)
+SHAPES = {"tall": (500, 220), "wide": (220, 500), "square": (210, 210)}
+STILL = 30  # nothing moved until there
+
+
+def run(root: Path, shape: tuple[int, int], dtype: torch.dtype) -> tuple[list[Tensor], Kept]:
+    """Stored weights at every step, and what is kept of them."""
+    now, weights, points = gaussian(*shape, seed=1), [], []
+    for step in STEPS:
+        if step not in (0, STILL):
+            direction = with_spectrum(*shape, 0.5 ** torch.arange(6), seed=2)
+            now = updated(now, direction + 2e-3 * gaussian(*shape, seed=step), 0.03)
+        weights.append(now.to(dtype))
+        points.append(str(save_model(root / f"checkpoint-{step}", {NAME: weights[-1]})))
+    options = FollowOptions(base=points[0])
+    found = open_followed(points[1:], options)
+    return weights, measured(found.tensors[NAME], found.steps, options)
+
+
+@pytest.fixture(params=["searches", "spectra"])
+def searched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Pairs by searches, as of large matrices, or by whole spectra."""
+    found = request.param == "searches"
+    monkeypatch.setattr(svd_leading, "leading_pays", lambda *_, **__: found)
+    monkeypatch.setattr(svd_leading, "krylov_takes_gram", lambda *_, **__: False)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_everything_that_is_kept(
+    tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype, searched: bool
+) -> None:
+    weights, kept = run(tmp_path, shape, dtype)
+    wide = [one.double() for one in weights]
+    updates, steps = [W - wide[0] for W in wide[1:]], [b - a for a, b in pairwise(wide)]
+    flat = torch.stack(steps).flatten(1)
+    inc, path, local = kept.increments, kept.path, kept.local
+    assert path is not None and local is not None and kept.products is not None
+    torch.testing.assert_close(inc.H, flat @ flat.T, rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(inc.along, flat @ wide[0].flatten(), rtol=1e-11, atol=1e-12)
+    assert inc.base_energy == pytest.approx(float(wide[0].square().sum()), rel=1e-12)
+    assert inc.rounding == pytest.approx([side(one).noise ** 2 for one in weights])
+    for found, dense in ((path, updates), (local, steps)):
+        values = torch.stack([torch.linalg.svdvals(one)[:2] for one in dense])
+        torch.testing.assert_close(found.sigma, values[:, 0], rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(found.second, values[:, 1], rtol=1e-6, atol=1e-15)
+        for u, one, v, value in zip(found.u, dense, found.v, values[:, 0], strict=True):
+            assert float(u @ one @ v) == pytest.approx(float(value), rel=1e-9, abs=1e-15)
+    for tau, update in enumerate(updates):
+        known = slice(0, tau + 1)
+        dense = path.u[known] @ update @ path.v[known].T
+        ours = kept.products[tau, known, known]
+        torch.testing.assert_close(ours, dense, rtol=0, atol=1e-12 * float(update.norm()))
+    assert kept.changed is not None
+    counts = [int((b != a).sum()) for a, b in pairwise(weights)]
+    assert list(kept.changed.changed) == counts
+    assert counts[STEPS.index(STILL) - 1] == 0 < min(counts[:2])
+
+    assert kept.method is not None
+    for one in kept.method.values():
+        assert one["how"].startswith("block-lanczos" if searched else "gram")
+        assert one["fallback"] is None
