@@ -17,6 +17,7 @@ from geoscope.errors import OptionError
 from geoscope.folders import kept_at_most
 from geoscope.linalg import Factors, Operand, factorise
 from geoscope.metrics import factorising
+from geoscope.metrics import kept as kept_module
 from geoscope.verbs.options import Options
 from geoscope.verbs.pairs import matrices
 from tests.helpers.matrices import gaussian, save_model, updated
@@ -116,21 +117,28 @@ def test_a_base_is_factorised_once_and_numbers_stay(
     """For several tuned models, an anchor, and across runs; of updates, for their overlaps."""
     options = replace(OPTIONS, **change)
     made: list[object] = []
-    whole = factorising.factorised
+    for_overlaps: list[object] = []
+    whole, leading = factorising.factorised, kept_module.factorise
 
     def counted(*given: Any, **named: Any) -> Any:
         made.append(given)
         return whole(*given, **named)
 
+    def counted_too(*given: Any, **named: Any) -> Any:
+        for_overlaps.append(given)
+        return leading(*given, **named)
+
     base, *tuned = folders
     how = {"kind": "collapse", "anchor": tuned[1]}
     without = told(*folders, options=options), told(base, tuned[0], options=options, **how)
     monkeypatch.setattr(factorising, "factorised", counted)
+    monkeypatch.setattr(kept_module, "factorise", counted_too)
     kept = replace(options, cache=tmp_path / "cache")
     assert told(*folders, options=kept) == without[0]
     # what is not by Gram matrices keeps no update
     updates = 2 * 3 if {"quick", "solver"} & {*change} else 0
     assert len(made) == 2 + updates
+    assert len(for_overlaps) == 2 * 3  # each update once, for its values and its three overlaps
     made.clear()
     anchored = replace(kept, cache=tmp_path / "another")
     assert told(base, tuned[0], options=anchored, **how) == without[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from geoscope import Options, Report, compare
 from geoscope.metrics import limits_in_force
 from geoscope.metrics.merging import merging_outlook
-from geoscope.metrics.overlaps import overlap
+from geoscope.metrics.overlaps import overlap, updates_of
 from geoscope.records import Overlap
 from geoscope.report.answer import answer
 from tests.helpers.matrices import gaussian, orthonormal, save_model
@@ -31,7 +31,7 @@ def pairs_of(updates: list[Tensor], name: str = Q) -> list[Overlap]:
             name,
             a + 1,
             b + 1,
-            *overlap(base[None], *(base[None] + updates[i] for i in (a, b)), ks=(2,)),
+            *overlap(*updates_of(base[None], [base[None] + updates[i] for i in (a, b)], ks=(2,))),
         )
         for a, b in combinations(range(len(updates)), 2)
     ]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ from geoscope.engine import one_blas_thread
 from geoscope.errors import Stopped
 from geoscope.linalg.factor_update import FactorUpdate
 from geoscope.metrics.kept import PHI_DIMENSIONS
-from geoscope.metrics.overlaps import overlap
+from geoscope.metrics.overlaps import UpdateOf, overlap, updates_of
 from geoscope.verbs.options import Interrupted
+from geoscope.verbs.pairs import several
 from tests.helpers import oracle
 from tests.helpers.matrices import DTYPES, gaussian, orthonormal, save_model, updated, with_spectrum
 from tests.helpers.running import by_rows
@@ -35,7 +38,7 @@ Found = tuple[dict[str, float | int | None], dict[str, float]]
 
 def overlaps(base: Tensor, a: Tensor, b: Tensor, *, ks: tuple[int, ...] = KS) -> Found:
     with one_blas_thread():
-        return overlap(base[None], a[None], b[None], ks=ks)
+        return overlap(*updates_of(base[None], [a[None], b[None]], ks=ks))
 
 
 def number(value: float | int | None) -> float:
@@ -142,7 +145,7 @@ def test_masks_of_independent_updates_overlap_as_their_null_says(
 ) -> None:
     base = gaussian(256, 256, seed=1).to(dtype)
     tuned = [updated(base.double(), gaussian(256, 256, seed=s), rho).to(dtype) for s in (2, 3)]
-    values, nulls = overlap(base[None], *(one[None] for one in tuned), ks=(8,))
+    values, nulls = overlap(*updates_of(base[None], [one[None] for one in tuned], ks=(8,)))
     assert values["mask_jaccard"] == pytest.approx(nulls["mask_jaccard"], abs=0.012)
     assert set(nulls) == {key for key, value in values.items() if value is not None}
 
@@ -412,6 +415,46 @@ def test_tuned_models_are_numbered_as_in_the_provenance(tmp_path: Path, count: i
         assert run.modules.keys() == {"q_proj", "up_proj"}
 
 
+def test_where_memory_is_short_two_models_are_in_it_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = report_of(tmp_path, 3).overlaps
+    in_memory: list[int] = []
+    made = several.updates_of
+
+    def counted(base: Tensor, tuned: Sequence[Tensor], **how: Any) -> Any:
+        in_memory.append(len(tuned))
+        return made(base, tuned, **how)
+
+    monkeypatch.setattr(several, "updates_of", counted)
+    assert report_of(tmp_path, 3).overlaps == expected
+    assert in_memory == [3] * len(NAMES)
+    monkeypatch.setattr(several, "room_for_batches", lambda _: 0)
+    in_memory.clear()
+    assert report_of(tmp_path, 3).overlaps == expected
+    assert in_memory == [2] * 3 * len(NAMES)
+
+
+def test_a_pair_that_fails_says_why_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = report_of(tmp_path, 3)
+
+    def failing(a: UpdateOf, b: UpdateOf, **how: Any) -> Found:
+        if (a.number, b.number) == (0, 2) and a.base.weight.shape[1] == 24 == a.base.weight.shape[
+            2
+        ]:
+            raise RuntimeError("no room")
+        return overlap(a, b, **how)
+
+    monkeypatch.setattr(several, "overlap", failing)
+    report = report_of(tmp_path, 3)
+    gone = [one for one in whole.overlaps if one not in report.overlaps]
+    assert [(one.a, one.b, one.name) for one in gone] == [(1, 3, NAMES[0])]
+    (skipped,) = (one for one in report.coverage.skipped if one.name == NAMES[0])
+    assert "overlap of 1 and 3: " in skipped.reason and "no room" in skipped.reason
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_there_is_one_overlap_for_each_pair_and_matrix(tmp_path: Path, count: int) -> None:
     report = report_of(tmp_path, count)
@@ -527,7 +570,7 @@ def test_heads_and_rests_of_factors_are_those_of_the_dense_updates() -> None:
     dense = [base + 2 * B[0] @ A[0] for B, A, _ in factors]
     expected, _ = overlaps(base, *dense, ks=(2,))
     for a, b in ((products[0], products[1]), (products[0], dense[1][None])):
-        values, nulls = overlap(base[None], a, b, ks=(2,), in_blocks=True)
+        values, nulls = overlap(*updates_of(base[None], [a, b], ks=(2,)), in_blocks=True)
         for key in ("update_cosine", "head_cosine", "residual_cosine"):
             assert values[key] == pytest.approx(number(expected[key]), abs=1e-9), key
             assert nulls[key] == 0

@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 from geoscope.errors import OptionError, Stopped
@@ -82,9 +81,8 @@ def compare(
     sides += [about(each, is_whole=False) for each in prepared[len(runs) :]]
     report = assemble(sides, runs, kind, options, argv, time.perf_counter() - started)
     if several and len(runs) == len(prepared) and not runs[-1].interrupted:
-        pairs = combinations(range(1, len(tuned) + 1), 2)
         try:
-            found = [one for a, b in pairs for one in overlaps_of(prepared, a, b, options)]
+            found = overlaps_of(prepared, options)
         except (KeyboardInterrupt, Stopped) as stop:
             raise Interrupted(report, getattr(stop, "signum", int(signal.SIGINT))) from None
         overlaps = tuple(one for one in found if isinstance(one, Overlap))
