@@ -6,7 +6,7 @@ from geoscope.linalg.product import Product, factorise_product
 from geoscope.linalg.quantile import quantile
 from geoscope.linalg.storage import FORMATS, FloatFormat, effective_format
 from geoscope.linalg.svd import Factors, concatenate, factorise
-from geoscope.linalg.svd_leading import factorise_differences, factorise_leading
+from geoscope.linalg.svd_leading import factorise_leading
 
 __all__ = [
     "FORMATS",
@@ -17,7 +17,6 @@ __all__ = [
     "concatenate",
     "effective_format",
     "factorise",
-    "factorise_differences",
     "factorise_leading",
     "factorise_product",
     "principal_angles",

@@ -81,6 +81,10 @@ class Leading:
         bounds = bounds_of(U[:, 0], U.new_zeros(k + 1), k, certified=k)
         return cls(U.new_zeros(k), U, Vh, **bounds, dimension=0, converged=True)
 
+    def turned(self) -> Leading:
+        """Of the transposed matrix."""
+        return replace(self, U=self.Vh, Vh=self.U)
+
     def times(self, scale: Tensor) -> Leading:
         """Of the matrix that is `scale` times as large."""
         return replace(self, S=self.S * scale)

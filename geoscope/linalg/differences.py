@@ -44,8 +44,9 @@ class Differences:
         """How many differences."""
         return max(1, len(self.minus))
 
-    def upright(self, rooms: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Each in fp32, its longer side first (long, q), rounded once: after the subtraction.
+    def upright(self, rooms: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Each in fp32, its longer side first (long, q), rounded once: after the subtraction; and
+        its ‖·‖² in fp32.
 
         rooms: memory of that shape to hold them.
         """
@@ -56,42 +57,34 @@ class Differences:
         work = self._work_dtype(torch.float32)
         head = torch.empty(min(m, max(16, _UPCAST32 // n)), n, dtype=work)
         blocks = [torch.empty_like(head) for _ in rooms]
+        squares = torch.zeros(len(self))
         for start in range(0, m, len(head)):
             rows = slice(start, start + len(head))
             places = [room[rows] if tall else room[:, rows].T for room in rooms]
             is_direct = tall and work == torch.float32
             out = places if is_direct else [block[: len(places[0])] for block in blocks]
             self._subtract(rows, 0, out, head)
-            if not is_direct:
-                for place, block in zip(places, out, strict=True):
+            for i, (place, block) in enumerate(zip(places, out, strict=True)):
+                flat = block.reshape(-1)
+                squares[i] += torch.dot(flat, flat)
+                if not is_direct:
                     place.copy_(block)
-        return list(rooms)
+        return list(zip(rooms, squares, strict=True))
 
     @stage("products")
-    def there_and_back(
-        self, rows: Sequence[Tensor], beside: Tensor | None = None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Images under each difference A, in one pass over the entries, fp64.
+    def there_and_back(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of rows (k, q) of the shorter side under the first difference A, (k, long), and
+        the images of these, (k, q), in one pass over the entries, fp64.
 
-        rows: X (k, q) of the shorter side for each. beside: X (c, n) for the first. Returns of
-        each the images (k, long) and the images of these (k, q): X·Aᵀ and X·AᵀA if tall, X·A and
-        X·AAᵀ if wide; and X·A_1ᵀ (c, m) of those beside.
+        X·Aᵀ and X·AᵀA if tall, X·A and X·AAᵀ if wide.
         """
-        (m, n), long = self.plus.shape, max(self.plus.shape)
-        beside = rows[0].new_empty(0, n) if beside is None else beside
-        there = [X.new_empty(len(X), long) for X in rows]
-        back = [torch.zeros_like(X) for X in rows]
-        images = beside.new_zeros(len(beside), m)
-        length = self.length(max(map(len, rows)))
-        for part, blocks in self.blocks(length=length):
-            for X, block, image, end in zip(rows, blocks, there, back, strict=True):
-                blas.gemm(X, block, image[:, part], Bt=self.is_tall)
-                blas.gemm(image[:, part], block, end, add=True, Bt=not self.is_tall)
-            if len(beside) and self.is_tall:
-                blas.gemm(beside, blocks[0], images[:, part], Bt=True)
-            elif len(beside):
-                blas.gemm(beside[:, part], blocks[0], images, add=True, Bt=True)
-        return list(zip(there, back, strict=True)), images
+        there = rows.new_empty(len(rows), max(self.plus.shape))
+        back = torch.zeros_like(rows)
+        for part, (block, *_) in self.blocks(length=self.length(len(rows))):
+            image = there[:, part]
+            blas.gemm(rows, block, image, Bt=self.is_tall)
+            blas.gemm(image, block, back, add=True, Bt=not self.is_tall)
+        return there, back
 
     def length(self, rows: int) -> int:
         """Of the blocks that products with so many rows take along the longer side."""

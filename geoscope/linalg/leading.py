@@ -10,9 +10,8 @@ the residual ‖Aᵀu − σv‖ of that step says what was reached, whatever ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +29,11 @@ from geoscope.linalg.certificate import (
     first_block,
 )
 from geoscope.linalg.choice import krylov_takes_gram
-from geoscope.linalg.differences import Differences
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.scale import outside
 from geoscope.profile import stage
 
-__all__ = ["leading_of_differences", "leading_triplets"]
+__all__ = ["RitzBasis", "krylov_of_dense", "leading_triplets", "rayleigh_ritz"]
 
 # Entries of a piece of the matrix that is multiplied there and back at once: it stays in the cache.
 _PIECE = 1 << 18
@@ -79,50 +77,8 @@ def leading_triplets(
     basis = _krylov(
         apply, min(A.shape), k, seed=seed, start=start, certified=certified, budget=budget
     )
-    found, _ = _rayleigh_ritz(basis, *A.there_and_back(basis.rows), k, certified, tall=A.is_tall)
+    found, _ = rayleigh_ritz(basis, *A.there_and_back(basis.rows), k, certified, tall=A.is_tall)
     return found if scale is None else found.times(scale)
-
-
-@stage("lanczos")
-def leading_of_differences(
-    A: Differences,
-    k: int,
-    *,
-    squares: Tensor,
-    starts: Sequence[Tensor | None],
-    beside: Tensor,
-    certified: int,
-    seed: int = 0,
-    rooms: Sequence[Tensor] | None = None,
-) -> tuple[list[Leading], Tensor]:
-    """`leading_triplets` of each difference, and what the first does to rows beside, together.
-
-    Every stored entry is upcast twice: for all searches, and for all that is certified. squares:
-    their ‖·‖², which tell where fp32 is too narrow. starts, rooms: one of each difference, as
-    `start` and `room` there. beside: v as rows (c, n). Returns the triplets, and the images A_1·v
-    (c + 1, m), the last of the leading v that was found for A_1.
-    """
-    options: dict[str, Any] = {"seed": seed, "certified": certified}
-    bases: list[_Basis | None] = []
-    for dense, start, size in zip(A.upright(rooms), starts, squares, strict=True):
-        apply = None if outside(size, torch.float32) else _there_and_back(dense)
-        q = dense.shape[1]
-        bases.append(None if apply is None else _krylov(apply, q, k, start=start, **options))
-    nothing = beside.new_empty(0, min(A.plus.shape))
-    pairs, images = A.there_and_back([nothing if b is None else b.rows for b in bases], beside)
-    found: list[Leading] = []
-    own: Tensor | None = None
-    for i, (basis, (long, back)) in enumerate(zip(bases, pairs, strict=True)):
-        if basis is None:
-            found.append(leading_triplets(Operand.of(A, i), k, start=starts[i], **options))
-            continue
-        one, again = _rayleigh_ritz(basis, long, back, k, certified, tall=A.is_tall)
-        found.append(one)
-        if i == 0:
-            own = one.S[:1, None] * one.U[:1] if A.is_tall else again[:1]
-    if own is None:
-        own = Operand.of(A, 0).right(found[0].Vh[None, :1])[0]
-    return found, torch.cat([images, own])
 
 
 # --- products in fp32 ---------------------------------------------------------------------------
@@ -139,8 +95,8 @@ def _by_gram(A: Operand) -> _Products:
 
 def _by_products(A: Operand, room: Tensor | None) -> _Products:
     """X ↦ X·G for rows X (b, q), by products with A in fp32; ‖A‖²."""
-    dense = A.upright(room)
-    return _there_and_back(dense), torch.linalg.vector_norm(dense).square()
+    dense, squares = A.upright(room)
+    return _there_and_back(dense), squares
 
 
 def _there_and_back(dense: Tensor) -> Callable[[Tensor], Tensor]:
@@ -159,11 +115,18 @@ def _there_and_back(dense: Tensor) -> Callable[[Tensor], Tensor]:
     return through
 
 
+def krylov_of_dense(
+    A: Tensor, k: int, *, seed: int, start: Tensor | None, certified: int
+) -> RitzBasis:
+    """A basis near the leading k right vectors of A (long, q), fp32; see `leading_triplets`."""
+    return _krylov(_there_and_back(A), A.shape[1], k, seed=seed, start=start, certified=certified)
+
+
 # --- the Krylov space ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Basis:
+class RitzBasis:
     """Orthonormal Ritz vectors in fp64 (k + 1 rows, fewer if q is smaller), of a space of that
     dimension; and whether they converged there."""
 
@@ -172,7 +135,7 @@ class _Basis:
     converged: bool
 
     @classmethod
-    def of(cls, space: _Space, vectors: Tensor, *, converged: bool) -> _Basis:
+    def of(cls, space: _Space, vectors: Tensor, *, converged: bool) -> RitzBasis:
         rows = torch.linalg.qr(space.combine(vectors).T).Q.T.contiguous()
         return cls(rows, space.filled, converged)
 
@@ -186,7 +149,7 @@ def _krylov(
     start: Tensor | None,
     certified: int,
     budget: int | None = None,
-) -> _Basis:
+) -> RitzBasis:
     limit = min(q, max(int(MOST_OF_Q * q), 4 * k) if budget is None else budget)
     warm = start is not None
     space = _Space(first_block(q, start, seed), limit)
@@ -210,7 +173,7 @@ def _krylov(
         excess = excess_of(space.misfit(vectors[:k]), ritz.values, k, certified=certified)
         found = int((excess <= 1).sum())
         if found == k or space.is_full or (first and found < k / 16):
-            return _Basis.of(space, vectors, converged=found == k)
+            return RitzBasis.of(space, vectors, converged=found == k)
         cadence.missed("vectors", float(excess.max()), space)
 
 
@@ -321,13 +284,14 @@ class _Ritz:
 # --- the answer in fp64 -------------------------------------------------------------------------
 
 
-def _rayleigh_ritz(
-    basis: _Basis, long: Tensor, back: Tensor, k: int, certified: int, *, tall: bool
+def rayleigh_ritz(
+    basis: RitzBasis, long: Tensor, back: Tensor, k: int, certified: int, *, tall: bool
 ) -> tuple[Leading, Tensor]:
-    """Triplets from the span of the basis, and their residuals, from its images in fp64.
+    """Triplets from the span of a basis of right vectors (tall; else of left ones), and their
+    residuals, from its images in fp64.
 
-    long: of the basis, (c, long), back: of these, (c, q), see `Operand.there_and_back`; `long` is
-    of the stored weights. Returns A·v of the triplets too if A is wide, Aᵀu if tall, (k, q).
+    long: A·x of the rows x of the basis, as rows; back: Aᵀ·A·x. Returns the rotation too, whose
+    rows (k + 1, c) make the vectors of the rows of the basis.
     """
     energies, rotation = torch.linalg.eigh(long @ long.T)
     rotation = rotation.flip(-1).T.contiguous()
@@ -347,4 +311,4 @@ def _rayleigh_ritz(
         dimension=basis.dimension,
         converged=basis.converged and bool(excess.max() <= SLACK),
     )
-    return found, back
+    return found, rotation

@@ -35,12 +35,6 @@ class Operand:
     plus: Tensor
     minus: Tensor | None = None
 
-    @classmethod
-    def of(cls, differences: Differences, i: int) -> Operand:
-        """The i-th of them, as a stack of one."""
-        minus = differences.minus
-        return cls(differences.plus[None], minus[i][None] if minus else None)
-
     @property
     def shape(self) -> tuple[int, int]:
         return self.plus.shape[-2], self.plus.shape[-1]
@@ -138,8 +132,9 @@ class Operand:
         """
         return self._gram(0, dtype=torch.float32)
 
-    def upright(self, room: Tensor | None = None) -> Tensor:
-        """One matrix in fp32, its longer side first (long, q), rounded once: after the subtraction.
+    def upright(self, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One matrix in fp32, its longer side first (long, q), rounded once: after the subtraction;
+        and its ‖·‖².
 
         room: memory of that shape to hold it.
         """
@@ -165,7 +160,7 @@ class Operand:
 
         Of one matrix on the CPU, in one pass over its entries; see `Differences.there_and_back`.
         """
-        return self._differences(0).there_and_back([rows])[0][0]
+        return self._differences(0).there_and_back(rows)
 
     def _images(self, X: Tensor | None, Y: Tensor | None) -> tuple[Tensor, Tensor]:
         """The images of rows X and of rows Y; empty where there are none."""

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.certificate import Leading
 from geoscope.linalg.choice import krylov_takes_gram, leading_pays, leading_pays_stacked
-from geoscope.linalg.differences import Differences
-from geoscope.linalg.leading import leading_of_differences, leading_triplets
+from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.linalg.svd import Factors, concatenate, factorise, take
 
-__all__ = ["factorise_differences", "factorise_leading"]
+__all__ = ["completed", "factorise_leading", "factors_of", "searches_by_products"]
 
 
 def factorise_leading(
@@ -73,58 +71,14 @@ def _leading(
     return _completed(A, k, cuts, found, values_only=wanted == 0)
 
 
-def factorise_differences(
-    A: Differences,
-    k: int,
-    *,
-    certified: int,
-    squares: Tensor,
-    near: Sequence[Factors | None],
-    beside: Tensor,
-    cuts: Sequence[int] = (),
-    seed: int = 0,
-    rooms: Sequence[Tensor] | None = None,
-) -> tuple[list[Factors], Tensor]:
-    """`factorise_leading` of each difference; and the images A_1·v of the first, (c + 1, m).
-
-    On the CPU one pass over the entries serves all of them, where searches pay. near, rooms: one of
-    each difference, as `near` and `room` there. beside: v as rows (c, n); the leading right vector
-    of the first difference comes last. `certified` is 1 at least.
-    """
-    singles = [Operand.of(A, i) for i in range(len(A))]
-    lent: Sequence[Tensor | None] = [None] * len(A) if rooms is None else rooms
-    shape = singles[0].shape
-    options: dict[str, Any] = {"seed": seed, "certified": certified}
-    is_here = A.plus.device.type == "cpu"
-    if not is_here or krylov_takes_gram(shape, k) or not leading_pays(shape, k):
-        factors = [
-            factorise_leading(one, k, cuts=cuts, near=start, room=room, **options)
-            for one, start, room in zip(singles, near, lent, strict=True)
-        ]
-        return factors, _seen(singles[0], beside, factors[0])
-    starts = [None if one is None else _start(one, tall=A.is_tall) for one in near]
-    options["starts"] = [None if one is None else one[0] for one in starts]
-    try:
-        leading, images = leading_of_differences(
-            A, k, squares=squares, beside=beside, rooms=rooms, **options
-        )
-    except (NumericsError, RuntimeError) as error:
-        failed: list[_Tried] = [(None, f"block Lanczos failed: {error}")]
-        factors = [_completed(one, k, cuts, failed, values_only=False) for one in singles]
-        return factors, _seen(singles[0], beside, factors[0])
-    factors = [
-        _completed(one, k, cuts, [(tried, None)], values_only=False)
-        for one, tried in zip(singles, leading, strict=True)
-    ]
-    if not leading[0].converged:
-        images = _seen(singles[0], beside, factors[0])
-    return factors, images
+def searches_by_products(shape: tuple[int, int], k: int) -> bool:
+    """Whether the leading k triplets of one matrix on the CPU come from products with it."""
+    return leading_pays(shape, k) and not krylov_takes_gram(shape, k)
 
 
-def _seen(A: Operand, beside: Tensor, factors: Factors) -> Tensor:
-    """Images of rows beside, and of the leading right vector, (c + 1, m)."""
-    assert factors.Vh is not None
-    return A.right(torch.cat([beside, factors.Vh[0][:1]])[None])[0]
+def completed(A: Operand, k: int, tried: Leading, *, cuts: Sequence[int] = ()) -> Factors:
+    """Factors of what a search found of one matrix; by its Gram matrix if it did not converge."""
+    return _completed(A, k, cuts, [(tried, None)], values_only=False)
 
 
 _Tried = tuple[Leading | None, str | None]
@@ -143,7 +97,7 @@ def _completed(
 ) -> Factors:
     """Of what was not found, the whole spectrum through Gram matrices, with the reason."""
     parts = {
-        i: _of_leading(one, values_only=values_only)
+        i: factors_of(one, values_only=values_only)
         for i, (one, _) in enumerate(found)
         if one is not None and one.converged
     }
@@ -164,7 +118,8 @@ def _start(near: Factors, *, tall: bool) -> Tensor | None:
     return near.Vh if tall else near.U.mT
 
 
-def _of_leading(found: Leading, *, values_only: bool) -> Factors:
+def factors_of(found: Leading, *, values_only: bool = False) -> Factors:
+    """Of one matrix, of what a search found."""
     # Without a gap there is no subspace to bound, and reports hold no infinity.
     stated = not values_only and math.isfinite(found.sine)
     method = {

@@ -9,7 +9,7 @@ to keep: its entries do not share large common parts, so that nothing cancels
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +22,13 @@ from geoscope.linalg.product import Product
 from geoscope.linalg.storage import effective_format, rounding_energy
 from geoscope.profile import stage
 
-__all__ = ["Increments", "increment_gram", "increments_of_products", "increments_of_weights"]
+__all__ = [
+    "Increments",
+    "increment_gram",
+    "increments_of_inner",
+    "increments_of_products",
+    "increments_of_weights",
+]
 
 # Entries of a block of all checkpoints: 2 MB in fp64, which a cache holds; on other devices few
 # steps.
@@ -160,14 +166,37 @@ def increments_of_weights(
             blas.gemm(block, block, inner, add=True, Bt=True)
         else:
             inner += (block @ block.T).cpu()
+    return increments_of_inner(
+        steps,
+        inner,
+        noise if rounding is None else rounding,
+        is_finite=lambda i: bool(torch.isfinite(flat[i]).all()),
+    )
+
+
+def increments_of_inner(
+    steps: Sequence[float],
+    inner: Tensor,
+    rounding: Sequence[float],
+    *,
+    is_finite: Callable[[int], bool],
+) -> Increments:
+    """Of the inner products of W_0, δ_1 … δ_T, (T + 1, T + 1).
+
+    is_finite: whether the entries of a checkpoint, by number, all are. Raises NumericsError.
+    """
     if not bool(torch.isfinite(inner).all()):
         broken = int((~torch.isfinite(inner.diagonal())).nonzero()[0])
-        if bool(torch.isfinite(flat[broken]).all()):
+        if is_finite(broken):
             raise NumericsError(f"step {steps[broken]:g}: squares of the entries overflow fp64")
         raise NonFiniteError(f"step {steps[broken]:g} holds NaN or infinity")
-    H, known = inner[1:, 1:], tuple(noise if rounding is None else rounding)
+    H = inner[1:, 1:]
     return Increments(
-        tuple(map(float, steps)), (H + H.T) / 2, known, float(inner[0, 0]), inner[0, 1:].clone()
+        tuple(map(float, steps)),
+        (H + H.T) / 2,
+        tuple(rounding),
+        float(inner[0, 0]),
+        inner[0, 1:].clone(),
     )
 
 

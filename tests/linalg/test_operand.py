@@ -102,7 +102,8 @@ def test_a_row_is_a_stack_of_one(shape: tuple[int, int]) -> None:
 @every_shape
 def test_fp32_forms_are_rounded_after_the_subtraction(shape: tuple[int, int]) -> None:
     for A, expected in operands(shape):
-        upright, gram = A.row(1).upright(), A.row(1).gram32()
+        (upright, squares), gram = A.row(1).upright(), A.row(1).gram32()
+        assert float(squares) == pytest.approx(float((expected[1] ** 2).sum()), rel=1e-4)
         assert upright.dtype == gram.dtype == torch.float32
         rounded = expected[1].astype(np.float32)
         assert np.array_equal(upright.numpy(), rounded if A.is_tall else rounded.T)

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from geoscope.engine import matrix_boundary
-from geoscope.linalg import Factors, Operand, factorise_differences
+from geoscope.linalg import Factors, Operand, factorise_leading
+from geoscope.linalg.certificate import Leading
 from geoscope.linalg.differences import Differences
-from geoscope.linalg.product import Product, factorise_product
+from geoscope.linalg.product import factorise_product
+from geoscope.linalg.series_leading import SeriesBasis, SeriesPass, search
+from geoscope.linalg.svd_leading import completed, factors_of, searches_by_products
 from geoscope.trajectory.changed import ChangedEntries
 from geoscope.trajectory.factor_series import FactorSeries
-from geoscope.trajectory.increments import Increments
+from geoscope.trajectory.increments import Increments, increments_of_inner
 from geoscope.trajectory.rank1 import Rank1Path
 from geoscope.trajectory.scalar_r2 import ScalarR2Counts
 from geoscope.verbs.series.options import FollowOptions
@@ -24,6 +27,8 @@ from geoscope.verbs.series.tensors import AdapterTensor, AsStored, Change, Model
 
 __all__ = ["Kept", "measured"]
 
+# Triplets of every Δ and δ: the second for the gap behind the first.
+_PAIRS = 2
 # "updates" (Δ) and "steps" (δ) → how their pairs were found, as in `Factors.methods`.
 Methods = Mapping[str, Mapping[str, Any]]
 
@@ -50,7 +55,10 @@ def measured(tensor: SeriesTensor, steps: Sequence[float], options: FollowOption
             grams = tensor.grams()
             found = None if grams is None else _through_grams(tensor, grams, steps, options)
             return _through_changes(tensor, steps, options) if found is None else found
-        return _through_changes(tensor, steps, options)
+        assert isinstance(tensor, ModelTensor)
+        if not options.directions or tensor.is_made or not searches_by_products(tensor.shape, 2):
+            return _through_changes(tensor, steps, options)
+        return _together(tensor, steps, options)
 
 
 def _through_grams(
@@ -70,18 +78,92 @@ def _through_grams(
     return Kept(increments, path, local, grams.pair_products(path), method)
 
 
+def _together(tensor: ModelTensor, steps: Sequence[float], options: FollowOptions) -> Kept:
+    """From searches for the pairs of every Δ_i and δ_i, and one pass that certifies them all."""
+    stored = AsStored()
+    bases = _bases(tensor, stored, options.seed)
+    m, n = tensor.shape
+    together = SeriesPass((n, m) if tensor.is_turned else (m, n), bases)
+    for rows in tensor.stored_rows():
+        together.add(rows)
+    unrounded = (0.0,) * len(steps)
+    increments = increments_of_inner(steps, together.inner, unrounded, is_finite=tensor.is_finite)
+    leading, products = together.leading(_PAIRS, certified=1)
+    if tensor.is_turned:
+        leading = [[None if one is None else one.turned() for one in row] for row in leading]
+        products = None if products is None else products.mT
+    found = _completed(tensor, leading, options.seed)
+    paths = _paths([row[0] for row in found], [row[-1] for row in found], increments)
+    if products is None or not all(row[0] is not None and row[0].converged for row in leading):
+        products = _pair_products(tensor, paths["path"])
+    increments, changed = stored.told(increments, math.prod(tensor.shape))
+    counts = _scalar_r2(tensor, steps, options)
+    return Kept(increments, **paths, products=products, scalar_r2=counts, changed=changed)
+
+
+def _bases(tensor: ModelTensor, stored: AsStored, seed: int) -> list[list[SeriesBasis | None]]:
+    """Of every Δ_i and δ_i, the first of which are one; each search starts where the last one
+    ended."""
+    found: list[list[SeriesBasis | None]] = []
+    rooms: list[torch.Tensor] = []
+    for whole, step in tensor.changes(stored):
+        assert isinstance(whole, Operand) and isinstance(step, Operand)
+        weights = [whole.plus, whole.minus, *([step.minus] if found else [])]
+        plus, *minus = (
+            one[0].T if tensor.is_turned else one[0] for one in weights if one is not None
+        )
+        A = Differences(plus, tuple(minus))
+        if not rooms:
+            sides = max(tensor.shape), min(tensor.shape)
+            rooms = [torch.empty(sides, dtype=torch.float32) for _ in range(2)]
+        starts = [*found[-1], found[-1][0]][:2] if found else [None]
+        lent = rooms[: len(A)]
+        found.append(search(A, _PAIRS, starts=starts, certified=1, seed=seed, rooms=lent))
+    return found
+
+
+def _completed(
+    tensor: ModelTensor, leading: Sequence[Sequence[Leading | None]], seed: int
+) -> list[list[Factors]]:
+    """Factors of every Δ_i and δ_i; what no search found is taken from the stored weights anew."""
+    if all(one is not None and one.converged for row in leading for one in row):
+        return [[factors_of(one) for one in row if one is not None] for row in leading]
+    options: dict[str, Any] = {"cuts": (1,)}
+    return [
+        [
+            _leading(A, None, seed) if one is None else completed(A, _PAIRS, one, **options)
+            for one, A in zip(row, changes, strict=False)
+            if isinstance(A, Operand)
+        ]
+        for row, changes in zip(leading, tensor.changes(), strict=True)
+    ]
+
+
+def _scalar_r2(
+    tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions
+) -> ScalarR2Counts | None:
+    if options.scalar_r2 is None or not isinstance(tensor, ModelTensor) or len(steps) <= 3:
+        return None
+    return tensor.scalar_r2(steps, published_filter=options.scalar_r2 == "published")
+
+
 def _through_changes(tensor: SeriesTensor, steps: Sequence[float], options: FollowOptions) -> Kept:
     """From every Δ_i and δ_i, one after the other."""
-    increments, counts = tensor.increments(steps), None
-    if options.scalar_r2 is not None and isinstance(tensor, ModelTensor) and len(steps) > 3:
-        counts = tensor.scalar_r2(steps, published_filter=options.scalar_r2 == "published")
+    increments = tensor.increments(steps)
+    kept = Kept(increments, scalar_r2=_scalar_r2(tensor, steps, options))
     changes, stored = tensor.changes(), None
     if isinstance(tensor, ModelTensor) and not tensor.is_made:
         stored = AsStored()
         changes = tensor.changes(stored)
-    kept = Kept(increments, scalar_r2=counts)
     if options.directions:
-        kept = replace(kept, **_paths(changes, increments, options.seed))
+        updates: list[Factors] = []
+        local: list[Factors] = []
+        for whole, step in changes:
+            updates.append(_leading(whole, updates[-1] if updates else None, options.seed))
+            # the first update is the first step
+            local.append(_leading(step, local[-1], options.seed) if local else updates[0])
+        paths = _paths(updates, local, increments)
+        kept = replace(kept, **paths, products=_pair_products(tensor, paths["path"]))
     elif stored is not None:
         deque(changes, maxlen=0)  # is shown to `stored`
     if stored is None:
@@ -90,70 +172,29 @@ def _through_changes(tensor: SeriesTensor, steps: Sequence[float], options: Foll
     return replace(kept, increments=increments, changed=changed)
 
 
+def _leading(change: Change, near: Factors | None, seed: int) -> Factors:
+    """σ1 with its vectors, and σ2."""
+    k = min(_PAIRS, *change.shape)
+    if isinstance(change, Operand):
+        return factorise_leading(change, k, cuts=(1,), seed=seed, near=near, certified=1)
+    return factorise_product(change, vectors=k, cuts=(1,))
+
+
+def _pair_products(tensor: SeriesTensor, path: Rank1Path) -> torch.Tensor:
+    """u_iᵀ·Δ_τ·v_j by τ, i and j, (T, T, T)."""
+    images = (whole.right(path.v[None])[0] for whole, _ in tensor.changes())
+    return torch.stack([path.u @ one.T for one in images])
+
+
 def _paths(
-    changes: Iterable[tuple[Change, Change]], increments: Increments, seed: int
+    updates: Sequence[Factors], local: Sequence[Factors], increments: Increments
 ) -> dict[str, Any]:
-    """Of `Kept`: leading pairs of every Δ_i and δ_i, and u_iᵀ·Δ_τ·v_j of those up to τ.
-
-    Each search starts where the last one ended.
-    """
-    T, G, H = len(increments), increments.G.diagonal(), increments.H.diagonal()
-    updates: list[Factors] = []
-    steps: list[Factors] = []
-    rooms: list[torch.Tensor] = []
-    products = torch.zeros(T, T, T, dtype=torch.float64)
-    for i, (whole, step) in enumerate(changes):
-        if isinstance(whole, Operand) and not rooms:
-            m, n = whole.shape
-            rooms = [torch.empty(max(m, n), min(m, n), dtype=torch.float32) for _ in range(2)]
-        both: tuple[Change, ...] = (whole, step) if i else (whole,)  # the first update is a step
-        near = (updates[-1], steps[-1]) if i else (None,)
-        energies = torch.stack([G[i], H[i]])[: len(both)]
-        beside = [_first(one, "right") for one in updates]
-        found, images = _leading(both, near, beside, energies, seed, rooms)
-        updates.append(found[0])
-        steps.append(found[-1])
-        left = torch.stack([_first(one, "left") for one in updates])
-        products[i, : i + 1, : i + 1] = left @ images.T
+    """Of `Kept`: the pairs of every Δ_i and of every δ_i."""
     return {
-        "path": _path(updates, G),
-        "local": _path(steps, H),
-        "products": products,
-        "method": {"updates": _method(updates), "steps": _method(steps)},
+        "path": _path(updates, increments.G.diagonal()),
+        "local": _path(local, increments.H.diagonal()),
+        "method": {"updates": _method(updates), "steps": _method(local)},
     }
-
-
-def _leading(
-    changes: Sequence[Change],
-    near: Sequence[Factors | None],
-    beside: Sequence[torch.Tensor],
-    energies: torch.Tensor,
-    seed: int,
-    rooms: Sequence[torch.Tensor],
-) -> tuple[list[Factors], torch.Tensor]:
-    """σ1 with its vectors, and σ2, of each; and the images A·v under the first of those beside and
-    of its own, (c + 1, m)."""
-    first, k = changes[0], min(2, *changes[0].shape)
-    rows = energies.new_empty(0, first.shape[1]) if not beside else torch.stack([*beside])
-    if isinstance(first, Operand):
-        minus = [
-            one.minus[0] for one in changes if isinstance(one, Operand) and one.minus is not None
-        ]
-        return factorise_differences(
-            Differences(first.plus[0], tuple(minus)),
-            k,
-            squares=energies,
-            cuts=(1,),
-            seed=seed,
-            near=near,
-            certified=1,
-            beside=rows,
-            rooms=rooms[: len(changes)],
-        )
-    found = [
-        factorise_product(one, vectors=k, cuts=(1,)) for one in changes if isinstance(one, Product)
-    ]
-    return found, first.right(torch.cat([rows, _first(found[0], "right")[None]])[None])[0]
 
 
 def _method(factors: Sequence[Factors]) -> dict[str, Any]:

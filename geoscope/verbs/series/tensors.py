@@ -133,15 +133,32 @@ class ModelTensor:
         found = (increments_of_weights(steps, part, rounding=rounding) for part in self._parts())
         return reduce(add, found)
 
-    def _parts(self) -> Iterator[list[torch.Tensor]]:
-        """Entries of every checkpoint, in the order of the files."""
+    def _parts(self, *, row: int = 1) -> Iterator[list[torch.Tensor]]:
+        """Entries of every checkpoint, in the order of the files; whole rows of so many."""
         entries = math.prod(self.shape)
         room = _MADE_BYTES if self.is_made else _BLOCK_BYTES  # a part costs the whole to make
-        width = max(1, room // (8 * len(self.places)))
+        width = max(1, room // (8 * len(self.places)) // row) * row
         for start in range(0, entries, width):
             end = min(start + width, entries)
             parts = [checkpoint.read_part(name, start, end) for checkpoint, name in self.places]
             yield [part.double() for part in parts] if self.is_made else parts
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether files hold it as (in, out)."""
+        checkpoint, name = self.places[0]
+        return checkpoint.tensors[name].transposed
+
+    def stored_rows(self) -> Iterator[list[torch.Tensor]]:
+        """Rows of every checkpoint as files hold them, (c, n), or (c, m) where it is turned."""
+        row = self.shape[0] if self.is_turned else self.shape[1]
+        for parts in self._parts(row=row):
+            yield [part.reshape(-1, row) for part in parts]
+
+    def is_finite(self, number: int) -> bool:
+        """Whether all entries of a checkpoint are, the base being 0."""
+        checkpoint, name = self.places[number]
+        return bool(torch.isfinite(checkpoint.read(name)).all())
 
     def scalar_r2(self, steps: Sequence[float], *, published_filter: bool) -> ScalarR2Counts:
         """Entries by their R² on a line in t, in a pass of its own; see `ScalarR2`."""
