@@ -25,9 +25,9 @@ __all__ = ["SeriesBasis", "SeriesPass", "search"]
 
 # Entries of a block of one checkpoint that is multiplied: larger ones leave the cache, smaller ones
 # cost two workers waits for Python's lock. And of the steps of all checkpoints, which are held.
-_BLOCK, _HELD = 1 << 18, 1 << 22
-# Rows that are multiplied at a time.
-_ROWS = 12
+_BLOCK, _HELD = 1 << 17, 1 << 22
+# Up to so many rows are multiplied with a block; of more the block is multiplied with columns.
+_FEW_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class SeriesPass:
         for one in updates:
             self._ends.append(self._ends[-1] + (0 if one is None else len(one)))
         self._rights = torch.cat([one for one in updates if one is not None] or [torch.empty(0, n)])
+        self._columns = self._rights.T.contiguous()
         self._own, self._seen = torch.empty(2, self._ends[-1], self._length, dtype=torch.float64)
         self._pairs = [torch.zeros(end, end, dtype=torch.float64) for end in self._ends[1:]]
 
@@ -120,24 +121,29 @@ class SeriesPass:
                 step = torch.sub(now, before, out=held[i + 1])
                 whole = torch.sub(now, base, out=update) if i else step
             with stage("products"):
-                self._multiply(i, (whole, step), rows)
+                self._multiply_update(i, whole, rows)
+                if i and (basis := self._bases[i][1]) is not None:
+                    image = blas.gemm(basis, step, self._there[i][1][:, rows], Bt=True)
+                    blas.gemm(image, step, self._back[i][1], add=True)
             before = now
         with stage("increments"):
             flat = held.reshape(len(stored), -1)
             blas.gemm(flat, flat, self.inner, add=True, Bt=True)
 
-    def _multiply(self, i: int, changes: Sequence[Tensor], rows: slice) -> None:
-        places = zip(self._bases[i], changes, self._there[i], self._back[i], strict=False)
-        for basis, change, there, back in places:
-            if basis is not None:
-                image = blas.gemm(basis, change, there[:, rows], Bt=True)
-                blas.gemm(image, change, back, add=True)
+    def _multiply_update(self, i: int, update: Tensor, rows: slice) -> None:
+        """All bases of updates up to this one are seen through it, its own also back."""
         begin, end = self._ends[i], self._ends[i + 1]
-        own, seen = (room[:end, : rows.stop - rows.start] for room in (self._own, self._seen))
-        own[begin:] = seen[begin:] = self._there[i][0][:, rows]
-        for first in range(0, begin, _ROWS):
-            some = slice(first, min(first + _ROWS, begin))
-            blas.gemm(self._rights[some], changes[0], seen[some], Bt=True)
+        if begin == end:
+            return
+        own = self._own[:end, : len(update)]
+        if end <= _FEW_ROWS:
+            seen = blas.gemm(self._rights[:end], update, self._seen[:end, : len(update)], Bt=True)
+        else:
+            seen = torch.mm(update, self._columns[:, :end]).T
+        image = self._there[i][0][:, rows]
+        image.copy_(seen[begin:])
+        own[begin:] = image
+        blas.gemm(image, update, self._back[i][0], add=True)
         self._pairs[i].addmm_(own, seen.T)
 
     def leading(

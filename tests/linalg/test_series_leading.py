@@ -102,7 +102,6 @@ def test_products_are_those_of_dense_weights(
 ) -> None:
     """Whatever the rows that come at a time, and those that are multiplied at a time."""
     monkeypatch.setattr(series_leading, "_BLOCK", 40 * shape[1])
-    monkeypatch.setattr(series_leading, "_ROWS", 4)
     stored = weights(shape, dtype)
     together = passed(stored, searched(stored), rows)
     leading, products = together.leading(2, certified=1)
