@@ -18,6 +18,7 @@ __all__ = [
     "krylov_takes_gram",
     "leading_pays",
     "leading_pays_stacked",
+    "products_pay",
     "rates",
 ]
 
@@ -64,10 +65,22 @@ def krylov_takes_gram(shape: tuple[int, int], k: int, *, values_only: bool = Fal
 
 def leading_pays(shape: tuple[int, int], k: int, *, values_only: bool = False) -> bool:
     """Whether the leading k triplets alone are cheaper than all values and k vectors."""
+    return min(_krylov_seconds(shape, k, values_only=values_only)) < _whole_seconds(shape, k)
+
+
+def products_pay(shape: tuple[int, int], k: int) -> bool:
+    """Whether the leading k triplets by products with A are cheaper than all values and k vectors.
+
+    In a series, where one pass certifies all of them, products serve better than a Gram matrix.
+    """
+    return _krylov_seconds(shape, k, values_only=False)[0] < _whole_seconds(shape, k)
+
+
+def _whole_seconds(shape: tuple[int, int], k: int) -> float:
     q, long = sorted(shape)
     table = rates()
     whole = long * q**2 / table.gram64 + (4 / 3 * q**3 + 8 * k * q**2) / table.tridiagonal
-    return min(_krylov_seconds(shape, k, values_only=values_only)) < whole / 1e9
+    return whole / 1e9
 
 
 # From this q on, and up to this part of it, a stack on another device takes leading triplets alone.

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from geoscope.errors import NumericsError
 from geoscope.linalg.certificate import Leading
-from geoscope.linalg.choice import krylov_takes_gram, leading_pays, leading_pays_stacked
+from geoscope.linalg.choice import leading_pays, leading_pays_stacked
 from geoscope.linalg.leading import leading_triplets
 from geoscope.linalg.operand import Operand
 from geoscope.linalg.stacked_leading import stacked_leading
 from geoscope.linalg.svd import Factors, concatenate, factorise, take
 
-__all__ = ["completed", "factorise_leading", "factors_of", "searches_by_products"]
+__all__ = ["completed", "factorise_leading", "factors_of"]
 
 
 def factorise_leading(
@@ -69,11 +69,6 @@ def _leading(
             _tried(A.row(i), k, start=one, room=room, **options) for i, one in enumerate(starts)
         ]
     return _completed(A, k, cuts, found, values_only=wanted == 0)
-
-
-def searches_by_products(shape: tuple[int, int], k: int) -> bool:
-    """Whether the leading k triplets of one matrix on the CPU come from products with it."""
-    return leading_pays(shape, k) and not krylov_takes_gram(shape, k)
 
 
 def completed(A: Operand, k: int, tried: Leading, *, cuts: Sequence[int] = ()) -> Factors:

@@ -13,10 +13,11 @@ import torch
 from geoscope.engine import matrix_boundary
 from geoscope.linalg import Factors, Operand, factorise_leading
 from geoscope.linalg.certificate import Leading
+from geoscope.linalg.choice import products_pay
 from geoscope.linalg.differences import Differences
 from geoscope.linalg.product import factorise_product
 from geoscope.linalg.series_leading import SeriesBasis, SeriesPass, search
-from geoscope.linalg.svd_leading import completed, factors_of, searches_by_products
+from geoscope.linalg.svd_leading import completed, factors_of
 from geoscope.trajectory.changed import ChangedEntries
 from geoscope.trajectory.factor_series import FactorSeries
 from geoscope.trajectory.increments import Increments, increments_of_inner
@@ -56,7 +57,7 @@ def measured(tensor: SeriesTensor, steps: Sequence[float], options: FollowOption
             found = None if grams is None else _through_grams(tensor, grams, steps, options)
             return _through_changes(tensor, steps, options) if found is None else found
         assert isinstance(tensor, ModelTensor)
-        if not options.directions or tensor.is_made or not searches_by_products(tensor.shape, 2):
+        if not options.directions or tensor.is_made or not products_pay(tensor.shape, _PAIRS):
             return _through_changes(tensor, steps, options)
         return _together(tensor, steps, options)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from geoscope.errors import NonFiniteError
 from geoscope.linalg import svd_leading
 from geoscope.linalg.changes import side
+from geoscope.verbs.series import passes
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept, measured
@@ -47,8 +48,8 @@ def run(
 def searched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Pairs by searches, as of large matrices, or by whole spectra."""
     found = request.param == "searches"
+    monkeypatch.setattr(passes, "products_pay", lambda *_: found)
     monkeypatch.setattr(svd_leading, "leading_pays", lambda *_, **__: found)
-    monkeypatch.setattr(svd_leading, "krylov_takes_gram", lambda *_, **__: False)
     return found
 
 
