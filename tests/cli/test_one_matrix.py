@@ -18,6 +18,7 @@ from torch import Tensor
 
 from geoscope.linalg import Operand
 from geoscope.linalg.product import _Thin
+from geoscope.metrics.overlaps import UpdateOf
 from geoscope.trajectory.factor_series import FactorSeries
 from tests.helpers.matrices import gaussian, save_model
 from tests.helpers.running import Done, run
@@ -189,10 +190,10 @@ def test_a_failed_overlap_makes_the_coverage_partial(
 
     inner = several.overlap
 
-    def failing(base: Tensor, *updates: Any, **options: Any) -> Any:
-        if base.shape[1] == 40:
+    def failing(a: UpdateOf, b: UpdateOf, **options: Any) -> Any:
+        if a.base.weight.shape[1] == 40:
             raise LINALG
-        return inner(base, *updates, **options)
+        return inner(a, b, **options)
 
     monkeypatch.setattr(several, "overlap", failing)
     report = command("several", made).report
