@@ -9,11 +9,13 @@ other's updates. On the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from geoscope.errors import NumericsError
 from geoscope.linalg import blas
 from geoscope.linalg.certificate import Leading
 from geoscope.linalg.differences import Differences
@@ -55,22 +57,27 @@ def search(
     """A basis near the leading k right vectors of each difference, in fp32.
 
     certified: how many of them have to be right, see `leading_triplets`. starts: where each search
-    begins. None for a difference that is zero, no number, or whose squares leave fp32.
+    begins. None for a difference that is zero, no number, or whose squares leave fp32, and where
+    the search failed: `factorise_leading` takes each of these.
     """
     found: list[SeriesBasis | None] = []
     for (dense, squares), near in zip(A.upright(rooms), starts, strict=True):
+        found.append(None)
         if outside(squares, torch.float32):
-            found.append(None)
             continue
         start = None if near is None else near.short.rows[:k]
-        basis = krylov_of_dense(dense, k, seed=seed, start=start, certified=certified)
-        right = basis.rows
-        if not A.is_tall:  # they are left vectors
-            images = torch.empty(len(right), len(dense))
-            blas.gemm(right.float(), dense, images, Bt=True)
-            right = torch.linalg.qr(images.double().T).Q.T.contiguous()
-        found.append(SeriesBasis(basis, right))
+        with suppress(NumericsError, RuntimeError):
+            basis = krylov_of_dense(dense, k, seed=seed, start=start, certified=certified)
+            right = basis.rows if A.is_tall else _seen_from_the_left(basis.rows, dense)
+            found[-1] = SeriesBasis(basis, right)
     return found
+
+
+def _seen_from_the_left(rows: Tensor, dense: Tensor) -> Tensor:
+    """Of left vectors (c, m) the right ones, orthonormal (c, n), through Aᵀ (n, m) in fp32."""
+    images = torch.empty(len(rows), len(dense))
+    blas.gemm(rows.float(), dense, images, Bt=True)
+    return torch.linalg.qr(images.double().T).Q.T.contiguous()
 
 
 class SeriesPass:

@@ -135,6 +135,26 @@ def test_a_flat_spectrum_is_taken_whole_and_says_so(tmp_path: Path, searched: bo
         assert float(kept.products[i, i, i]) == pytest.approx(float(u @ update @ v), rel=1e-12)
 
 
+def test_a_search_that_fails_says_so_and_the_answer_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, searched: bool
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr("geoscope.linalg.leading._krylov", broken)
+    weights, kept = run(tmp_path, SHAPES["wide"], torch.bfloat16)
+    assert kept.path is not None and kept.products is not None and kept.method is not None
+    wide = [one.double() for one in weights]
+    for i, one in enumerate(wide[1:]):
+        values = torch.linalg.svdvals(one - wide[0])
+        torch.testing.assert_close(kept.path.sigma[i], values[0], rtol=1e-10, atol=0)
+        dense = kept.path.u[: i + 1] @ (one - wide[0]) @ kept.path.v[: i + 1].T
+        ours = kept.products[i, : i + 1, : i + 1]
+        torch.testing.assert_close(ours, dense, rtol=0, atol=1e-12 * float(values[0]))
+    reason = "block Lanczos failed: no convergence" if searched else None
+    assert kept.method["updates"]["fallback"] == reason
+
+
 def test_a_checkpoint_with_nan_is_named_by_its_step(tmp_path: Path, searched: bool) -> None:
     weights = [gaussian(230, 210, seed=1).bfloat16() for _ in range(3)]
     weights[1][7, 5] = float("nan")
