@@ -51,7 +51,6 @@ def leading_triplets(
     budget: int | None = None,
     certified: int | None = None,
     by_gram: bool | None = None,
-    room: Tensor | None = None,
 ) -> Leading:
     """The leading k triplets of one matrix on the CPU.
 
@@ -61,19 +60,18 @@ def leading_triplets(
     Zero matrices need no space, and those whose squares leave fp32 are taken at another scale.
     certified: how many of the leading vectors have to be right, default all k; of the others the
     values are, to 1e-7, which is half way to the vectors. by_gram: whether the space grows by an
-    fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper. room: memory (long, q) in fp32
-    that may be overwritten: over many searches, fresh pages cost as much as the arithmetic.
+    fp32 Gram matrix, good to 1e-7·σ1²; default what is cheaper.
     """
     certified = k if certified is None else min(certified, k)
     if by_gram is None:
         by_gram = krylov_takes_gram(A.shape, k, values_only=certified == 0)
     scale: Tensor | None = None
-    apply, squares = _by_gram(A) if by_gram else _by_products(A, room)
+    apply, squares = _by_gram(A) if by_gram else _by_products(A)
     if outside(squares, torch.float32):
         if not bool(A.moved()):
             return Leading.of_zero(A, k)
         unit, scale = A.scaled()
-        A, (apply, _) = unit, _by_gram(unit) if by_gram else _by_products(unit, room)
+        A, (apply, _) = unit, _by_gram(unit) if by_gram else _by_products(unit)
     basis = _krylov(
         apply, min(A.shape), k, seed=seed, start=start, certified=certified, budget=budget
     )
@@ -93,9 +91,9 @@ def _by_gram(A: Operand) -> _Products:
     return lambda X: blas.gemm(X, gram, torch.empty_like(X)), gram.diagonal().sum()
 
 
-def _by_products(A: Operand, room: Tensor | None) -> _Products:
+def _by_products(A: Operand) -> _Products:
     """X ↦ X·G for rows X (b, q), by products with A in fp32; ‖A‖²."""
-    dense, squares = A.upright(room)
+    dense, squares = A.upright()
     return _there_and_back(dense), squares
 
 

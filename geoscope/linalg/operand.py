@@ -132,13 +132,11 @@ class Operand:
         """
         return self._gram(0, dtype=torch.float32)
 
-    def upright(self, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def upright(self) -> tuple[Tensor, Tensor]:
         """One matrix in fp32, its longer side first (long, q), rounded once: after the subtraction;
         and its ‖·‖².
-
-        room: memory of that shape to hold it.
         """
-        return self._differences(0).upright(None if room is None else [room])[0]
+        return self._differences(0).upright()[0]
 
     @stage("products")
     def right(self, X: Tensor) -> Tensor:

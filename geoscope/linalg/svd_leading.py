@@ -29,7 +29,6 @@ def factorise_leading(
     budget: int | None = None,
     near: Factors | None = None,
     certified: int | None = None,
-    room: Tensor | None = None,
 ) -> Factors:
     """The leading k triplets of A alone; S (b, k).
 
@@ -37,14 +36,13 @@ def factorise_leading(
     on which it does not converge within the budget (a flat spectrum, mostly) goes through its Gram
     matrix instead, and its `fallback` says so. near: factors of matrices close to these, from
     which the search starts. certified: how many of the leading vectors have to be right, default
-    all k. The others may be rough, and no bound is stated for them. room: as for
-    `leading_triplets`, on the CPU.
+    all k. The others may be rough, and no bound is stated for them.
     """
     start = None if near is None else _start(near, tall=A.is_tall)
     wanted = k if certified is None else certified
     options: dict[str, Any] = {"seed": seed, "budget": budget, "certified": wanted}
     as_stack = A.plus.device.type != "cpu"
-    return _leading(A, k, cuts, start, options, room=room, as_stack=as_stack)
+    return _leading(A, k, cuts, start, options, as_stack=as_stack)
 
 
 def _leading(
@@ -54,7 +52,6 @@ def _leading(
     start: Tensor | None,
     options: dict[str, Any],
     *,
-    room: Tensor | None = None,
     as_stack: bool,
 ) -> Factors:
     """The search where it pays, matrix by matrix or on the whole stack; else Gram matrices."""
@@ -65,9 +62,7 @@ def _leading(
             found = [(one, None) for one in stacked_leading(A, k, start=start, **options)]
     elif leading_pays(A.shape, k, values_only=wanted == 0):
         starts = [None] * len(A) if start is None else list(start)
-        found = [
-            _tried(A.row(i), k, start=one, room=room, **options) for i, one in enumerate(starts)
-        ]
+        found = [_tried(A.row(i), k, start=one, **options) for i, one in enumerate(starts)]
     return _completed(A, k, cuts, found, values_only=wanted == 0)
 
 
