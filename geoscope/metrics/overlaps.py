@@ -50,8 +50,8 @@ class _Base:
 
 @dataclass(frozen=True, eq=False)
 class UpdateOf:
-    """What one tuned model made of a base, with all that its overlaps take: made once, when asked
-    for.
+    """The update of one matrix by one tuned model. What overlaps take of it is computed when it is
+    first asked for, and kept.
 
     tuned: (1, m, n) as stored, or the update in its factors. ks: subspace dimensions. recall:
     where factors of updates are kept, this one as `number`.
@@ -104,12 +104,13 @@ class UpdateOf:
 
     @cached_property
     def grew(self) -> Tensor:
+        """Entries that are larger than in the base."""
         return torch.gt(self.weight, self.base.weight[0])
 
     @cached_property
     def shown(self) -> Tensor:
-        """Of an isotropic update with as many changed entries: the probability that an entry
-        changes, for each value of the base."""
+        """Probability that an entry changes under an isotropic update that changes as many entries,
+        for each value of the base."""
         values, fmt = self.base.values, effective_format(self.weight)
         density = int(self.mask.sum()) / self.mask.numel()
         cell = unchanged_cell(values.levels, fmt)
@@ -131,7 +132,7 @@ def updates_of(
     solver: str = "auto",
     recall: Recall | None = None,
 ) -> list[UpdateOf]:
-    """What several tuned models made of one matrix, for `overlap` of any two of them.
+    """The updates of one matrix by several tuned models, for `overlap` of any two of them.
 
     base: (1, m, n), stored dtype; tuned: the same, or the update in its factors. recall: where
     factors of the updates are kept, by their number.

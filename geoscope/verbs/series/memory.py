@@ -15,6 +15,9 @@ __all__ = ["memory_of_share", "room_for_tensors", "room_of_share", "working_byte
 
 # Blocks of all checkpoints, as read and in fp64, their differences, and what is small.
 _BLOCKS = 128 << 20
+# Of three near vectors of Δ and of δ at every step, there and back, in fp64; and of those of every
+# two updates their products at every later step.
+_NEAR_BYTES, _PRODUCT_BYTES = 2 * 3 * 8, 3 * 3 * 8
 # Where weights are made of an adapter and its base, a part costs more to make than to hold.
 _MADE = 2 << 30
 # Of two pairs of vectors a step and matrix, in fp64.
@@ -24,13 +27,17 @@ _SENT = 4
 
 
 def working_bytes(tensor: SeriesTensor) -> int:
-    """Peak bytes of one tensor in work: base, the one before and this one as stored, and in fp32
-    an update and a step; of an adapter every step's factors twice, and a weight of the base."""
+    """Peak bytes of one tensor in work: base, the one before and this one as stored, in fp32 an
+    update and a step, and what certifies the pairs of all steps; of an adapter every step's factors
+    twice, and a weight of the base."""
     entries = math.prod(tensor.shape)
     if isinstance(tensor, ModelTensor):
         stored = max(checkpoint.tensors[name].memory_bytes for checkpoint, name in tensor.places)
         made = min(_MADE, 32 * entries * len(tensor.places)) if tensor.is_made else 0
-        return 3 * stored + 8 * entries + min(_BLOCKS, 32 * entries * len(tensor.places)) + made
+        blocks, T = min(_BLOCKS, 32 * entries * len(tensor.places)), len(tensor.places) - 1
+        near = _NEAR_BYTES * T * sum(tensor.shape)
+        near += _PRODUCT_BYTES * sum(i * i for i in range(T + 1))
+        return 3 * stored + 8 * entries + blocks + near + made
     assert isinstance(tensor, AdapterTensor)
     factors = sum(math.prod(info.shape) for info in tensor.factors)
     base = sum(checkpoint.tensors[name].memory_bytes for checkpoint, name in tensor.places)

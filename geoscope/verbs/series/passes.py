@@ -90,12 +90,15 @@ def _together(tensor: ModelTensor, steps: Sequence[float], options: FollowOption
     unrounded = (0.0,) * len(steps)
     increments = increments_of_inner(steps, together.inner, unrounded, is_finite=tensor.is_finite)
     leading, products = together.leading(_PAIRS, certified=1)
+    del together  # of many steps it is large
     if tensor.is_turned:
         leading = [[None if one is None else one.turned() for one in row] for row in leading]
         products = None if products is None else products.mT
     found = _completed(tensor, leading, options.seed)
     paths = _paths([row[0] for row in found], [row[-1] for row in found], increments)
-    if products is None or not all(row[0] is not None and row[0].converged for row in leading):
+    if not all(row[0] is not None and row[0].converged for row in leading):
+        products = None  # before as much memory is taken anew
+    if products is None:
         products = _pair_products(tensor, paths["path"])
     increments, changed = stored.told(increments, math.prod(tensor.shape))
     counts = _scalar_r2(tensor, steps, options)
@@ -126,13 +129,12 @@ def _bases(tensor: ModelTensor, stored: AsStored, seed: int) -> list[list[Series
 def _completed(
     tensor: ModelTensor, leading: Sequence[Sequence[Leading | None]], seed: int
 ) -> list[list[Factors]]:
-    """Factors of every Δ_i and δ_i; what no search found is taken from the stored weights anew."""
+    """Factors of every Δ_i and δ_i; where a search found nothing, from the weights read again."""
     if all(one is not None and one.converged for row in leading for one in row):
         return [[factors_of(one) for one in row if one is not None] for row in leading]
-    options: dict[str, Any] = {"cuts": (1,)}
     return [
         [
-            _leading(A, None, seed) if one is None else completed(A, _PAIRS, one, **options)
+            _leading(A, None, seed) if one is None else completed(A, _PAIRS, one, cuts=(1,))
             for one, A in zip(row, changes, strict=False)
             if isinstance(A, Operand)
         ]

@@ -122,7 +122,7 @@ class ModelTensor:
         return tuple(_told(checkpoint.tensors[name]) for checkpoint, name in self.places)
 
     def increments(self, steps: Sequence[float]) -> Increments:
-        """Without what storing rounded away, unless the weights are made: `AsStored` tells that."""
+        """H. Of weights that files store rounding is 0 until `AsStored` fills it in."""
         if self.is_made:
             return replace(self._increments(steps), grids=("",) * len(self.places))
         return self._increments(steps, rounding=(0.0,) * len(self.places))
@@ -173,7 +173,8 @@ class ModelTensor:
         return found
 
     def changes(self, stored: AsStored | None = None) -> Iterator[tuple[Change, Change]]:
-        """`stored` is shown each weight as its file holds it, the base first."""
+        """(Δ_i, δ_i) of every checkpoint. stored: gets each weight as its file holds it, the base
+        first."""
         base: torch.Tensor | None = None
         before: torch.Tensor | None = None
         for checkpoint, name in self.places:

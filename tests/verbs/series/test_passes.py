@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from geoscope.errors import NonFiniteError
 from geoscope.linalg import svd_leading
 from geoscope.linalg.changes import side
-from geoscope.verbs.series import passes
+from geoscope.linalg.series_leading import SeriesPass
+from geoscope.verbs.series import memory, passes
 from geoscope.verbs.series.opening import open_followed
 from geoscope.verbs.series.options import FollowOptions
 from geoscope.verbs.series.passes import Kept, measured
@@ -165,3 +167,31 @@ def test_a_checkpoint_with_nan_is_named_by_its_step(tmp_path: Path, searched: bo
     found = open_followed(points[1:], FollowOptions(base=points[0]))
     with pytest.raises(NonFiniteError, match="step 10 holds NaN or infinity"):
         measured(found.tensors[NAME], found.steps, FollowOptions(base=points[0]))
+
+
+def test_memory_that_is_promised_covers_what_certifies_many_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arrays of the pass, which grow with the cube of the steps."""
+    monkeypatch.setattr(passes, "products_pay", lambda *_: True)
+    monkeypatch.setattr(memory, "_BLOCKS", 0)
+    held: list[int] = []
+
+    class Counted(SeriesPass):
+        def leading(self, k: int, *, certified: int) -> Any:
+            near = (*chain(*self._there), *chain(*self._back), *self._pairs)
+            held.append(sum(one.nbytes for one in near))
+            return super().leading(k, certified=certified)
+
+    monkeypatch.setattr(passes, "SeriesPass", Counted)
+    weights, points = [gaussian(64, 48, seed=1)], []
+    for step in range(41):
+        points.append(str(save_model(tmp_path / f"checkpoint-{step}", {NAME: weights[-1]})))
+        direction = with_spectrum(64, 48, 0.5 ** torch.arange(6), seed=2)
+        weights.append(updated(weights[-1], direction, 0.02))
+    found = open_followed(points[1:], FollowOptions(base=points[0]))
+    tensor = found.tensors[NAME]
+    measured(tensor, found.steps, FollowOptions(base=points[0]))
+    stored = 3 * weights[0].nbytes + 8 * weights[0].numel()
+    assert held[0] > stored
+    assert held[0] <= memory.working_bytes(tensor) - stored <= 1.2 * held[0]
